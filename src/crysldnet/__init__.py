@@ -1,0 +1,3 @@
+"""CrysLDNet: latent diffusion pretraining and finetuning of crystal graph encoders."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Crystals: import, storage, neighbor lists, graphs, batches and the LightningDataModule."""

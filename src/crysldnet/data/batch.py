@@ -1,0 +1,150 @@
+"""The one typed batch that travels through everything.
+
+Shapes: ``B`` crystals, ``N`` atoms, ``E`` directed edges, ``M`` distances an atom, ``T`` targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch_geometric.data import Data
+
+from crysldnet.data.corruption import Undo
+from crysldnet.data.crystals import Crystals
+from crysldnet.data.graph import GraphSpec
+
+
+@dataclass
+class CorruptionTargets:
+    """What the objective has to undo; see :class:`crysldnet.data.corruption.Undo`."""
+
+    numbers: Tensor
+    """[N] true atomic numbers."""
+    masked: Tensor
+    """[N] bool."""
+    displacement: Tensor
+    """[N, 3] Å."""
+    strain: Tensor
+    """[B, 3, 3]."""
+
+
+@dataclass
+class CrystalBatch:
+    """Crystals as one graph of B components.
+
+    ``edge_index`` follows PyG: row 0 is the source, row 1 the target; edges are sorted by target.
+    """
+
+    lattice: Tensor
+    """[B, 3, 3] rows are lattice vectors in Å."""
+    numbers: Tensor
+    """[N] atomic numbers, 0 where masked."""
+    positions: Tensor
+    """[N, 3] Cartesian coordinates in Å."""
+    crystal: Tensor
+    """[N] the crystal of each atom."""
+    sizes: Tensor
+    """[B] atoms of each crystal."""
+    edge_index: Tensor
+    """[2, E]."""
+    edge_vec: Tensor
+    """[E, 3] displacement from source to target in Å."""
+    distances: Tensor
+    """[N, M] nearest distances of each atom in Å, ascending."""
+    rows: Tensor
+    """[B] row of each crystal in its store."""
+    targets: Tensor | None = None
+    """[B, T] in physical units, NaN where unknown."""
+    undo: CorruptionTargets | None = None
+
+    @property
+    def num_crystals(self) -> int:
+        """B."""
+        return len(self.sizes)
+
+    @property
+    def num_atoms(self) -> int:
+        """N."""
+        return len(self.numbers)
+
+    def _apply(self, function: Callable[[Tensor], Tensor]) -> CrystalBatch:
+        changed: dict[str, Tensor | CorruptionTargets] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = function(value)
+            elif isinstance(value, CorruptionTargets):
+                changed[field.name] = CorruptionTargets(**{k: function(v) for k, v in vars(value).items()})
+        return replace(self, **changed)  # type: ignore[arg-type]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> CrystalBatch:
+        """Copy to a device."""
+        return self._apply(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> CrystalBatch:
+        """Copy to page-locked memory."""
+        return self._apply(lambda tensor: tensor.pin_memory())
+
+    def double(self) -> CrystalBatch:
+        """Copy with all real values in float64."""
+        return self._apply(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+
+    def to_pyg(self) -> Data:
+        """Return a ``torch_geometric.data.Data`` with ``z``, ``pos``, ``batch``, ``edge_index``, ``edge_vec``, ``cell``."""
+        return Data(
+            z=self.numbers,
+            pos=self.positions,
+            batch=self.crystal,
+            edge_index=self.edge_index,
+            edge_vec=self.edge_vec,
+            cell=self.lattice,
+            y=self.targets,
+        )
+
+
+def make_batch(
+    crystals: Crystals,
+    graph: GraphSpec,
+    *,
+    rows: NDArray[np.int64] | None = None,
+    targets: NDArray[np.float64] | None = None,
+    undo: Undo | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> CrystalBatch:
+    """Build the graph of some crystals.
+
+    Args:
+        crystals: B crystals.
+        graph: the graph that the encoder needs.
+        rows: [B] where they stand in their store; 0 … B − 1 by default.
+        targets: [B, T] in physical units, NaN where unknown.
+        undo: what :meth:`Corruption.apply` did to them.
+        dtype: of all real values but the targets, which stay in float32.
+    """
+    edges = graph.build(crystals)
+
+    def real(array: NDArray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+
+    return CrystalBatch(
+        lattice=real(crystals.lattice),
+        numbers=torch.from_numpy(crystals.numbers.astype(np.int64)),
+        positions=real(crystals.positions),
+        crystal=torch.from_numpy(crystals.crystal),
+        sizes=torch.from_numpy(crystals.sizes),
+        edge_index=torch.from_numpy(np.stack([edges.source, edges.target])),
+        edge_vec=real(edges.vector),
+        distances=real(edges.distances),
+        rows=torch.from_numpy(np.arange(len(crystals)) if rows is None else np.asarray(rows, np.int64)),
+        targets=None if targets is None else torch.from_numpy(targets.astype(np.float32)),
+        undo=None
+        if undo is None
+        else CorruptionTargets(
+            torch.from_numpy(undo.numbers), torch.from_numpy(undo.masked), real(undo.displacement), real(undo.strain)
+        ),
+    )

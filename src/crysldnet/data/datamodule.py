@@ -1,0 +1,230 @@
+"""The LightningDataModule of crystal graphs: geometry is stored, graphs are built on the fly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from crysldnet.data.batch import CrystalBatch, make_batch
+from crysldnet.data.corruption import Corruption
+from crysldnet.data.graph import GraphSpec
+from crysldnet.data.sampler import BatchRequest, BatchSampler, Budget
+from crysldnet.data.split import SPLITS, Rows, Split
+from crysldnet.data.store import CrystalStore
+from crysldnet.errors import DataError
+
+EMBEDDED = Path(__file__).parent / "embedded"
+
+
+def open_store(path: str) -> CrystalStore:
+    """Open a store or Parquet file; ``embedded:NAME`` is one of those that ship with the package."""
+    if path.startswith("embedded:"):
+        file = EMBEDDED / f"{path.removeprefix('embedded:')}.parquet"
+        if not file.exists():
+            names = ", ".join(sorted(f"embedded:{p.stem}" for p in EMBEDDED.glob("*.parquet")))
+            raise DataError(f"{path}: no such embedded data set; there are {names}")
+        return CrystalStore.open(file)
+    return CrystalStore.open(path)
+
+
+class CrystalDataset(Dataset[CrystalBatch]):
+    """Whole batches of one split, built when asked for.
+
+    Args:
+        store: the crystals.
+        targets: [n, T] of all rows of the store, in physical units, NaN where unknown; None for none.
+        graph: the graph to build.
+        corruption: what to do to each crystal first; None for nothing.
+        seed: key of the corruption's random numbers, together with the split, the epoch and the batch's number.
+    """
+
+    def __init__(
+        self,
+        store: CrystalStore,
+        targets: NDArray[np.float64] | None,
+        graph: GraphSpec,
+        corruption: Corruption | None,
+        seed: Sequence[int],
+    ) -> None:
+        self.store, self.targets, self.graph, self.corruption, self.seed = store, targets, graph, corruption, seed
+
+    def __getitem__(self, request: BatchRequest) -> CrystalBatch:
+        crystals, undo = self.store.crystals.take(request.rows), None
+        if self.corruption is not None:
+            epoch = request.epoch if self.corruption.resample else 0
+            number = request.number if self.corruption.resample else int(request.rows[0])
+            crystals, undo = self.corruption.apply(crystals, np.random.default_rng([*self.seed, epoch, number]))
+        targets = None if self.targets is None else self.targets[request.rows]
+        return make_batch(crystals, self.graph, rows=request.rows, targets=targets, undo=undo)
+
+
+class CrystalDataModule(pl.LightningDataModule):
+    """Crystal graphs in batches bounded by crystals, atoms and edges, for any number of ranks.
+
+    Args:
+        path: a store folder, a Parquet file or ``embedded:NAME``; or one of those for each of train, val and test.
+        graph: the graph that the encoder needs.
+        targets: columns to predict; rows without any of them are left out. None or empty for no targets.
+        split: how to split (not where ``path`` names a file for each).
+        corruption: what pretraining does to the crystals.
+        batch_size: crystals in a global batch: of all devices and accumulation steps together.
+        max_atoms: bound of one batch on one device.
+        max_edges: likewise; the graphs are then counted once at the start.
+        max_crystal_atoms: larger crystals are left out, with a note.
+        num_workers: processes that build batches; 0 builds them in the training process.
+        seed: of order and corruption.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str | dict[str, str],
+        graph: GraphSpec,
+        targets: list[str] | None = None,
+        split: Split | None = None,
+        corruption: Corruption | None = None,
+        batch_size: int = 64,
+        max_atoms: int | None = None,
+        max_edges: int | None = None,
+        max_crystal_atoms: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.path, self.graph, self.targets, self.split = path, graph, targets or [], split or Split()
+        self.corruption, self.batch_size, self.seed = corruption, batch_size, seed
+        self.max_atoms, self.max_edges, self.max_crystal_atoms = max_atoms, max_edges, max_crystal_atoms
+        self.num_workers = num_workers
+        self.left_out: dict[str, int] = {}
+        """Number of crystals that each rule left out."""
+        self._loaded = False
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the store and choose the rows; the same on every rank."""
+        if self._loaded:
+            return
+        self.store, self.rows = self._open()
+        self.target_values = self._read_targets()
+        self.rows = {name: self._keep(rows) for name, rows in self.rows.items()}
+        if not len(self.rows["train"]):
+            raise DataError(f"{self.store.name}: no crystal is left to train on ({self.left_out or 'empty split'})")
+        self._loaded = True
+
+    def _open(self) -> tuple[CrystalStore, Rows]:
+        if isinstance(self.path, str):
+            store = open_store(self.path)
+            return store, self.split.rows(store)
+        unknown = set(self.path) - set(SPLITS)
+        if unknown or "train" not in self.path:
+            raise DataError(f"data.path must name a file for train, val and test, not {', '.join(self.path)}")
+        stores = {name: open_store(self.path[name]) for name in SPLITS if name in self.path}
+        tables = [
+            store.to_table().append_column("split", pa.array([name] * len(store))) for name, store in stores.items()
+        ]
+        shared = [c for c in tables[0].column_names if all(c in t.column_names for t in tables)]
+        metadata = tables[0].schema.metadata
+        joined = pa.concat_tables([t.select(shared) for t in tables], promote_options="permissive")
+        schema = pa.schema([tables[0].schema.field(c) for c in shared], metadata=metadata)
+        store = CrystalStore.from_table(joined.cast(schema), " + ".join(s.name for s in stores.values()))
+        split = Split(by="column", column="split", train_fraction=self.split.train_fraction, seed=self.split.seed)
+        return store, split.rows(store)
+
+    def _read_targets(self) -> NDArray[np.float64] | None:
+        if not self.targets:
+            return None
+        values = np.stack([self.store.numbers_of(name) for name in self.targets], axis=1)
+        values[~np.isfinite(values)] = np.nan
+        return values
+
+    def _keep(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        sizes = self.store.crystals.sizes[rows]
+        smallest = self.corruption.min_atoms if self.corruption is not None else 1
+        rules = {f"fewer than {smallest} atoms": sizes < smallest}
+        if self.max_crystal_atoms is not None:
+            rules[f"over {self.max_crystal_atoms} atoms (max_crystal_atoms)"] = sizes > self.max_crystal_atoms
+        if self.target_values is not None:
+            rules["no target"] = np.isnan(self.target_values[rows]).all(axis=1)
+        gone = np.zeros(len(rows), bool)
+        for reason, bad in rules.items():
+            if (bad & ~gone).any():
+                self.left_out[reason] = self.left_out.get(reason, 0) + int((bad & ~gone).sum())
+            gone |= bad
+        return rows[~gone]
+
+    @property
+    def units(self) -> list[str]:
+        """Unit of each target, empty where the data don't say."""
+        return [self.store.units.get(name, "") for name in self.targets]
+
+    def train_targets(self) -> NDArray[np.float64]:
+        """[n, T] the training rows' targets: all that normalisation may see."""
+        assert self.target_values is not None
+        return self.target_values[self.rows["train"]]
+
+    def steps_per_epoch(self, world_size: int, accumulate: int) -> int:
+        """Optimizer steps of one training epoch."""
+        return len(self._sampler("train", 0, world_size, accumulate)) // accumulate
+
+    def _sampler(self, name: str, rank: int, world_size: int, accumulate: int) -> BatchSampler:
+        rows = self.rows[name]
+        parts = world_size * accumulate
+        if self.batch_size % parts:
+            raise DataError(
+                f"data.batch_size={self.batch_size} can't be divided by {world_size} processes × {accumulate} "
+                "accumulation steps; choose a multiple"
+            )
+        train = name == "train"
+        return BatchSampler(
+            rows,
+            self.store.crystals.sizes[rows],
+            self._edge_counts(name) if self.max_edges is not None else None,
+            Budget(crystals=self.batch_size // parts, atoms=self.max_atoms, edges=self.max_edges),
+            shuffle=train,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+            multiple=parts if train else world_size,
+        )
+
+    def _edge_counts(self, name: str) -> NDArray[np.int64]:
+        counts = []
+        for start in range(0, len(self.rows[name]), 1024):
+            crystals = self.store.crystals.take(self.rows[name][start : start + 1024])
+            owner = crystals.crystal[self.graph.build(crystals).target]
+            counts.append(np.bincount(owner, minlength=len(crystals)))
+        return np.concatenate(counts)
+
+    def _loader(self, name: str) -> DataLoader[CrystalBatch]:
+        rank, world_size, accumulate = 0, 1, 1
+        if self.trainer is not None:
+            rank, world_size = self.trainer.global_rank, self.trainer.world_size
+            accumulate = self.trainer.accumulate_grad_batches
+        return DataLoader(
+            CrystalDataset(
+                self.store, self.target_values, self.graph, self.corruption, [self.seed, SPLITS.index(name)]
+            ),
+            sampler=self._sampler(name, rank, world_size, accumulate),
+            batch_size=None,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> DataLoader[CrystalBatch]:
+        """Shuffled anew every epoch."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[CrystalBatch] | list:
+        """In the store's order, the corruption the same every epoch."""
+        return self._loader("val") if len(self.rows["val"]) else []
+
+    def test_dataloader(self) -> DataLoader[CrystalBatch] | list:
+        """In the store's order."""
+        return self._loader("test") if len(self.rows["test"]) else []

@@ -1,0 +1,142 @@
+"""Batches that are even in crystals and atoms, the same for any number of ranks.
+
+Every epoch is one list of batches, fixed by (seed, epoch). Rank r of W takes the batches r, r + W, …; the list's
+length is a multiple of W, so all ranks take the same number of steps and every crystal is seen exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Sampler
+
+from crysldnet.errors import DataError
+
+
+class BatchRequest(NamedTuple):
+    """One batch to be built, with all that its random numbers may depend on."""
+
+    rows: NDArray[np.int64]
+    epoch: int
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What one batch on one device may hold: at most so many crystals, atoms and directed edges."""
+
+    crystals: int
+    atoms: int | None = None
+    edges: int | None = None
+
+
+def pack(
+    atoms: NDArray[np.int64], edges: NDArray[np.int64] | None, budget: Budget, multiple: int, order: NDArray[np.int64]
+) -> list[NDArray[np.int64]]:
+    """Distribute crystals over the fewest batches that the budget allows, all nearly equal.
+
+    Crystals are dealt out in rounds of one a batch, in the given order; within a round the largest goes to the batch
+    that holds the fewest atoms so far.
+
+    Args:
+        atoms: [n] size of each crystal.
+        edges: [n] edges of each crystal's graph, needed where the budget bounds them.
+        budget: bounds of one batch.
+        multiple: the number of batches is a multiple of this.
+        order: [n] a permutation of the crystals.
+
+    Returns:
+        Indices into ``atoms``, one array a batch.
+
+    Raises:
+        DataError: one crystal alone is over the budget, or there are fewer crystals than ``multiple``.
+    """
+    n = len(atoms)
+    if n < multiple:
+        raise DataError(f"{n} crystals can't be shared by {multiple} processes; use fewer or a larger set")
+    bounds = [(np.ones(n, np.int64), budget.crystals), (atoms, budget.atoms), (edges, budget.edges)]
+    active = [(cost, limit) for cost, limit in bounds if cost is not None and limit is not None]
+    for cost, limit in active:
+        if cost.max() > limit:
+            raise DataError(f"one crystal alone ({cost.max()}) is over the batch's budget of {limit}")
+    batches = max(int(np.ceil(cost.sum() / limit)) for cost, limit in active)
+    while True:
+        batches = min(-(-batches // multiple) * multiple, n // multiple * multiple)
+        label = _deal(atoms, batches, order)
+        if all(np.bincount(label, cost, batches).max() <= limit for cost, limit in active):
+            break
+        if batches >= n // multiple * multiple:
+            raise DataError("the batch's budget is too small for these crystals; raise max_atoms or max_edges")
+        batches += max(multiple, batches // 50)
+    members = order[np.argsort(label[order], kind="stable")]
+    return np.split(members, np.cumsum(np.bincount(label, minlength=batches))[:-1])
+
+
+def _deal(atoms: NDArray[np.int64], batches: int, order: NDArray[np.int64]) -> NDArray[np.int64]:
+    label = np.empty(len(order), np.int64)
+    load = np.zeros(batches, np.int64)
+    for start in range(0, len(order), batches):
+        round_ = order[start : start + batches]
+        largest_first = round_[np.argsort(-atoms[round_], kind="stable")]
+        emptiest = np.argsort(load, kind="stable")[: len(round_)]
+        label[largest_first] = emptiest
+        load[emptiest] += atoms[largest_first]
+    return label
+
+
+class BatchSampler(Sampler[BatchRequest]):
+    """Yield this rank's batches of an epoch.
+
+    Args:
+        rows: [n] rows of the store.
+        atoms: [n] their sizes.
+        edges: [n] edges of their graphs, or None where the budget doesn't bound them.
+        budget: of one batch on one device.
+        shuffle: a new order every epoch; else always the store's.
+        seed: of the order.
+        rank, world_size: which share of the batches this process takes.
+        multiple: the epoch's number of batches is a multiple of this (world size × accumulation).
+    """
+
+    def __init__(
+        self,
+        rows: NDArray[np.int64],
+        atoms: NDArray[np.int64],
+        edges: NDArray[np.int64] | None,
+        budget: Budget,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        multiple: int | None = None,
+    ) -> None:
+        self.rows, self.atoms, self.edges, self.budget = rows, atoms, edges, budget
+        self.shuffle, self.seed, self.rank, self.world_size = shuffle, seed, rank, world_size
+        self.multiple = multiple or world_size
+        self.epoch = 0
+        self._packed: tuple[int, list[NDArray[np.int64]]] | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; Lightning calls this before each."""
+        self.epoch = epoch
+
+    def _batches(self) -> list[NDArray[np.int64]]:
+        epoch = self.epoch if self.shuffle else 0
+        if self._packed is None or self._packed[0] != epoch:
+            n = len(self.rows)
+            order = np.random.default_rng([self.seed, epoch]).permutation(n) if self.shuffle else np.arange(n)
+            self._packed = (epoch, pack(self.atoms, self.edges, self.budget, self.multiple, order))
+        return self._packed[1]
+
+    def __len__(self) -> int:
+        return len(self._batches()) // self.world_size
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        batches = self._batches()
+        for number in range(self.rank, len(batches), self.world_size):
+            yield BatchRequest(self.rows[batches[number]], self.epoch, number)

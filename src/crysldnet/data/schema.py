@@ -1,0 +1,100 @@
+"""The Parquet schema of crystals: the format that users import to and can read with any tool.
+
+One row a crystal: ``material_id`` string, ``lattice`` 9 floats (row-major 3×3, Å, rows are lattice vectors),
+``atomic_numbers`` n integers, ``frac_coords`` 3n floats; then any property columns, numbers with their unit in the
+field's metadata (``units``) or strings. Null means no value. Source, licence and citation stand in the schema's
+metadata.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from crysldnet.data.crystals import Crystals
+from crysldnet.errors import DataError
+
+STRUCTURE_COLUMNS = {
+    "material_id": pa.string(),
+    "lattice": pa.list_(pa.float64()),
+    "atomic_numbers": pa.list_(pa.uint8()),
+    "frac_coords": pa.list_(pa.float32()),
+}
+
+
+def units_of(schema: pa.Schema) -> dict[str, str]:
+    """Return the unit of each property column that states one."""
+    return {f.name: f.metadata[b"units"].decode() for f in schema if f.metadata and b"units" in f.metadata}
+
+
+def metadata_of(schema: pa.Schema) -> dict[str, str]:
+    """Return the metadata of the file itself: data set, source, licence, citation."""
+    return {
+        k.decode(): v.decode() for k, v in (schema.metadata or {}).items() if not k.startswith((b"pandas", b"ARROW"))
+    }
+
+
+def _lists(table: pa.Table, name: str, dtype: type) -> tuple[NDArray, NDArray[np.int64]]:
+    """Return a list column's values and the length of each row."""
+    column = table[name].combine_chunks()
+    kind = column.type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        raise DataError(f"column {name!r} must hold lists, not {kind}")
+    if column.null_count:
+        row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
+        raise DataError(f"column {name!r} is empty in row {row}")
+    values = column.flatten()
+    if values.null_count:
+        raise DataError(f"column {name!r} has a null inside a list")
+    lengths = column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+    return values.to_numpy(zero_copy_only=False).astype(dtype, copy=False), lengths
+
+
+def crystals_from_table(table: pa.Table) -> Crystals:
+    """Read the structure columns of a table in the schema.
+
+    Raises:
+        DataError: a column is missing or of the wrong type, or the lengths of a row's lists don't agree.
+    """
+    missing = [name for name in STRUCTURE_COLUMNS if name not in table.column_names]
+    if missing:
+        raise DataError(f"no column {', '.join(missing)}; a table of crystals needs {', '.join(STRUCTURE_COLUMNS)}")
+    lattice, nine = _lists(table, "lattice", np.float64)
+    numbers, sizes = _lists(table, "atomic_numbers", np.int64)
+    frac, triples = _lists(table, "frac_coords", np.float32)
+    for bad, message in (
+        (nine != 9, "lattice must have 9 numbers"),
+        (triples != 3 * sizes, "frac_coords must have 3 numbers for each of atomic_numbers"),
+    ):
+        if bad.any():
+            row = int(np.flatnonzero(bad)[0])
+            raise DataError(f"row {row} ({table['material_id'][row]}): {message}")
+    numbers = np.where((numbers < 0) | (numbers > 255), 0, numbers).astype(np.uint8)
+    ptr = np.concatenate([[0], np.cumsum(sizes)])
+    return Crystals(lattice.reshape(-1, 3, 3), ptr, numbers, frac.reshape(-1, 3))
+
+
+def table_from_crystals(
+    crystals: Crystals,
+    ids: list[str],
+    properties: Mapping[str, NDArray | list],
+    units: Mapping[str, str],
+    metadata: Mapping[str, str],
+) -> pa.Table:
+    """Write crystals and their properties as a table in the schema."""
+    columns: dict[str, pa.Array] = {
+        "material_id": pa.array(ids, pa.string()),
+        "lattice": pa.ListArray.from_arrays(np.arange(0, 9 * len(ids) + 1, 9, np.int32), crystals.lattice.reshape(-1)),
+        "atomic_numbers": pa.ListArray.from_arrays(crystals.ptr.astype(np.int32), crystals.numbers),
+        "frac_coords": pa.ListArray.from_arrays((3 * crystals.ptr).astype(np.int32), crystals.frac_coords.reshape(-1)),
+    }
+    for name, values in properties.items():
+        columns[name] = pa.array(values, from_pandas=True)
+    fields = [
+        pa.field(name, column.type, metadata={"units": units[name]} if name in units else None)
+        for name, column in columns.items()
+    ]
+    return pa.Table.from_arrays(list(columns.values()), schema=pa.schema(fields, metadata=dict(metadata)))

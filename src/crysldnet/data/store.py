@@ -1,0 +1,298 @@
+"""The crystal store: crystals as memory-mapped flat arrays.
+
+A store is a folder. ``lattice.bin``, ``ptr.bin``, ``numbers.bin`` and ``frac_coords.bin`` are little-endian arrays of
+all crystals one after another; ``columns.arrow`` (Arrow IPC) holds ids, properties and text columns; ``store.json``
+holds the counts, the sha256 of every file, units, source, licence and citation, and is written last. Opening maps the
+files and reads none of them, so it takes milliseconds for a million crystals, and worker processes share one copy.
+
+A store is written beside its final name and renamed when it is whole: a killed import leaves no half store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from crysldnet.data.crystals import Crystals
+from crysldnet.data.schema import (
+    STRUCTURE_COLUMNS,
+    crystals_from_table,
+    metadata_of,
+    table_from_crystals,
+    units_of,
+)
+from crysldnet.errors import DataError
+
+FORMAT_VERSION = 1
+_ARRAYS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "lattice": ("<f8", (3, 3)),
+    "ptr": ("<i8", ()),
+    "numbers": ("|u1", ()),
+    "frac_coords": ("<f4", (3,)),
+}
+
+
+class CrystalStore:
+    """Crystals with ids and properties, read from a store, a Parquet file or a table.
+
+    Attributes:
+        crystals: the structures, memory-mapped where they come from a store.
+        units: unit of each property that states one.
+        metadata: data set, source, licence, citation.
+        name: where it came from, for messages.
+    """
+
+    def __init__(
+        self,
+        crystals: Crystals,
+        columns: pa.Table,
+        units: dict[str, str],
+        metadata: dict[str, str],
+        name: str,
+        hash_: str,
+    ) -> None:
+        self.crystals = crystals
+        self._columns = columns
+        self.units = units
+        self.metadata = metadata
+        self.name = name
+        self.hash = hash_
+        """sha256 of the content."""
+
+    def __len__(self) -> int:
+        return len(self.crystals)
+
+    @property
+    def column_names(self) -> list[str]:
+        """Names of the property and text columns."""
+        return [name for name in self._columns.column_names if name != "material_id"]
+
+    @property
+    def ids(self) -> pa.ChunkedArray:
+        """[B] the material ids."""
+        return self._columns["material_id"]
+
+    def ids_at(self, index: NDArray[np.int64]) -> list[str]:
+        """Return the ids of some rows."""
+        return self.ids.take(pa.array(index)).to_pylist()
+
+    def numbers_of(self, name: str) -> NDArray[np.float64]:
+        """[B] a numeric property, NaN where there is no value.
+
+        Raises:
+            DataError: there is no such column, or it isn't numeric.
+        """
+        column = self._column(name)
+        if not (
+            pa.types.is_floating(column.type) or pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)
+        ):
+            raise DataError(f"{self.name}: column {name!r} holds {column.type}, not numbers")
+        return column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+
+    def texts_of(self, name: str) -> NDArray[np.object_]:
+        """[B] a text column, None where there is no value."""
+        return self._column(name).to_numpy(zero_copy_only=False)
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        if name not in self._columns.column_names:
+            raise DataError(f"{self.name}: no column {name!r}; it has {', '.join(self.column_names) or 'none'}")
+        return self._columns[name]
+
+    def to_table(self) -> pa.Table:
+        """Return everything as a table in the Parquet schema."""
+        properties = {name: self._columns[name].combine_chunks() for name in self.column_names}
+        return table_from_crystals(self.crystals, self.ids.to_pylist(), properties, self.units, self.metadata)
+
+    @classmethod
+    def from_table(cls, table: pa.Table, name: str = "table") -> CrystalStore:
+        """Use a table in the Parquet schema."""
+        crystals = crystals_from_table(table)
+        columns = table.drop_columns([c for c in STRUCTURE_COLUMNS if c != "material_id"])
+        digest = hashlib.sha256()
+        for array in (crystals.lattice, crystals.ptr, crystals.numbers, crystals.frac_coords):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        for column in columns.columns:
+            digest.update(json.dumps(column.to_pylist()).encode())
+        return cls(crystals, columns, units_of(table.schema), metadata_of(table.schema), name, digest.hexdigest())
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> CrystalStore:
+        """Open a store folder or a Parquet file.
+
+        Raises:
+            DataError: there is nothing there, it is neither, or it is damaged; the message names the file.
+        """
+        path = Path(path)
+        if path.is_dir():
+            return cls._open_folder(path)
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder")
+        if path.suffix != ".parquet":
+            raise DataError(
+                f"{path}: neither a crystal store (a folder) nor a .parquet file; "
+                f"make one with: crysldnet data import {path} --out my.store"
+            )
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path}: not a readable Parquet file ({error})") from error
+        try:
+            return cls.from_table(table, str(path))
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+
+    @classmethod
+    def _open_folder(cls, path: Path) -> CrystalStore:
+        info = _read_info(path)
+        atoms, count = info["atoms"], info["crystals"]
+        lengths = {"lattice": count, "ptr": count + 1, "numbers": atoms, "frac_coords": atoms}
+        for name, entry in info["files"].items():
+            file = path / name
+            size = file.stat().st_size if file.exists() else -1
+            if size != entry["bytes"]:
+                raise DataError(
+                    f"{file}: {'missing' if size < 0 else f'{size} bytes'} where the store says {entry['bytes']}; "
+                    "it was cut off or changed, import it again"
+                )
+        arrays = {}
+        for name, (dtype, shape) in _ARRAYS.items():
+            full = (lengths[name], *shape)
+            arrays[name] = (
+                np.memmap(path / f"{name}.bin", dtype, "r", shape=full) if full[0] else np.empty(full, np.dtype(dtype))
+            )
+        columns = pa.ipc.open_file(pa.memory_map(str(path / "columns.arrow"))).read_all()
+        return cls(Crystals(**arrays), columns, info["units"], info["metadata"], str(path), info["sha256"])
+
+    def verify(self) -> None:
+        """Compare every file of a store folder with its sha256.
+
+        Raises:
+            DataError: a file differs; the message names it.
+        """
+        path = Path(self.name)
+        for name, entry in _read_info(path)["files"].items():
+            if _sha256(path / name) != entry["sha256"]:
+                raise DataError(f"{path / name}: its content differs from the sha256 in store.json; import it again")
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    try:
+        info = json.loads((path / "store.json").read_text())
+    except FileNotFoundError:
+        raise DataError(f"{path}: not a crystal store (no store.json in it)") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path / 'store.json'}: unreadable ({error})") from error
+    if not isinstance(info, dict) or "format_version" not in info:
+        raise DataError(f"{path / 'store.json'}: not the description of a crystal store")
+    if info["format_version"] > FORMAT_VERSION:
+        raise DataError(
+            f"{path}: its store format is {info['format_version']}, this version reads up to {FORMAT_VERSION}; "
+            "upgrade crysldnet"
+        )
+    return info
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class StoreWriter:
+    """Write a store, a table at a time, in flat memory; it appears under its name when it is whole.
+
+    Use it as a context manager: leaving with an exception removes what was written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        self.path = Path(path)
+        if self.path.exists() and not overwrite:
+            raise DataError(f"{self.path} exists already; choose another name or pass --overwrite")
+        self._partial = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
+        self._files: dict[str, Any] = {}
+        self._columns: pa.RecordBatchFileWriter | None = None
+        self._schema: pa.Schema | None = None
+        self._metadata: dict[str, str] = {}
+        self._crystals = self._atoms = 0
+
+    def __enter__(self) -> StoreWriter:
+        try:
+            self._partial.mkdir(parents=True)
+            for name in _ARRAYS:
+                self._files[name] = (self._partial / f"{name}.bin").open("wb")
+        except OSError as error:
+            raise DataError(f"can't write to {self.path.parent}: {error.strerror}") from error
+        self._files["ptr"].write(np.zeros(1, "<i8").tobytes())
+        return self
+
+    def append(self, table: pa.Table) -> None:
+        """Add the rows of a table in the Parquet schema; all tables have the same columns."""
+        crystals = crystals_from_table(table)
+        columns = table.drop_columns([c for c in STRUCTURE_COLUMNS if c != "material_id"])
+        if self._columns is None:
+            self._schema = table.schema
+            self._metadata = metadata_of(table.schema)
+            self._columns = pa.ipc.new_file(str(self._partial / "columns.arrow"), columns.schema)
+        self._columns.write_table(columns)
+        for name, (dtype, _) in _ARRAYS.items():
+            array = crystals.ptr[1:] + self._atoms if name == "ptr" else getattr(crystals, name)
+            self._files[name].write(np.ascontiguousarray(array, dtype).tobytes())
+        self._crystals += len(crystals)
+        self._atoms += len(crystals.numbers)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for file in self._files.values():
+            file.close()
+        if self._columns is not None:
+            self._columns.close()
+        if kind is not None or self._schema is None:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            if kind is None:
+                raise DataError(f"{self.path}: no crystal was left to write")
+            return
+        self._finish()
+
+    def _finish(self) -> None:
+        names = [*(f"{name}.bin" for name in _ARRAYS), "columns.arrow"]
+        files = {
+            name: {"bytes": (self._partial / name).stat().st_size, "sha256": _sha256(self._partial / name)}
+            for name in names
+        }
+        assert self._schema is not None
+        info = {
+            "format_version": FORMAT_VERSION,
+            "crystals": self._crystals,
+            "atoms": self._atoms,
+            "units": units_of(self._schema),
+            "metadata": self._metadata,
+            "files": files,
+            "sha256": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(),
+        }
+        (self._partial / "store.json").write_text(json.dumps(info, indent=1))
+        for file in self._partial.iterdir():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        self._partial.rename(self.path)
+
+
+def write_store(path: str | os.PathLike[str], tables: Iterable[pa.Table], *, overwrite: bool = False) -> CrystalStore:
+    """Write tables in the Parquet schema as one store and open it."""
+    with StoreWriter(path, overwrite=overwrite) as writer:
+        for table in tables:
+            writer.append(table)
+    return CrystalStore.open(path)

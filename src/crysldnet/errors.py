@@ -1,0 +1,21 @@
+"""The errors that a user can cause: each says what is wrong, where, and how to mend it."""
+
+
+class CrysldnetError(Exception):
+    """Base of every error that is the input's fault; the command line prints it without a traceback."""
+
+
+class ConfigError(CrysldnetError):
+    """A key, type or value of the configuration is wrong."""
+
+
+class DataError(CrysldnetError):
+    """A crystal, table or store can't be used."""
+
+
+class CheckpointError(CrysldnetError):
+    """A checkpoint is damaged, of another model or of a newer format."""
+
+
+class DeviceError(CrysldnetError):
+    """The machine doesn't have the devices that were asked for."""
