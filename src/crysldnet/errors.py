@@ -6,7 +6,16 @@ class CrysldnetError(Exception):
 
 
 class ConfigError(CrysldnetError):
-    """A key, type or value of the configuration is wrong."""
+    """A key, type or value of the configuration is wrong.
+
+    Args:
+        message: what is wrong.
+        key: the dotted path of the key, so that the file it came from can be named.
+    """
+
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class DataError(CrysldnetError):
@@ -19,3 +28,7 @@ class CheckpointError(CrysldnetError):
 
 class DeviceError(CrysldnetError):
     """The machine doesn't have the devices that were asked for."""
+
+
+class Interrupted(CrysldnetError):
+    """A run was stopped before its end; it can be resumed."""

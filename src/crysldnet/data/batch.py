@@ -95,7 +95,7 @@ class CrystalBatch:
         return self._apply(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
 
     def to_pyg(self) -> Data:
-        """Return a ``torch_geometric.data.Data`` with ``z``, ``pos``, ``batch``, ``edge_index``, ``edge_vec``, ``cell``."""
+        """Return a PyG ``Data`` with ``z``, ``pos``, ``batch``, ``edge_index``, ``edge_vec``, ``cell`` and ``y``."""
         return Data(
             z=self.numbers,
             pos=self.positions,

@@ -57,7 +57,7 @@ class Crystals:
         return np.einsum("ni,nij->nj", self.frac_coords.astype(np.float64), self.lattice[self.crystal])
 
     def take(self, index: NDArray[np.int64]) -> Crystals:
-        """Copy the crystals at ``index``, in that order; the work is that of the atoms taken, whatever the store's size."""
+        """Copy the crystals at ``index``, in that order; the work doesn't depend on the size of the store."""
         begin = np.asarray(self.ptr[index])
         sizes = np.asarray(self.ptr[index + 1]) - begin
         ptr = np.concatenate([[0], np.cumsum(sizes)])
@@ -99,7 +99,7 @@ def faults(crystals: Crystals, *, max_atoms: int | None = None) -> list[str | No
     """
     found: list[str | None] = [None] * len(crystals)
 
-    def report(bad: NDArray[np.bool_], message: str, values: NDArray | None = None) -> None:
+    def report(bad: NDArray, message: str, values: NDArray | None = None) -> None:
         for b in np.flatnonzero(bad):
             if found[b] is None:
                 found[b] = message.format(None if values is None else values[b])
@@ -112,7 +112,7 @@ def faults(crystals: Crystals, *, max_atoms: int | None = None) -> list[str | No
     coords_bad[owner[~np.isfinite(crystals.frac_coords).all(axis=1)]] = True
     numbers_bad[owner[(crystals.numbers < 1) | (crystals.numbers > MAX_ATOMIC_NUMBER)]] = True
     safe = np.where(lattice_bad[:, None, None], np.eye(3), crystals.lattice)
-    per_atom = np.abs(np.linalg.det(safe)) / np.maximum(sizes, 1)
+    per_atom: NDArray = np.abs(np.linalg.det(safe)) / np.maximum(sizes, 1)
     lengths = np.linalg.norm(safe, axis=2).max(axis=1) if len(crystals) else np.empty(0)
 
     report(sizes == 0, "it has no atoms")

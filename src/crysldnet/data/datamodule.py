@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from crysldnet.build import Part
 from crysldnet.data.batch import CrystalBatch, make_batch
 from crysldnet.data.corruption import Corruption
 from crysldnet.data.graph import GraphSpec
@@ -80,37 +81,45 @@ class CrystalDataModule(pl.LightningDataModule):
         max_crystal_atoms: larger crystals are left out, with a note.
         num_workers: processes that build batches; 0 builds them in the training process.
         seed: of order and corruption.
+        store, rows: crystals that are open already, and which of them are train, val and test, in place of ``path``.
     """
 
     def __init__(
         self,
         *,
-        path: str | dict[str, str],
-        graph: GraphSpec,
+        path: str | dict[str, str] = "",
+        graph: Part[GraphSpec],
         targets: list[str] | None = None,
         split: Split | None = None,
-        corruption: Corruption | None = None,
+        corruption: Part[Corruption | None] = None,
         batch_size: int = 64,
         max_atoms: int | None = None,
         max_edges: int | None = None,
         max_crystal_atoms: int | None = None,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: Part[int] = 0,
+        store: Part[CrystalStore | None] = None,
+        rows: Part[Rows | None] = None,
     ) -> None:
         super().__init__()
+        if not path and (store is None or rows is None):
+            raise ValueError("path: name a store, a Parquet file or embedded:NAME")
         self.path, self.graph, self.targets, self.split = path, graph, targets or [], split or Split()
         self.corruption, self.batch_size, self.seed = corruption, batch_size, seed
         self.max_atoms, self.max_edges, self.max_crystal_atoms = max_atoms, max_edges, max_crystal_atoms
         self.num_workers = num_workers
+        self._given = (store, rows)
         self.left_out: dict[str, int] = {}
         """Number of crystals that each rule left out."""
         self._loaded = False
+        self._commonest: int | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Open the store and choose the rows; the same on every rank."""
         if self._loaded:
             return
-        self.store, self.rows = self._open()
+        store, rows = self._given
+        self.store, self.rows = (store, dict(rows)) if store is not None and rows is not None else self._open()
         self.target_values = self._read_targets()
         self.rows = {name: self._keep(rows) for name, rows in self.rows.items()}
         if not len(self.rows["train"]):
@@ -146,12 +155,12 @@ class CrystalDataModule(pl.LightningDataModule):
     def _keep(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         sizes = self.store.crystals.sizes[rows]
         smallest = self.corruption.min_atoms if self.corruption is not None else 1
-        rules = {f"fewer than {smallest} atoms": sizes < smallest}
+        rules: dict[str, NDArray] = {f"fewer than {smallest} atoms": sizes < smallest}
         if self.max_crystal_atoms is not None:
             rules[f"over {self.max_crystal_atoms} atoms (max_crystal_atoms)"] = sizes > self.max_crystal_atoms
         if self.target_values is not None:
             rules["no target"] = np.isnan(self.target_values[rows]).all(axis=1)
-        gone = np.zeros(len(rows), bool)
+        gone: NDArray = np.zeros(len(rows), bool)
         for reason, bad in rules.items():
             if (bad & ~gone).any():
                 self.left_out[reason] = self.left_out.get(reason, 0) + int((bad & ~gone).sum())
@@ -162,6 +171,14 @@ class CrystalDataModule(pl.LightningDataModule):
     def units(self) -> list[str]:
         """Unit of each target, empty where the data don't say."""
         return [self.store.units.get(name, "") for name in self.targets]
+
+    @property
+    def commonest_species(self) -> int:
+        """The most frequent atomic number among the training atoms."""
+        if self._commonest is None:
+            numbers = self.store.crystals.take(self.rows["train"]).numbers
+            self._commonest = int(np.bincount(numbers).argmax())
+        return self._commonest
 
     def train_targets(self) -> NDArray[np.float64]:
         """[n, T] the training rows' targets: all that normalisation may see."""

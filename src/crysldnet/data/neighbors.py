@@ -243,8 +243,8 @@ def _assemble(lattices, frac, ptr, start, source, image, d2, limit2, symmetric, 
 
 
 def neighbor_list(
-    lattices: NDArray[np.float64],
-    frac_coords: NDArray[np.float64],
+    lattices: NDArray[np.floating],
+    frac_coords: NDArray[np.floating],
     ptr: NDArray[np.int64],
     *,
     k: int | None = None,
@@ -280,7 +280,7 @@ def neighbor_list(
     start, source, image, d2, limit2, distances = _directed(
         lattices, frac_coords, ptr, k or 0, float(radius or 0.0), tolerance, n_distances
     )
-    edges = _assemble(
+    found_source, found_target, found_image, vector = _assemble(
         lattices, frac_coords, ptr, start, source, image, d2, limit2, symmetric and k is not None, repeat_self_images
     )
-    return Neighbors(*edges, distances)
+    return Neighbors(found_source, found_target, found_image, vector, distances)

@@ -87,7 +87,7 @@ def table_from_crystals(
     """Write crystals and their properties as a table in the schema."""
     columns: dict[str, pa.Array] = {
         "material_id": pa.array(ids, pa.string()),
-        "lattice": pa.ListArray.from_arrays(np.arange(0, 9 * len(ids) + 1, 9, np.int32), crystals.lattice.reshape(-1)),
+        "lattice": pa.ListArray.from_arrays(9 * np.arange(len(ids) + 1, dtype=np.int32), crystals.lattice.reshape(-1)),
         "atomic_numbers": pa.ListArray.from_arrays(crystals.ptr.astype(np.int32), crystals.numbers),
         "frac_coords": pa.ListArray.from_arrays((3 * crystals.ptr).astype(np.int32), crystals.frac_coords.reshape(-1)),
     }

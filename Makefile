@@ -1,0 +1,73 @@
+# make          lists the targets
+# make TARGET KEY=VALUE …; anything else for the command goes into ARGS="key=value …"
+
+PYTHON ?= python3
+VENV ?= .venv
+GPUS ?= 1
+NODES ?= 1
+ENCODER ?= runs/pretrain/latest/encoder.safetensors
+MODEL ?= runs/finetune/latest
+OUT ?= predictions.csv
+TASK ?= matbench_jdft2d
+SWEEP ?= finetune
+ARGS ?=
+
+ifeq ($(VENV),none)
+# A machine that brings its own torch: use PYTHON as it is, from the source tree.
+RUN := PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m
+READY :=
+else
+RUN := $(VENV)/bin/python -m
+READY := $(VENV)/.ready
+endif
+
+PARALLEL := $(if $(filter-out 1,$(GPUS) $(NODES)),trainer.devices=$(GPUS) trainer.nodes=$(NODES) strategy=ddp)
+
+.DEFAULT_GOAL := help
+.PHONY: help install pretrain finetune predict matbench sweep data test lint types clean
+
+help: ## list the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo '  make pretrain GPUS=8                      one process a GPU; without GPUS, CPU processes'
+	@echo '  make pretrain ARGS="encoder=pddformer stages.vae.epochs=50"'
+	@echo '  make finetune ENCODER=none                from scratch'
+	@echo '  make predict FILES="my_cifs/*.cif"        with the model just finetuned, or MODEL=runs/finetune/NAME'
+	@echo '  make … PYTHON=python3.12 VENV=none        use an environment that has torch already'
+
+install: $(READY) ## make .venv with the exact versions of constraints.txt
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[matbench,wandb,dev]"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps matbench==0.6
+	@touch $@
+
+pretrain: $(READY) ## pretrain an encoder on the embedded crystals (GPUS=, NODES=, ARGS=)
+	$(RUN) crysldnet pretrain $(PARALLEL) $(ARGS)
+
+finetune: $(READY) ## train a property model (ENCODER=path or none, GPUS=, ARGS=)
+	$(RUN) crysldnet finetune pretrained=$(ENCODER) $(PARALLEL) $(ARGS)
+
+predict: $(READY) ## predict for CIF or POSCAR files (FILES="…", MODEL=, OUT=)
+	$(RUN) crysldnet predict model=$(MODEL) "files=$(FILES)" out=$(OUT) $(ARGS)
+
+matbench: $(READY) ## run a Matbench task and write a submission folder (TASK=, ENCODER=, ARGS=)
+	$(RUN) crysldnet matbench task=$(TASK) pretrained=$(ENCODER) $(ARGS)
+
+sweep: $(READY) ## run a sweep on this machine (SWEEP=, ARGS=)
+	$(RUN) crysldnet sweep sweep=$(SWEEP) $(ARGS)
+
+test: $(READY) ## run the tests
+	$(RUN) pytest $(ARGS)
+
+lint: $(READY) ## check style and format
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+types: $(READY) ## check types
+	$(RUN) mypy
+
+clean: ## remove the environment and caches, not the runs
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist

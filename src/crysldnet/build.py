@@ -1,0 +1,180 @@
+"""Build objects from plain configuration: allow-listed classes only, every key known and of its type.
+
+A node is a mapping with ``_target_``, the name of a class or function on the list below. Its other keys are that
+signature's keyword arguments, so the signature is the schema. Arguments that aren't plain values (modules, data sets),
+or that are annotated as ``Part``, come from code; configuration can't set them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from functools import cache
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from crysldnet.errors import ConfigError
+
+TARGET = "_target_"
+
+T = TypeVar("T")
+Part = Annotated[T, "passed by code, not by configuration"]
+"""Marks an argument of a plain type that follows from other settings, such as the width of an encoder."""
+
+ALLOWED = {
+    "crysldnet.data.datamodule.CrystalDataModule",
+    "crysldnet.encoders.pddformer.PDDFormer",
+    "crysldnet.models.objectives.Denoising",
+    "crysldnet.models.objectives.Published",
+    "crysldnet.models.dit.DiT",
+    "crysldnet.models.flow.LatentFlow",
+    "crysldnet.models.latent.Posterior",
+    "crysldnet.models.head.PropertyHead",
+    "crysldnet.training.optimizer.AdamW",
+    "crysldnet.training.strategies.single",
+    "crysldnet.training.strategies.ddp",
+    "crysldnet.training.strategies.fsdp",
+    "crysldnet.training.trainer.TrainerSettings",
+    "crysldnet.training.loggers.csv",
+    "crysldnet.training.loggers.wandb",
+}
+"""Everything that configuration may instantiate. Use :func:`allow` for an encoder of your own."""
+
+
+def allow(name: str) -> None:
+    """Let configuration instantiate one more class, for example an encoder of your own: ``my_package.MyEncoder``."""
+    ALLOWED.add(name)
+
+
+@cache
+def _signature(name: str) -> tuple[Callable[..., Any], dict[str, inspect.Parameter], dict[str, Any]]:
+    module, _, attribute = name.rpartition(".")
+    return _describe(getattr(importlib.import_module(module), attribute))
+
+
+@cache
+def _describe(function: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, inspect.Parameter], dict[str, Any]]:
+    parameters = dict(inspect.signature(function).parameters)
+    hints = get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
+    return function, parameters, hints
+
+
+def is_plain(annotation: Any) -> bool:
+    """Say whether configuration can hold a value of this type."""
+    if annotation in (bool, int, float, str, type(None), Any):
+        return True
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return False
+    if origin is Literal:
+        return True
+    if origin in (typing.Union, types.UnionType, list, dict):
+        return all(is_plain(a) for a in get_args(annotation))
+    return inspect.isclass(annotation) and dataclasses.is_dataclass(annotation)
+
+
+def _dataclass_of(annotation: Any) -> type | None:
+    options = get_args(annotation) if get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
+    return next((o for o in options if inspect.isclass(o) and dataclasses.is_dataclass(o)), None)
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _suggest(key: str, known: list[str]) -> str:
+    close = get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"it may have: {', '.join(known) or 'no keys'}"
+
+
+def target_of(node: Mapping[str, Any], where: str) -> str:
+    """Return a node's target.
+
+    Raises:
+        ConfigError: it has none, or one that isn't on the list.
+    """
+    name = node.get(TARGET)
+    if not isinstance(name, str):
+        raise ConfigError(f"{where}: it needs {TARGET}, the name of what to build", where)
+    if name not in ALLOWED:
+        raise ConfigError(
+            f"{_join(where, TARGET)}: {name!r} is not on the list of what configuration may build; "
+            f"{_suggest(name, sorted(ALLOWED))}",
+            where,
+        )
+    return name
+
+
+def check(node: Mapping[str, Any], where: str = "") -> None:
+    """Check a node's keys and types against its target's signature, without building anything.
+
+    Raises:
+        ConfigError: an unknown key, a missing one or a wrong type; its second argument is the key's path.
+    """
+    _check_signature(_signature(target_of(node, where)), node, where)
+
+
+def _check_signature(described: tuple, node: Mapping[str, Any], where: str) -> None:
+    function, parameters, hints = described
+    plain = [name for name in parameters if is_plain(hints.get(name))]
+    for key, value in node.items():
+        if key == TARGET:
+            continue
+        path = _join(where, key)
+        if key not in plain:
+            raise ConfigError(f"{path}: unknown key; {_suggest(key, plain)}", path)
+        _check_value(value, hints[key], path)
+    for name in plain:
+        if name not in node and parameters[name].default is inspect.Parameter.empty:
+            raise ConfigError(f"{_join(where, name)}: no value; {function.__name__} needs one", _join(where, name))
+
+
+def _check_value(value: Any, annotation: Any, path: str) -> None:
+    nested = _dataclass_of(annotation)
+    if nested is not None and isinstance(value, Mapping):
+        _check_signature(_describe(nested), value, path)
+        return
+    if nested is not None and value is None and type(None) in get_args(annotation):
+        return
+    try:
+        TypeAdapter(annotation, config=None if nested else ConfigDict(strict=True)).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{path}={value!r}: {first['msg'].lower()}", path) from None
+
+
+def build(node: Mapping[str, Any], where: str = "", **parts: Any) -> Any:
+    """Check a node and call its target.
+
+    Args:
+        node: a mapping with ``_target_`` and plain values.
+        where: the node's path in the configuration, for messages.
+        parts: what the configuration can't hold.
+    """
+    check(node, where)
+    function, _, hints = _signature(node[TARGET])
+    return _call(function, hints, {k: v for k, v in node.items() if k != TARGET}, where, parts)
+
+
+def _call(function: Callable[..., Any], hints: dict[str, Any], values: dict, where: str, parts: dict) -> Any:
+    for key, value in values.items():
+        nested = _dataclass_of(hints[key])
+        if nested is not None and isinstance(value, Mapping):
+            values[key] = _call(nested, _describe(nested)[2], dict(value), _join(where, key), {})
+    try:
+        return function(**values, **parts)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}", where) from error
+
+
+def build_dataclass(kind: type, values: Mapping[str, Any], where: str) -> Any:
+    """Check plain values against a dataclass and make one."""
+    described = _describe(kind)
+    _check_signature(described, values, where)
+    return _call(kind, described[2], dict(values), where, {})

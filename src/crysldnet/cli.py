@@ -1,0 +1,91 @@
+"""The command line: ``crysldnet COMMAND [group=name …] [key=value …]``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from crysldnet import __version__
+from crysldnet.errors import CrysldnetError, Interrupted
+
+COMMANDS = {
+    "pretrain": ("crysldnet.pretrain", "PretrainConfig", "pretrain an encoder without labels"),
+    "finetune": ("crysldnet.finetune", "FinetuneConfig", "train a property model, pretrained or from scratch"),
+    "predict": ("crysldnet.predict", "PredictConfig", "predict properties of CIF or POSCAR files"),
+}
+"""Command to the module that runs it, its configuration and a line of help."""
+
+USAGE_ERROR = 2
+UNFINISHED = 75
+"""Exit status of a run that was stopped before its end and can be resumed (EX_TEMPFAIL)."""
+
+
+def usage() -> str:
+    """Return the general help."""
+    lines = [
+        "usage: crysldnet COMMAND [group=name …] [key=value …]",
+        "",
+        "Pretrain a crystal encoder by latent diffusion and finetune it to predict properties of crystals.",
+        "",
+        *(f"  {name:<10} {text}" for name, (_, _, text) in COMMANDS.items()),
+        f"  {'data':<10} import crystals, look at them, check them",
+        "",
+        "crysldnet COMMAND --help lists every key with its default; --print-config shows what would be run.",
+        "",
+        "  crysldnet pretrain",
+        "  crysldnet finetune pretrained=runs/pretrain/latest/encoder.safetensors",
+        '  crysldnet predict model=runs/finetune/latest files="my_cifs/*.cif"',
+    ]
+    return "\n".join(lines)
+
+
+def _run_command(name: str, arguments: Sequence[str]) -> int:
+    from crysldnet.config import compose, help_text, to_yaml, validate
+
+    module_name, schema_name, _ = COMMANDS[name]
+    if "--help" in arguments or "-h" in arguments:
+        module = importlib.import_module(module_name)
+        print(help_text(name, (module.__doc__ or "").strip()))
+        return 0
+    show = "--print-config" in arguments
+    composition = compose(name, [a for a in arguments if a != "--print-config"])
+    module = importlib.import_module(module_name)
+    settings = validate(composition, getattr(module, schema_name))
+    if show:
+        print(to_yaml(composition.values), end="")
+        return 0
+    return module.run(settings, composition.values)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line and return its exit status; errors of the input are raised."""
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print(usage())
+        return 0
+    command, *rest = arguments
+    if command in ("--version", "version"):
+        print(__version__)
+        return 0
+    if command == "data":
+        from crysldnet.data.commands import main as data_main
+
+        return data_main(rest)
+    if command not in COMMANDS:
+        raise CrysldnetError(f"no command {command!r}; there are: {', '.join([*COMMANDS, 'data'])}")
+    return _run_command(command, rest)
+
+
+def main() -> None:
+    """Run ``sys.argv``; print errors of the input without a traceback, and exit with a status that tells the truth."""
+    try:
+        status = run(sys.argv[1:])
+    except Interrupted as error:
+        print(f"unfinished: {error}", file=sys.stderr)
+        status = UNFINISHED
+    except CrysldnetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = USAGE_ERROR
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)

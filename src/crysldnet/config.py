@@ -1,0 +1,219 @@
+"""Compose, override and check the configuration of a command.
+
+``conf/COMMAND.yaml`` names a default for each group under ``defaults`` and holds the command's own keys. A group's
+choice is a file ``conf/GROUP/CHOICE.yaml``. On the command line ``group=choice`` chooses, ``key.path=value`` overrides
+and ``preset=NAME`` applies ``conf/preset/NAME.yaml`` before that. Every key is checked against the signature of what
+it configures, so an unknown one stops the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from crysldnet.build import TARGET, build_dataclass, check
+from crysldnet.errors import ConfigError
+
+COMMAND_LINE = "the command line"
+
+
+def conf_folder() -> Path:
+    """Return the folder of the configuration: inside the installed package, or of the working tree."""
+    package = Path(__file__).parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parents[1] / "conf"
+
+
+def choices(group: str) -> list[str]:
+    """Return the names that a group offers."""
+    return sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
+
+
+def load_yaml(path: Path) -> DictConfig:
+    """Read a YAML file of keys.
+
+    Raises:
+        ConfigError: it isn't one.
+    """
+    try:
+        loaded = OmegaConf.load(path)
+    except (OSError, yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path}: it must hold keys and values")
+    return loaded
+
+
+@dataclass(frozen=True)
+class Composition:
+    """A composed configuration.
+
+    Attributes:
+        values: plain values, interpolations resolved.
+        origin: the file that each key came from, or the command line.
+        groups: the chosen name of each group.
+    """
+
+    values: dict[str, Any]
+    origin: dict[str, str]
+    groups: dict[str, str]
+
+    def where(self, key: str) -> str:
+        """Return where a key was set, for messages."""
+        while key:
+            if key in self.origin:
+                return self.origin[key]
+            key = key.rpartition(".")[0]
+        return ""
+
+
+def _note(origin: dict[str, str], node: Any, path: str, source: str) -> None:
+    if isinstance(node, Mapping) and node:
+        for key, value in node.items():
+            _note(origin, value, f"{path}.{key}" if path else str(key), source)
+    else:
+        origin[path] = source
+
+
+def _group_file(group: str, choice: str) -> Path:
+    if choice.endswith((".yaml", ".yml")):
+        return Path(choice)
+    path = conf_folder() / group / f"{choice}.yaml"
+    if not path.is_file():
+        close = get_close_matches(choice, choices(group), n=1, cutoff=0.4)
+        hint = f"did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"{group}={choice}: no such choice; {hint} there are: {', '.join(choices(group))}", group)
+    return path
+
+
+def _split(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    pairs = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        key = key.strip().lstrip("-") if argument.startswith("--") else key.strip()
+        if not equals or not key:
+            raise ConfigError(f"{argument!r}: expected group=name or key=value")
+        pairs.append((key, value))
+    return pairs
+
+
+def compose(command: str, arguments: Sequence[str] = ()) -> Composition:
+    """Merge a command's file, its groups, a preset and the command line.
+
+    Args:
+        command: the name of a file in ``conf/``.
+        arguments: ``group=name`` and ``key=value``; a leading ``--`` is allowed.
+
+    Raises:
+        ConfigError: a file, group or choice is unknown, a value is missing or can't be parsed.
+    """
+    pairs = _split(arguments)
+    root_file = conf_folder() / f"{command}.yaml"
+    layers = [(str(root_file), load_yaml(root_file))]
+    for key, value in pairs:
+        if key == "preset" and value not in ("null", ""):
+            file = _group_file("preset", value)
+            layers.append((str(file), load_yaml(file)))
+    groups: dict[str, str] = {}
+    for source, layer in layers:
+        for group, choice in (layer.pop("defaults", None) or {}).items():
+            if source != str(root_file) and group not in groups:
+                raise ConfigError(f"{source}: {command} has no group {group!r}", group)
+            groups[str(group)] = choice
+    groups |= {key: value for key, value in pairs if key in groups and value not in ("null", "")}
+
+    origin: dict[str, str] = {}
+    merged = OmegaConf.create()
+    for group, choice in groups.items():
+        file = _group_file(group, choice)
+        node = load_yaml(file)
+        _note(origin, node, group, str(file))
+        merged[group] = node
+    for source, layer in layers:
+        _note(origin, OmegaConf.to_container(layer), "", source)
+        merged = OmegaConf.merge(merged, layer)
+    for key, value in pairs:
+        if key == "preset" or key in groups:
+            continue
+        try:
+            OmegaConf.update(merged, key, OmegaConf.from_dotlist([f"value={value}"]).value, merge=False)
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ConfigError(f"{key}={value}: {error}", key) from error
+        origin[key] = COMMAND_LINE
+    return Composition(_resolve(merged, origin), origin, groups)
+
+
+def _resolve(merged: Any, origin: dict[str, str]) -> dict[str, Any]:
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        key = missing[0]
+        raise ConfigError(f"{key}: it has no default; give it as {key}=VALUE (it stands in {origin.get(key, '')})", key)
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", "") or "")
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}", key) from error
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def validate(composition: Composition, schema: type) -> Any:
+    """Check every key and type; return the command's settings as an instance of its dataclass.
+
+    Raises:
+        ConfigError: with the key, the file that set it, and a suggestion.
+    """
+    try:
+        settings = build_dataclass(schema, composition.values, "")
+        for field in fields(schema):
+            node = composition.values.get(field.name)
+            if isinstance(node, Mapping) and (TARGET in node or field.name in composition.groups):
+                check(node, field.name)
+    except ConfigError as error:
+        where = composition.where(error.key)
+        raise ConfigError(f"{error}{f' (set in {where})' if where else ''}", error.key) from None
+    return settings
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """Return plain values as YAML."""
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+
+
+def help_text(command: str, description: str) -> str:
+    """Return what ``--help`` prints: usage, groups with their choices, every key with its comment."""
+    root_file = conf_folder() / f"{command}.yaml"
+    defaults = load_yaml(root_file).get("defaults") or {}
+    lines = [f"usage: crysldnet {command} [group=name …] [key=value …] [--print-config]", "", description, ""]
+    if defaults:
+        lines.append("groups (group=name; the default in brackets)")
+        lines += [f"  {group:<10} {', '.join(choices(str(group)))}  [{default}]" for group, default in defaults.items()]
+        if choices("preset") and command == "pretrain":
+            lines.append(f"  {'preset':<10} {', '.join(choices('preset'))}")
+        lines.append("")
+    lines += ["keys (key=value), with their defaults", ""]
+    body = root_file.read_text().split("\n")
+    lines += [f"  {line}".rstrip() for line in _without_defaults(body)]
+    for group, default in defaults.items():
+        text = _group_file(str(group), default).read_text().strip().split("\n")
+        lines += ["", f"  {group}:  # {group}={default}", *(f"    {line}".rstrip() for line in text)]
+    return "\n".join(lines)
+
+
+def _without_defaults(lines: Sequence[str]) -> list[str]:
+    kept, inside = [], False
+    for line in lines:
+        if line.startswith("defaults:"):
+            inside = True
+        elif inside and line and not line.startswith((" ", "#")):
+            inside = False
+        if not inside:
+            kept.append(line)
+    return kept

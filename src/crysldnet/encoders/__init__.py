@@ -1,0 +1,1 @@
+"""Crystal graph encoders: one file an encoder, behind one protocol."""

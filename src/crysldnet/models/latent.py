@@ -1,0 +1,94 @@
+"""The latent space of the variational autoencoder, and how to tell whether it collapsed.
+
+Shapes: ``N`` atoms, ``D`` width of the encoder, ``d`` width of the latent.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from crysldnet.build import Part
+
+LOG_VARIANCE_RANGE = (-30.0, 20.0)
+
+
+class Latent(NamedTuple):
+    """A diagonal Gaussian per atom and a sample of it."""
+
+    mean: Tensor
+    """[N, d]."""
+    log_variance: Tensor
+    """[N, d]."""
+    sample: Tensor
+    """[N, d]."""
+
+
+class Posterior(nn.Module):
+    """q(z | crystal): one diagonal Gaussian per atom.
+
+    Args:
+        width: D of the encoder.
+        latent_dim: d; 256 as published, 8 was found enough by ADiT.
+        kl_weight: of KL(q ‖ N(0, 1)), the mean over atoms of the sum over channels; 1e-5 as published.
+        normalise: give each channel of the mean zero mean and unit variance (batch statistics in training, running
+            ones otherwise), so that the latent has a fixed scale and the encoder can't shrink it. Not as published.
+    """
+
+    def __init__(self, *, width: Part[int], latent_dim: int, kl_weight: float = 1e-5, normalise: bool = True) -> None:
+        super().__init__()
+        self.latent_dim, self.kl_weight = latent_dim, kl_weight
+        self.map = nn.Linear(width, 2 * latent_dim, bias=False)
+        self.norm = nn.BatchNorm1d(latent_dim, affine=False) if normalise else nn.Identity()
+
+    def forward(self, features: Tensor) -> Latent:
+        """Map features [N, D] to a Gaussian per atom and draw from it."""
+        mean, log_variance = self.map(features).chunk(2, dim=-1)
+        mean = self.norm(mean)
+        log_variance = log_variance.clamp(*LOG_VARIANCE_RANGE)
+        return Latent(mean, log_variance, mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean))
+
+    @staticmethod
+    def kl(latent: Latent) -> Tensor:
+        """Return KL(q ‖ N(0, 1)) = ½ Σ_d (μ² + s² − 1 − log s²), averaged over atoms."""
+        mean, log_variance = latent.mean, latent.log_variance
+        return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum(dim=-1).mean()
+
+
+class LatentStatistics(Metric):
+    """Spread and effective rank of features over a whole split, summed over all ranks.
+
+    spread: the standard deviation per dimension, averaged. Effective rank: exp of the entropy of the covariance's
+    normalised eigenvalues (Roy & Vetterli 2007), between 1 and D. A collapse in scale shows in the spread while the
+    rank may rise; a collapse onto few directions shows in the rank.
+    """
+
+    full_state_update = False
+    count: Tensor
+    total: Tensor
+    outer: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(width, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("outer", torch.zeros(width, width, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, features: Tensor) -> None:
+        """Add features [N, D]."""
+        x = features.detach().double()
+        self.count += len(x)
+        self.total += x.sum(0)
+        self.outer += x.T @ x
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return ``spread`` and ``rank``."""
+        mean = self.total / self.count
+        covariance = self.outer / self.count - torch.outer(mean, mean)
+        eigenvalues = torch.linalg.eigvalsh(covariance).clamp_min(0.0)
+        share = eigenvalues / eigenvalues.sum().clamp_min(1e-300)
+        entropy = -torch.special.xlogy(share, share).sum()
+        return {"spread": covariance.diagonal().clamp_min(0.0).sqrt().mean(), "rank": entropy.exp()}

@@ -1,0 +1,185 @@
+"""What the decoder reconstructs from the latents.
+
+Shapes: ``B`` crystals, ``N`` atoms, ``E`` edges, ``d`` width of the latent.
+
+An objective says how crystals are corrupted (``corruption``) and, called with latents and the batch, returns its loss
+terms and the measures that a person reads: sums and counts, to be divided at the end of an epoch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch_geometric.utils import scatter
+
+from crysldnet.build import Part
+from crysldnet.data.batch import CorruptionTargets, CrystalBatch
+from crysldnet.data.corruption import Corruption
+from crysldnet.encoders.bases import GaussianBasis
+from crysldnet.encoders.layers import PairMLP
+from crysldnet.encoders.pddformer import N_SPECIES
+from crysldnet.geometry import lattice_parameters, undo_strain
+
+Measures = dict[str, tuple[Tensor, Tensor]]
+"""Name to (sum, count)."""
+
+
+class Reconstruction(NamedTuple):
+    """What an objective returns."""
+
+    terms: dict[str, Tensor]
+    """Weighted loss terms; their sum is the reconstruction loss."""
+    measures: Measures
+
+
+def _mean_of(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of [n] values and n, as a measure."""
+    return values.detach().sum(), torch.tensor(float(len(values)), device=values.device)
+
+
+def masked_species(logits: Tensor, undo: CorruptionTargets) -> tuple[Tensor, Measures]:
+    """Return the cross-entropy on masked atoms, Σ mask · CE / Σ mask, and their accuracy.
+
+    Args:
+        logits: [N, 119].
+        undo: the true species and the mask.
+    """
+    mask = undo.masked.to(logits.dtype)
+    entropy = cross_entropy(logits, undo.numbers, reduction="none")
+    right = (logits.argmax(-1) == undo.numbers).to(logits.dtype)
+    loss = (entropy * mask).sum() / mask.sum().clamp_min(1.0)
+    return loss, {"masked_accuracy": ((right * mask).detach().sum(), mask.sum())}
+
+
+def lattice_measures(predicted: Tensor, true: Tensor, suffix: str = "") -> Measures:
+    """Return the mean absolute errors of lattice lengths in Å and angles in degrees, from [B, 3, 3] lattices."""
+    (lengths, angles), (true_lengths, true_angles) = lattice_parameters(predicted), lattice_parameters(true)
+    return {
+        f"lattice_length_error{suffix}": _mean_of((lengths - true_lengths).abs().mean(-1)),
+        f"lattice_relative_error{suffix}": _mean_of((lengths / true_lengths - 1.0).abs().mean(-1)),
+        f"lattice_angle_error{suffix}": _mean_of((angles - true_angles).abs().mean(-1)),
+    }
+
+
+class Objective(nn.Module, ABC):
+    """Base of all objectives.
+
+    Attributes:
+        corruption: what the data module does to the crystals.
+    """
+
+    corruption: Corruption
+
+    @abstractmethod
+    def forward(self, z: Tensor, batch: CrystalBatch) -> Reconstruction:
+        """Reconstruct from latents [N, d]; ``batch.undo`` holds what is to be found."""
+
+
+class Denoising(Objective):
+    """Predict masked species, and undo displacements and strain along the edges of the corrupted crystal.
+
+    With unit vectors r̂_ij and, from a pair map of (z_i, z_j, |r_ij|), scalars u_ij, s_ij, p_ij,
+        displacement_i = mean_j u_ij r̂_ij,    strain = mean_ij (s_ij r̂_ij r̂_ijᵀ + p_ij 1),
+    which turn with the crystal, so that everything asked for can be known from the input. Losses are mean squared
+    errors in units of the corruption's standard deviations.
+
+    Args:
+        latent_dim: d.
+        hidden: width of the decoder.
+        corruption: how crystals are corrupted; without displacement or strain that term is left out, so masked
+            species alone is the same objective with both at 0.
+        species_weight, displacement_weight, strain_weight: of the three terms.
+    """
+
+    def __init__(
+        self,
+        *,
+        latent_dim: Part[int],
+        hidden: int = 128,
+        corruption: Corruption,
+        species_weight: float = 1.0,
+        displacement_weight: float = 1.0,
+        strain_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.corruption = corruption
+        self.weights = {"species": species_weight, "displacement": displacement_weight, "strain": strain_weight}
+        self.species = nn.Sequential(nn.Linear(latent_dim, hidden), nn.SiLU(), nn.Linear(hidden, N_SPECIES))
+        self.geometric = corruption.displacement > 0 or corruption.strain > 0
+        if self.geometric:
+            self.node = nn.Linear(latent_dim, hidden)
+            self.basis = GaussianBasis(0.0, 8.0, 32)
+            self.edge = nn.Linear(32, hidden)
+            self.pair = PairMLP(hidden, out=3)
+
+    def forward(self, z: Tensor, batch: CrystalBatch) -> Reconstruction:
+        """Reconstruct from latents [N, d]."""
+        undo = batch.undo
+        assert undo is not None
+        loss, measures = masked_species(self.species(z), undo)
+        terms = {"species": self.weights["species"] * loss}
+        if self.geometric:
+            displacement, strain = self.undo_geometry(z, batch)
+            if self.corruption.displacement > 0:
+                error = (displacement - undo.displacement) / self.corruption.displacement
+                terms["displacement"] = self.weights["displacement"] * error.square().mean()
+                measures["coordinate_error"] = _mean_of((displacement - undo.displacement).norm(dim=-1))
+                measures["coordinate_error_baseline"] = _mean_of(undo.displacement.norm(dim=-1))
+            if self.corruption.strain > 0:
+                error = (strain - undo.strain) / self.corruption.strain
+                terms["strain"] = self.weights["strain"] * error.square().mean()
+                true = undo_strain(batch.lattice, undo.strain)
+                measures |= lattice_measures(undo_strain(batch.lattice, strain.detach()), true)
+                measures |= lattice_measures(batch.lattice, true, "_baseline")
+        return Reconstruction(terms, measures)
+
+    def undo_geometry(self, z: Tensor, batch: CrystalBatch) -> tuple[Tensor, Tensor]:
+        """Return the displacement [N, 3] in Å and the strain [B, 3, 3] found in the corrupted crystal."""
+        source, target = batch.edge_index
+        length = batch.edge_vec.norm(dim=-1, keepdim=True)
+        unit = batch.edge_vec / length
+        node = self.node(z)
+        u, s, p = self.pair(node, node, self.edge(self.basis(length.squeeze(-1))), source, target).split(1, dim=-1)
+        displacement = scatter(u * unit, target, 0, batch.num_atoms, "mean") * self.corruption.displacement
+        outer = (unit.unsqueeze(-1) * unit.unsqueeze(-2)).flatten(1)
+        eye = torch.eye(3, dtype=z.dtype, device=z.device).flatten()
+        strain = scatter(s * outer + p * eye, batch.crystal.index_select(0, target), 0, batch.num_crystals, "mean")
+        return displacement, strain.view(-1, 3, 3) * self.corruption.strain
+
+
+class Published(Objective):
+    """Reconstruct masked species, absolute Cartesian coordinates and the lattice matrix, as the released code does.
+
+    The last two change under rotation and translation while the latents don't: they can't be known from the input,
+    and their loss has a floor. The lattice target is transposed, as in the released code. L1 for both.
+
+    Args:
+        latent_dim: d.
+        corruption: the mask.
+    """
+
+    def __init__(self, *, latent_dim: Part[int], corruption: Corruption) -> None:
+        super().__init__()
+        self.corruption = corruption
+        self.species = nn.Linear(latent_dim, N_SPECIES)
+        self.coordinates = nn.Linear(latent_dim, 3)
+        self.lattice = nn.Linear(latent_dim, 9)
+
+    def forward(self, z: Tensor, batch: CrystalBatch) -> Reconstruction:
+        """Reconstruct from latents [N, d]."""
+        assert batch.undo is not None
+        species, measures = masked_species(self.species(z), batch.undo)
+        coordinates = self.coordinates(z)
+        lattice = self.lattice(scatter(z, batch.crystal, 0, batch.num_crystals, "mean")).view(-1, 3, 3)
+        terms = {
+            "species": species,
+            "coordinates": (coordinates - batch.positions).abs().mean(),
+            "lattice": (lattice - batch.lattice.transpose(1, 2)).abs().mean(),
+        }
+        measures["coordinate_error"] = _mean_of((coordinates - batch.positions).norm(dim=-1))
+        measures |= lattice_measures(lattice.transpose(1, 2), batch.lattice)
+        return Reconstruction(terms, measures)

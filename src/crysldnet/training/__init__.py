@@ -1,0 +1,1 @@
+"""Trainer, strategies, optimizers, loggers, run folders and checkpoints."""

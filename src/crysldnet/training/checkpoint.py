@@ -1,0 +1,163 @@
+"""Files that outlive a run: the encoder checkpoint and the property model.
+
+Both are safetensors: weights, and in the metadata one JSON text with the plain configuration, the format version and
+the provenance, and the sha256 of every tensor and of that text. Nothing is unpickled. Reading is strict: a missing,
+surplus or misshapen tensor, other graph settings, a newer format or a changed byte is an error that says which.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from crysldnet.build import build
+from crysldnet.encoders.protocol import Encoder
+from crysldnet.errors import CheckpointError, ConfigError
+from crysldnet.models.head import PropertyModel
+
+FORMAT_VERSION = 1
+Kind = Literal["encoder", "pretraining", "property_model"]
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def write(path: Path, kind: Kind, state: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+    """Write weights and what is known of them; the file appears whole or not at all.
+
+    Args:
+        path: the file, usually ``*.safetensors``.
+        kind: what it is.
+        state: the weights.
+        info: plain values.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    text = json.dumps({"format_version": FORMAT_VERSION, "kind": kind, **info})
+    digests = {name: _digest(tensor) for name, tensor in tensors.items()}
+    digests["metadata"] = hashlib.sha256(text.encode()).hexdigest()
+    content = save(tensors, metadata={"crysldnet": text, "sha256": json.dumps(digests)})
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"can't write {path}: {error.strerror}") from error
+
+
+def read(path: str | os.PathLike[str], kind: Kind) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read and verify a file; return its information and its weights.
+
+    Raises:
+        CheckpointError: there is no such file, or it is damaged, of another kind or of a newer format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        info = json.loads(metadata.get("crysldnet", "null"))
+        digests = json.loads(metadata.get("sha256", "null"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file, or cut off ({error})") from error
+    if not isinstance(info, dict) or not isinstance(digests, dict):
+        raise CheckpointError(f"{path}: not written by crysldnet (it has no crysldnet metadata)")
+    if not isinstance(info.get("format_version"), int) or info["format_version"] > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: its format version is {info.get('format_version')}, this crysldnet reads up to {FORMAT_VERSION}; "
+            "upgrade crysldnet"
+        )
+    if hashlib.sha256(metadata["crysldnet"].encode()).hexdigest() != digests.get("metadata"):
+        raise CheckpointError(f"{path}: its metadata was changed after it was written (sha256 differs)")
+    for name, tensor in state.items():
+        if digests.get(name) != _digest(tensor):
+            raise CheckpointError(f"{path}: tensor {name!r} is damaged (sha256 differs); copy or train it again")
+    if info.get("kind") != kind:
+        raise CheckpointError(f"{path}: it holds a {info.get('kind')}, not a {kind}")
+    return info, state
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Copy weights into a module of exactly the same keys and shapes.
+
+    Raises:
+        CheckpointError: naming the first keys that are missing, surplus or of another shape.
+    """
+    own = module.state_dict()
+    problems = []
+    for title, keys in (("missing", own.keys() - state.keys()), ("surplus", state.keys() - own.keys())):
+        if keys:
+            shown = ", ".join(sorted(keys)[:3])
+            problems.append(f"{len(keys)} {title} ({shown}{', …' if len(keys) > 3 else ''})")
+    for name in sorted(own.keys() & state.keys()):
+        if own[name].shape != state[name].shape:
+            problems.append(f"{name} has shape {list(state[name].shape)}, the model needs {list(own[name].shape)}")
+    if problems:
+        raise CheckpointError(f"{path}: its tensors don't fit the model: {'; '.join(problems[:4])}")
+    module.load_state_dict(dict(state), strict=True)
+
+
+def encoder_info(encoder: Encoder, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an encoder's file says of it."""
+    return {"encoder": dict(config), "graph": asdict(encoder.graph), "provenance": dict(provenance)}
+
+
+def build_encoder(info: Mapping[str, Any], path: str | os.PathLike[str]) -> Encoder:
+    """Build the encoder that a file describes, with fresh weights.
+
+    Raises:
+        CheckpointError: this version can't build it, or builds it with another graph.
+    """
+    try:
+        encoder: Encoder = build(info["encoder"], "encoder")
+    except (KeyError, ConfigError) as error:
+        raise CheckpointError(f"{path}: its encoder can't be built: {error}") from error
+    graph = asdict(encoder.graph)
+    stored = info.get("graph", {})
+    for key in graph.keys() | stored.keys():
+        if graph.get(key) != stored.get(key):
+            raise CheckpointError(
+                f"{path}: it was trained on graphs with {key}={stored.get(key)}, "
+                f"this version builds them with {key}={graph.get(key)}"
+            )
+    return encoder
+
+
+def load_encoder(path: str | os.PathLike[str]) -> tuple[Encoder, dict[str, Any]]:
+    """Load a pretrained encoder, and what its file says of it."""
+    info, state = read(path, "encoder")
+    encoder = build_encoder(info, path)
+    load_strictly(encoder, state, path)
+    return encoder, info
+
+
+def load_property_model(path: str | os.PathLike[str]) -> tuple[PropertyModel, dict[str, Any]]:
+    """Load a finetuned model, and what its file says of it; a run folder stands for its ``model.safetensors``."""
+    path = Path(path)
+    path = path / "model.safetensors" if path.is_dir() else path
+    info, state = read(path, "property_model")
+    encoder = build_encoder(info, path)
+    try:
+        head = build(info["head"], "head", width=encoder.width, outputs=len(info["targets"]))
+    except (KeyError, ConfigError) as error:
+        raise CheckpointError(f"{path}: its head can't be built: {error}") from error
+    model = PropertyModel(encoder=encoder, head=head, targets=info["targets"], units=info["units"])
+    load_strictly(model, state, path)
+    return model.eval(), info

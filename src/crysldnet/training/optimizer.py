@@ -1,0 +1,78 @@
+"""Optimizers and learning-rate schedules as settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+
+NO_DECAY_NAMES = ("bias", "bn", "norm")
+
+
+class _OneCycle(OneCycleLR):
+    """OneCycle that stays at its last value where more steps come than were planned."""
+
+    def step(self, epoch: int | None = None) -> None:
+        if self.last_epoch + 1 < self.total_steps:
+            super().step(epoch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """AdamW with a schedule over all steps of the run.
+
+    Attributes:
+        lr: the highest learning rate.
+        weight_decay: of matrices alone (``decay=matrices``), or of every parameter whose name contains none of
+            "bias", "bn", "norm", as the published code does (``decay=names``).
+        schedule: ``onecycle`` (from lr/25 up to lr and down to lr/250,000, cosine), ``cosine`` (up, then down to 0)
+            or ``constant``.
+        warmup: share of the steps on the way up.
+    """
+
+    lr: float
+    weight_decay: float = 1e-5
+    decay: Literal["matrices", "names"] = "matrices"
+    schedule: Literal["onecycle", "cosine", "constant"] = "onecycle"
+    warmup: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0 or not 0 <= self.warmup < 1:
+            raise ValueError(f"lr must be over 0 and warmup at least 0 and below 1, not {self.lr} and {self.warmup}")
+
+    def parameter_groups(self, module: nn.Module) -> list[dict[str, Any]]:
+        """Return the trainable parameters, those that decay and those that don't."""
+        decay: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                by_name = not any(word in name for word in NO_DECAY_NAMES)
+                (decay if (by_name if self.decay == "names" else parameter.ndim >= 2) else rest).append(parameter)
+        return [{"params": decay, "weight_decay": self.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+    def build(self, module: nn.Module, total_steps: int) -> dict[str, Any]:
+        """Return what ``configure_optimizers`` returns; the schedule advances every optimizer step."""
+        optimizer = torch.optim.AdamW(self.parameter_groups(module), lr=self.lr)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._schedule(optimizer, max(total_steps, 1)), "interval": "step"},
+        }
+
+    def _schedule(self, optimizer: torch.optim.Optimizer, total: int) -> LRScheduler:
+        if self.schedule == "onecycle" and total > 1:
+            # With very few steps a warm-up that rounds to none would divide by zero inside OneCycleLR.
+            warmup = min(max(self.warmup, 1.5 / total), 0.9)
+            return _OneCycle(optimizer, max_lr=self.lr, total_steps=total, pct_start=warmup)
+        if self.schedule == "constant":
+            return LambdaLR(optimizer, lambda step: 1.0)  # noqa: ARG005
+        up = max(1.0, self.warmup * total)
+
+        def factor(step: int) -> float:
+            if step < up:
+                return (step + 1) / up
+            return 0.5 * (1.0 + float(torch.cos(torch.tensor(torch.pi * min(1.0, (step - up) / max(1.0, total - up))))))
+
+        return LambdaLR(optimizer, factor)

@@ -1,0 +1,181 @@
+"""The Lightning Trainer, made from settings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import (
+    Callback,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    RichProgressBar,
+)
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.strategies import Strategy
+
+from crysldnet.errors import ConfigError, DeviceError, Interrupted
+
+LAST = "last.ckpt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings:
+    """Where and how a run is executed.
+
+    Attributes:
+        accelerator: ``auto`` takes GPUs where there are any, else the CPU.
+        devices: number of devices a node.
+        nodes: number of nodes.
+        precision: as in Lightning: 32-true, bf16-mixed, 16-mixed, 64-true.
+        accumulate: batches per optimizer step; ``data.batch_size`` is divided over them.
+        ema_decay: keep an exponential moving average of the weights, which validates and is exported; null for none.
+        deterministic: refuse operations that aren't reproducible on this device.
+        progress_bar: show one.
+        log_every: steps between two logged training losses.
+    """
+
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int = 1
+    nodes: int = 1
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
+    accumulate: int = 1
+    ema_decay: float | None = None
+    deterministic: bool = False
+    progress_bar: bool = True
+    log_every: int = 10
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.devices * self.nodes
+
+    def resolve_accelerator(self) -> Literal["cpu", "gpu"]:
+        """Return what to run on.
+
+        Raises:
+            DeviceError: there are fewer devices than asked for.
+        """
+        gpus = torch.cuda.device_count()
+        if self.accelerator == "cpu" or (self.accelerator == "auto" and gpus == 0):
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            if self.devices > cores:
+                raise DeviceError(
+                    f"trainer.devices={self.devices}: there is no GPU here, and {self.devices} CPU processes need more "
+                    f"than the {cores} cores of this machine; ask for at most {cores}"
+                )
+            return "cpu"
+        if self.devices > gpus:
+            raise DeviceError(f"trainer.devices={self.devices}: this machine has {gpus} GPU(s); ask for at most {gpus}")
+        return "gpu"
+
+
+class SeedEveryBatch(Callback):
+    """Seed torch before every batch from (seed, epoch, number of the batch in the epoch).
+
+    Random numbers then don't depend on what was drawn before, so a resumed run draws the same ones as one that was
+    never interrupted, and a batch draws the same ones whichever rank it falls to. Validation batches draw the same
+    ones every epoch.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def _seed(self, trainer: pl.Trainer, epoch: int, batch_idx: int) -> None:
+        number = batch_idx * trainer.world_size + trainer.global_rank
+        torch.manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + number)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        """Seed by epoch and batch."""
+        self._seed(trainer, trainer.current_epoch + 1, batch_idx)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Seed by batch alone."""
+        self._seed(trainer, 0, batch_idx)
+
+
+def make_trainer(
+    settings: TrainerSettings,
+    strategy: Strategy | str,
+    *,
+    folder: Path,
+    epochs: int,
+    seed: int,
+    gradient_clip: float | None,
+    loggers: Sequence[Logger] = (),
+    monitor: str | None = None,
+) -> pl.Trainer:
+    """Make the Trainer of one stage.
+
+    Args:
+        settings: devices, precision and so on.
+        strategy: how the run is spread over devices.
+        folder: gets ``metrics.csv`` and ``checkpoints/``.
+        epochs: number of epochs.
+        seed: of every random number drawn in training.
+        gradient_clip: largest norm of the gradient; None for no clipping.
+        loggers: besides the CSV.
+        monitor: metric whose lowest value on validation chooses ``best.ckpt``; None keeps the last alone.
+    """
+    accelerator = settings.resolve_accelerator()
+    if settings.world_size > 1 and strategy == "auto":
+        raise ConfigError(
+            f"{settings.world_size} processes need strategy=ddp (or fsdp), not strategy=single", "strategy"
+        )
+    checkpoints = folder / "checkpoints"
+    callbacks: list[Callback] = [
+        SeedEveryBatch(seed),
+        ModelCheckpoint(checkpoints, filename=LAST.removesuffix(".ckpt"), enable_version_counter=False),
+    ]
+    if monitor is not None:
+        callbacks.append(
+            ModelCheckpoint(checkpoints, filename="best", monitor=monitor, mode="min", enable_version_counter=False)
+        )
+    if settings.ema_decay is not None:
+        callbacks.append(EMAWeightAveraging(decay=settings.ema_decay))
+    if settings.progress_bar:
+        callbacks.append(RichProgressBar(leave=False))
+    csv = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=50)
+    callbacks.append(LearningRateMonitor(logging_interval="epoch"))
+    return pl.Trainer(
+        accelerator=accelerator,
+        devices=settings.devices,
+        num_nodes=settings.nodes,
+        strategy=strategy,
+        precision=settings.precision,
+        max_epochs=epochs,
+        accumulate_grad_batches=settings.accumulate,
+        gradient_clip_val=gradient_clip,
+        deterministic=settings.deterministic,
+        callbacks=callbacks,
+        logger=[csv, *loggers],
+        log_every_n_steps=settings.log_every,
+        enable_progress_bar=settings.progress_bar,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
+
+
+def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, *, resume: bool) -> None:
+    """Train to the end, from the last checkpoint of this stage where one is to be resumed.
+
+    Raises:
+        Interrupted: the run was stopped before its last epoch.
+    """
+    last = Path(trainer.checkpoint_callbacks[0].dirpath) / LAST  # type: ignore[attr-defined]
+    trainer.fit(module, datamodule=data, ckpt_path=str(last) if resume and last.exists() else None, weights_only=True)
+    if trainer.interrupted or trainer.received_sigterm or trainer.current_epoch < (trainer.max_epochs or 0):
+        raise Interrupted(
+            f"stopped after epoch {trainer.current_epoch} of {trainer.max_epochs}; continue with resume=last"
+        )
