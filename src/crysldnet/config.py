@@ -130,7 +130,7 @@ def compose(command: str, arguments: Sequence[str] = ()) -> Composition:
     groups |= {key: value for key, value in pairs if key in groups and value not in ("null", "")}
 
     origin: dict[str, str] = {}
-    merged = OmegaConf.create()
+    merged: Any = OmegaConf.create()
     for group, choice in groups.items():
         file = _group_file(group, choice)
         node = load_yaml(file)

@@ -276,16 +276,13 @@ def _finish(folder: RunFolder, result: Finetuned, config: FinetuneConfig) -> Non
         }
     )
     splits = [split for split in ("val", "test") if any(name.startswith(f"{split}/") for name in result.metrics)]
-    names = (
-        sorted({name.split("/", 1)[1] for name in result.metrics if name.startswith(tuple(splits))}) if splits else []
-    )
+    names = dict.fromkeys(name.split("/", 1)[1] for name in result.metrics if name.startswith(("val/", "test/")))
     unit = result.data.units[0] if len(set(result.data.units)) == 1 else ""
-    rows = [
-        [
-            f"{name.upper().replace('R2', 'R²') if '/' not in name else name}{f' ({unit})' if unit and 'r2' not in name else ''}"
-        ]
-        + [f"{result.metrics[f'{split}/{name}']:.4f}" for split in splits]
-        for name in names
-    ]
+    rows = []
+    for name in names:
+        title = {"mae": "MAE", "rmse": "RMSE", "r2": "R²"}.get(name, name)
+        suffix = f" ({unit})" if unit and not name.startswith("r2") else ""
+        cells = [f"{result.metrics[f'{split}/{name}']:.4f}" for split in splits]
+        rows.append([title + suffix, *cells])
     print_table(", ".join(result.data.targets), ["", *splits], rows)
     print_table("", ["written", ""], [["model", str(folder.path / "model.safetensors")]])

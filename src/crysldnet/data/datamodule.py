@@ -164,7 +164,7 @@ class CrystalDataModule(pl.LightningDataModule):
         for reason, bad in rules.items():
             if (bad & ~gone).any():
                 self.left_out[reason] = self.left_out.get(reason, 0) + int((bad & ~gone).sum())
-            gone |= bad
+            gone = gone | bad
         return rows[~gone]
 
     @property
