@@ -88,9 +88,11 @@ def _join(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
 
 
-def _suggest(key: str, known: list[str]) -> str:
+def _suggest(key: str, known: list[str], *, listed: bool = True) -> str:
     close = get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"it may have: {', '.join(known) or 'no keys'}"
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known are: {', '.join(known) or 'none'}" if listed else "see crysldnet COMMAND --help"
 
 
 def target_of(node: Mapping[str, Any], where: str) -> str:
@@ -105,7 +107,7 @@ def target_of(node: Mapping[str, Any], where: str) -> str:
     if name not in ALLOWED:
         raise ConfigError(
             f"{_join(where, TARGET)}: {name!r} is not on the list of what configuration may build; "
-            f"{_suggest(name, sorted(ALLOWED))}",
+            f"{_suggest(name, sorted(ALLOWED), listed=False)}",
             where,
         )
     return name

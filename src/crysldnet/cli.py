@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from crysldnet import __version__
@@ -13,6 +16,8 @@ COMMANDS = {
     "pretrain": ("crysldnet.pretrain", "PretrainConfig", "pretrain an encoder without labels"),
     "finetune": ("crysldnet.finetune", "FinetuneConfig", "train a property model, pretrained or from scratch"),
     "predict": ("crysldnet.predict", "PredictConfig", "predict properties of CIF or POSCAR files"),
+    "matbench": ("crysldnet.matbench", "MatbenchConfig", "run a Matbench task and write a submission folder"),
+    "sweep": ("crysldnet.sweep", "SweepCommandConfig", "run a W&B sweep configuration on this machine"),
 }
 """Command to the module that runs it, its configuration and a line of help."""
 
@@ -76,8 +81,21 @@ def run(arguments: Sequence[str]) -> int:
     return _run_command(command, rest)
 
 
+def _quieten_libraries() -> None:
+    """Keep Lightning's notices that a user can do nothing about off the screen; its warnings stay."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*LeafSpec.*",
+        ".*does not have many workers.*",
+        ".*Checkpoint directory.*exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
 def main() -> None:
     """Run ``sys.argv``; print errors of the input without a traceback, and exit with a status that tells the truth."""
+    _quieten_libraries()
     try:
         status = run(sys.argv[1:])
     except Interrupted as error:
@@ -88,4 +106,7 @@ def main() -> None:
         status = USAGE_ERROR
     except KeyboardInterrupt:
         status = 130
+    except BrokenPipeError:  # the reader of our output went away, as in `crysldnet … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
     sys.exit(status)

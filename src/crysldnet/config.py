@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from crysldnet.build import TARGET, build_dataclass, check
 from crysldnet.errors import ConfigError
 
-COMMAND_LINE = "the command line"
+COMMAND_LINE = "on the command line"
 
 
 def conf_folder() -> Path:
@@ -69,7 +69,8 @@ class Composition:
         """Return where a key was set, for messages."""
         while key:
             if key in self.origin:
-                return self.origin[key]
+                source = self.origin[key]
+                return source if source == COMMAND_LINE else f"in {source}"
             key = key.rpartition(".")[0]
         return ""
 
@@ -134,7 +135,7 @@ def compose(command: str, arguments: Sequence[str] = ()) -> Composition:
     for group, choice in groups.items():
         file = _group_file(group, choice)
         node = load_yaml(file)
-        _note(origin, node, group, str(file))
+        _note(origin, OmegaConf.to_container(node), group, str(file))
         merged[group] = node
     for source, layer in layers:
         _note(origin, OmegaConf.to_container(layer), "", source)
@@ -178,7 +179,7 @@ def validate(composition: Composition, schema: type) -> Any:
                 check(node, field.name)
     except ConfigError as error:
         where = composition.where(error.key)
-        raise ConfigError(f"{error}{f' (set in {where})' if where else ''}", error.key) from None
+        raise ConfigError(f"{error}{f' (set {where})' if where else ''}", error.key) from None
     return settings
 
 

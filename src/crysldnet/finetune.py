@@ -250,8 +250,9 @@ def run(config: FinetuneConfig, values: dict[str, Any]) -> int:
         values: the same as plain values, to be saved with everything that the run writes.
     """
     settings: TrainerSettings = build(config.trainer, "trainer")
-    settings.resolve_accelerator()
-    make_encoder(config)  # a wrong path stops here, before a folder is made
+    settings.check(build(config.strategy, "strategy"))
+    encoder, _, _ = make_encoder(config)  # what is wrong stops here, before a folder is made
+    build(config.data, "data", graph=encoder.graph, seed=config.seed).setup()
     folder = RunFolder(config.runs, "finetune", config.name, resume=config.resume is not None)
     folder.save_config(values)
     loggers = build(config.logger, "logger", folder=folder.path, name=folder.name, config=values)

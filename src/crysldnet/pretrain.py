@@ -183,8 +183,9 @@ def run(config: PretrainConfig, values: dict[str, Any]) -> int:
     if config.init is None and config.stage == "diffusion":
         raise ConfigError("stage=diffusion needs init=PATH, the pretraining.safetensors of a first stage", "init")
     settings: TrainerSettings = build(config.trainer, "trainer")
-    settings.resolve_accelerator()
-    build_model(config, with_flow="diffusion" in stages)  # a wrong value stops here, before a folder is made
+    settings.check(build(config.strategy, "strategy"))
+    model = build_model(config, with_flow="diffusion" in stages)  # what is wrong stops here, before a folder is made
+    _make_data(config, model).setup()
     folder = RunFolder(config.runs, "pretrain", config.name, resume=config.resume is not None)
     folder.save_config(values)
     loggers = build(config.logger, "logger", folder=folder.path, name=folder.name, config=values)
@@ -197,6 +198,11 @@ def run(config: PretrainConfig, values: dict[str, Any]) -> int:
         previous = done
     _finish(folder, summary, stages)
     return 0
+
+
+def _make_data(config: PretrainConfig, model: PretrainingModel) -> CrystalDataModule:
+    corruption = model.objective.corruption if model.reconstructs else None
+    return build(config.data, "data", graph=model.encoder.graph, seed=config.seed, corruption=corruption)
 
 
 def _run_stage(
@@ -213,13 +219,7 @@ def _run_stage(
     if previous is not None:
         load_stage(model, previous)
     model.start_teacher()
-    data: CrystalDataModule = build(
-        config.data,
-        "data",
-        graph=model.encoder.graph,
-        seed=config.seed,
-        corruption=model.objective.corruption if model.reconstructs else None,
-    )
+    data = _make_data(config, model)
     data.setup()
     pace: StageSettings = getattr(config.stages, stage)
     optimizer: AdamW = build(config.optimizer, "optimizer")

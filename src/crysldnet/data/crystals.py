@@ -105,7 +105,7 @@ def faults(crystals: Crystals, *, max_atoms: int | None = None) -> list[str | No
                 found[b] = message.format(None if values is None else values[b])
 
     sizes = crystals.sizes
-    lattice_bad: NDArray = ~np.isfinite(crystals.lattice).all(axis=(1, 2))
+    lattice_bad = np.asarray(~np.isfinite(crystals.lattice).all(axis=(1, 2)))
     coords_bad = np.zeros(len(crystals), bool)
     numbers_bad = np.zeros(len(crystals), bool)
     owner = crystals.crystal

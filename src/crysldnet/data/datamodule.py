@@ -159,7 +159,7 @@ class CrystalDataModule(pl.LightningDataModule):
         if self.max_crystal_atoms is not None:
             rules[f"over {self.max_crystal_atoms} atoms (max_crystal_atoms)"] = sizes > self.max_crystal_atoms
         if self.target_values is not None:
-            rules["no target"] = np.isnan(self.target_values[rows]).all(axis=1)
+            rules["no target"] = np.asarray(np.isnan(self.target_values[rows]).all(axis=1))
         gone: NDArray = np.zeros(len(rows), bool)
         for reason, bad in rules.items():
             if (bad & ~gone).any():

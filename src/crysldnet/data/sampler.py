@@ -139,4 +139,4 @@ class BatchSampler(Sampler[BatchRequest]):
     def __iter__(self) -> Iterator[BatchRequest]:
         batches = self._batches()
         for number in range(self.rank, len(batches), self.world_size):
-            yield BatchRequest(self.rows[batches[number]], self.epoch, number)
+            yield BatchRequest(self.rows[batches[number]], self.epoch if self.shuffle else 0, number)

@@ -27,7 +27,11 @@ STRUCTURE_COLUMNS = {
 
 def units_of(schema: pa.Schema) -> dict[str, str]:
     """Return the unit of each property column that states one."""
-    return {f.name: f.metadata[b"units"].decode() for f in schema if f.metadata and b"units" in f.metadata}
+    return {
+        field.name: field.metadata[b"units"].decode()
+        for field in schema
+        if field.name not in STRUCTURE_COLUMNS and field.metadata and b"units" in field.metadata
+    }
 
 
 def metadata_of(schema: pa.Schema) -> dict[str, str]:
@@ -47,6 +51,8 @@ def _lists(table: pa.Table, name: str, dtype: type) -> tuple[NDArray, NDArray[np
         row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
         raise DataError(f"column {name!r} is empty in row {row}")
     values = column.flatten()
+    if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
+        raise DataError(f"column {name!r} must hold lists of numbers, not of {values.type}")
     if values.null_count:
         raise DataError(f"column {name!r} has a null inside a list")
     lengths = column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
@@ -80,7 +86,7 @@ def crystals_from_table(table: pa.Table) -> Crystals:
 def table_from_crystals(
     crystals: Crystals,
     ids: list[str],
-    properties: Mapping[str, NDArray | list],
+    properties: Mapping[str, NDArray | list | pa.Array],
     units: Mapping[str, str],
     metadata: Mapping[str, str],
 ) -> pa.Table:
@@ -92,7 +98,7 @@ def table_from_crystals(
         "frac_coords": pa.ListArray.from_arrays((3 * crystals.ptr).astype(np.int32), crystals.frac_coords.reshape(-1)),
     }
     for name, values in properties.items():
-        columns[name] = pa.array(values, from_pandas=True)
+        columns[name] = values if isinstance(values, pa.Array) else pa.array(values, from_pandas=True)
     fields = [
         pa.field(name, column.type, metadata={"units": units[name]} if name in units else None)
         for name, column in columns.items()

@@ -122,8 +122,8 @@ class CrystalStore:
         digest = hashlib.sha256()
         for array in (crystals.lattice, crystals.ptr, crystals.numbers, crystals.frac_coords):
             digest.update(np.ascontiguousarray(array).tobytes())
-        for column in columns.columns:
-            digest.update(json.dumps(column.to_pylist()).encode())
+        for column_name, column in zip(columns.column_names, columns.columns, strict=True):
+            digest.update(json.dumps([column_name, column.to_pylist()]).encode())
         return cls(crystals, columns, units_of(table.schema), metadata_of(table.schema), name, digest.hexdigest())
 
     @classmethod
@@ -171,7 +171,10 @@ class CrystalStore:
             arrays[name] = (
                 np.memmap(path / f"{name}.bin", dtype, "r", shape=full) if full[0] else np.empty(full, np.dtype(dtype))
             )
-        columns = pa.ipc.open_file(pa.memory_map(str(path / "columns.arrow"))).read_all()
+        try:
+            columns = pa.ipc.open_file(pa.memory_map(str(path / "columns.arrow"))).read_all()
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path / 'columns.arrow'}: damaged ({error}); import the store again") from error
         return cls(Crystals(**arrays), columns, info["units"], info["metadata"], str(path), info["sha256"])
 
     def verify(self) -> None:
@@ -216,8 +219,11 @@ class StoreWriter:
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         self.path = Path(path)
-        if self.path.exists() and not overwrite:
-            raise DataError(f"{self.path} exists already; choose another name or pass --overwrite")
+        if self.path.exists():
+            if not overwrite:
+                raise DataError(f"{self.path} exists already; choose another name or pass --overwrite")
+            if not (self.path / "store.json").is_file():
+                raise DataError(f"{self.path} isn't a crystal store and won't be overwritten; choose another name")
         self._partial = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
         self._files: dict[str, Any] = {}
         self._columns: pa.RecordBatchFileWriter | None = None
@@ -227,6 +233,7 @@ class StoreWriter:
 
     def __enter__(self) -> StoreWriter:
         try:
+            self._remove_partials_of_killed_imports()
             self._partial.mkdir(parents=True)
             for name in _ARRAYS:
                 self._files[name] = (self._partial / f"{name}.bin").open("wb")
@@ -234,6 +241,15 @@ class StoreWriter:
             raise DataError(f"can't write to {self.path.parent}: {error.strerror}") from error
         self._files["ptr"].write(np.zeros(1, "<i8").tobytes())
         return self
+
+    def _remove_partials_of_killed_imports(self) -> None:
+        for left in self.path.parent.glob(f".{self.path.name}.partial-*"):
+            try:
+                os.kill(int(left.name.rpartition("-")[2]), 0)
+            except (ProcessLookupError, ValueError):
+                shutil.rmtree(left, ignore_errors=True)
+            except PermissionError:  # another user's import is running
+                continue
 
     def append(self, table: pa.Table) -> None:
         """Add the rows of a table in the Parquet schema; all tables have the same columns."""
@@ -285,9 +301,11 @@ class StoreWriter:
             descriptor = os.open(file, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
+        replaced = self.path.with_name(f".{self.path.name}.replaced-{os.getpid()}")
         if self.path.exists():
-            shutil.rmtree(self.path)
+            self.path.rename(replaced)
         self._partial.rename(self.path)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_store(path: str | os.PathLike[str], tables: Iterable[pa.Table], *, overwrite: bool = False) -> CrystalStore:

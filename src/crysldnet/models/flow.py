@@ -30,6 +30,8 @@ class LatentFlow(nn.Module):
         latent: diffuse ``posterior`` samples, or the encoder's ``features`` before the latent map, as published.
         reconstruction: keep the first stage's loss beside the diffusion loss. Without it and with a joint target a
             constant encoder is a global minimum, which is the published recipe.
+        weight: of the diffusion loss beside the others; 1 as published. Over uniform times the weighted error of an
+            uninformed denoiser is about 19, so 1 lets it drown the reconstruction.
         ema_decay: of the slow average, a step.
         t_min, t_max: times are drawn uniformly between them.
         min_gap: the loss is divided by max(1 − t, min_gap)².
@@ -45,6 +47,7 @@ class LatentFlow(nn.Module):
         target: Literal["joint", "ema", "frozen"] = "joint",
         latent: Literal["posterior", "features"] = "posterior",
         reconstruction: bool = True,
+        weight: float = 0.1,
         ema_decay: float = 0.999,
         t_min: float = 0.01,
         t_max: float = 0.99,
@@ -54,6 +57,7 @@ class LatentFlow(nn.Module):
         super().__init__()
         self.denoiser, self.latent_dim = denoiser, latent_dim
         self.target, self.latent, self.reconstruction = target, latent, reconstruction
+        self.weight = weight
         self.ema_decay = 1.0 if target == "frozen" else ema_decay
         self.t_min, self.t_max, self.min_gap, self.center_noise = t_min, t_max, min_gap, center_noise
 

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import (
     RichProgressBar,
 )
 from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
 
 from crysldnet.errors import ConfigError, DeviceError, Interrupted
 
@@ -50,6 +50,19 @@ class TrainerSettings:
     deterministic: bool = False
     progress_bar: bool = True
     log_every: int = 10
+
+    def check(self, strategy: Strategy | str) -> None:
+        """Check that this machine and the strategy can do what is asked, before anything is written.
+
+        Raises:
+            DeviceError: there are fewer devices than asked for.
+            ConfigError: the strategy is for one device, or for GPUs alone.
+        """
+        accelerator = self.resolve_accelerator()
+        if self.world_size > 1 and strategy == "auto":
+            raise ConfigError(f"{self.world_size} processes need strategy=ddp (or fsdp), not single", "strategy")
+        if isinstance(strategy, FSDPStrategy) and accelerator == "cpu":
+            raise ConfigError("strategy=fsdp needs GPUs; on CPU use strategy=ddp", "strategy")
 
     @property
     def world_size(self) -> int:
@@ -128,10 +141,6 @@ def make_trainer(
         monitor: metric whose lowest value on validation chooses ``best.ckpt``; None keeps the last alone.
     """
     accelerator = settings.resolve_accelerator()
-    if settings.world_size > 1 and strategy == "auto":
-        raise ConfigError(
-            f"{settings.world_size} processes need strategy=ddp (or fsdp), not strategy=single", "strategy"
-        )
     checkpoints = folder / "checkpoints"
     callbacks: list[Callback] = [
         SeedEveryBatch(seed),

@@ -1,0 +1,99 @@
+"""Crystals that several tests use."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from crysldnet.data.crystals import Crystals
+from crysldnet.data.datamodule import open_store
+from crysldnet.data.store import CrystalStore
+
+
+def pytest_configure() -> None:
+    """Compute on one thread: tensors are small here, and threads that wait for a core are slower than none."""
+    torch.set_num_threads(1)
+
+
+class Cell(NamedTuple):
+    """One crystal, coordinates in float64."""
+
+    lattice: NDArray[np.float64]
+    numbers: NDArray[np.int64]
+    frac_coords: NDArray[np.float64]
+
+    @property
+    def positions(self) -> NDArray[np.float64]:
+        return self.frac_coords @ self.lattice
+
+
+def cell(lattice: object, numbers: object, frac_coords: object) -> Cell:
+    return Cell(np.array(lattice, float), np.array(numbers), np.array(frac_coords, float).reshape(-1, 3))
+
+
+def put_together(cells: Iterable[Cell]) -> Crystals:
+    """Put cells side by side without rounding their coordinates to float32."""
+    cells = list(cells)
+    return Crystals(
+        np.stack([c.lattice for c in cells]),
+        np.concatenate([[0], np.cumsum([len(c.numbers) for c in cells])]),
+        np.concatenate([c.numbers for c in cells]).astype(np.uint8),
+        np.concatenate([c.frac_coords for c in cells]),
+    )
+
+
+def cells_of(store: CrystalStore, rows: Iterable[int]) -> list[Cell]:
+    crystals = store.crystals
+    found = []
+    for row in rows:
+        atoms = slice(crystals.ptr[row], crystals.ptr[row + 1])
+        found.append(cell(crystals.lattice[row], crystals.numbers[atoms], crystals.frac_coords[atoms]))
+    return found
+
+
+def supercell(c: Cell, repeats: tuple[int, int, int]) -> Cell:
+    """Repeat a cell; copy m of atom i is atom m · n + i."""
+    shifts = np.stack(np.meshgrid(*map(np.arange, repeats), indexing="ij"), axis=-1).reshape(-1, 3)
+    frac = (shifts[:, None, :] + c.frac_coords[None]).reshape(-1, 3) / repeats
+    return Cell(c.lattice * np.array(repeats)[:, None], np.tile(c.numbers, len(shifts)), frac)
+
+
+def random_triclinic(rng: np.random.Generator, n_atoms: int) -> Cell:
+    """A cell with angles of 50° to 120°, lengths that differ by up to a factor of two and about 15 Å³ an atom."""
+    while True:
+        angles = np.radians(rng.uniform(50, 120, 3))
+        cosines = np.cos(angles)
+        gram = np.eye(3)
+        gram[1, 2] = gram[2, 1] = cosines[0]
+        gram[0, 2] = gram[2, 0] = cosines[1]
+        gram[0, 1] = gram[1, 0] = cosines[2]
+        if np.linalg.det(gram) > 0.1:
+            break
+    lattice = np.linalg.cholesky(gram) * rng.uniform(1, 2, 3)[:, None]
+    lattice *= np.cbrt(15 * n_atoms / np.linalg.det(lattice))
+    return cell(lattice, rng.integers(1, 90, n_atoms), rng.random((n_atoms, 3)))
+
+
+def _face_centred(a: float) -> NDArray[np.float64]:
+    return a / 2 * np.array([[0, 1, 1], [1, 0, 1], [1, 1, 0]])
+
+
+FACES = [[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]]
+ROCKSALT = cell(_face_centred(5.64), [11, 17], [[0, 0, 0], [0.5, 0.5, 0.5]])
+ROCKSALT_CUBE = cell(np.eye(3) * 5.64, [11] * 4 + [17] * 4, [*FACES, *(np.array(FACES) + 0.5)])
+COPPER = cell(_face_centred(3.61), [29], [[0, 0, 0]])
+COPPER_CUBE = cell(np.eye(3) * 3.61, [29] * 4, FACES)
+PEROVSKITE = cell(np.eye(3) * 3.905, [38, 22, 8, 8, 8], [[0, 0, 0], [0.5, 0.5, 0.5], *FACES[1:]])
+TRICLINIC = cell(
+    [[3, 0, 0], [1.2, 3.4, 0], [-0.7, 0.9, 4.1]],
+    [14, 8],
+    [[0, 0, 0], [0.37, 0.52, 0.41]],
+)
+
+
+@pytest.fixture(scope="session")
+def starter() -> CrystalStore:
+    return open_store("embedded:mp_starter")

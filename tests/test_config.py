@@ -1,0 +1,159 @@
+"""Configuration: every file composes, every key is known, errors name key, file and mend."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from crysldnet import build as build_module
+from crysldnet.build import TARGET, build
+from crysldnet.cli import COMMANDS, run
+from crysldnet.config import choices, compose, conf_folder, validate
+from crysldnet.errors import ConfigError
+from crysldnet.finetune import FinetuneConfig
+from crysldnet.pretrain import PretrainConfig, build_model
+
+GROUPS = ["data", "encoder", "objective", "denoiser", "head", "optimizer", "trainer", "strategy", "logger"]
+
+
+def check_pretrain(*arguments: str) -> PretrainConfig:
+    return validate(compose("pretrain", arguments), PretrainConfig)
+
+
+@pytest.mark.parametrize(("group", "choice"), [(g, c) for g in GROUPS for c in choices(g)])
+def test_every_choice_composes_and_is_valid(group, choice):
+    command, schema = ("finetune", FinetuneConfig) if group == "head" else ("pretrain", PretrainConfig)
+    extra = ["data.path=somewhere.parquet"] if (group, choice) == ("data", "custom") else []
+    composition = compose(command, [f"{group}={choice}", *extra])
+    assert getattr(validate(composition, schema), group) == composition.values[group]
+
+
+@pytest.mark.parametrize("choice", ["pddformer", "pddformer_small"])
+@pytest.mark.parametrize("objective", ["denoising", "masked", "published"])
+def test_every_pretraining_model_builds(choice, objective):
+    model = build_model(
+        check_pretrain(f"encoder={choice}", f"objective={objective}", "encoder.layers=2"), with_flow=True
+    )
+    assert model.flow is not None
+
+
+def test_the_published_preset_has_the_published_sizes():
+    model = build_model(check_pretrain("preset=published"), with_flow=True)
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    assert count(model.encoder) == 4_332_800
+    assert count(model.objective) == 30_583 + 771 + 2_313
+    assert count(model.posterior) == 131_072
+    assert count(model.flow.denoiser) == 129_903_616
+    assert not model.reconstructs
+    assert model.encoder.graph.repeat_self_images
+
+
+def test_every_yaml_lies_where_a_test_reads_it():
+    known = {*GROUPS, "preset", "sweep"}
+    assert {p.name for p in conf_folder().iterdir() if p.is_dir()} == known
+    assert {p.stem for p in conf_folder().glob("*.yaml")} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_teaches_every_key(command, capsys):
+    assert run([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    for line in (conf_folder() / f"{command}.yaml").read_text().splitlines():
+        key = line.split(":")[0].strip()
+        if key and not key.startswith("#") and key != "defaults":
+            assert key in text
+    assert "usage: crysldnet" in text
+
+
+def test_printed_config_is_the_resolved_one(capsys):
+    assert run(["pretrain", "--print-config", "encoder=pddformer", "model.latent_dim=8"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["encoder"]["width"] == 256
+    assert printed["model"]["latent_dim"] == 8
+
+
+def test_overrides_win_over_presets_and_presets_over_groups():
+    assert check_pretrain("preset=published").optimizer["lr"] == 1e-3
+    assert check_pretrain("preset=published", "optimizer.lr=0.5").optimizer["lr"] == 0.5
+    assert check_pretrain("optimizer.lr=0.5", "preset=published").optimizer["lr"] == 0.5
+    assert check_pretrain("preset=published", "encoder=pddformer_small").encoder["width"] == 64
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("enocder=pddformer", ["enocder", "encoder"]),
+        ("encoder=pddfromer", ["pddformer", "there are"]),
+        ("encoder.widht=3", ["encoder.widht", "width", "on the command line"]),
+        ("encoder.width=wide", ["encoder.width", "integer"]),
+        ("encoder.width=3.5", ["encoder.width", "integer"]),
+        ("model.latent_dimm=8", ["model.latent_dimm", "latent_dim"]),
+        ("stages.vae.epoch=3", ["stages.vae.epoch", "epochs"]),
+        ("stage=all", ["stage", "'vae', 'diffusion' or 'both'"]),
+        ("data=custom", ["data.path", "custom.yaml"]),
+        ("data.split.by=luck", ["data.split.by", "'formula'"]),
+        ("objective.corruption.mask_fraction=2.0", ["objective.corruption", "0 to 1"]),
+        ("seed=null", ["seed", "integer"]),
+        ("encoder.graph=1", ["encoder.graph", "unknown"]),
+        ("data.seed=1", ["data.seed", "unknown"]),
+        ("nonsense", ["nonsense", "key=value"]),
+        ("encoder.width=[1", ["encoder.width"]),
+        ("encoder._target_=os.system", ["os.system", "not on the list"]),
+        ("encoder._target_=torch.load", ["torch.load", "not on the list"]),
+        ("preset=publishd", ["published"]),
+        ("encoder.width=${oops}", ["oops"]),
+    ],
+)
+def test_a_wrong_argument_is_refused_with_key_and_mend(argument, says):
+    with pytest.raises(ConfigError) as caught:
+        build_model(check_pretrain(argument), with_flow=True)
+    for word in says:
+        assert word in str(caught.value)
+
+
+def test_a_wrong_key_in_a_file_is_refused_with_the_file(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text((conf_folder() / "encoder" / "pddformer.yaml").read_text() + "\nlayerz: 3\n")
+    with pytest.raises(ConfigError) as caught:
+        check_pretrain(f"encoder={file}")
+    assert str(file) in str(caught.value)
+    assert "layers" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [1\n", "\x00\x01"])
+def test_a_file_that_is_no_mapping_is_refused_with_its_name(tmp_path, text):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"mine\.yaml"):
+        check_pretrain(f"encoder={file}")
+
+
+def test_yaml_cannot_name_a_python_object(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"!!python/object/apply:os.system ['touch {tmp_path}/owned']\n")
+    with pytest.raises(ConfigError):
+        check_pretrain(f"encoder={file}")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_only_listed_classes_are_built():
+    with pytest.raises(ConfigError, match="not on the list"):
+        build({TARGET: "subprocess.run", "args": ["true"]})
+    assert all(name.startswith("crysldnet.") for name in build_module.ALLOWED)
+
+
+def test_an_encoder_of_ones_own_can_be_allowed(monkeypatch):
+    monkeypatch.setattr(build_module, "ALLOWED", set(build_module.ALLOWED))
+    name = "torch.optim.swa_utils.AveragedModel"
+    with pytest.raises(ConfigError):
+        build({TARGET: name})
+    build_module.allow("crysldnet.data.graph.GraphSpec")
+    assert build({TARGET: "crysldnet.data.graph.GraphSpec", "k": 7}).k == 7
+
+
+def test_conf_is_found_beside_the_source():
+    assert (conf_folder() / "pretrain.yaml").is_file()
+    assert Path(conf_folder()).is_absolute()

@@ -1,0 +1,76 @@
+"""Imports point down only, and training needs neither pymatgen nor matbench."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "crysldnet"
+
+LAYERS = [
+    {"cli", "__main__"},
+    {"config"},
+    {"sweep", "matbench", "predict"},
+    {"finetune"},
+    {"pretrain"},
+    {"training"},
+    {"models"},
+    {"encoders"},
+    {"data"},
+    {"geometry", "build"},
+    {"errors", "report", "__init__"},
+]
+"""From the command line down. A module may import its own layer's package and those below."""
+
+MAY_TURN = {("__main__", "cli"), ("sweep", "config"), ("matbench", "config")}
+"""The sweep and the Matbench command compose configurations; that module imports no command itself."""
+
+
+def layer_of(name: str) -> int:
+    return next(i for i, names in enumerate(LAYERS) if name in names)
+
+
+def imports_of(path: Path) -> set[str]:
+    """First part below ``crysldnet`` of every import in a file, those inside functions included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "crysldnet":
+            names = [node.module] if "." in node.module else [f"crysldnet.{a.name}" for a in node.names]
+        elif isinstance(node, ast.Import):
+            names = [a.name for a in node.names if a.name.startswith("crysldnet.")]
+        found |= {name.split(".")[1] for name in names}
+    return {name if any(name in names for names in LAYERS) else "__init__" for name in found}
+
+
+def upward_imports(files: dict[str, set[str]]) -> list[str]:
+    wrong = []
+    for file, imported in files.items():
+        own = file.split("/")[0].removesuffix(".py")
+        for name in imported:
+            if name != own and layer_of(name) <= layer_of(own) and (own, name) not in MAY_TURN:
+                wrong.append(f"{file} imports {name}")
+    return wrong
+
+
+def test_imports_point_down_only():
+    files = {str(path.relative_to(PACKAGE)): imports_of(path) for path in PACKAGE.rglob("*.py")}
+    assert len(files) > 30
+    assert upward_imports(files) == []
+
+
+def test_an_upward_import_is_found():
+    assert upward_imports({"data/store.py": {"models"}}) == ["data/store.py imports models"]
+    assert upward_imports({"encoders/pddformer.py": {"training", "data"}}) == ["encoders/pddformer.py imports training"]
+
+
+@pytest.mark.parametrize("module", ["crysldnet.pretrain", "crysldnet.finetune", "crysldnet.predict"])
+def test_training_imports_neither_pymatgen_nor_matbench(module):
+    code = (
+        f"import sys, {module}; from crysldnet.config import compose; compose('pretrain');"
+        "bad = {'pymatgen', 'matbench', 'matminer', 'wandb', 'gemmi'} & set(sys.modules); sys.exit(','.join(bad) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,40 @@
+"""Settings that make a real run small enough for a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from crysldnet.config import compose, validate
+from crysldnet.data.datamodule import EMBEDDED
+from crysldnet.finetune import FinetuneConfig
+from crysldnet.pretrain import PretrainConfig
+
+ENCODER = ["encoder.width=32", "encoder.layers=2", "encoder.k=8", "encoder.n_distances=12", "encoder.n_basis=32"]
+DENOISER = ["denoiser.width=32", "denoiser.layers=1", "denoiser.heads=2"]
+QUIET = ["trainer.progress_bar=false"]
+
+
+def subset(path: Path, *, train: int, val: int = 0, test: int = 0, max_atoms: int = 12) -> Path:
+    """Write the first small crystals of each split of the embedded set as a Parquet file."""
+    table = pq.read_table(EMBEDDED / "mp_starter.parquet")
+    splits, sizes = table["split"].to_pylist(), [len(z) for z in table["atomic_numbers"].to_pylist()]
+    rows: list[int] = []
+    for name, count in (("train", train), ("val", val), ("test", test)):
+        small = [i for i, (s, n) in enumerate(zip(splits, sizes, strict=True)) if s == name and 2 <= n <= max_atoms]
+        rows += small[-count:] if count else []
+    pq.write_table(table.take(rows), path)
+    return path
+
+
+def pretrain_config(*arguments: str) -> tuple[PretrainConfig, dict]:
+    """Compose a tiny pretraining run."""
+    composition = compose("pretrain", [*ENCODER, *DENOISER, *QUIET, *arguments])
+    return validate(composition, PretrainConfig), composition.values
+
+
+def finetune_config(*arguments: str) -> tuple[FinetuneConfig, dict]:
+    """Compose a tiny finetuning run."""
+    composition = compose("finetune", [*ENCODER, *QUIET, *arguments])
+    return validate(composition, FinetuneConfig), composition.values
