@@ -1,10 +1,11 @@
 """Bases, layers, losses and sizes have the values that follow from their definitions."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from scipy.special import erf
 from torch import Tensor, nn
 
 from conftest import PEROVSKITE, ROCKSALT, ROCKSALT_CUBE, TRICLINIC, Cell, cell, cells_of, put_together
@@ -198,14 +199,14 @@ def by_definition(encoder: PDDFormer, batch: CrystalBatch) -> NDArray:
             m = f"mixing.{layer}"
             a = a + h
             u1, u2 = np.split(lin(f"{m}.expand", norm(f"{m}.norm", a)), 2, axis=1)
-            h = h + lin(f"{m}.output", lin(f"{m}.gate", u1) * u2 * (1 + erf(u2 / np.sqrt(2))) / 2)
+            h = h + lin(f"{m}.output", lin(f"{m}.gate", u1) * u2 * (1 + np.vectorize(math.erf)(u2 / np.sqrt(2))) / 2)
     return h
 
 
 @pytest.mark.parametrize("variant", ["clean", "published"])
 def test_encoder_computes_its_equations(starter: CrystalStore, variant: str) -> None:
     torch.manual_seed(4)
-    encoder = PDDFormer(width=12, layers=4, k=9, n_distances=15, n_basis=40, variant=variant).double()
+    encoder = PDDFormer(width=12, layers=4, k=9, n_distances=15, n_basis=33, variant=variant).double()
     masked = TRICLINIC._replace(numbers=np.array([0, 8]))
     cells = [*cells_of(starter, [3, 500, 1800]), ROCKSALT, PEROVSKITE, TRICLINIC, masked]
     batch = make_batch(put_together(cells), encoder.graph, dtype=torch.float64)
@@ -276,8 +277,9 @@ def test_a_new_denoiser_predicts_zero_until_its_last_maps_are_trained() -> None:
     denoiser = DiT(latent_dim=5, width=24, layers=2, heads=2)
     z, t, valid = torch.randn(2, 4, 5), torch.rand(2), torch.ones(2, 4, dtype=torch.bool)
     assert (denoiser(z, t, valid) == 0).all()
-    nn.init.ones_(denoiser.output.weight)
-    assert denoiser(z, t, valid).abs().max() > 0 or denoiser.input.weight.abs().max() == 0
+    assert denoiser.input.weight.abs().min() > 0
+    nn.init.normal_(denoiser.output.weight)
+    assert denoiser(z, t, valid).abs().max() > 0.1
 
 
 def test_kl_has_its_golden_values() -> None:

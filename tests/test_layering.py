@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "crysldnet"
 LAYERS = [
     {"cli", "__main__"},
     {"config"},
-    {"sweep", "matbench", "predict"},
+    {"sweep", "matbench"},
+    {"predict"},
     {"finetune"},
     {"pretrain"},
     {"training"},

@@ -56,8 +56,8 @@ def pymatgen_edges(c: Cell, radius: float) -> dict[Edge, float]:
     return {(int(j), int(i), *map(int, n)): float(d) for i, j, n, d in zip(center, point, image, distance, strict=True)}
 
 
-def pymatgen_with_enough(c: Cell, k: int) -> tuple[dict[Edge, float], NDArray]:
-    """All edges up to a radius that holds k neighbors of each atom, and each atom's k-th distance."""
+def pymatgen_with_enough(c: Cell, k: int, tolerance: float) -> tuple[dict[Edge, float], NDArray]:
+    """All edges up to a radius that holds k neighbors of each atom with their ties, and each atom's k-th distance."""
     n = len(c.numbers)
     radius = np.cbrt(0.75 / np.pi * (k + 10) * abs(np.linalg.det(c.lattice)) / n)
     while True:
@@ -67,14 +67,14 @@ def pymatgen_with_enough(c: Cell, k: int) -> tuple[dict[Edge, float], NDArray]:
             lengths[edge[1]].append(length)
         if min(map(len, lengths)) >= k:
             limits = np.array([sorted(of_atom)[k - 1] for of_atom in lengths])
-            if limits.max() + 2 * TOLERANCE < radius:
+            if limits.max() + 2 * tolerance < radius:
                 return found, limits
         radius *= 1.3
 
 
-def pymatgen_nearest(c: Cell, k: int) -> set[Edge]:
-    found, limits = pymatgen_with_enough(c, k)
-    return {edge for edge, length in found.items() if length <= limits[edge[1]] + TOLERANCE}
+def pymatgen_nearest(c: Cell, k: int, tolerance: float = TOLERANCE) -> set[Edge]:
+    found, limits = pymatgen_with_enough(c, k, tolerance)
+    return {edge for edge, length in found.items() if length <= limits[edge[1]] + tolerance}
 
 
 def reverse(edge: Edge) -> Edge:
@@ -143,13 +143,22 @@ def test_nearest_neighbors_with_ties_and_their_union_are_those_of_pymatgen(cells
         assert set(ours_union) == expected | set(map(reverse, expected))
 
 
+@pytest.mark.parametrize(("k", "tolerance"), [(1, 1.5), (3, 0.4), (30, 0.05)])
+def test_a_wide_tolerance_keeps_all_neighbors_within_it(cells: list[Cell], k: int, tolerance: float) -> None:
+    chosen = cells[:20]
+    crystals = put_together(chosen)
+    found = edges_by_crystal(GraphSpec(k=k, tolerance=tolerance).build(crystals), crystals.ptr)
+    for c, ours in zip(chosen, found, strict=True):
+        assert set(ours) == pymatgen_nearest(c, k, tolerance)
+
+
 def test_distances_are_the_sorted_ones_of_pymatgen(cells: list[Cell]) -> None:
     chosen = cells[:40]
     crystals = put_together(chosen)
     ours = GraphSpec(radius=1.0, n_distances=40).build(crystals).distances
     expected = []
     for c in chosen:
-        found, _ = pymatgen_with_enough(c, 40)
+        found, _ = pymatgen_with_enough(c, 40, TOLERANCE)
         for atom in range(len(c.numbers)):
             expected.append(sorted(length for edge, length in found.items() if edge[1] == atom)[:40])
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-8)

@@ -35,7 +35,6 @@ from numpy.typing import NDArray
 
 from crysldnet import __version__
 from crysldnet.build import build
-from crysldnet.config import compose
 from crysldnet.data.crystals import Crystals, from_lists
 from crysldnet.data.datamodule import EMBEDDED, CrystalDataModule
 from crysldnet.data.graph import GraphSpec
@@ -53,6 +52,7 @@ from crysldnet.training.run_folder import RunFolder, code_version, write_atomica
 from crysldnet.training.trainer import TrainerSettings
 
 BENCHMARK = "matbench_v0.1"
+FOLDS = 5
 MATMINER_DATA = "MATMINER_DATA"
 EMBEDDED_TARGETS = {"matbench_jdft2d": "exfoliation_energy", "matbench_phonons": "last_phdos_peak"}
 """Tasks whose crystals ship with the package, re-encoded, and the column of their target."""
@@ -284,7 +284,7 @@ class Run:
     @property
     def inputs(self) -> dict[str, str | None]:
         """Hashes of the files that decide the result besides the settings."""
-        path = Path(self.config.pretrained) if self.provenance and self.config.pretrained else None
+        path = None if self.config.pretrained in (None, "none") else Path(str(self.config.pretrained))
         if path is not None and path.is_dir():
             path = path / "encoder.safetensors"
         return {"data_sha256": self.source.sha256, "pretrained_sha256": None if path is None else _sha256(path)}
@@ -386,31 +386,29 @@ def _scores(run: Run) -> dict[int, dict[str, float]]:
     return {fold: dict(run.task.results[run.task.folds_map[fold]].scores) for fold in run.folds}
 
 
-def _changes(values: Mapping[str, Any], default: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in values.items():
-        if isinstance(value, Mapping) and isinstance(default.get(key), Mapping):
-            yield from _changes(value, default[key], f"{prefix}{key}.")
-        elif key not in default or value != default[key]:
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
             yield f"{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def command_line(values: Mapping[str, Any]) -> list[str]:
-    """Return the command that repeats a run: as typed, or where it was called from Python, by what isn't default."""
-    if sys.argv[1:2] == ["matbench"]:
-        arguments = sys.argv[2:]
-    else:
-        arguments = list(_changes(values, compose("matbench").values))
-    kept = [a for a in arguments if a.lstrip("-").partition("=")[0] not in PER_RUN]
-    said = {a.lstrip("-").partition("=")[0] for a in kept}
-    return ["crysldnet", "matbench", *(f"{key}={values[key]}" for key in ("task", "seed") if key not in said), *kept]
+    """Return the command that repeats a run: as it was typed, or where it was called from Python, every key."""
+    arguments = sys.argv[2:] if sys.argv[1:2] == ["matbench"] else list(_leaves(values))
+    said = {a: a.lstrip("-").partition("=")[0] for a in arguments}
+    kept = [a for a in arguments if said[a] not in PER_RUN]
+    unsaid = [f"{key}={values[key]}" for key in ("task", "seed") if key not in said.values()]
+    return ["crysldnet", "matbench", *unsaid, *kept]
 
 
 def _notes(run: Run) -> str:
     notes = [f"Data: {run.source.label}; sha256 {run.source.sha256}."]
     if not run.complete:
         notes.insert(0, f"INCOMPLETE, not a valid submission: folds {run.folds} of {len(run.task.folds)}.")
-    if run.provenance:
-        p = run.provenance
+    p = run.provenance
+    if run.inputs["pretrained_sha256"] is not None:
         notes.append(
             f"Encoder pretrained without labels (stage {p.get('stage')}) on {p.get('train_crystals')} crystals of "
             f"{p.get('data')} (sha256 {p.get('data_sha256')}) by crysldnet {p.get('code_version')}; sha256 of its file "
@@ -425,10 +423,15 @@ def _notes(run: Run) -> str:
     return " ".join(notes)
 
 
+def submission_name(config: MatbenchConfig) -> str:
+    """Return the name of the submission folder, which says so where folds are missing."""
+    complete = config.folds is None or len(config.folds) == FOLDS
+    return f"{BENCHMARK}_{config.algorithm}{'' if complete else '_incomplete'}"
+
+
 def write_submission(run: Run) -> Path:
     """Write ``results.json.gz``, ``info.json`` and a script; return their folder."""
-    name = f"{BENCHMARK}_{run.config.algorithm}{'' if run.complete else '_incomplete'}"
-    folder = Path(run.config.out or run.folder.path) / name
+    folder = Path(run.config.out or run.folder.path) / submission_name(run.config)
     folder.mkdir(parents=True, exist_ok=True)
     run.benchmark.add_metadata({"algorithm": run.config.algorithm, "seed": run.config.seed, "data": run.source.label})
     content = json.dumps(run.benchmark.as_dict()).encode()
@@ -483,11 +486,15 @@ def check_settings(config: MatbenchConfig) -> None:
             f"validation_fraction={config.validation_fraction}: from 0 to less than 1", "validation_fraction"
         )
     if config.folds is not None and (
-        not config.folds or len(set(config.folds)) < len(config.folds) or not set(config.folds) <= set(range(5))
+        not config.folds or len(set(config.folds)) < len(config.folds) or not set(config.folds) <= set(range(FOLDS))
     ):
         raise ConfigError(f"folds={config.folds}: name some of 0, 1, 2, 3, 4, each once", "folds")
     if not re.fullmatch(r"[\w.+-]+", config.algorithm):
         raise ConfigError(f"algorithm={config.algorithm!r}: letters, digits and . _ + - make a folder", "algorithm")
+    if config.out is not None and config.resume is None and (Path(config.out) / submission_name(config)).exists():
+        raise ConfigError(
+            f"{Path(config.out) / submission_name(config)} exists already; choose another algorithm or out", "out"
+        )
 
 
 def _check_resumed(folder: RunFolder, values: Mapping[str, Any]) -> None:

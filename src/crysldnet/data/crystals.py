@@ -90,6 +90,16 @@ def from_lists(
     )
 
 
+def concatenate(parts: Sequence[Crystals]) -> Crystals:
+    """Put crystals side by side."""
+    return Crystals(
+        np.concatenate([part.lattice for part in parts]),
+        np.concatenate([[0], np.cumsum(np.concatenate([part.sizes for part in parts]))]),
+        np.concatenate([part.numbers for part in parts]),
+        np.concatenate([part.frac_coords for part in parts]),
+    )
+
+
 def faults(crystals: Crystals, *, max_atoms: int | None = None) -> list[str | None]:
     """Say what is wrong with each crystal, or None where nothing is.
 

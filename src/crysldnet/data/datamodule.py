@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from crysldnet.build import Part
 from crysldnet.data.batch import CrystalBatch, make_batch
-from crysldnet.data.corruption import Corruption
+from crysldnet.data.corruption import Corruption, Undo
+from crysldnet.data.crystals import Crystals, concatenate
 from crysldnet.data.graph import GraphSpec
 from crysldnet.data.sampler import BatchRequest, BatchSampler, Budget
 from crysldnet.data.split import SPLITS, Rows, Split
@@ -58,12 +59,22 @@ class CrystalDataset(Dataset[CrystalBatch]):
 
     def __getitem__(self, request: BatchRequest) -> CrystalBatch:
         crystals, undo = self.store.crystals.take(request.rows), None
-        if self.corruption is not None:
-            epoch = request.epoch if self.corruption.resample else 0
-            number = request.number if self.corruption.resample else int(request.rows[0])
-            crystals, undo = self.corruption.apply(crystals, np.random.default_rng([*self.seed, epoch, number]))
+        if self.corruption is not None and self.corruption.resample:
+            rng = np.random.default_rng([*self.seed, request.epoch, request.number])
+            crystals, undo = self.corruption.apply(crystals, rng)
+        elif self.corruption is not None:
+            crystals, undo = self._corrupt_always_alike(self.corruption, request.rows)
         targets = None if self.targets is None else self.targets[request.rows]
         return make_batch(crystals, self.graph, rows=request.rows, targets=targets, undo=undo)
+
+    def _corrupt_always_alike(self, corruption: Corruption, rows: NDArray[np.int64]) -> tuple[Crystals, Undo]:
+        """Corrupt each crystal by its own random numbers, whichever batch it is in."""
+        parts = [
+            corruption.apply(self.store.crystals.take(rows[i : i + 1]), np.random.default_rng([*self.seed, int(row)]))
+            for i, row in enumerate(rows)
+        ]
+        undo = Undo(*(np.concatenate(values) for values in zip(*(undo for _, undo in parts), strict=True)))
+        return concatenate([crystals for crystals, _ in parts]), undo
 
 
 class CrystalDataModule(pl.LightningDataModule):

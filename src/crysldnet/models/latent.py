@@ -34,13 +34,23 @@ class Posterior(nn.Module):
         width: D of the encoder.
         latent_dim: d; 256 as published, 8 was found enough by ADiT.
         kl_weight: of KL(q ‖ N(0, 1)), the mean over atoms of the sum over channels; 1e-5 as published.
+        log_variance: added to the log-variance that the map gives; 0 as published. A low one lets the decoder see
+            the mean from the first step.
         normalise: give each channel of the mean zero mean and unit variance (batch statistics in training, running
             ones otherwise), so that the latent has a fixed scale and the encoder can't shrink it. Not as published.
     """
 
-    def __init__(self, *, width: Part[int], latent_dim: int, kl_weight: float = 1e-5, normalise: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        width: Part[int],
+        latent_dim: int,
+        kl_weight: float = 1e-5,
+        log_variance: float = 0.0,
+        normalise: bool = True,
+    ) -> None:
         super().__init__()
-        self.latent_dim, self.kl_weight = latent_dim, kl_weight
+        self.latent_dim, self.kl_weight, self.log_variance = latent_dim, kl_weight, log_variance
         self.map = nn.Linear(width, 2 * latent_dim, bias=False)
         self.norm = nn.BatchNorm1d(latent_dim, affine=False) if normalise else nn.Identity()
 
@@ -48,7 +58,7 @@ class Posterior(nn.Module):
         """Map features [N, D] to a Gaussian per atom and draw from it."""
         mean, log_variance = self.map(features).chunk(2, dim=-1)
         mean = self.norm(mean)
-        log_variance = log_variance.clamp(*LOG_VARIANCE_RANGE)
+        log_variance = (log_variance + self.log_variance).clamp(*LOG_VARIANCE_RANGE)
         return Latent(mean, log_variance, mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean))
 
     @staticmethod

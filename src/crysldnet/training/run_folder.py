@@ -24,7 +24,7 @@ from crysldnet import __version__
 from crysldnet.errors import ConfigError
 
 NAME_VARIABLE = "CRYSLDNET_RUN_NAME"
-"""Carries the run's name to the processes that it starts."""
+"""Carries the run's name to the processes that the first one starts; the first never reads it."""
 
 
 def code_version() -> str:
@@ -61,7 +61,7 @@ class RunFolder:
 
     def __init__(self, root: str, command: str, name: str | None, *, resume: bool) -> None:
         base = Path(root) / command
-        child = os.environ.get(NAME_VARIABLE)
+        child = os.environ.get(NAME_VARIABLE) if rank_zero_only.rank else None
         if child is None and name is None and resume:
             unfinished = _unfinished(base)
             if not unfinished:

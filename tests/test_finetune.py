@@ -1,0 +1,268 @@
+"""Finetuning on real crystals: it starts where it says, learns, and reads the test set once, at the end."""
+
+import csv
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from crysldnet import finetune, pretrain
+from crysldnet.data.batch import make_batch
+from crysldnet.data.crystals import from_lists
+from crysldnet.data.datamodule import CrystalDataModule
+from crysldnet.data.graph import GraphSpec
+from crysldnet.data.split import Split
+from crysldnet.encoders.pddformer import PDDFormer
+from crysldnet.errors import CheckpointError, ConfigError, DataError
+from crysldnet.models.head import PropertyHead, PropertyModel
+from crysldnet.training import checkpoint
+from crysldnet.training.metrics import RegressionErrors
+from tiny import finetune_config, pretrain_config, subset
+
+SHORT = ["epochs=2", "data.batch_size=16"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return subset(tmp_path_factory.mktemp("small") / "data.parquet", train=64, val=24, test=24)
+
+
+def run(path, name, *arguments):
+    config, values = finetune_config(f"runs={path}", f"name={name}", *arguments)
+    assert finetune.run(config, values) == 0
+    folder = path / "finetune" / name
+    return folder, json.loads((folder / "summary.json").read_text())
+
+
+def weights(folder):
+    return checkpoint.read(folder / "model.safetensors", "property_model")[1]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def pretrained(small, tmp_path_factory):
+    path = tmp_path_factory.mktemp("pretrained")
+    arguments = [f"runs={path}", "name=p", f"data.path={small}", "stage=vae", "stages.vae.epochs=1"]
+    config, values = pretrain_config(*arguments)
+    pretrain.run(config, values)
+    return path / "pretrain" / "p" / "encoder.safetensors"
+
+
+def test_finetuning_starts_from_exactly_the_exported_weights(pretrained, small):
+    config, _ = finetune_config(f"pretrained={pretrained}", f"data.path={small}")
+    encoder, encoder_config, provenance = finetune.make_encoder(config)
+    _, exported = checkpoint.read(pretrained, "encoder")
+    assert same(encoder.state_dict(), exported)
+    assert encoder_config["width"] == 32
+    assert provenance["stage"] == "vae"
+    fresh, _, _ = finetune.make_encoder(finetune_config("pretrained=none")[0])
+    assert not same(fresh.state_dict(), exported)
+
+
+def test_the_first_epoch_begins_there_too(tmp_path, pretrained, small):
+    folder, _ = run(
+        tmp_path, "still", f"pretrained={pretrained}", f"data.path={small}", "optimizer.lr=1e-30", "epochs=1"
+    )
+    _, exported = checkpoint.read(pretrained, "encoder")
+    trained = {k.removeprefix("encoder."): v for k, v in weights(folder).items() if k.startswith("encoder.")}
+    unchanged = [k for k, v in exported.items() if "running" not in k and "num_batches" not in k]
+    assert all(torch.equal(trained[k], exported[k]) for k in unchanged)
+
+
+def test_sixteen_crystals_are_learned_by_heart(tmp_path):
+    path = subset(tmp_path / "sixteen.parquet", train=16)
+    table = pq.read_table(path)
+    spread = float(np.std(table["formation_energy_per_atom"].to_numpy()))
+    arguments = [f"data.path={path}", "data.batch_size=16", "encoder.dropout=0", "encoder.width=64", "epochs=200"]
+    config, values = finetune_config(*arguments, "optimizer.lr=3e-3", "loss=mse")
+    result = finetune.train(config, values, tmp_path / "run")
+    crystals = result.data.store.crystals
+    model = result.model
+    with torch.no_grad():
+        predicted = model(make_batch(crystals, model.encoder.graph)).numpy()[:, 0]
+    mae = float(np.abs(predicted - result.data.target_values[:, 0]).mean())
+    assert mae < 0.01 * spread
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path, small):
+    one, _ = run(tmp_path, "one", f"data.path={small}", *SHORT)
+    two, _ = run(tmp_path, "two", f"data.path={small}", *SHORT)
+    other, _ = run(tmp_path, "other", f"data.path={small}", "seed=1", *SHORT)
+    assert same(weights(one), weights(two))
+    assert not same(weights(one), weights(other))
+
+
+def with_changed(path, out, change):
+    """Copy a data set with other values in the target column."""
+    table = pq.read_table(path)
+    place = table.column_names.index("formation_energy_per_atom")
+    values = table["formation_energy_per_atom"].to_numpy().copy()
+    splits = np.array(table["split"].to_pylist())
+    change(values, splits)
+    field = table.schema.field(place)
+    pq.write_table(table.set_column(place, field, pa.array(values, field.type)), out)
+    return out
+
+
+def test_test_targets_leave_no_trace_in_the_weights(tmp_path, small):
+    def shift_test(values, splits):
+        values[splits == "test"] += 100.0
+
+    changed = with_changed(small, tmp_path / "changed.parquet", shift_test)
+    one, summary = run(tmp_path, "one", f"data.path={small}", *SHORT)
+    two, other = run(tmp_path, "two", f"data.path={changed}", *SHORT)
+    assert same(weights(one), weights(two))
+    assert other["test/mae"] > summary["test/mae"] + 50
+
+
+def test_normalisation_comes_from_the_training_rows_alone(tmp_path, small):
+    def shift_val(values, splits):
+        values[splits == "val"] += 100.0
+
+    changed = with_changed(small, tmp_path / "changed.parquet", shift_val)
+    folder, _ = run(tmp_path, "one", f"data.path={changed}", "epochs=1")
+    table = pq.read_table(small)
+    train = table["formation_energy_per_atom"].to_numpy()[np.array(table["split"].to_pylist()) == "train"]
+    assert float(weights(folder)["mean"][0]) == pytest.approx(train.mean(), rel=1e-5)
+    assert float(weights(folder)["std"][0]) == pytest.approx(train.std(), rel=1e-5)
+
+
+def test_the_best_epoch_is_chosen_on_validation(tmp_path, small):
+    folder, summary = run(tmp_path, "best", f"data.path={small}", "epochs=6", "data.batch_size=16")
+    with (folder / "metrics.csv").open() as file:
+        curve = [float(row["val/mae"]) for row in csv.DictReader(file) if row.get("val/mae")]
+    assert len(curve) >= 6
+    assert summary["val/mae"] == pytest.approx(min(curve[:6]), rel=1e-5)
+
+
+def test_saved_predictions_have_ids_and_give_the_reported_error(tmp_path, small):
+    folder, summary = run(tmp_path, "ids", f"data.path={small}", *SHORT)
+    with (folder / "predictions_test.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    table = pq.read_table(small)
+    truth = dict(zip(table["material_id"].to_pylist(), table["formation_energy_per_atom"].to_pylist(), strict=True))
+    tests = {
+        i for i, s in zip(table["material_id"].to_pylist(), table["split"].to_pylist(), strict=True) if s == "test"
+    }
+    assert {row["material_id"] for row in rows} == tests
+    assert all(float(row["true"]) == pytest.approx(truth[row["material_id"]], rel=1e-4) for row in rows)
+    mae = np.mean([abs(float(row["true"]) - float(row["prediction"])) for row in rows])
+    assert mae == pytest.approx(summary["test/mae"], rel=1e-3)
+    assert rows[0]["unit"] == "eV/atom"
+
+
+def test_several_targets_with_missing_values(tmp_path, small):
+    def some_gone(values, splits):
+        values[: len(values) // 2] = np.nan
+
+    holes = with_changed(small, tmp_path / "holes.parquet", some_gone)
+    targets = "data.targets=[formation_energy_per_atom,band_gap]"
+    folder, summary = run(tmp_path, "two", f"data.path={holes}", targets, *SHORT)
+    assert {"val/mae/formation_energy_per_atom", "test/mae/band_gap", "test/r2/band_gap"} <= set(summary)
+    assert np.isfinite(summary["test/mae/band_gap"])
+    model, info = checkpoint.load_property_model(folder)
+    assert info["targets"] == ["formation_energy_per_atom", "band_gap"]
+    assert model.mean.shape == (2,)
+
+
+def test_unknown_values_add_nothing_to_the_loss():
+    torch.manual_seed(0)
+    encoder = PDDFormer(width=16, layers=1, k=4, n_distances=4, n_basis=8)
+    head = PropertyHead(width=16, outputs=2)
+    model = PropertyModel(encoder=encoder, head=head, targets=["a", "b"], units=["", ""]).eval()
+    data = CrystalDataModule(path="embedded:mp_starter", graph=encoder.graph)
+    data.setup()
+    crystals = data.store.crystals.take(np.arange(4))
+    known = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])
+    holes = known.copy()
+    holes[:, 1] = np.nan
+    loss, predicted = model.loss(make_batch(crystals, encoder.graph, targets=holes), "l1")
+    expected = (predicted[:, 0] - torch.from_numpy(known[:, 0]).float()).abs().mean()
+    assert torch.allclose(loss, expected)
+    loss.backward()
+    assert (head.mlp[-1].weight.grad[1] == 0).all()
+
+
+@pytest.mark.parametrize("loss", ["mse", "huber"])
+@pytest.mark.parametrize("head", ["mean", "sum"])
+def test_losses_and_readouts_train(tmp_path, small, loss, head):
+    _, summary = run(tmp_path, "other", f"data.path={small}", f"loss={loss}", f"head={head}", "epochs=1")
+    assert np.isfinite(summary["test/mae"])
+
+
+def test_the_sum_readout_grows_with_the_cell_and_the_mean_does_not():
+    torch.manual_seed(0)
+    lattice = np.eye(3)[None] * 4.0
+    cell = (lattice[0], np.array([11, 17], np.uint8), np.array([[0, 0, 0], [0.5, 0.5, 0.5]]))
+    double = (
+        lattice[0] * [[2], [1], [1]],
+        np.array([11, 17, 11, 17], np.uint8),
+        np.array([[0, 0, 0], [0.25, 0.5, 0.5], [0.5, 0, 0], [0.75, 0.5, 0.5]]),
+    )
+    crystals = from_lists(*zip(cell, double, strict=True))
+    for readout, factor in (("mean", 1.0), ("sum", 2.0)):
+        encoder = PDDFormer(width=16, layers=2, k=6, n_distances=8, n_basis=8)
+        head = PropertyHead(width=16, outputs=1, readout=readout)
+        model = PropertyModel(encoder=encoder, head=head, targets=["a"], units=[""]).eval()
+        model.mean.fill_(0.3)
+        one, two = model(make_batch(crystals, encoder.graph))[:, 0]
+        assert torch.allclose(two, factor * one, rtol=1e-4)
+
+
+def test_metrics_equal_those_of_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    true, predicted = rng.normal(size=(50, 2)), rng.normal(size=(50, 2))
+    true[:20, 1] = np.nan
+    errors = RegressionErrors(["a", "b"])
+    for part in range(0, 50, 7):
+        errors.update(torch.tensor(predicted[part : part + 7]), torch.tensor(true[part : part + 7]))
+    values = errors.compute()
+    for place, name in enumerate("ab"):
+        known = ~np.isnan(true[:, place])
+        y, p = true[known, place], predicted[known, place]
+        assert float(values[f"mae/{name}"]) == pytest.approx(metrics.mean_absolute_error(y, p))
+        assert float(values[f"rmse/{name}"]) == pytest.approx(metrics.root_mean_squared_error(y, p))
+        assert float(values[f"r2/{name}"]) == pytest.approx(metrics.r2_score(y, p))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        (["data.targets=[]"], ConfigError, "data.targets"),
+        (["data.targets=[colour]"], DataError, "no column 'colour'; it has formation_energy_per_atom"),
+        (["data.targets=[formula]"], DataError, "not numbers"),
+        (["pretrained=nowhere.safetensors"], CheckpointError, "nowhere.safetensors: no such file"),
+        (["data.split.column=part"], DataError, "data.split.by=formula"),
+        (["data.batch_size=16", "trainer.accumulate=3"], DataError, "choose a multiple"),
+        (["data.max_atoms=3"], DataError, "over the batch's budget of 3"),
+    ],
+)
+def test_a_wrong_request_is_refused_with_the_mend(tmp_path, small, arguments, error, says):
+    with pytest.raises(error, match=says):
+        run(tmp_path, "wrong", f"data.path={small}", "epochs=1", *arguments)
+
+
+def test_a_target_without_training_values_is_refused(tmp_path, small):
+    def none_in_training(values, splits):
+        values[splits == "train"] = np.nan
+
+    holes = with_changed(small, tmp_path / "holes.parquet", none_in_training)
+    with pytest.raises(DataError, match="formation_energy_per_atom"):
+        run(tmp_path, "wrong", f"data.path={holes}", "data.targets=[formation_energy_per_atom,band_gap]", "epochs=1")
+
+
+def test_smaller_training_fractions_lie_within_larger_ones():
+    rows = {}
+    for share in (0.1, 0.5, 1.0):
+        data = CrystalDataModule(path="embedded:mp_starter", graph=GraphSpec(k=2), split=Split(train_fraction=share))
+        data.setup()
+        rows[share] = set(data.rows["train"].tolist())
+    assert rows[0.1] < rows[0.5] < rows[1.0]
+    assert len(rows[0.1]) == round(0.1 * len(rows[1.0]))
