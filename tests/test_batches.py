@@ -229,14 +229,12 @@ def data_module(**settings: object) -> CrystalDataModule:
     return module
 
 
-def shown(module: CrystalDataModule, loader: str, epoch: int) -> dict[int, list[list]]:
+def shown(module: CrystalDataModule, split: str, epoch: int) -> dict[int, list[list]]:
     """What each row shows in an epoch: species, positions and lattice."""
     found = {}
-    sampler = module._loader(loader).sampler
-    sampler.set_epoch(epoch)
-    dataset = module._loader(loader).dataset
-    for request in sampler:
-        batch = dataset[request]
+    loader = getattr(module, f"{split}_dataloader")()
+    loader.sampler.set_epoch(epoch)
+    for batch in loader:
         sizes = batch.sizes.tolist()
         parts = zip(batch.rows, batch.numbers.split(sizes), batch.positions.split(sizes), batch.lattice, strict=True)
         found |= {int(row): [part.tolist() for part in rest] for row, *rest in parts}
@@ -368,7 +366,7 @@ def test_rows_without_any_target_are_left_out_and_counted() -> None:
 
 def model_of(module: CrystalDataModule, readout: str = "mean") -> PropertyModel:
     torch.manual_seed(0)
-    encoder = PDDFormer(width=4, layers=1, n_distances=3, n_basis=8, k=4)
+    encoder = PDDFormer(width=4, layers=2, n_distances=3, n_basis=8, k=4)
     head = PropertyHead(width=4, outputs=len(module.targets), readout=readout)
     model = PropertyModel(encoder=encoder, head=head, targets=module.targets, units=module.units)
     model.fit_normalisation(module.train_targets(), module.store.crystals.sizes[module.rows["train"]])

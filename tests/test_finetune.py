@@ -173,7 +173,7 @@ def test_several_targets_with_missing_values(tmp_path, small):
 
 def test_unknown_values_add_nothing_to_the_loss():
     torch.manual_seed(0)
-    encoder = PDDFormer(width=16, layers=1, k=4, n_distances=4, n_basis=8)
+    encoder = PDDFormer(width=16, layers=2, k=4, n_distances=4, n_basis=8)
     head = PropertyHead(width=16, outputs=2)
     model = PropertyModel(encoder=encoder, head=head, targets=["a", "b"], units=["", ""]).eval()
     data = CrystalDataModule(path="embedded:mp_starter", graph=encoder.graph)

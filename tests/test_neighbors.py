@@ -336,7 +336,7 @@ def test_the_published_graph_of_a_supercell_has_other_degrees() -> None:
     assert set(np.bincount(large.target)) == {26}
 
 
-def test_no_crystals_have_no_edges() -> None:
+def test_an_empty_batch_has_no_edges() -> None:
     found = CLEAN.build(from_lists([], [], []))
     assert [len(part) for part in found] == [0] * 5
 
@@ -348,7 +348,7 @@ def test_no_crystals_have_no_edges() -> None:
 )
 def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, float]) -> None:
     crystals = put_together([COPPER])
-    with pytest.raises(ValueError, match="k"):
+    with pytest.raises(ValueError, match="radius"):
         neighbor_list(crystals.lattice, crystals.frac_coords, crystals.ptr, **arguments)
 
 

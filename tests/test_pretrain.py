@@ -1,5 +1,6 @@
 """Pretraining on real crystals: it learns, it doesn't collapse (and is seen to where it should), it repeats exactly."""
 
+import csv
 import json
 import math
 
@@ -172,6 +173,12 @@ def test_both_stages_in_one_command_equal_one_after_the_other(tmp_path, small):
     assert all(torch.equal(a, b) for a, b in zip(weights(both).values(), weights(second).values(), strict=True))
 
 
+def curve(file):
+    with file.open() as lines:
+        rows = [row for row in csv.DictReader(lines) if row["val/loss"]]
+    return [(row["epoch"], row["step"], round(float(row["val/loss"]), 6)) for row in rows]
+
+
 def test_a_run_stopped_between_epochs_resumes_to_the_same_weights(tmp_path, small, monkeypatch):
     whole, _ = run(tmp_path, "whole", f"data.path={small}", *SHORT)
 
@@ -191,11 +198,10 @@ def test_a_run_stopped_between_epochs_resumes_to_the_same_weights(tmp_path, smal
     monkeypatch.setattr(pretrain.PretrainModule, "on_validation_epoch_end", original)
     resumed, _ = run(tmp_path, "cut", f"data.path={small}", "resume=last", *SHORT)
     assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(resumed).values(), strict=True))
+    assert curve(resumed / "vae" / "metrics.csv") == curve(whole / "vae" / "metrics.csv")
 
 
 def test_what_is_logged_each_epoch(tmp_path, small):
-    import csv
-
     folder, summary = run(tmp_path, "logged", f"data.path={small}", *SHORT)
     for stage in ("vae", "diffusion"):
         with (folder / stage / "metrics.csv").open() as file:

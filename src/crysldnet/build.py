@@ -61,7 +61,8 @@ def _signature(name: str) -> tuple[Callable[..., Any], dict[str, inspect.Paramet
 @cache
 def _describe(function: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, inspect.Parameter], dict[str, Any]]:
     parameters = dict(inspect.signature(function).parameters)
-    hints = get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
+    annotated = function.__init__ if inspect.isclass(function) and not dataclasses.is_dataclass(function) else function
+    hints = get_type_hints(annotated, include_extras=True)
     return function, parameters, hints
 
 

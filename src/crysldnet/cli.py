@@ -60,6 +60,7 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
     if show:
         print(to_yaml(composition.values), end="")
         return 0
+    _quieten_libraries()
     return module.run(settings, composition.values)
 
 
@@ -95,7 +96,6 @@ def _quieten_libraries() -> None:
 
 def main() -> None:
     """Run ``sys.argv``; print errors of the input without a traceback, and exit with a status that tells the truth."""
-    _quieten_libraries()
     try:
         status = run(sys.argv[1:])
     except Interrupted as error:

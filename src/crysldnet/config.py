@@ -105,6 +105,16 @@ def _split(arguments: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
+def _parse(value: str) -> Any:
+    """Read a value as YAML; what isn't YAML, such as the pattern ``*.cif``, is text, and so is ``-``."""
+    if value.strip() == "-":
+        return value
+    try:
+        return OmegaConf.from_dotlist([f"value={value}"]).value
+    except yaml.YAMLError:
+        return value
+
+
 def compose(command: str, arguments: Sequence[str] = ()) -> Composition:
     """Merge a command's file, its groups, a preset and the command line.
 
@@ -144,9 +154,9 @@ def compose(command: str, arguments: Sequence[str] = ()) -> Composition:
         if key == "preset" or key in groups:
             continue
         try:
-            OmegaConf.update(merged, key, OmegaConf.from_dotlist([f"value={value}"]).value, merge=False)
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise ConfigError(f"{key}={value}: {error}", key) from error
+            OmegaConf.update(merged, key, _parse(value), merge=False)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{key}={value}: {str(error).splitlines()[0]}", key) from error
         origin[key] = COMMAND_LINE
     return Composition(_resolve(merged, origin), origin, groups)
 

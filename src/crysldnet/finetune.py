@@ -173,6 +173,7 @@ def train(
         epochs=config.epochs,
         seed=config.seed,
         gradient_clip=config.gradient_clip,
+        resume=config.resume is not None,
         loggers=loggers or [],
         monitor="val/mae" if has_validation else None,
     )

@@ -559,7 +559,7 @@ def _finish(run: Run) -> None:
     rows = [[f"fold {fold}", f"{s['mae']:.4f}", f"{s['rmse']:.4f}"] for fold, s in scores.items()]
     rmse = np.array([s["rmse"] for s in scores.values()])
     rows.append(["mean ± std", *(f"{e.mean():.4f} ± {e.std():.4f}" for e in (mae, rmse))])
-    rows.append(["mean absolute deviation of the targets", f"{metadata.mad:.4f}", ""])
+    rows.append(["MAD of the targets", f"{metadata.mad:.4f}", ""])
     print_table(run.config.task, ["", f"MAE ({metadata.unit})", f"RMSE ({metadata.unit})"], rows)
     state = "valid" if run.complete else f"INCOMPLETE, folds {run.folds} of {len(run.task.folds)}"
     print_table("", ["", ""], [["submission", str(submission)], ["state", state], ["data", run.source.label]])

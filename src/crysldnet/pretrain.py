@@ -235,6 +235,7 @@ def _run_stage(
         epochs=pace.epochs,
         seed=config.seed,
         gradient_clip=pace.gradient_clip,
+        resume=config.resume is not None,
         loggers=loggers,
     )
     fit(trainer, module, data, resume=config.resume is not None)

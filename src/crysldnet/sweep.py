@@ -235,10 +235,11 @@ def run_trial(sweep: Sweep, folder: Path, number: int, values: dict[str, Any], c
                 env=environment,
                 check=False,
             )
-    metric = None
+    metric, seconds = None, time.monotonic() - started
     if (own / "summary.json").exists():  # a run that ended well has one, and no other
-        metric = find_metric(json.loads((own / "summary.json").read_text()), sweep.metric)
-    return Trial(name, values, metric, time.monotonic() - started)
+        summary = json.loads((own / "summary.json").read_text())
+        metric, seconds = find_metric(summary, sweep.metric), summary["wall_time_s"]
+    return Trial(name, values, metric, seconds)
 
 
 def best_first(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:

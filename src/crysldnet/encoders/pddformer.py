@@ -90,6 +90,8 @@ class PDDFormer(Encoder):
         tolerance: float = 1e-4,
     ) -> None:
         super().__init__()
+        if layers < 2:
+            raise ValueError("layers must be at least 2: the distances are mixed in between two convolutions")
         published = variant == "published"
         self.width = width
         self.graph = GraphSpec(

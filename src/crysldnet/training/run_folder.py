@@ -61,7 +61,7 @@ class RunFolder:
 
     def __init__(self, root: str, command: str, name: str | None, *, resume: bool) -> None:
         base = Path(root) / command
-        child = os.environ.get(NAME_VARIABLE) if rank_zero_only.rank else None
+        child = os.environ.get(NAME_VARIABLE) if getattr(rank_zero_only, "rank", 0) else None
         if child is None and name is None and resume:
             unfinished = _unfinished(base)
             if not unfinished:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv as csv_module
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_only
 
 from crysldnet.errors import ConfigError, DeviceError, Interrupted
 
@@ -125,6 +128,7 @@ def make_trainer(
     epochs: int,
     seed: int,
     gradient_clip: float | None,
+    resume: bool = False,
     loggers: Sequence[Logger] = (),
     monitor: str | None = None,
 ) -> pl.Trainer:
@@ -137,6 +141,7 @@ def make_trainer(
         epochs: number of epochs.
         seed: of every random number drawn in training.
         gradient_clip: largest norm of the gradient; None for no clipping.
+        resume: keep what an earlier part of this run logged up to its last checkpoint.
         loggers: besides the CSV.
         monitor: metric whose lowest value on validation chooses ``best.ckpt``; None keeps the last alone.
     """
@@ -155,6 +160,8 @@ def make_trainer(
     if settings.progress_bar:
         callbacks.append(RichProgressBar(leave=False))
     csv = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=50)
+    if resume:
+        _keep_earlier_metrics(csv, folder / "metrics.csv", checkpoints / LAST)
     callbacks.append(LearningRateMonitor(logging_interval="epoch"))
     return pl.Trainer(
         accelerator=accelerator,
@@ -176,6 +183,23 @@ def make_trainer(
     )
 
 
+def _keep_earlier_metrics(logger: CSVLogger, file: Path, last: Path) -> None:
+    """Log again what an interrupted run logged up to its last checkpoint; Lightning would begin a new file."""
+    if not (rank_zero_only.rank == 0 and file.exists() and last.exists()):  # type: ignore[attr-defined]
+        return
+    steps = torch.load(last, weights_only=True, map_location="cpu")["global_step"]
+    with file.open(newline="") as lines:
+        rows = [row for row in csv_module.DictReader(lines) if int(row["step"]) < steps]
+    for row in rows:
+        values: dict[str, torch.Tensor | float] = {
+            name: int(value) if value.isdigit() else float(value)
+            for name, value in row.items()
+            if name != "step" and value
+        }
+        logger.log_metrics(values, step=int(row["step"]))
+    logger.save()
+
+
 def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, *, resume: bool) -> None:
     """Train to the end, from the last checkpoint of this stage where one is to be resumed.
 
@@ -183,7 +207,9 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataM
         Interrupted: the run was stopped before its last epoch.
     """
     last = Path(trainer.checkpoint_callbacks[0].dirpath) / LAST  # type: ignore[attr-defined]
-    trainer.fit(module, datamodule=data, ckpt_path=str(last) if resume and last.exists() else None, weights_only=True)
+    start = str(last) if resume and last.exists() else None
+    with contextlib.suppress(SystemExit):  # Lightning exits by itself on SIGTERM (with status 0) and on Ctrl-C
+        trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
     if trainer.interrupted or trainer.received_sigterm or trainer.current_epoch < (trainer.max_epochs or 0):
         raise Interrupted(
             f"stopped after epoch {trainer.current_epoch} of {trainer.max_epochs}; continue with resume=last"

@@ -1,0 +1,183 @@
+"""The command line, run as a user runs it: real processes, real files, exit statuses that tell the truth."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from crysldnet import finetune
+from crysldnet.data.datamodule import EMBEDDED
+from crysldnet.training import checkpoint
+from tiny import DENOISER, ENCODER, QUIET, finetune_config, subset
+
+EXAMPLES = EMBEDDED / "examples"
+TINY = [*ENCODER, *QUIET]
+
+
+def crysldnet(*arguments, cwd, **variables):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **variables}
+    return subprocess.run(
+        [sys.executable, "-m", "crysldnet", *arguments], cwd=cwd, capture_output=True, text=True, env=environment
+    )
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return subset(tmp_path_factory.mktemp("small") / "data.parquet", train=48, val=16, test=16)
+
+
+@pytest.fixture(scope="module")
+def model(small, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    config, values = finetune_config(f"runs={path}", "name=m", f"data.path={small}", "epochs=1")
+    finetune.run(config, values)
+    return path / "finetune" / "m"
+
+
+def test_pretrain_finetune_predict_from_an_empty_folder(tmp_path, small):
+    short = [f"data.path={small}", "data.batch_size=16"]
+    stages = ["stages.vae.epochs=2", "stages.diffusion.epochs=1"]
+    done = crysldnet("pretrain", *TINY, *DENOISER, *short, *stages, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "masked species found" in done.stdout
+    encoder = "runs/pretrain/latest/encoder.safetensors"
+    done = crysldnet("finetune", f"pretrained={encoder}", *QUIET, *short, "epochs=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "MAE (eV/atom)" in done.stdout
+    done = crysldnet("predict", "model=runs/finetune/latest", f"files={EXAMPLES}/*.cif", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(list(EXAMPLES.glob("*.cif")))
+    assert list(rows[0])[:4] == ["file", "formula", "prediction", "unit"]
+    assert rows[0]["unit"] == "eV/atom"
+    assert all(abs(float(row["prediction"])) < 50 for row in rows)
+    summary = json.loads((tmp_path / "runs/finetune/latest/summary.json").read_text())
+    assert summary["status"] == "complete"
+    assert {"code_version", "seed", "data_sha256", "wall_time_s", "peak_memory_mb"} <= set(summary)
+    for name in ("config.yaml", "metrics.csv", "model.safetensors", "predictions_test.csv", "checkpoints/last.ckpt"):
+        assert (tmp_path / "runs/finetune/latest" / name).exists(), name
+
+
+def test_two_cpu_processes_train_as_one(tmp_path, small):
+    """DDP on two processes: the same batches as one process with two accumulation steps, and one run folder."""
+    common = [*TINY, f"data.path={small}", "data.batch_size=16", "stage=vae", "stages.vae.epochs=2"]
+    two = crysldnet("pretrain", *common, "name=two", "trainer.devices=2", "strategy=ddp", cwd=tmp_path)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("masked species found") == 1
+    assert [p.name for p in (tmp_path / "runs/pretrain").iterdir() if not p.is_symlink()] == ["two"]
+    one = crysldnet("pretrain", *common, "name=one", "trainer.accumulate=2", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    summaries = [json.loads((tmp_path / f"runs/pretrain/{n}/summary.json").read_text())["vae"] for n in ("one", "two")]
+    assert summaries[0]["val/masked_accuracy_baseline"] == pytest.approx(summaries[1]["val/masked_accuracy_baseline"])
+    # Batch statistics of BatchNorm are a process's own in both; what differs is whose running ones are validated.
+    assert summaries[0]["val/loss"] == pytest.approx(summaries[1]["val/loss"], rel=0.2)
+    for name in ("one", "two"):
+        assert checkpoint.load_encoder(tmp_path / f"runs/pretrain/{name}/encoder.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["pretrain", "encoder=pddfromer"], "did you mean 'pddformer'"),
+        (["pretrain", "trainer.accelerator=gpu"], "GPU"),
+        (["pretrain", "trainer.devices=64", "strategy=ddp"], "64"),
+        (["pretrian"], "no command 'pretrian'"),
+        (["predict", "model=nowhere", "files=*.cif"], "nowhere"),
+        (["finetune", "pretrained=nowhere.safetensors"], "nowhere.safetensors: no such file"),
+    ],
+)
+def test_a_wrong_command_exits_with_2_and_one_clear_line(tmp_path, arguments, says):
+    if torch.cuda.is_available() and "GPU" in says:
+        pytest.skip("this machine has a GPU")
+    done = crysldnet(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path, small):
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    done = crysldnet("pretrain", *TINY, f"data.path={small}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "can't make the run folder" in done.stderr
+
+
+def test_bad_files_are_reported_and_the_rest_predicted(tmp_path, model):
+    good = sorted(EXAMPLES.glob("*.cif"))[:2]
+    for file in good:
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "empty.cif").write_text("")
+    (tmp_path / "noise.cif").write_bytes(bytes(range(256)))
+    (tmp_path / "overlap.vasp").write_text("X\n1.0\n4 0 0\n0 4 0\n0 0 4\nNa Cl\n1 1\ndirect\n0 0 0\n0.01 0 0\n")
+    done = crysldnet("predict", f"model={model}", f"files={tmp_path}", f"out={tmp_path}/out.csv", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "out.csv").open() as file:
+        assert {Path(row["file"]).name for row in csv.DictReader(file)} == {f.name for f in good}
+    for name in ("empty.cif", "noise.cif", "overlap.vasp"):
+        assert name in done.stderr
+    assert "3 files refused" in done.stderr
+
+
+def test_predicting_only_bad_files_fails(tmp_path, model):
+    (tmp_path / "empty.cif").write_text("")
+    done = crysldnet("predict", f"model={model}", f"files={tmp_path}/*.cif", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "none of the 1 files" in done.stderr
+
+
+def test_a_prediction_does_not_depend_on_its_companions(tmp_path, model):
+    alone = crysldnet("predict", f"model={model}", f"files={EXAMPLES}", "out=-", "batch_size=1", cwd=tmp_path)
+    together = crysldnet("predict", f"model={model}", f"files={EXAMPLES}", "out=-", "batch_size=64", cwd=tmp_path)
+    a, b = (list(csv.DictReader(d.stdout.splitlines())) for d in (alone, together))
+    assert len(a) == len(b) > 3
+    for one, other in zip(a, b, strict=True):
+        assert float(one["prediction"]) == pytest.approx(float(other["prediction"]), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_exits_non_zero_and_resumes(tmp_path, small, stop):
+    arguments = [*TINY, f"data.path={small}", "data.batch_size=8", "stage=vae", "stages.vae.epochs=400"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "crysldnet", "pretrain", *arguments, "name=cut"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    last = tmp_path / "runs/pretrain/cut/vae/checkpoints/last.ckpt"
+    deadline = time.time() + 120
+    while not last.exists() and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(stop)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "resume=last" in errors
+    assert not (tmp_path / "runs/pretrain/cut/summary.json").exists()
+    assert not (tmp_path / "runs/pretrain/cut/encoder.safetensors").exists()
+    epochs = int(torch.load(last, weights_only=True)["epoch"]) + 2
+    shorter = [a if "epochs" not in a else f"stages.vae.epochs={epochs}" for a in arguments]
+    done = crysldnet("pretrain", *shorter, "resume=last", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "runs/pretrain/cut/summary.json").read_text())["status"] == "complete"
+
+
+def test_wandb_offline_writes_a_run(tmp_path, small):
+    pytest.importorskip("wandb")
+    done = crysldnet(
+        *["pretrain", *TINY, f"data.path={small}", "stage=vae", "stages.vae.epochs=1"],
+        *["logger=wandb", "logger.mode=offline"],
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "runs/pretrain/latest/").glob("wandb/offline-run-*/*.wandb"))
+    assert (tmp_path / "runs/pretrain/latest/vae/metrics.csv").exists()

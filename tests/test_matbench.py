@@ -1,0 +1,406 @@
+"""What ``crysldnet matbench`` promises: official folds and scores, untouched test targets, a valid submission."""
+
+import ast
+import contextlib
+import gzip
+import importlib.util
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from crysldnet import cli
+from crysldnet.config import compose, validate
+from crysldnet.data.datamodule import EMBEDDED
+from crysldnet.data.store import CrystalStore
+from crysldnet.errors import ConfigError, DataError
+from crysldnet.training.checkpoint import load_property_model
+from crysldnet.training.run_folder import NAME_VARIABLE, RunFolder
+
+if importlib.util.find_spec("matbench") is None:
+    pytest.skip("matbench isn't installed", allow_module_level=True)
+
+from crysldnet import matbench as command
+
+TASK = "matbench_jdft2d"
+TINY = [
+    "epochs=1",
+    "encoder.width=16",
+    "encoder.layers=2",
+    "encoder.k=6",
+    "encoder.n_distances=8",
+    "encoder.n_basis=16",
+    "trainer.progress_bar=false",
+    "trainer.accelerator=cpu",
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _clean_environment() -> Iterator[None]:
+    names = (NAME_VARIABLE, command.MATMINER_DATA)
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    yield
+    for name in names:
+        os.environ.pop(name, None)
+    os.environ.update(before)
+
+
+def run(*arguments: str) -> str:
+    """Run the command in this process and return what it printed."""
+    os.environ.pop(NAME_VARIABLE, None)
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        assert cli.run(["matbench", *TINY, *arguments]) == 0
+    return text.getvalue()
+
+
+def settings(*arguments: str) -> command.MatbenchConfig:
+    return validate(compose("matbench", [*TINY, *arguments]), command.MatbenchConfig)
+
+
+@dataclass
+class Whole:
+    """A run of all five folds."""
+
+    folder: Path
+    printed: str
+
+    @property
+    def submission(self) -> Path:
+        return self.folder / "matbench_v0.1_CrysLDNet"
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.folder / "summary.json").read_text())
+
+    def fold(self, number: int) -> dict[str, Any]:
+        return json.loads((self.folder / f"fold_{number}" / "predictions.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    root = tmp_path_factory.mktemp("whole")
+    printed = run(f"runs={root}", "name=whole")
+    return Whole(root / "matbench" / "whole", printed)
+
+
+@pytest.fixture(scope="module")
+def store() -> CrystalStore:
+    return CrystalStore.open(EMBEDDED / f"{TASK}.parquet")
+
+
+@pytest.fixture(scope="module")
+def opened() -> tuple[Any, command.Source]:
+    return command.open_benchmark(TASK)
+
+
+def in_memory(opened: tuple[Any, command.Source], tmp_path: Path, *arguments: str) -> command.Run:
+    """Return what the folds share, for looking at their data without training."""
+    os.environ.pop(NAME_VARIABLE, None)
+    config = settings(*arguments)
+    encoder, _, _ = command.make_encoder(config)
+    folder = RunFolder(str(tmp_path), "matbench", "looked-at", resume=False)
+    return command.Run(config, {}, folder, *opened, encoder.graph, {}, "cpu")
+
+
+def write_file(folder: Path, change: Callable[[list[float]], None] = lambda _: None) -> Path:
+    """Write the task's file as a user would have it, with changed targets."""
+    path = folder / f"{TASK}.json.gz"
+    command.write_embedded(TASK, "exfoliation_en", path)
+    content = json.loads(gzip.decompress(path.read_bytes()))
+    place = content["columns"].index("exfoliation_en")
+    targets = [row[place] for row in content["data"]]
+    change(targets)
+    for row, value in zip(content["data"], targets, strict=True):
+        row[place] = value
+    path.write_bytes(gzip.compress(json.dumps(content).encode()))
+    return path
+
+
+def rows_of(store: CrystalStore, ids: list[str]) -> list[int]:
+    places = {name: row for row, name in enumerate(store.ids.to_pylist())}
+    return [places[name] for name in ids]
+
+
+def test_the_results_are_real_gzip_that_the_official_package_finds_valid(whole: Whole, tmp_path: Path) -> None:
+    bench = command.import_matbench()
+    path = whole.submission / "results.json.gz"
+    assert path.read_bytes()[:2] == b"\x1f\x8b"
+    with pytest.raises(UnicodeDecodeError):  # why the command doesn't use the package's own reader and writer
+        bench.MatbenchBenchmark.from_file(path)
+    plain = tmp_path / "results.json"
+    plain.write_bytes(gzip.decompress(path.read_bytes()))
+    loaded = bench.MatbenchBenchmark.from_file(plain)
+    assert loaded.is_valid
+    assert loaded.is_recorded
+    assert list(loaded.tasks_map) == [TASK]
+
+
+def test_a_changed_result_is_found_out(whole: Whole, tmp_path: Path) -> None:
+    shutil.copytree(whole.submission, tmp_path / "copy")
+    path = tmp_path / "copy" / "results.json.gz"
+    content = json.loads(gzip.decompress(path.read_bytes()))
+    content["tasks"][TASK]["results"]["fold_0"]["scores"]["mae"] = 1.0
+    path.write_bytes(gzip.compress(json.dumps(content).encode()))
+    with pytest.raises(DataError, match="not a valid submission"):
+        command.load_submission(tmp_path / "copy")
+    assert command.load_submission(whole.submission).is_valid
+
+
+def test_the_recorded_scores_are_those_of_the_kept_predictions(whole: Whole, store: CrystalStore) -> None:
+    truth = store.numbers_of("exfoliation_energy")
+    recorded = command.load_submission(whole.submission).tasks_map[TASK].results
+    errors = []
+    for fold in range(5):
+        kept = whole.fold(fold)
+        mae = np.abs(truth[rows_of(store, kept["ids"])] - np.array(kept["predictions"])).mean()
+        errors.append(mae)
+        assert recorded[f"fold_{fold}"].scores.mae == pytest.approx(mae, rel=1e-12)
+        assert whole.summary["scores"][f"fold_{fold}"]["mae"] == pytest.approx(mae, rel=1e-12)
+        assert list(recorded[f"fold_{fold}"].data.values()) == kept["predictions"]
+        assert f"{mae:.4f}" in whole.printed
+    assert whole.summary["mae_mean"] == pytest.approx(np.mean(errors), rel=1e-12)
+    assert whole.summary["mae_std"] == pytest.approx(np.std(errors), rel=1e-12)
+
+
+def test_every_crystal_is_predicted_once_in_its_official_fold(whole: Whole, store: CrystalStore) -> None:
+    official = store.numbers_of("matbench_test_fold")
+    seen = []
+    for fold in range(5):
+        rows = rows_of(store, whole.fold(fold)["ids"])
+        assert set(official[rows]) == {fold}
+        seen += rows
+    assert sorted(seen) == list(range(len(store)))
+
+
+def test_the_kept_predictions_are_those_of_the_exported_model(whole: Whole, store: CrystalStore) -> None:
+    model, _ = load_property_model(whole.folder / "fold_2")
+    kept = whole.fold(2)
+    crystals = store.crystals.take(np.array(rows_of(store, kept["ids"])))
+    predicted = command.predict(model, crystals, batch_size=7, max_atoms=10)
+    assert predicted == pytest.approx(kept["predictions"], rel=1e-4, abs=1e-3)
+
+
+def test_targets_are_normalised_by_the_inner_training_rows_alone(whole: Whole, store: CrystalStore) -> None:
+    truth = store.numbers_of("exfoliation_energy")
+    official = store.numbers_of("matbench_test_fold")
+    for fold in range(5):
+        ids = command.import_matbench().MatbenchTask(TASK, autoload=False).validation[f"fold_{fold}"].train
+        outer = np.array(rows_of(store, list(ids)))
+        assert fold not in official[outer]
+        inner = outer[command.inner_rows(len(outer), 0.1, seed=0, fold=fold)["train"]]
+        model, _ = load_property_model(whole.folder / f"fold_{fold}")
+        assert float(model.mean) == pytest.approx(truth[inner].mean(), rel=1e-6)
+        assert float(model.std) == pytest.approx(truth[inner].std(), rel=1e-6)
+        assert float(model.mean) != pytest.approx(truth[outer].mean(), rel=1e-6)
+
+
+def test_inner_validation_is_drawn_from_the_training_part_with_the_seed() -> None:
+    rows = command.inner_rows(509, 0.1, seed=0, fold=0)
+    assert len(rows["val"]) == 51
+    assert len(rows["test"]) == 0
+    assert sorted([*rows["train"], *rows["val"]]) == list(range(509))
+    again = command.inner_rows(509, 0.1, seed=0, fold=0)
+    assert again["val"].tolist() == rows["val"].tolist()
+    for seed, fold in ((1, 0), (0, 1)):
+        assert command.inner_rows(509, 0.1, seed=seed, fold=fold)["val"].tolist() != rows["val"].tolist()
+
+
+def test_only_training_crystals_enter_the_data_module(opened: tuple[Any, command.Source], tmp_path: Path) -> None:
+    shared = in_memory(opened, tmp_path)
+    data = command.fold_data(shared, 1)
+    data.setup()
+    test_ids = set(shared.task.get_test_data(1, include_target=False).index)
+    assert len(data.store) == 636 - len(test_ids)
+    assert not test_ids & set(data.store.ids.to_pylist())
+    assert len(data.rows["test"]) == 0
+    assert data.units == ["meV/atom"]
+
+
+def test_test_targets_change_the_scores_and_nothing_else(
+    whole: Whole, store: CrystalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_test = np.flatnonzero(store.numbers_of("matbench_test_fold") == 0)
+
+    def change(targets: list[float]) -> None:
+        for row in in_test:
+            targets[row] = -1000.0 - targets[row]
+
+    write_file(tmp_path, change)
+    monkeypatch.setenv(command.MATMINER_DATA, str(tmp_path))
+    printed = run(f"runs={tmp_path}", "name=changed", "folds=[0]")
+    folder = tmp_path / "matbench" / "changed"
+    kept = json.loads((folder / "fold_0" / "predictions.json").read_text())
+    assert kept["predictions"] == whole.fold(0)["predictions"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["scores"]["fold_0"]["mae"] > 900 > whole.summary["scores"]["fold_0"]["mae"]
+
+    assert not summary["valid"]
+    assert "INCOMPLETE" in printed
+    info = json.loads((folder / "matbench_v0.1_CrysLDNet_incomplete" / "info.json").read_text())
+    assert info["notes"].startswith("INCOMPLETE")
+    with pytest.raises(DataError, match="not recorded"):
+        command.load_submission(folder / "matbench_v0.1_CrysLDNet_incomplete")
+
+
+def test_a_training_target_changes_what_is_trained_on(
+    opened: tuple[Any, command.Source], tmp_path: Path, store: CrystalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_training = int(np.flatnonzero(store.numbers_of("matbench_test_fold") != 0)[0])
+
+    def change(targets: list[float]) -> None:
+        targets[in_training] += 1.0
+
+    write_file(tmp_path, change)
+    monkeypatch.setenv(command.MATMINER_DATA, str(tmp_path))
+    changed = command.open_benchmark(TASK)
+    hashes = []
+    for number, pair in enumerate((opened, changed)):
+        data = command.fold_data(in_memory(pair, tmp_path / str(number)), 0)
+        data.setup()
+        hashes.append(data.store.hash)
+    assert hashes[0] != hashes[1]
+
+
+def test_the_official_loader_gives_the_embedded_crystals_back(
+    opened: tuple[Any, command.Source], store: CrystalStore
+) -> None:
+    frame = opened[0].tasks_map[TASK].df
+    assert list(frame.index) == store.ids.to_pylist()
+    crystals = command.crystals_of(frame["structure"])
+    np.testing.assert_array_equal(crystals.numbers, store.crystals.numbers)
+    np.testing.assert_array_equal(crystals.ptr, store.crystals.ptr)
+    np.testing.assert_array_equal(crystals.frac_coords, store.crystals.frac_coords)
+    np.testing.assert_allclose(crystals.lattice, store.crystals.lattice, rtol=1e-12)
+    np.testing.assert_array_equal(frame["exfoliation_en"], store.numbers_of("exfoliation_energy"))
+
+
+def test_embedded_data_are_labelled_as_not_the_official_file(whole: Whole) -> None:
+    label = "not the official file"
+    assert label in whole.printed
+    assert label in json.loads((whole.submission / "info.json").read_text())["notes"]
+    assert label in command.load_submission(whole.submission).user_metadata["data"]
+    assert whole.summary["official_data"] is False
+
+
+def test_a_file_is_official_if_its_sha256_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_file(tmp_path)
+    monkeypatch.setenv(command.MATMINER_DATA, str(tmp_path))
+    assert command.open_benchmark(TASK)[1].label == f"not the official file ({TASK}.json.gz)"
+    monkeypatch.setitem(command.task_metadata(TASK), "hash", command._sha256(path))
+    assert command.open_benchmark(TASK)[1].label == "the official file"
+    assert os.environ[command.MATMINER_DATA] == str(tmp_path)
+
+
+def test_the_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(command.MATMINER_DATA, raising=False)
+    command.open_benchmark(TASK)
+    assert command.MATMINER_DATA not in os.environ
+
+
+def test_a_damaged_file_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_file(tmp_path)
+    path.write_bytes(path.read_bytes()[:5000])
+    monkeypatch.setenv(command.MATMINER_DATA, str(tmp_path))
+    with pytest.raises(DataError, match=f"{TASK}.json.gz: not a readable data set"):
+        command.open_benchmark(TASK)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("matbench_steels", "compositions without structures"),
+        ("matbench_mp_is_metal", "classification"),
+        ("matbench_jdft", "did you mean 'matbench_jdft2d'"),
+    ],
+)
+def test_a_task_that_cannot_be_run_is_refused(task: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        command.open_benchmark(task)
+
+
+def test_missing_data_are_refused_with_what_to_put_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(command.MATMINER_DATA, str(tmp_path))
+    with pytest.raises(DataError, match=r"put matbench_dielectric\.json\.gz \(https.*into a folder.*MATMINER_DATA"):
+        command.open_benchmark("matbench_dielectric")
+
+
+@pytest.mark.parametrize(
+    ("argument", "key"),
+    [
+        ("data.targets=[x]", "data.targets"),
+        ("data.path=embedded:mp_starter", "data.path"),
+        ("folds=[0,5]", "folds"),
+        ("folds=[]", "folds"),
+        ("validation_fraction=1.0", "validation_fraction"),
+        ("algorithm=../elsewhere", "algorithm"),
+    ],
+)
+def test_settings_without_meaning_here_are_refused(argument: str, key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        command.check_settings(settings(argument))
+    assert caught.value.key == key
+
+
+def test_a_submission_elsewhere_is_not_overwritten(tmp_path: Path) -> None:
+    config = settings(f"out={tmp_path}")
+    command.check_settings(config)
+    (tmp_path / "matbench_v0.1_CrysLDNet").mkdir()
+    with pytest.raises(ConfigError, match="exists already"):
+        command.check_settings(config)
+    command.check_settings(replace(config, algorithm="another"))
+
+
+def test_the_submission_folder_holds_what_the_benchmark_asks_for(whole: Whole) -> None:
+    info = json.loads((whole.submission / "info.json").read_text())
+    for field in ("authors", "algorithm", "algorithm_long", "bibtex_refs", "requirements", "notes", "command"):
+        assert info[field]
+    assert info["seed"] == 0
+    assert "without pretraining" in info["notes"]
+    assert "matbench==0.6" in info["requirements"]["python"]
+
+
+def test_the_script_runs_the_same_configuration(whole: Whole) -> None:
+    tree = ast.parse((whole.submission / "reproduce.py").read_text())
+    argv = next(ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign))
+    assert argv[:2] == ["crysldnet", "matbench"]
+    composed = compose("matbench", argv[2:]).values
+    saved = compose("matbench", TINY).values
+    assert composed == saved
+
+
+def test_the_command_is_as_typed_with_task_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["crysldnet", "matbench", "name=x", "epochs=3", "resume=last", "seed=7"])
+    line = command.command_line(compose("matbench", ["epochs=3", "seed=7"]).values)
+    assert line == ["crysldnet", "matbench", f"task={TASK}", "epochs=3", "seed=7"]
+
+
+def test_a_run_goes_on_with_the_fold_it_was_stopped_in(whole: Whole, tmp_path: Path) -> None:
+    folder = tmp_path / "matbench" / "stopped"
+    shutil.copytree(whole.folder, folder)
+    for path in ("summary.json", "matbench_v0.1_CrysLDNet", "fold_3/model.safetensors", "fold_3/predictions.json"):
+        shutil.rmtree(folder / path) if (folder / path).is_dir() else (folder / path).unlink()
+    before = {fold: (folder / f"fold_{fold}" / "model.safetensors").stat().st_mtime_ns for fold in (0, 1, 2, 4)}
+    with pytest.raises(ConfigError, match="was begun with seed=0, not 1"):
+        run(f"runs={tmp_path}", "name=stopped", "resume=last", "seed=1")
+    run(f"runs={tmp_path}", "name=stopped", "resume=last")
+    assert {fold: (folder / f"fold_{fold}" / "model.safetensors").stat().st_mtime_ns for fold in before} == before
+    finished = Whole(folder, "")
+    assert finished.fold(3) == whole.fold(3)
+    assert finished.summary["scores"] == whole.summary["scores"]
+
+
+def test_kept_predictions_of_other_data_are_refused(
+    whole: Whole, opened: tuple[Any, command.Source], tmp_path: Path
+) -> None:
+    shared = in_memory((opened[0], replace(opened[1], sha256="other")), tmp_path)
+    shutil.copytree(whole.folder / "fold_0", command.fold_folder(shared, 0))
+    with pytest.raises(ConfigError, match="data_sha256 differs"):
+        command.run_fold(shared, 0)
