@@ -1,0 +1,90 @@
+"""Does pretraining help on the embedded set? Formation energy, few and all labels, three seeds.
+
+python experiments/starter/run.py [--runs FOLDER] [--parallel N]
+
+Runs that are complete are not run again, so an interrupted study goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from crysldnet import evidence
+
+HERE = Path(__file__).parent
+SEEDS = (0, 1, 2)
+EPOCHS = {0.1: 100, 1.0: 40}
+"""Share of the training labels to epochs: fewer labels are seen more often, as many steps as they need."""
+
+
+def launch(runs: Path, command: str, name: str, *arguments: str) -> dict:
+    """Run one command to its end and return its summary."""
+    summary = runs / command / name / "summary.json"
+    if not summary.exists():
+        resume = ["resume=last"] if (summary.parent / "config.yaml").exists() else []
+        line = [sys.executable, "-m", "crysldnet", command, f"runs={runs}", f"name={name}", *arguments, *resume]
+        print(shlex.join(line[1:]), flush=True)
+        log = runs / f"{command}-{name}.log"
+        with log.open("a") as file:
+            done = subprocess.run([*line, "trainer.progress_bar=false"], stdout=file, stderr=subprocess.STDOUT)
+        if done.returncode:
+            raise SystemExit(f"{name} failed with status {done.returncode}; see {log}")
+    return json.loads(summary.read_text())
+
+
+def study(runs: Path, seed: int) -> dict[tuple[str, float], dict]:
+    """Pretrain with a seed, then finetune both arms with it."""
+    launch(runs, "pretrain", f"seed{seed}", f"seed={seed}")
+    encoder = runs / "pretrain" / f"seed{seed}" / "encoder.safetensors"
+    results = {}
+    for share, epochs in EPOCHS.items():
+        for arm, pretrained in (("scratch", "none"), ("pretrained", str(encoder))):
+            results[arm, share] = launch(
+                runs,
+                "finetune",
+                f"{arm}-{share:g}-seed{seed}",
+                f"seed={seed}",
+                f"pretrained={pretrained}",
+                f"epochs={epochs}",
+                f"data.split.train_fraction={share}",
+            )
+    return results
+
+
+def main() -> None:
+    """Run everything and write results.json and the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/starter"), help="folder of the runs")
+    parser.add_argument("--parallel", type=int, default=1, help="seeds run at the same time")
+    settings = parser.parse_args()
+    settings.runs.mkdir(parents=True, exist_ok=True)
+    commit = evidence.current_commit(HERE)
+    with ThreadPoolExecutor(settings.parallel) as pool:
+        results = list(pool.map(lambda seed: study(settings.runs, seed), SEEDS))
+    records = []
+    for share in EPOCHS:
+        for arm in ("scratch", "pretrained"):
+            for split in ("val", "test"):
+                records.append(
+                    evidence.summarise(
+                        [r[arm, share][f"{split}/mae"] for r in results],
+                        name=f"{arm}, {share:.0%} of the labels",
+                        metric=f"{split} MAE of formation energy",
+                        unit="eV/atom",
+                        seeds=SEEDS,
+                        data=f"mp_starter, {results[0][arm, share]['train_crystals']} training crystals",
+                        command="python experiments/starter/run.py",
+                        commit=commit,
+                    )
+                )
+    evidence.write(HERE, records)
+
+
+if __name__ == "__main__":
+    main()
