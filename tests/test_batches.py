@@ -11,7 +11,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from conftest import COPPER, PEROVSKITE, ROCKSALT, TRICLINIC, cells_of, put_together
+from conftest import COPPER, PEROVSKITE, ROCKSALT, TRICLINIC, cell, cells_of, put_together
+from crysldnet.data.batch import make_batch
 from crysldnet.data.corruption import Corruption
 from crysldnet.data.crystals import Crystals
 from crysldnet.data.datamodule import CrystalDataModule
@@ -385,10 +386,10 @@ def test_normalisation_comes_from_the_training_rows_alone() -> None:
 
 
 def test_normalisation_of_a_sum_is_per_atom() -> None:
-    """Rows 0, 2 and 4 are rocksalt with 2 atoms: 1/2, 3/2 and 5/2 an atom."""
-    model = model_of(toy(targets=["a"]), "sum")
-    assert model.mean.tolist() == pytest.approx([1.5])
-    assert model.std.tolist() == pytest.approx([np.std([1, 3, 5])])
+    """Known in rows 1 and 2, of 5 and 2 atoms: 2 and 4 are 0.4 and 2 an atom, −4 and 1.6 away from 1.2 an atom."""
+    model = model_of(toy(targets=["b"]), "sum")
+    assert model.mean.tolist() == pytest.approx([1.2])
+    assert model.std.tolist() == pytest.approx([2.8])
 
 
 def test_unknown_targets_enter_neither_the_loss_nor_its_gradient() -> None:
@@ -441,14 +442,15 @@ def test_batches_hold_no_more_edges_than_allowed() -> None:
 
 
 def test_a_batch_holds_the_crystals_of_its_rows(starter: CrystalStore) -> None:
+    rows = [7, 3000, 12, 0, 3999]
     module = data_module(targets=["band_gap", "formation_energy_per_atom"])
-    batch = module.train_dataloader().dataset[BatchRequest(np.array([7, 3000, 12]), 0, 0)]
-    values = np.stack([starter.numbers_of(name)[[7, 3000, 12]] for name in module.targets], axis=1)
+    batch = module.train_dataloader().dataset[BatchRequest(np.array(rows), 0, 0)]
+    values = np.stack([starter.numbers_of(name)[rows] for name in module.targets], axis=1)
     np.testing.assert_allclose(batch.targets.numpy(), values, rtol=1e-6)
-    assert batch.rows.tolist() == [7, 3000, 12]
+    assert batch.rows.tolist() == rows
     assert module.units == ["eV", "eV/atom"]
     for c, numbers, lattice, positions in zip(
-        cells_of(starter, [7, 3000, 12]),
+        cells_of(starter, rows),
         batch.numbers.split(batch.sizes.tolist()),
         batch.lattice,
         batch.positions.split(batch.sizes.tolist()),
@@ -457,6 +459,19 @@ def test_a_batch_holds_the_crystals_of_its_rows(starter: CrystalStore) -> None:
         assert numbers.tolist() == c.numbers.tolist()
         np.testing.assert_allclose(lattice.numpy(), c.lattice, rtol=1e-6)
         np.testing.assert_allclose(positions.numpy(), c.positions, atol=1e-5)
+
+
+def test_edges_of_a_batch_lead_from_their_source_to_their_target() -> None:
+    """In a box so large that no image is near."""
+    molecule = cell(np.eye(3) * 40, [8, 1, 6], [[0.5, 0.5, 0.5], [0.52, 0.5, 0.5], [0.5, 0.57, 0.5]])
+    batch = make_batch(put_together([PEROVSKITE, molecule]), GraphSpec(k=1), dtype=torch.float64)
+    mine = (batch.crystal[batch.edge_index] == 1).all(0)
+    assert (batch.edge_index[:, mine] - 5).T.tolist() == [[1, 0], [0, 1], [0, 2]]
+    source, target = batch.edge_index[:, mine]
+    torch.testing.assert_close(batch.edge_vec[mine], batch.positions[target] - batch.positions[source])
+    data = batch.to_pyg()
+    assert torch.equal(data.edge_index, batch.edge_index)
+    assert (data.num_nodes, data.num_edges) == (8, len(mine))
 
 
 def test_a_batch_size_that_ranks_cannot_share_is_refused() -> None:

@@ -9,6 +9,7 @@ from crysldnet import build as build_module
 from crysldnet.build import TARGET, build
 from crysldnet.cli import COMMANDS, run
 from crysldnet.config import choices, compose, conf_folder, validate
+from crysldnet.data.graph import GraphSpec
 from crysldnet.errors import ConfigError
 from crysldnet.finetune import FinetuneConfig
 from crysldnet.pretrain import PretrainConfig, build_model
@@ -26,6 +27,23 @@ def test_every_choice_composes_and_is_valid(group, choice):
     extra = ["data.path=somewhere.parquet"] if (group, choice) == ("data", "custom") else []
     composition = compose(command, [f"{group}={choice}", *extra])
     assert getattr(validate(composition, schema), group) == composition.values[group]
+
+
+def test_every_choice_builds(tmp_path):
+    parts = {
+        "data": {"graph": GraphSpec(k=3)},
+        "objective": {"latent_dim": 4},
+        "denoiser": {"latent_dim": 4},
+        "head": {"width": 8, "outputs": 1},
+        "logger": {"folder": tmp_path, "name": "run", "config": {}},
+    }
+    for group in GROUPS:
+        for choice in choices(group):
+            command = "finetune" if group == "head" else "pretrain"
+            extra = ["data.path=somewhere.parquet"] if choice == "custom" else []
+            extra += ["logger.mode=disabled"] if choice == "wandb" else []
+            node = compose(command, [f"{group}={choice}", *extra]).values[group]
+            assert build(node, group, **parts.get(group, {})) is not None, (group, choice)
 
 
 @pytest.mark.parametrize("choice", ["pddformer", "pddformer_small"])

@@ -17,7 +17,7 @@ from crysldnet.encoders.layers import ComFormerConv, PairMLP
 from crysldnet.encoders.pddformer import DistanceMixing, PDDFormer
 from crysldnet.models.dit import DiT, sinusoids
 from crysldnet.models.latent import Latent, Posterior
-from crysldnet.models.objectives import Published, masked_species
+from crysldnet.models.objectives import Denoising, Published, masked_species
 
 MASK_COUNTS = {1: 0, 2: 1, 3: 1, 4: 2, 5: 2, 6: 2, 7: 3, 10: 3, 11: 4}
 """Atoms hidden of so many at a fraction of 0.3; the published loader drops crystals of one atom."""
@@ -364,3 +364,42 @@ def test_the_published_objective_reads_raw_coordinates_and_the_transposed_lattic
     pooled = objective.lattice(torch.stack([z[:2].mean(0), z[2:].mean(0)])).view(2, 3, 3)
     transposed = doubles(np.stack([TRICLINIC.lattice.T, PEROVSKITE.lattice.T]))
     assert terms["lattice"].item() == pytest.approx((pooled - transposed).abs().mean().item())
+
+
+def test_denoising_computes_its_equations(starter: CrystalStore) -> None:
+    """Displacement, strain, their losses and the error of the lattice, written down from the definitions."""
+    torch.manual_seed(5)
+    objective = Denoising(
+        latent_dim=4, hidden=6, corruption=Corruption(displacement=0.2, strain=0.04), strain_weight=3.0
+    ).double()
+    clean = put_together([*cells_of(starter, [3, 500]), TRICLINIC, PEROVSKITE])
+    crystals, undo = objective.corruption.apply(clean, np.random.default_rng(0))
+    batch = make_batch(crystals, PDDFormer(width=4, k=5).graph, undo=undo, dtype=torch.float64)
+    z = torch.randn(len(clean.numbers), 4).double()
+    with torch.no_grad():
+        found = objective(z, batch)
+        displacement, strain = objective.undo_geometry(z, batch)
+        node = objective.node(z)
+        lengths = batch.edge_vec.norm(dim=1)
+        gauss = torch.exp(-0.5 * ((lengths[:, None] - torch.linspace(0, 8, 32).double()) / (8 / 31)) ** 2)
+        coefficients = objective.pair.unfactorised(node, node, objective.edge(gauss), *batch.edge_index).numpy()
+    moves: list[list[NDArray]] = [[] for _ in clean.numbers]
+    strains: list[list[NDArray]] = [[] for _ in clean.sizes]
+    for (u, s, p), vector, target in zip(coefficients, batch.edge_vec.numpy(), batch.edge_index[1], strict=True):
+        unit = vector / np.linalg.norm(vector)
+        moves[target].append(u * unit)
+        strains[batch.crystal[target]].append(s * np.outer(unit, unit) + p * np.eye(3))
+    expected_moves = 0.2 * np.array([np.mean(own, axis=0) for own in moves])
+    expected_strains = 0.04 * np.array([np.mean(own, axis=0) for own in strains])
+    np.testing.assert_allclose(displacement, expected_moves, atol=1e-7)
+    np.testing.assert_allclose(strain, expected_strains, atol=1e-7)
+    move_loss = np.mean(((expected_moves - undo.displacement) / 0.2) ** 2)
+    strain_loss = 3 * np.mean(((expected_strains - undo.strain) / 0.04) ** 2)
+    assert found.terms["displacement"].item() == pytest.approx(move_loss, rel=1e-5)
+    assert found.terms["strain"].item() == pytest.approx(strain_loss, rel=1e-5)
+    lengths_now, lengths_before = (np.linalg.norm(c.lattice, axis=2) for c in (crystals, clean))
+    total, count = found.measures["lattice_length_error_baseline"]
+    assert (total / count).item() == pytest.approx(np.abs(lengths_now - lengths_before).mean())
+    back = crystals.lattice @ np.linalg.inv(np.eye(3) + expected_strains)
+    total, count = found.measures["lattice_length_error"]
+    assert (total / count).item() == pytest.approx(np.abs(np.linalg.norm(back, axis=2) - lengths_before).mean(), 1e-5)

@@ -189,6 +189,28 @@ def test_unknown_values_add_nothing_to_the_loss():
     assert (head.mlp[-1].weight.grad[1] == 0).all()
 
 
+def test_the_moving_average_is_what_is_validated_and_exported(tmp_path, small):
+    plain, _ = run(tmp_path, "plain", f"data.path={small}", "epochs=1")
+    averaged, _ = run(tmp_path, "averaged", f"data.path={small}", "epochs=1", "trainer.ema_decay=0.9")
+    still, _ = run(tmp_path, "still", f"data.path={small}", "epochs=1", "trainer.ema_decay=0.999999")
+    start = finetune.make_encoder(finetune_config("pretrained=none")[0])[0].state_dict().keys()
+    assert {f"encoder.{k}" for k in start} <= weights(plain).keys()
+    key = "head.mlp.0.weight"
+    moved = [(weights(f)[key] - weights(still)[key]).norm() for f in (averaged, plain)]
+    assert 0 < moved[0] < moved[1]
+
+
+def test_mixed_precision_trains(tmp_path, small):
+    _, summary = run(tmp_path, "half", f"data.path={small}", "trainer.precision=bf16-mixed", *SHORT)
+    assert np.isfinite(summary["test/mae"])
+
+
+def test_plots_are_drawn(tmp_path, small):
+    folder, _ = run(tmp_path, "plots", f"data.path={small}", *SHORT)
+    for name in ("curves.png", "parity_formation_energy_per_atom.png"):
+        assert (folder / "plots" / name).read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("loss", ["mse", "huber"])
 @pytest.mark.parametrize("head", ["mean", "sum"])
 def test_losses_and_readouts_train(tmp_path, small, loss, head):

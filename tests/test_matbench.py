@@ -21,13 +21,14 @@ from crysldnet.config import compose, validate
 from crysldnet.data.datamodule import EMBEDDED
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import ConfigError, DataError
+from crysldnet.finetune import make_encoder
 from crysldnet.training.checkpoint import load_property_model
 from crysldnet.training.run_folder import NAME_VARIABLE, RunFolder
 
 if importlib.util.find_spec("matbench") is None:
     pytest.skip("matbench isn't installed", allow_module_level=True)
 
-from crysldnet import matbench as command
+from crysldnet.matbench import MatbenchConfig, check_settings, folds, submission, tasks
 
 TASK = "matbench_jdft2d"
 TINY = [
@@ -44,7 +45,7 @@ TINY = [
 
 @pytest.fixture(autouse=True, scope="module")
 def _clean_environment() -> Iterator[None]:
-    names = (NAME_VARIABLE, command.MATMINER_DATA)
+    names = (NAME_VARIABLE, tasks.MATMINER_DATA)
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
     yield
     for name in names:
@@ -61,8 +62,8 @@ def run(*arguments: str) -> str:
     return text.getvalue()
 
 
-def settings(*arguments: str) -> command.MatbenchConfig:
-    return validate(compose("matbench", [*TINY, *arguments]), command.MatbenchConfig)
+def settings(*arguments: str) -> MatbenchConfig:
+    return validate(compose("matbench", [*TINY, *arguments]), MatbenchConfig)
 
 
 @dataclass
@@ -97,23 +98,23 @@ def store() -> CrystalStore:
 
 
 @pytest.fixture(scope="module")
-def opened() -> tuple[Any, command.Source]:
-    return command.open_benchmark(TASK)
+def opened() -> tuple[Any, tasks.Source]:
+    return tasks.open_benchmark(TASK)
 
 
-def in_memory(opened: tuple[Any, command.Source], tmp_path: Path, *arguments: str) -> command.Run:
+def in_memory(opened: tuple[Any, tasks.Source], tmp_path: Path, *arguments: str) -> folds.Run:
     """Return what the folds share, for looking at their data without training."""
     os.environ.pop(NAME_VARIABLE, None)
     config = settings(*arguments)
-    encoder, _, _ = command.make_encoder(config)
+    encoder, _, _ = make_encoder(config)
     folder = RunFolder(str(tmp_path), "matbench", "looked-at", resume=False)
-    return command.Run(config, {}, folder, *opened, encoder.graph, {}, "cpu")
+    return folds.Run(config, {}, folder, *opened, encoder.graph, {}, "cpu")
 
 
 def write_file(folder: Path, change: Callable[[list[float]], None] = lambda _: None) -> Path:
     """Write the task's file as a user would have it, with changed targets."""
     path = folder / f"{TASK}.json.gz"
-    command.write_embedded(TASK, "exfoliation_en", path)
+    tasks.write_embedded(TASK, "exfoliation_en", path)
     content = json.loads(gzip.decompress(path.read_bytes()))
     place = content["columns"].index("exfoliation_en")
     targets = [row[place] for row in content["data"]]
@@ -130,7 +131,7 @@ def rows_of(store: CrystalStore, ids: list[str]) -> list[int]:
 
 
 def test_the_results_are_real_gzip_that_the_official_package_finds_valid(whole: Whole, tmp_path: Path) -> None:
-    bench = command.import_matbench()
+    bench = tasks.import_matbench()
     path = whole.submission / "results.json.gz"
     assert path.read_bytes()[:2] == b"\x1f\x8b"
     with pytest.raises(UnicodeDecodeError):  # why the command doesn't use the package's own reader and writer
@@ -150,13 +151,13 @@ def test_a_changed_result_is_found_out(whole: Whole, tmp_path: Path) -> None:
     content["tasks"][TASK]["results"]["fold_0"]["scores"]["mae"] = 1.0
     path.write_bytes(gzip.compress(json.dumps(content).encode()))
     with pytest.raises(DataError, match="not a valid submission"):
-        command.load_submission(tmp_path / "copy")
-    assert command.load_submission(whole.submission).is_valid
+        submission.load_submission(tmp_path / "copy")
+    assert submission.load_submission(whole.submission).is_valid
 
 
 def test_the_recorded_scores_are_those_of_the_kept_predictions(whole: Whole, store: CrystalStore) -> None:
     truth = store.numbers_of("exfoliation_energy")
-    recorded = command.load_submission(whole.submission).tasks_map[TASK].results
+    recorded = submission.load_submission(whole.submission).tasks_map[TASK].results
     errors = []
     for fold in range(5):
         kept = whole.fold(fold)
@@ -184,7 +185,7 @@ def test_the_kept_predictions_are_those_of_the_exported_model(whole: Whole, stor
     model, _ = load_property_model(whole.folder / "fold_2")
     kept = whole.fold(2)
     crystals = store.crystals.take(np.array(rows_of(store, kept["ids"])))
-    predicted = command.predict(model, crystals, batch_size=7, max_atoms=10)
+    predicted = folds.predict(model, crystals, batch_size=7, max_atoms=10)
     assert predicted == pytest.approx(kept["predictions"], rel=1e-4, abs=1e-3)
 
 
@@ -192,10 +193,10 @@ def test_targets_are_normalised_by_the_inner_training_rows_alone(whole: Whole, s
     truth = store.numbers_of("exfoliation_energy")
     official = store.numbers_of("matbench_test_fold")
     for fold in range(5):
-        ids = command.import_matbench().MatbenchTask(TASK, autoload=False).validation[f"fold_{fold}"].train
+        ids = tasks.import_matbench().MatbenchTask(TASK, autoload=False).validation[f"fold_{fold}"].train
         outer = np.array(rows_of(store, list(ids)))
         assert fold not in official[outer]
-        inner = outer[command.inner_rows(len(outer), 0.1, seed=0, fold=fold)["train"]]
+        inner = outer[folds.inner_rows(len(outer), 0.1, seed=0, fold=fold)["train"]]
         model, _ = load_property_model(whole.folder / f"fold_{fold}")
         assert float(model.mean) == pytest.approx(truth[inner].mean(), rel=1e-6)
         assert float(model.std) == pytest.approx(truth[inner].std(), rel=1e-6)
@@ -203,19 +204,19 @@ def test_targets_are_normalised_by_the_inner_training_rows_alone(whole: Whole, s
 
 
 def test_inner_validation_is_drawn_from_the_training_part_with_the_seed() -> None:
-    rows = command.inner_rows(509, 0.1, seed=0, fold=0)
+    rows = folds.inner_rows(509, 0.1, seed=0, fold=0)
     assert len(rows["val"]) == 51
     assert len(rows["test"]) == 0
     assert sorted([*rows["train"], *rows["val"]]) == list(range(509))
-    again = command.inner_rows(509, 0.1, seed=0, fold=0)
+    again = folds.inner_rows(509, 0.1, seed=0, fold=0)
     assert again["val"].tolist() == rows["val"].tolist()
     for seed, fold in ((1, 0), (0, 1)):
-        assert command.inner_rows(509, 0.1, seed=seed, fold=fold)["val"].tolist() != rows["val"].tolist()
+        assert folds.inner_rows(509, 0.1, seed=seed, fold=fold)["val"].tolist() != rows["val"].tolist()
 
 
-def test_only_training_crystals_enter_the_data_module(opened: tuple[Any, command.Source], tmp_path: Path) -> None:
+def test_only_training_crystals_enter_the_data_module(opened: tuple[Any, tasks.Source], tmp_path: Path) -> None:
     shared = in_memory(opened, tmp_path)
-    data = command.fold_data(shared, 1)
+    data = folds.fold_data(shared, 1)
     data.setup()
     test_ids = set(shared.task.get_test_data(1, include_target=False).index)
     assert len(data.store) == 636 - len(test_ids)
@@ -234,7 +235,7 @@ def test_test_targets_change_the_scores_and_nothing_else(
             targets[row] = -1000.0 - targets[row]
 
     write_file(tmp_path, change)
-    monkeypatch.setenv(command.MATMINER_DATA, str(tmp_path))
+    monkeypatch.setenv(tasks.MATMINER_DATA, str(tmp_path))
     printed = run(f"runs={tmp_path}", "name=changed", "folds=[0]")
     folder = tmp_path / "matbench" / "changed"
     kept = json.loads((folder / "fold_0" / "predictions.json").read_text())
@@ -247,11 +248,11 @@ def test_test_targets_change_the_scores_and_nothing_else(
     info = json.loads((folder / "matbench_v0.1_CrysLDNet_incomplete" / "info.json").read_text())
     assert info["notes"].startswith("INCOMPLETE")
     with pytest.raises(DataError, match="not recorded"):
-        command.load_submission(folder / "matbench_v0.1_CrysLDNet_incomplete")
+        submission.load_submission(folder / "matbench_v0.1_CrysLDNet_incomplete")
 
 
 def test_a_training_target_changes_what_is_trained_on(
-    opened: tuple[Any, command.Source], tmp_path: Path, store: CrystalStore, monkeypatch: pytest.MonkeyPatch
+    opened: tuple[Any, tasks.Source], tmp_path: Path, store: CrystalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_training = int(np.flatnonzero(store.numbers_of("matbench_test_fold") != 0)[0])
 
@@ -259,22 +260,22 @@ def test_a_training_target_changes_what_is_trained_on(
         targets[in_training] += 1.0
 
     write_file(tmp_path, change)
-    monkeypatch.setenv(command.MATMINER_DATA, str(tmp_path))
-    changed = command.open_benchmark(TASK)
+    monkeypatch.setenv(tasks.MATMINER_DATA, str(tmp_path))
+    changed = tasks.open_benchmark(TASK)
     hashes = []
     for number, pair in enumerate((opened, changed)):
-        data = command.fold_data(in_memory(pair, tmp_path / str(number)), 0)
+        data = folds.fold_data(in_memory(pair, tmp_path / str(number)), 0)
         data.setup()
         hashes.append(data.store.hash)
     assert hashes[0] != hashes[1]
 
 
 def test_the_official_loader_gives_the_embedded_crystals_back(
-    opened: tuple[Any, command.Source], store: CrystalStore
+    opened: tuple[Any, tasks.Source], store: CrystalStore
 ) -> None:
     frame = opened[0].tasks_map[TASK].df
     assert list(frame.index) == store.ids.to_pylist()
-    crystals = command.crystals_of(frame["structure"])
+    crystals = tasks.crystals_of(frame["structure"])
     np.testing.assert_array_equal(crystals.numbers, store.crystals.numbers)
     np.testing.assert_array_equal(crystals.ptr, store.crystals.ptr)
     np.testing.assert_array_equal(crystals.frac_coords, store.crystals.frac_coords)
@@ -286,31 +287,31 @@ def test_embedded_data_are_labelled_as_not_the_official_file(whole: Whole) -> No
     label = "not the official file"
     assert label in whole.printed
     assert label in json.loads((whole.submission / "info.json").read_text())["notes"]
-    assert label in command.load_submission(whole.submission).user_metadata["data"]
+    assert label in submission.load_submission(whole.submission).user_metadata["data"]
     assert whole.summary["official_data"] is False
 
 
 def test_a_file_is_official_if_its_sha256_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_file(tmp_path)
-    monkeypatch.setenv(command.MATMINER_DATA, str(tmp_path))
-    assert command.open_benchmark(TASK)[1].label == f"not the official file ({TASK}.json.gz)"
-    monkeypatch.setitem(command.task_metadata(TASK), "hash", command._sha256(path))
-    assert command.open_benchmark(TASK)[1].label == "the official file"
-    assert os.environ[command.MATMINER_DATA] == str(tmp_path)
+    monkeypatch.setenv(tasks.MATMINER_DATA, str(tmp_path))
+    assert tasks.open_benchmark(TASK)[1].label == f"not the official file ({TASK}.json.gz)"
+    monkeypatch.setitem(tasks.task_metadata(TASK), "hash", tasks.file_hash(path))
+    assert tasks.open_benchmark(TASK)[1].label == "the official file"
+    assert os.environ[tasks.MATMINER_DATA] == str(tmp_path)
 
 
 def test_the_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(command.MATMINER_DATA, raising=False)
-    command.open_benchmark(TASK)
-    assert command.MATMINER_DATA not in os.environ
+    monkeypatch.delenv(tasks.MATMINER_DATA, raising=False)
+    tasks.open_benchmark(TASK)
+    assert tasks.MATMINER_DATA not in os.environ
 
 
 def test_a_damaged_file_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_file(tmp_path)
     path.write_bytes(path.read_bytes()[:5000])
-    monkeypatch.setenv(command.MATMINER_DATA, str(tmp_path))
+    monkeypatch.setenv(tasks.MATMINER_DATA, str(tmp_path))
     with pytest.raises(DataError, match=f"{TASK}.json.gz: not a readable data set"):
-        command.open_benchmark(TASK)
+        tasks.open_benchmark(TASK)
 
 
 @pytest.mark.parametrize(
@@ -323,13 +324,13 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.M
 )
 def test_a_task_that_cannot_be_run_is_refused(task: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        command.open_benchmark(task)
+        tasks.open_benchmark(task)
 
 
 def test_missing_data_are_refused_with_what_to_put_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(command.MATMINER_DATA, str(tmp_path))
+    monkeypatch.setenv(tasks.MATMINER_DATA, str(tmp_path))
     with pytest.raises(DataError, match=r"put matbench_dielectric\.json\.gz \(https.*into a folder.*MATMINER_DATA"):
-        command.open_benchmark("matbench_dielectric")
+        tasks.open_benchmark("matbench_dielectric")
 
 
 @pytest.mark.parametrize(
@@ -345,17 +346,17 @@ def test_missing_data_are_refused_with_what_to_put_where(tmp_path: Path, monkeyp
 )
 def test_settings_without_meaning_here_are_refused(argument: str, key: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        command.check_settings(settings(argument))
+        check_settings(settings(argument))
     assert caught.value.key == key
 
 
 def test_a_submission_elsewhere_is_not_overwritten(tmp_path: Path) -> None:
     config = settings(f"out={tmp_path}")
-    command.check_settings(config)
+    check_settings(config)
     (tmp_path / "matbench_v0.1_CrysLDNet").mkdir()
     with pytest.raises(ConfigError, match="exists already"):
-        command.check_settings(config)
-    command.check_settings(replace(config, algorithm="another"))
+        check_settings(config)
+    check_settings(replace(config, algorithm="another"))
 
 
 def test_the_submission_folder_holds_what_the_benchmark_asks_for(whole: Whole) -> None:
@@ -378,7 +379,7 @@ def test_the_script_runs_the_same_configuration(whole: Whole) -> None:
 
 def test_the_command_is_as_typed_with_task_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["crysldnet", "matbench", "name=x", "epochs=3", "resume=last", "seed=7"])
-    line = command.command_line(compose("matbench", ["epochs=3", "seed=7"]).values)
+    line = submission.command_line(compose("matbench", ["epochs=3", "seed=7"]).values)
     assert line == ["crysldnet", "matbench", f"task={TASK}", "epochs=3", "seed=7"]
 
 
@@ -398,9 +399,9 @@ def test_a_run_goes_on_with_the_fold_it_was_stopped_in(whole: Whole, tmp_path: P
 
 
 def test_kept_predictions_of_other_data_are_refused(
-    whole: Whole, opened: tuple[Any, command.Source], tmp_path: Path
+    whole: Whole, opened: tuple[Any, tasks.Source], tmp_path: Path
 ) -> None:
     shared = in_memory((opened[0], replace(opened[1], sha256="other")), tmp_path)
-    shutil.copytree(whole.folder / "fold_0", command.fold_folder(shared, 0))
+    shutil.copytree(whole.folder / "fold_0", folds.fold_folder(shared, 0))
     with pytest.raises(ConfigError, match="data_sha256 differs"):
-        command.run_fold(shared, 0)
+        folds.run_fold(shared, 0)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from crysldnet.errors import ConfigError
 from crysldnet.models.head import PropertyModel
 from crysldnet.pretrain import total_steps
 from crysldnet.report import print_table
-from crysldnet.training import checkpoint
+from crysldnet.training import checkpoint, plots
 from crysldnet.training.metrics import RegressionErrors
 from crysldnet.training.optimizer import AdamW
 from crysldnet.training.run_folder import RunFolder, code_version
@@ -224,7 +225,7 @@ def write_predictions(path: Path, result: Finetuned) -> None:
     rows = list(result.predictions)
     values = result.data.target_values
     assert values is not None
-    ids = result.data.store.ids_at(result.data.rows["test"][:0] if not rows else torch.tensor(rows).numpy())
+    ids = result.data.store.ids_at(np.array(rows, np.int64))
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["material_id", "target", "true", "prediction", "unit"])
@@ -241,6 +242,16 @@ def write_predictions(path: Path, result: Finetuned) -> None:
                         result.data.units[place],
                     ]
                 )
+
+
+def _plot_parity(folder: Path, result: Finetuned) -> None:
+    rows = list(result.predictions)
+    predicted = np.array([result.predictions[row] for row in rows])
+    assert result.data.target_values is not None
+    for place, target in enumerate(result.data.targets):
+        name = "".join(c if c.isalnum() or c in "-_" else "_" for c in target)
+        true = result.data.target_values[rows, place]
+        plots.parity(true, predicted[:, place], folder / f"parity_{name}.png", target, result.data.units[place])
 
 
 def run(config: FinetuneConfig, values: dict[str, Any]) -> int:
@@ -266,6 +277,13 @@ def run(config: FinetuneConfig, values: dict[str, Any]) -> int:
 def _finish(folder: RunFolder, result: Finetuned, config: FinetuneConfig) -> None:
     if result.predictions:
         write_predictions(folder.path / "predictions_test.csv", result)
+        _plot_parity(folder.path / "plots", result)
+    plots.learning_curves(
+        folder.path / "metrics.csv",
+        folder.path / "plots" / "curves.png",
+        ["train/loss", "val/mae", "val/r2"],
+        ", ".join(result.data.targets),
+    )
     folder.finish(
         {
             "command": "finetune",

@@ -22,13 +22,23 @@ from crysldnet.errors import ConfigError
 from crysldnet.models.latent import LatentStatistics
 from crysldnet.models.pretraining import PretrainingModel
 from crysldnet.report import print_table
-from crysldnet.training import checkpoint
+from crysldnet.training import checkpoint, plots
 from crysldnet.training.metrics import Means
 from crysldnet.training.optimizer import AdamW
 from crysldnet.training.run_folder import RunFolder, code_version
 from crysldnet.training.trainer import TrainerSettings, fit, make_trainer
 
 Stage = Literal["vae", "diffusion"]
+
+PLOTTED = (
+    "train/loss",
+    "val/masked_accuracy",
+    "val/coordinate_error",
+    "val/lattice_length_error",
+    "val/loss/diffusion",
+    "val/features_spread",
+    "val/features_rank",
+)
 
 
 class PretrainModule(pl.LightningModule):
@@ -251,6 +261,10 @@ def _run_stage(
         "config": values,
     }
     export(trainer, model, config, provenance, folder.path, stage)
+    if trainer.is_global_zero:
+        plots.learning_curves(
+            folder.path / stage / "metrics.csv", folder.path / "plots" / f"{stage}.png", PLOTTED, f"{stage} stage"
+        )
     return metrics
 
 

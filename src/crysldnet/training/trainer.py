@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
     RichProgressBar,
+    WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
@@ -214,3 +215,6 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataM
         raise Interrupted(
             f"stopped after epoch {trainer.current_epoch} of {trainer.max_epochs}; continue with resume=last"
         )
+    # The averaged weights are in the module now. The callback would swap them out again in a later validation, and
+    # load the unaveraged ones for a test.
+    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]

@@ -1,0 +1,164 @@
+"""Measure graph building and loading on one thread.
+
+python benchmarks/data.py [--data FILE.parquet] [--rounds N]
+
+Graph building is compared with pymatgen's compiled kernel in interleaved rounds: every round times each contender on
+the same crystals, and ratios are taken within a round. Loading reads a store of 45,000 crystals (those of the data,
+repeated) through the data module, graphs built on the fly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+from pymatgen.optimization.neighbors import find_points_in_spheres
+
+from crysldnet import evidence
+from crysldnet.data.crystals import Crystals
+from crysldnet.data.datamodule import CrystalDataModule, open_store
+from crysldnet.data.graph import GraphSpec
+from crysldnet.data.schema import table_from_crystals
+from crysldnet.data.split import Split
+from crysldnet.data.store import write_store
+
+HERE = Path(__file__).parent
+BATCH = 64
+STORED = 45_000
+
+
+def structures_per_second(build: Callable[[int], object], n: int) -> float:
+    """Time one pass over all batches."""
+    start = time.perf_counter()
+    for first in range(0, n, BATCH):
+        build(first)
+    return n / (time.perf_counter() - start)
+
+
+def graph_building(crystals: Crystals, rounds: int) -> dict[str, list[float]]:
+    """Return structures per second of each contender, one value a round."""
+    n = len(crystals)
+    batches = {
+        first: crystals.take(np.arange(first, min(first + BATCH, n), dtype=np.int64)) for first in range(0, n, BATCH)
+    }
+    positions = np.ascontiguousarray(crystals.positions)
+    lattices = [np.ascontiguousarray(lattice) for lattice in crystals.lattice]
+    periodic = np.ones(3, np.int64)
+
+    def pymatgen(first: int) -> None:
+        for b in range(first, min(first + BATCH, n)):
+            points = positions[crystals.ptr[b] : crystals.ptr[b + 1]]
+            find_points_in_spheres(points, points, 5.0, periodic, lattices[b], 1e-8)
+
+    contenders = {
+        "pymatgen find_points_in_spheres, 5 Å": pymatgen,
+        "neighbor list, 5 Å": lambda first: GraphSpec(radius=5.0).build(batches[first]),
+        "neighbor list, k = 12 with ties": lambda first: GraphSpec(k=12).build(batches[first]),
+        "neighbor list, k = 25 with ties": lambda first: GraphSpec(k=25).build(batches[first]),
+        "PDDFormer's graph, k = 25 symmetric, 92 distances": lambda first: GraphSpec(
+            k=25, symmetric=True, n_distances=92
+        ).build(batches[first]),
+    }
+    for build in contenders.values():
+        build(0)
+    speeds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, build in contenders.items():
+            speeds[name].append(structures_per_second(build, n))
+    return speeds
+
+
+def loading(crystals: Crystals, rounds: int) -> tuple[list[float], list[float], list[float]]:
+    """Return batches per second, seconds to open the store, and seconds from there to the first batch."""
+    n = len(crystals)
+    speeds, opened, first_batch = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        index = np.arange(STORED, dtype=np.int64) % n
+        tables = (
+            table_from_crystals(
+                crystals.take(index[a : a + 5000]), [f"c{i}" for i in range(a, min(a + 5000, STORED))], {}, {}, {}
+            )
+            for a in range(0, STORED, 5000)
+        )
+        path = write_store(f"{folder}/crystals.store", tables).name
+        for _ in range(rounds):
+            data = CrystalDataModule(
+                path=path,
+                graph=GraphSpec(k=12),
+                split=Split(by="random", fractions=[1.0, 0.0, 0.0]),
+                batch_size=BATCH,
+            )
+            start = time.perf_counter()
+            data.setup()
+            opened.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            batches = iter(data.train_dataloader())
+            next(batches)
+            first_batch.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            count = sum(1 for _ in batches)
+            speeds.append(count / (time.perf_counter() - start))
+    return speeds, opened, first_batch
+
+
+def main() -> None:
+    """Measure, write results.json and the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", default="embedded:mp_starter", help="crystals: embedded:NAME, a store or Parquet file"
+    )
+    parser.add_argument("--max-atoms", type=int, default=20, help="use the crystals of at most this many atoms")
+    parser.add_argument("--rounds", type=int, default=7)
+    settings = parser.parse_args()
+    commit = evidence.current_commit(HERE)
+    store = open_store(settings.data).crystals
+    crystals = store.take(np.flatnonzero(store.sizes <= settings.max_atoms))
+    what = f"{Path(settings.data).stem}, {len(crystals)} crystals of at most {settings.max_atoms} atoms"
+    records = []
+
+    def record(name: str, metric: str, unit: str, values: list[float], data: str = what) -> None:
+        quarters = statistics.quantiles(values, n=4)
+        records.append(
+            evidence.Record(
+                name=name,
+                metric=metric,
+                value=statistics.median(values),
+                unit=unit,
+                spread=(quarters[2] - quarters[0]) / 2,
+                seeds=[],
+                data=data,
+                command="python benchmarks/data.py",
+                commit=commit,
+                machine=evidence.describe_machine(),
+                date=date.today().isoformat(),
+            )
+        )
+
+    speeds = graph_building(crystals, settings.rounds)
+    reference = speeds["pymatgen find_points_in_spheres, 5 Å"]
+    for name, values in speeds.items():
+        record(name, "graphs built", "structures/s", values)
+    for name, values in speeds.items():
+        if values is not reference:
+            ratios = [own / theirs for own, theirs in zip(values, reference, strict=True)]
+            record(f"{name}, over pymatgen at 5 Å", "ratio within a round", "1", ratios)
+    batches, opened, first = loading(crystals, settings.rounds)
+    stored = f"the same repeated to {STORED} in a store"
+    record("loading, graphs k = 12 built on the fly", "batches of 64 in one process", "1/s", batches, stored)
+    record("opening the store", "time", "s", opened, stored)
+    record("first batch, compiled", "time", "s", first, stored)
+    evidence.write(HERE, records)
+    print(evidence.table(records))
+
+
+if __name__ == "__main__":
+    main()

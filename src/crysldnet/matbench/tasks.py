@@ -1,0 +1,174 @@
+"""A task of Matbench: its folds from the official package, its crystals from the user's file or from this package."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crysldnet.data.crystals import Crystals, from_lists
+from crysldnet.data.datamodule import EMBEDDED
+from crysldnet.data.store import CrystalStore
+from crysldnet.errors import ConfigError, DataError
+
+MATMINER_DATA = "MATMINER_DATA"
+EMBEDDED_TARGETS = {"matbench_jdft2d": "exfoliation_energy", "matbench_phonons": "last_phdos_peak"}
+"""Tasks whose crystals ship with the package, re-encoded, and the column of their target."""
+
+
+def file_hash(path: Path) -> str:
+    """Return the sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def import_matbench() -> Any:
+    """Return ``matbench.bench``, imported when first needed: it takes seconds and reads a large file of folds."""
+    try:
+        from matbench import bench
+    except ImportError as error:
+        raise ConfigError(
+            f"matbench isn't installed ({error}): pip install 'crysldnet[matbench]' && "
+            "pip install --no-deps matbench==0.6",
+            "task",
+        ) from None
+    logging.getLogger("matbench").setLevel(logging.ERROR)
+    return bench
+
+
+def task_metadata(task: str) -> Any:
+    """Return what Matbench says of a task.
+
+    Raises:
+        ConfigError: there is no such task, or it isn't a regression from structures.
+    """
+    import_matbench()
+    from matbench.metadata import mbv01_metadata
+
+    fit = [name for name, m in mbv01_metadata.items() if (m.input_type, m.task_type) == ("structure", "regression")]
+    if task in fit:
+        return mbv01_metadata[task]
+    if task not in mbv01_metadata:
+        close = get_close_matches(task, mbv01_metadata, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(fit)}"
+        raise ConfigError(f"task={task}: Matbench has no such task; {hint}", "task")
+    reason = (
+        "it gives compositions without structures"
+        if mbv01_metadata[task].input_type != "structure"
+        else "it is a classification, and property models are regressions"
+    )
+    raise ConfigError(f"task={task} can't be run: {reason}; those that can be are: {', '.join(fit)}", "task")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a task's crystals came from."""
+
+    name: str
+    sha256: str
+    official: bool
+
+    @property
+    def label(self) -> str:
+        """What a reader of the scores must know."""
+        return "the official file" if self.official else f"not the official file ({self.name})"
+
+
+def find_file(task: str) -> Path | None:
+    """Return the user's file of a task, where matminer would look for it."""
+    from matminer import datasets
+
+    home = os.environ.get(MATMINER_DATA) or Path(datasets.__file__).parent
+    file = Path(home).expanduser() / f"{task}.json.gz"
+    return file if file.is_file() else None
+
+
+def write_embedded(task: str, target: str, path: Path) -> Source:
+    """Write the package's own crystals of a task as the file that matminer reads."""
+    import pandas
+    from matminer.utils.io import store_dataframe_as_json
+    from pymatgen.core import Structure
+
+    parquet = EMBEDDED / f"{task}.parquet"
+    store = CrystalStore.open(parquet)
+    c = store.crystals
+    atoms = [slice(begin, end) for begin, end in zip(c.ptr[:-1], c.ptr[1:], strict=True)]
+    frame = pandas.DataFrame(
+        {
+            "structure": [
+                Structure(lattice, c.numbers[own].tolist(), c.frac_coords[own].astype(np.float64))
+                for lattice, own in zip(c.lattice, atoms, strict=True)
+            ],
+            target: store.numbers_of(EMBEDDED_TARGETS[task]),
+        }
+    )
+    store_dataframe_as_json(frame, str(path), compression="gz", pbar=False)
+    return Source(f"embedded:{task}, re-encoded", file_hash(parquet), official=False)
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def open_benchmark(name: str) -> tuple[Any, Source]:
+    """Return a ``MatbenchBenchmark`` of one task, loaded by the official package, and where its crystals came from.
+
+    Raises:
+        ConfigError: the task can't be run.
+        DataError: its file is missing or damaged.
+    """
+    metadata = task_metadata(name)
+    file = find_file(name)
+    if file is None and name not in EMBEDDED_TARGETS:
+        raise DataError(
+            f"task={name}: its crystals aren't here; put {name}.json.gz ({metadata.url}) into a folder and name that "
+            f"folder in the environment variable {MATMINER_DATA}. Without a file there are: "
+            f"{', '.join(EMBEDDED_TARGETS)}"
+        )
+    benchmark = import_matbench().MatbenchBenchmark(autoload=False, subset=[name])
+    task = benchmark.tasks_map[name]
+    with tempfile.TemporaryDirectory() as temporary:
+        if file is None:
+            source = write_embedded(name, metadata.target, Path(temporary) / f"{name}.json.gz")
+        else:
+            sha256 = file_hash(file)
+            source = Source(file.name, sha256, official=sha256 == metadata.hash)
+        with _environment(MATMINER_DATA, temporary if file is None else str(file.parent)):
+            try:
+                task.load()
+            except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise DataError(f"{file}: not a readable data set of Matbench ({error})") from error
+    if len(task.df) != metadata.n_samples:
+        raise DataError(f"{file}: it has {len(task.df)} crystals, {name} has {metadata.n_samples}")
+    return benchmark, source
+
+
+def crystals_of(structures: Any) -> Crystals:
+    """Convert a pandas series of pymatgen structures."""
+    for name, structure in structures.items():
+        if not structure.is_ordered:
+            raise DataError(f"{name}: an atom site is shared by several species or partly empty")
+    return from_lists(
+        [structure.lattice.matrix for structure in structures],
+        [np.array(structure.atomic_numbers, np.uint8) for structure in structures],
+        [structure.frac_coords for structure in structures],
+    )

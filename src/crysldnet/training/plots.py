@@ -1,0 +1,66 @@
+"""Plots of a run, written into its ``plots/`` folder."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def read_curves(metrics: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Return epochs and values of everything that a ``metrics.csv`` holds on validation, and of the training loss."""
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    with metrics.open(newline="") as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if value and row.get("epoch") and (name.startswith("val/") or name == "train/loss"):
+                    epochs, values = curves.setdefault(name, ([], []))
+                    epochs.append(float(row["epoch"]))
+                    values.append(float(value))
+    return curves
+
+
+def learning_curves(metrics: Path, out: Path, names: Sequence[str], title: str) -> None:
+    """Draw some metrics of a ``metrics.csv`` over the epochs, each in a panel of its own; those absent are left out."""
+    from matplotlib.figure import Figure
+
+    curves = read_curves(metrics)
+    shown = [name for name in names if name in curves]
+    if not shown:
+        return
+    figure = Figure(figsize=(3.6 * len(shown), 2.8), layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axis, name in zip(axes, shown, strict=True):
+        axis.plot(*curves[name], linewidth=1.5)
+        if f"{name}_baseline" in curves:
+            axis.plot(*curves[f"{name}_baseline"], color="0.5", linestyle="--", linewidth=1, label="baseline")
+            axis.legend(frameon=False)
+        axis.set(xlabel="epoch", title=name)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+
+
+def parity(true: NDArray[np.float64], predicted: NDArray[np.float64], out: Path, target: str, unit: str) -> None:
+    """Draw predictions over true values of one target, [n] each, with the MAE."""
+    from matplotlib.figure import Figure
+
+    known = ~np.isnan(true)
+    true, predicted = true[known], predicted[known]
+    if not len(true):
+        return
+    figure = Figure(figsize=(4.2, 4.2), layout="constrained")
+    axis = figure.subplots()
+    low, high = min(true.min(), predicted.min()), max(true.max(), predicted.max())
+    axis.plot([low, high], [low, high], color="0.6", linewidth=1)
+    axis.scatter(true, predicted, s=10, alpha=0.6, edgecolors="none")
+    suffix = f" ({unit})" if unit else ""
+    axis.set(xlabel=f"true{suffix}", ylabel=f"predicted{suffix}", aspect="equal")
+    axis.set_title(f"{target}, test split: MAE {np.abs(true - predicted).mean():.3g}{suffix}", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)

@@ -1,0 +1,72 @@
+"""The built wheel works away from the source: configuration and crystals are inside."""
+
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_configuration_crystals_and_licences(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    configuration = {f"crysldnet/conf/{p.relative_to(ROOT / 'conf')}" for p in (ROOT / "conf").rglob("*.yaml")}
+    assert configuration <= names
+    embedded = {"mp_starter.parquet", "matbench_jdft2d.parquet", "matbench_phonons.parquet", "README.md"}
+    assert {f"crysldnet/data/embedded/{name}" for name in embedded} <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert wheel.stat().st_size < 2_000_000
+
+
+def test_the_installed_wheel_pretrains_in_an_empty_folder(wheel, tmp_path):
+    """Installed into an environment of its own, which sees the dependencies but not the source tree."""
+    home = tmp_path / "venv"
+    venv.create(home, with_pip=False)
+    python = home / "bin" / "python"
+    target = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True
+    ).stdout.strip()
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, str(wheel)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    source = str(ROOT / "src")
+    paths = [p for p in sys.path if p.endswith("site-packages") and p != source]
+    (Path(target) / "dependencies.pth").write_text("\n".join(paths) + "\n")
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    where = subprocess.run(
+        [python, "-c", "import crysldnet; print(crysldnet.__file__)"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert where.stdout.strip().startswith(target), where.stderr
+    tiny = "encoder.width=8 encoder.layers=2 encoder.k=3 encoder.n_distances=4 encoder.n_basis=8 denoiser.width=8"
+    tiny += " denoiser.layers=1 denoiser.heads=2 stages.vae.epochs=1 stages.diffusion.epochs=1 data.batch_size=128"
+    done = subprocess.run(
+        [python, "-m", "crysldnet", "pretrain", *tiny.split(), "trainer.progress_bar=false"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert (folder / "runs/pretrain/latest/encoder.safetensors").exists()
