@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pickle
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from crysldnet.data.crystals import from_lists
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.data.graph import GraphSpec
 from crysldnet.data.split import Split
+from crysldnet.data.store import write_store
 from crysldnet.encoders.pddformer import PDDFormer
 from crysldnet.errors import CheckpointError, ConfigError, DataError
 from crysldnet.models.head import PropertyHead, PropertyModel
@@ -198,6 +200,39 @@ def test_the_moving_average_is_what_is_validated_and_exported(tmp_path, small):
     key = "head.mlp.0.weight"
     moved = [(weights(f)[key] - weights(still)[key]).norm() for f in (averaged, plain)]
     assert 0 < moved[0] < moved[1]
+
+
+def test_worker_processes_build_the_same_batches(tmp_path, small):
+    alone, _ = run(tmp_path, "alone", f"data.path={small}", *SHORT)
+    store = write_store(tmp_path / "crystals.store", [pq.read_table(small)])
+    helped, _ = run(tmp_path, "helped", f"data.path={store.name}", "data.num_workers=2", *SHORT)
+    assert same(weights(alone), weights(helped))
+
+
+def test_a_store_travels_to_other_processes_as_a_path(tmp_path, small):
+    store = write_store(tmp_path / "crystals.store", [pq.read_table(small)])
+    parcel = pickle.dumps(store)
+    assert len(parcel) < 1000
+    assert pickle.loads(parcel).hash == store.hash
+
+
+@pytest.mark.parametrize("fault", ["nan", "flat", "overlap"])
+def test_a_table_with_a_crystal_that_cannot_be_is_refused_before_training(tmp_path, small, fault):
+    table = pq.read_table(small)
+    lattice, coords = table["lattice"].to_pylist(), table["frac_coords"].to_pylist()
+    if fault == "nan":
+        lattice[3][4] = float("nan")
+    elif fault == "flat":
+        lattice[3] = [4.0, 0, 0, 0, 4.0, 0, 4.0, 4.0, 0]
+    else:
+        coords[3][:6] = [0.1, 0.1, 0.1, 0.1, 0.1, 0.1]
+    for name, values in (("lattice", lattice), ("frac_coords", coords)):
+        place = table.column_names.index(name)
+        table = table.set_column(place, table.schema.field(place), pa.array(values, table.schema.field(place).type))
+    pq.write_table(table, tmp_path / "bad.parquet")
+    bad_id = table["material_id"][3].as_py()
+    with pytest.raises(DataError, match=rf"1 of \d+ crystals can't be used: {bad_id} \(row 3\).*data import"):
+        run(tmp_path, "bad", f"data.path={tmp_path}/bad.parquet", "epochs=1")
 
 
 def test_mixed_precision_trains(tmp_path, small):

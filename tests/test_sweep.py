@@ -18,6 +18,7 @@ import yaml
 from crysldnet import cli, sweep
 from crysldnet.config import choices
 from crysldnet.errors import ConfigError
+from crysldnet.sweep.proposals import import_sweeps
 from crysldnet.training.run_folder import NAME_VARIABLE
 
 if importlib.util.find_spec("sweeps") is None:
@@ -205,7 +206,7 @@ def test_a_stopped_sweep_keeps_its_finished_runs(write: Any, tmp_path: Path, mon
 
 
 def test_the_metric_of_earlier_runs_is_fed_back(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = sweep.import_sweeps()
+    package = import_sweeps()
     loaded = sweep.load_sweep(write(parameters=THREE))
     seen: list[Any] = []
     original = package.next_run

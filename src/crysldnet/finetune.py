@@ -20,7 +20,7 @@ from crysldnet.build import build
 from crysldnet.data.batch import CrystalBatch
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.encoders.protocol import Encoder
-from crysldnet.errors import ConfigError
+from crysldnet.errors import CheckpointError, ConfigError
 from crysldnet.models.head import PropertyModel
 from crysldnet.pretrain import total_steps
 from crysldnet.report import print_table
@@ -28,7 +28,7 @@ from crysldnet.training import checkpoint, plots
 from crysldnet.training.metrics import RegressionErrors
 from crysldnet.training.optimizer import AdamW
 from crysldnet.training.run_folder import RunFolder, code_version
-from crysldnet.training.trainer import TrainerSettings, fit, make_trainer
+from crysldnet.training.trainer import TrainerSettings, announce, fit, make_trainer
 
 Loss = Literal["l1", "mse", "huber"]
 
@@ -123,7 +123,12 @@ def make_encoder(config: FinetuneConfig) -> tuple[Encoder, dict[str, Any], dict[
         return build(config.encoder, "encoder"), config.encoder, {}
     assert config.pretrained is not None
     path = Path(config.pretrained)
-    encoder, info = checkpoint.load_encoder(path / "encoder.safetensors" if path.is_dir() else path)
+    path = path / "encoder.safetensors" if path.is_dir() else path
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: no such file; make one with crysldnet pretrain, or start from scratch with pretrained=none"
+        )
+    encoder, info = checkpoint.load_encoder(path)
     return encoder, info["encoder"], info["provenance"]
 
 
@@ -178,6 +183,7 @@ def train(
         loggers=loggers or [],
         monitor="val/mae" if has_validation else None,
     )
+    announce("finetune", trainer, model, data)
     fit(trainer, module, data, resume=config.resume is not None)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name == "train/loss"}
     best = folder / "checkpoints" / ("best.ckpt" if has_validation else "last.ckpt")

@@ -26,7 +26,7 @@ from crysldnet.training import checkpoint, plots
 from crysldnet.training.metrics import Means
 from crysldnet.training.optimizer import AdamW
 from crysldnet.training.run_folder import RunFolder, code_version
-from crysldnet.training.trainer import TrainerSettings, fit, make_trainer
+from crysldnet.training.trainer import TrainerSettings, announce, fit, make_trainer
 
 Stage = Literal["vae", "diffusion"]
 
@@ -248,6 +248,7 @@ def _run_stage(
         resume=config.resume is not None,
         loggers=loggers,
     )
+    announce(stage, trainer, model, data)
     fit(trainer, module, data, resume=config.resume is not None)
     metrics = {
         name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(("val/", "train/"))

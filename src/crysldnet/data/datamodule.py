@@ -32,7 +32,9 @@ def open_store(path: str) -> CrystalStore:
         if not file.exists():
             names = ", ".join(sorted(f"embedded:{p.stem}" for p in EMBEDDED.glob("*.parquet")))
             raise DataError(f"{path}: no such embedded data set; there are {names}")
-        return CrystalStore.open(file)
+        store = CrystalStore.open(file)
+        store.name = path
+        return store
     return CrystalStore.open(path)
 
 

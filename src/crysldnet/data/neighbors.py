@@ -145,6 +145,8 @@ def _directed(lattices, frac, ptr, k, radius, tolerance, n_distances):
         first, last = ptr[crystal], ptr[crystal + 1]
         t = _triangular(lattices[crystal])
         volume = t[0, 0] * t[1, 1] * t[2, 2]
+        if not (volume > 0.0 and np.isfinite(volume)):
+            raise ValueError("a cell without volume has no neighbor list")
         search = radius
         if wanted > 0:
             expected = wanted + 2.0 * np.sqrt(wanted) + 2.0

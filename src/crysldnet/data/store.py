@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from crysldnet.data.crystals import Crystals
+from crysldnet.data.crystals import Crystals, faults
 from crysldnet.data.schema import (
     STRUCTURE_COLUMNS,
     crystals_from_table,
@@ -148,9 +148,11 @@ class CrystalStore:
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path}: not a readable Parquet file ({error})") from error
         try:
-            return cls.from_table(table, str(path))
+            store = cls.from_table(table, str(path))
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
+        store.refuse_faults()
+        return store
 
     @classmethod
     def _open_folder(cls, path: Path) -> CrystalStore:
@@ -176,6 +178,26 @@ class CrystalStore:
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path / 'columns.arrow'}: damaged ({error}); import the store again") from error
         return cls(Crystals(**arrays), columns, info["units"], info["metadata"], str(path), info["sha256"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to other processes as a path where this is a store, so that none copies the arrays."""
+        if isinstance(self.crystals.lattice, np.memmap):
+            return CrystalStore.open, (self.name,)
+        return super().__reduce__()  # type: ignore[return-value]
+
+    def refuse_faults(self) -> None:
+        """Check every crystal; an import has done so for a store.
+
+        Raises:
+            DataError: naming the first crystals that can't be used, and why.
+        """
+        wrong = [(row, fault) for row, fault in enumerate(faults(self.crystals)) if fault is not None]
+        if wrong:
+            shown = "; ".join(f"{self.ids[row]} (row {row}): {fault}" for row, fault in wrong[:3])
+            raise DataError(
+                f"{self.name}: {len(wrong)} of {len(self)} crystals can't be used: {shown}{'; …' * (len(wrong) > 3)}. "
+                f"Leave them out with: crysldnet data import {self.name} --out clean.store"
+            )
 
     def verify(self) -> None:
         """Compare every file of a store folder with its sha256.

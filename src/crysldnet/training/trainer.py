@@ -23,7 +23,10 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from torch import nn
 
+from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.errors import ConfigError, DeviceError, Interrupted
 
 LAST = "last.ckpt"
@@ -182,6 +185,21 @@ def make_trainer(
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
     )
+
+
+@rank_zero_only
+def announce(stage: str, trainer: pl.Trainer, model: nn.Module, data: CrystalDataModule) -> None:
+    """Print once what is about to run: crystals, parameters, devices, and what was left out."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    device = f"{trainer.world_size} × {trainer.accelerator.__class__.__name__.removesuffix('Accelerator')}"
+    Console(stderr=True).print(
+        f"{stage}: {len(data.rows['train']):,} training and {len(data.rows['val']):,} validation crystals of "
+        f"{data.store.name}, {trainable:,} parameters, {trainer.max_epochs} epochs on {device}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for reason, count in data.left_out.items():
+        Console(stderr=True).print(f"{count:,} crystals left out: {reason}", highlight=False, soft_wrap=True)
 
 
 def _keep_earlier_metrics(logger: CSVLogger, file: Path, last: Path) -> None:
