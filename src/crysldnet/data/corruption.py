@@ -65,8 +65,6 @@ class Corruption:
         moved -= (drift / np.maximum(sizes, 1)[:, None])[owner]
         raw = rng.standard_normal((len(crystals), 3, 3)) * (self.strain * strength)[:, None, None]
         strain = (raw + raw.transpose(0, 2, 1)) / 2.0
-        diagonal = np.arange(3)
-        strain[:, diagonal, diagonal] = raw[:, diagonal, diagonal]
 
         frac = crystals.frac_coords + np.einsum("ni,nij->nj", moved, np.linalg.inv(crystals.lattice)[owner])
         stretched = np.eye(3) + strain

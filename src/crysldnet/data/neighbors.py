@@ -164,15 +164,16 @@ def _directed(lattices, frac, ptr, k, radius, tolerance, n_distances):
                 if count < wanted:
                     search *= 1.25
                     continue
-                limit = radius
+                limit, least2 = radius, 0.0
                 if k > 0:
                     scratch[:count] = found_d2[:count]
-                    limit = np.sqrt(_kth_smallest(scratch, count, k - 1)) + tolerance
+                    least2 = _kth_smallest(scratch, count, k - 1)
+                    limit = np.sqrt(least2) + tolerance
                 if limit > search:
                     search = limit * (1.0 + 1e-9)
                     continue
                 break
-            limit2[center] = limit * limit
+            limit2[center] = max(limit * limit, least2)  # the square of a root may lie one rounding below
             if n_distances > 0:
                 scratch[:count] = found_d2[:count]
                 _kth_smallest(scratch, count, n_distances - 1)
@@ -276,6 +277,8 @@ def neighbor_list(
         raise ValueError("give either k or radius")
     if (k is not None and k < 1) or (radius is not None and not radius > 0):
         raise ValueError(f"k and radius must be positive, not k={k}, radius={radius}")
+    if tolerance < 0 or n_distances < 0:
+        raise ValueError(f"tolerance and n_distances can't be negative: {tolerance}, {n_distances}")
     lattices = np.ascontiguousarray(lattices, np.float64)
     frac_coords = np.ascontiguousarray(frac_coords, np.float64)
     ptr = np.ascontiguousarray(ptr, np.int64)

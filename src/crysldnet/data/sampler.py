@@ -70,7 +70,10 @@ def pack(
         if all(np.bincount(label, cost, batches).max() <= limit for cost, limit in active):
             break
         if batches >= n // multiple * multiple:
-            raise DataError("the batch's budget is too small for these crystals; raise max_atoms or max_edges")
+            raise DataError(
+                f"{n} crystals don't fit into batches of at most {budget.crystals} crystals, {budget.atoms} atoms and "
+                f"{budget.edges} edges whose number is a multiple of {multiple}; raise batch_size, max_atoms or max_edges"
+            )
         batches += max(multiple, batches // 50)
     members = order[np.argsort(label[order], kind="stable")]
     return np.split(members, np.cumsum(np.bincount(label, minlength=batches))[:-1])

@@ -18,13 +18,13 @@ class ExponentialBasis(nn.Module):
 
     def __init__(self, low: float, high: float, n: int) -> None:
         super().__init__()
-        self.register_buffer("centers", torch.linspace(low, high, n), persistent=False)
+        self.low, self.high, self.n = low, high, n
         self.gamma = (n - 1) / (high - low)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [E] to [E, n]."""
-        centers: Tensor = self.get_buffer("centers")
-        return torch.exp(-self.gamma * (x.unsqueeze(-1) - centers.to(x.dtype)) ** 2)
+        centers = torch.linspace(self.low, self.high, self.n, dtype=x.dtype, device=x.device)
+        return torch.exp(-self.gamma * (x.unsqueeze(-1) - centers) ** 2)
 
 
 class GaussianBasis(nn.Module):
@@ -32,10 +32,10 @@ class GaussianBasis(nn.Module):
 
     def __init__(self, low: float, high: float, n: int) -> None:
         super().__init__()
-        self.register_buffer("centers", torch.linspace(low, high, n), persistent=False)
+        self.low, self.high, self.n = low, high, n
         self.spacing = (high - low) / (n - 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [E] to [E, n]."""
-        centers: Tensor = self.get_buffer("centers")
-        return torch.exp(-0.5 * ((x.unsqueeze(-1) - centers.to(x.dtype)) / self.spacing) ** 2)
+        centers = torch.linspace(self.low, self.high, self.n, dtype=x.dtype, device=x.device)
+        return torch.exp(-0.5 * ((x.unsqueeze(-1) - centers) / self.spacing) ** 2)
