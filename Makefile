@@ -60,7 +60,7 @@ sweep: $(READY) ## run a sweep on this machine (SWEEP=, ARGS=)
 	$(RUN) crysldnet sweep sweep=$(SWEEP) $(ARGS)
 
 test: $(READY) ## run the tests
-	$(RUN) pytest $(ARGS)
+	$(RUN) pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(READY) ## check style and format
 	$(RUN) ruff check .

@@ -306,9 +306,9 @@ def _finish(folder: RunFolder, summary: dict[str, Any], stages: list[Stage]) -> 
         ("lattice length error (Å)", "lattice_length_error", "lattice_length_error_baseline", "as corrupted", "{:.4f}"),
         ("lattice angle error (°)", "lattice_angle_error", "lattice_angle_error_baseline", "as corrupted", "{:.3f}"),
         ("diffusion loss", "loss/diffusion", "", "", "{:.4f}"),
-        ("spread of the encoder's output", "features_spread", "", "", "{:.3f}"),
-        ("effective rank of the encoder's output", "features_rank", "", "", "{:.1f}"),
-        ("effective rank of the latent", "latent_rank", "", "", "{:.1f}"),
+        ("encoder output: spread", "features_spread", "", "", "{:.3f}"),
+        ("encoder output: effective rank", "features_rank", "", "", "{:.1f}"),
+        ("latent: effective rank", "latent_rank", "", "", "{:.1f}"),
     ]
     shown = [stage for stage in stages if stage in summary]
     table = []

@@ -72,7 +72,7 @@ def pack(
         if batches >= n // multiple * multiple:
             raise DataError(
                 f"{n} crystals don't fit into batches of at most {budget.crystals} crystals, {budget.atoms} atoms and "
-                f"{budget.edges} edges whose number is a multiple of {multiple}; raise batch_size, max_atoms or max_edges"
+                f"{budget.edges} edges, their number a multiple of {multiple}; raise batch_size, max_atoms or max_edges"
             )
         batches += max(multiple, batches // 50)
     members = order[np.argsort(label[order], kind="stable")]
