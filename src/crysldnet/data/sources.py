@@ -47,9 +47,10 @@ class FileSource:
         self._files = find_structure_files(source)
         self._workers, self._max_atoms = workers, max_atoms
         paths = [os.path.abspath(file) for file in self._files]
-        folder = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else Path()
-        inside = folder != Path() and folder.is_dir()
-        root = Path(os.path.abspath(folder) if inside else os.path.commonpath([os.path.dirname(p) for p in paths]))
+        folder = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else None
+        inside = folder is not None and folder.is_dir()
+        shared = os.path.commonpath([os.path.dirname(p) for p in paths])
+        root = Path(os.path.abspath(folder) if folder is not None and inside else shared)
         self._names = [Path(path).relative_to(root).as_posix() for path in paths]
         self._ids = material_ids(self._names, root.name)
         self.units: dict[str, str] = {}
