@@ -201,6 +201,24 @@ def test_a_run_stopped_between_epochs_resumes_to_the_same_weights(tmp_path, smal
     assert curve(resumed / "vae" / "metrics.csv") == curve(whole / "vae" / "metrics.csv")
 
 
+def test_a_run_stopped_between_stages_resumes_with_the_second(tmp_path, small, monkeypatch):
+    whole, expected = run(tmp_path, "whole", f"data.path={small}", *SHORT)
+    original = pretrain._run_stage
+
+    def only_the_first(config, values, stage, *rest):
+        if stage == "diffusion":
+            raise KeyboardInterrupt
+        return original(config, values, stage, *rest)
+
+    monkeypatch.setattr(pretrain, "_run_stage", only_the_first)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "cut", f"data.path={small}", *SHORT)
+    monkeypatch.setattr(pretrain, "_run_stage", original)
+    resumed, summary = run(tmp_path, "cut", f"data.path={small}", "resume=last", *SHORT)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(resumed).values(), strict=True))
+    assert summary["vae"] == expected["vae"]
+
+
 def test_what_is_logged_each_epoch(tmp_path, small):
     folder, summary = run(tmp_path, "logged", f"data.path={small}", *SHORT)
     for stage in ("vae", "diffusion"):

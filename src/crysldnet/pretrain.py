@@ -203,7 +203,9 @@ def run(config: PretrainConfig, values: dict[str, Any]) -> int:
     summary: dict[str, Any] = {"command": "pretrain", "seed": config.seed}
     for stage in stages:
         done = folder.path / stage / "pretraining.safetensors"
-        if not done.exists():
+        if done.exists():
+            summary[stage] = checkpoint.read(done, "pretraining")[0]["metrics"]
+        else:
             summary[stage] = _run_stage(config, values, stage, previous, folder, settings, loggers)
         previous = done
     _finish(folder, summary, stages)
@@ -261,7 +263,8 @@ def _run_stage(
         "stage": stage,
         "config": values,
     }
-    export(trainer, model, config, provenance, folder.path, stage)
+    info = {**checkpoint.encoder_info(model.encoder, config.encoder, provenance), "metrics": metrics}
+    export(trainer, info, folder.path, stage)
     if trainer.is_global_zero:
         plots.learning_curves(
             folder.path / stage / "metrics.csv", folder.path / "plots" / f"{stage}.png", PLOTTED, f"{stage} stage"
@@ -269,20 +272,12 @@ def _run_stage(
     return metrics
 
 
-def export(
-    trainer: pl.Trainer,
-    model: PretrainingModel,
-    config: PretrainConfig,
-    provenance: dict[str, Any],
-    folder: Path,
-    stage: Stage,
-) -> None:
+def export(trainer: pl.Trainer, info: dict[str, Any], folder: Path, stage: Stage) -> None:
     """Write the encoder, and the whole model for a next stage; gathered on all ranks, written by the first."""
     prefix = "model."
     whole = trainer.strategy.lightning_module_state_dict()
     if trainer.is_global_zero:
         state = {key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)}
-        info = checkpoint.encoder_info(model.encoder, config.encoder, provenance)
         encoder = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
         kept = {k: v for k, v in state.items() if not k.startswith("teacher.")}
         checkpoint.write(folder / "encoder.safetensors", "encoder", encoder, info)
