@@ -552,3 +552,20 @@ def test_a_failed_import_leaves_no_store(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="lattice"):
         write_store(tmp_path / "new.store", [good, bad])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_epoch_has_as_many_batches_as_the_first_under_a_tight_budget(starter):
+    rows = np.arange(800)
+    sampler = BatchSampler(
+        rows, starter.crystals.sizes[rows], None, Budget(crystals=32, atoms=400), shuffle=True, seed=0, world_size=1
+    )
+    counts, orders = set(), set()
+    for epoch in range(12):
+        sampler.set_epoch(epoch)
+        requests = list(sampler)
+        counts.add(len(requests))
+        orders.add(tuple(requests[0].rows))
+        assert sorted(np.concatenate([r.rows for r in requests])) == rows.tolist()
+        assert max(starter.crystals.sizes[r.rows].sum() for r in requests) <= 400
+    assert len(counts) == 1
+    assert len(orders) > 6

@@ -105,7 +105,7 @@ def test_a_newer_format_is_refused(written):
 
 
 def test_another_kind_is_refused(written):
-    with pytest.raises(CheckpointError, match="holds a encoder, not a property_model"):
+    with pytest.raises(CheckpointError, match="kind is 'encoder', where 'property_model' is needed"):
         checkpoint.load_property_model(written)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from crysldnet import finetune
 from crysldnet.data.datamodule import EMBEDDED
@@ -92,6 +93,13 @@ def test_two_cpu_processes_train_as_one(tmp_path, small):
         (["pretrian"], "no command 'pretrian'"),
         (["predict", "model=nowhere", "files=*.cif"], "nowhere"),
         (["finetune", "pretrained=nowhere.safetensors"], "nowhere.safetensors: no such file"),
+        (
+            ["finetune", "pretrained=a.safetensors", "encoder.width=48"],
+            "encoder.width: pretrained=a.safetensors brings",
+        ),
+        (["finetune", "data.targets=[]"], "data.targets"),
+        (["finetune", "data.batch_size=33", "trainer.accumulate=2"], "choose a multiple"),
+        (["pretrain", "stage=diffusion", "init=nowhere.safetensors"], "nowhere.safetensors: no such file"),
     ],
 )
 def test_a_wrong_command_exits_with_2_and_one_clear_line(tmp_path, arguments, says):
@@ -128,11 +136,22 @@ def test_bad_files_are_reported_and_the_rest_predicted(tmp_path, model):
     assert "3 files refused" in done.stderr
 
 
-def test_predicting_only_bad_files_fails(tmp_path, model):
+def test_predicting_only_bad_files_fails_and_leaves_what_was_there(tmp_path, model):
     (tmp_path / "empty.cif").write_text("")
+    (tmp_path / "predictions.csv").write_text("earlier")
     done = crysldnet("predict", f"model={model}", f"files={tmp_path}/*.cif", cwd=tmp_path)
     assert done.returncode == 2
     assert "none of the 1 files" in done.stderr
+    assert (tmp_path / "predictions.csv").read_text() == "earlier"
+    assert not list(tmp_path.glob(".predictions*"))
+
+
+def test_a_gpu_that_is_not_there_is_said(tmp_path, model):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    done = crysldnet("predict", f"model={model}", f"files={EXAMPLES}", "device=gpu", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "no GPU" in done.stderr
 
 
 def test_a_prediction_does_not_depend_on_its_companions(tmp_path, model):
@@ -153,6 +172,7 @@ def test_a_stopped_run_exits_non_zero_and_resumes(tmp_path, small, stop):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     last = tmp_path / "runs/pretrain/cut/vae/checkpoints/last.ckpt"
     deadline = time.time() + 120
@@ -165,10 +185,27 @@ def test_a_stopped_run_exits_non_zero_and_resumes(tmp_path, small, stop):
     assert not (tmp_path / "runs/pretrain/cut/summary.json").exists()
     assert not (tmp_path / "runs/pretrain/cut/encoder.safetensors").exists()
     epochs = int(torch.load(last, weights_only=True)["epoch"]) + 2
-    shorter = [a if "epochs" not in a else f"stages.vae.epochs={epochs}" for a in arguments]
-    done = crysldnet("pretrain", *shorter, "resume=last", cwd=tmp_path)
+    done = crysldnet("pretrain", f"stages.vae.epochs={epochs}", "resume=last", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    config = yaml.safe_load((tmp_path / "runs/pretrain/cut/config.yaml").read_text())
+    assert config["encoder"]["width"] == 32, "a resumed run keeps the settings it was begun with"
     assert json.loads((tmp_path / "runs/pretrain/cut/summary.json").read_text())["status"] == "complete"
+
+
+def test_a_run_with_other_choices_resumes_with_them_and_refuses_others(tmp_path, small):
+    begun = ["preset=published", *TINY, *DENOISER, "model.latent_dim=16", f"data.path={small}", "data.batch_size=16"]
+    begun += ["stages.vae.epochs=1", "stages.diffusion.epochs=1", "name=p"]
+    assert crysldnet("pretrain", *begun, cwd=tmp_path).returncode == 0
+    folder = tmp_path / "runs/pretrain/p"
+    for file in ("summary.json", "diffusion/pretraining.safetensors", "diffusion/checkpoints/last.ckpt"):
+        (folder / file).unlink()
+    other = crysldnet("pretrain", "name=p", "resume=last", "encoder.variant=clean", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "was begun with encoder=" in other.stderr
+    done = crysldnet("pretrain", "name=p", "resume=last", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load((folder / "config.yaml").read_text())["objective"]["_target_"].endswith("Published")
+    assert {"vae", "diffusion"} <= set(json.loads((folder / "summary.json").read_text()))
 
 
 def test_wandb_offline_writes_a_run(tmp_path, small):

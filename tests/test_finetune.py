@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
 from crysldnet import finetune, pretrain
 from crysldnet.data.batch import make_batch
@@ -251,6 +252,51 @@ def test_plots_are_drawn(tmp_path, small):
 def test_losses_and_readouts_train(tmp_path, small, loss, head):
     _, summary = run(tmp_path, "other", f"data.path={small}", f"loss={loss}", f"head={head}", "epochs=1")
     assert np.isfinite(summary["test/mae"])
+
+
+def test_a_file_for_each_split_may_have_a_split_column_of_its_own(tmp_path):
+    counts = {"train": 16, "val": 6, "test": 5}
+    nothing = {"train": 0, "val": 0, "test": 0}
+    files = {k: subset(tmp_path / f"{k}.parquet", **{**nothing, k: n}) for k, n in counts.items()}
+    path = "data.path={" + ", ".join(f"{k}: {file}" for k, file in files.items()) + "}"
+    folder, _ = run(tmp_path, "three", path, "epochs=1")
+    with (folder / "predictions_test.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 5
+
+
+def test_the_same_crystals_in_two_splits_are_refused(tmp_path, small):
+    with pytest.raises(DataError, match="112 crystals are both in train and in test"):
+        run(tmp_path, "leak", f"data.path={{train: {small}, test: {small}}}", "epochs=1")
+
+
+def test_a_target_that_a_split_lacks_gets_no_figure(tmp_path, small):
+    def none_in_validation(values, splits):
+        values[splits == "val"] = np.nan
+
+    holes = with_changed(small, tmp_path / "holes.parquet", none_in_validation)
+    targets = "data.targets=[formation_energy_per_atom,band_gap]"
+    _, summary = run(tmp_path, "two", f"data.path={holes}", targets, "epochs=1")
+    assert summary["val/mae/formation_energy_per_atom"] is None
+    assert summary["val/mae"] == pytest.approx(summary["val/mae/band_gap"])
+
+
+def test_a_run_that_diverges_exports_nothing(tmp_path, small):
+    with pytest.raises(CheckpointError, match=r"diverged: .*lower optimizer\.lr"):
+        run(tmp_path, "wild", f"data.path={small}", "optimizer.lr=1e30", "gradient_clip=null", "epochs=3")
+    assert not (tmp_path / "finetune" / "wild" / "model.safetensors").exists()
+    assert not (tmp_path / "finetune" / "wild" / "summary.json").exists()
+
+
+def test_a_figure_that_is_undefined_is_null_in_the_summary(tmp_path):
+    path = subset(tmp_path / "data.parquet", train=16, val=4, test=1)
+    folder, summary = run(tmp_path, "one", f"data.path={path}", "epochs=1")
+    assert summary["test/r2"] is None
+    assert "NaN" not in (folder / "summary.json").read_text()
+
+
+def test_the_saved_configuration_names_the_encoder_that_was_trained(tmp_path, pretrained, small):
+    folder, _ = run(tmp_path, "other", f"pretrained={pretrained}", f"data.path={small}", "encoder.width=48", "epochs=1")
+    assert yaml.safe_load((folder / "config.yaml").read_text())["encoder"]["width"] == 32
 
 
 def test_the_sum_readout_grows_with_the_cell_and_the_mean_does_not():

@@ -279,6 +279,25 @@ def test_a_wrong_start_leaves_no_folder(tmp_path, small):
     assert not (tmp_path / "pretrain").exists()
 
 
+def test_a_collapse_is_reported_as_one():
+    stage = {"val/features_spread": 1.0, "val/features_rank": 10.0}
+    assert pretrain.has_collapsed({"vae": stage, "diffusion": dict(stage)}) is False
+    assert pretrain.has_collapsed({"vae": stage, "diffusion": {**stage, "val/features_spread": 0.1}}) is True
+    assert pretrain.has_collapsed({"vae": stage, "diffusion": {**stage, "val/features_rank": 4.0}}) is True
+    assert pretrain.has_collapsed({"vae": stage}) is None
+
+
+def test_a_seed_may_be_a_date(tmp_path, small):
+    run(tmp_path, "dated", f"data.path={small}", "stage=vae", "stages.vae.epochs=1", "seed=20261123")
+
+
+def test_a_first_stage_on_another_graph_is_refused(tmp_path, small):
+    folder, _ = run(tmp_path, "first", f"data.path={small}", "stage=vae", "stages.vae.epochs=1")
+    init = folder / "vae" / "pretraining.safetensors"
+    with pytest.raises(CheckpointError, match="k=8"):
+        run(tmp_path, "second", f"data.path={small}", "stage=diffusion", f"init={init}", "encoder.k=9")
+
+
 def test_a_first_stage_of_another_size_is_refused(tmp_path, small):
     folder, _ = run(tmp_path, "first", f"data.path={small}", "stage=vae", "stages.vae.epochs=1")
     init = folder / "vae" / "pretraining.safetensors"

@@ -46,7 +46,7 @@ def usage() -> str:
 
 
 def _run_command(name: str, arguments: Sequence[str]) -> int:
-    from crysldnet.config import compose, help_text, to_yaml, validate
+    from crysldnet.config import compose, help_text, refuse_changed, refuse_unused, to_yaml, validate
 
     module_name, schema_name, _ = COMMANDS[name]
     if "--help" in arguments or "-h" in arguments:
@@ -54,7 +54,16 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
         print(help_text(name, (module.__doc__ or "").strip()))
         return 0
     show = "--print-config" in arguments
-    composition = compose(name, [a for a in arguments if a != "--print-config"])
+    arguments = [a for a in arguments if a != "--print-config"]
+    composition = compose(name, arguments)
+    if composition.groups and composition.values.get("resume") == "last":
+        from crysldnet.training.run_folder import saved_config
+
+        saved = saved_config(composition.values["runs"], name, composition.values["name"])
+        if saved is not None:
+            composition = compose(name, arguments, saved)
+            refuse_changed(composition, saved)
+    refuse_unused(composition)
     module = importlib.import_module(module_name)
     settings = validate(composition, getattr(module, schema_name))
     if show:

@@ -59,11 +59,13 @@ class Composition:
         values: plain values, interpolations resolved.
         origin: the file that each key came from, or the command line.
         groups: the chosen name of each group.
+        given: the keys and groups that the command line names.
     """
 
     values: dict[str, Any]
     origin: dict[str, str]
     groups: dict[str, str]
+    given: tuple[str, ...] = ()
 
     def where(self, key: str) -> str:
         """Return where a key was set, for messages."""
@@ -115,12 +117,13 @@ def _parse(value: str) -> Any:
         return value
 
 
-def compose(command: str, arguments: Sequence[str] = ()) -> Composition:
+def compose(command: str, arguments: Sequence[str] = (), saved: Path | None = None) -> Composition:
     """Merge a command's file, its groups, a preset and the command line.
 
     Args:
         command: the name of a file in ``conf/``.
         arguments: ``group=name`` and ``key=value``; a leading ``--`` is allowed.
+        saved: the resolved configuration of a run that is resumed, in place of the defaults and presets.
 
     Raises:
         ConfigError: a file, group or choice is unknown, a value is missing or can't be parsed.
@@ -138,10 +141,18 @@ def compose(command: str, arguments: Sequence[str] = ()) -> Composition:
             if source != str(root_file) and group not in groups:
                 raise ConfigError(f"{source}: {command} has no group {group!r}", group)
             groups[str(group)] = choice
-    groups |= {key: value for key, value in pairs if key in groups and value not in ("null", "")}
+    for key, value in pairs:
+        if key in groups:
+            if value in ("null", ""):
+                raise ConfigError(f"{key}={value}: choose one of {', '.join(choices(key))}", key)
+            groups[key] = value
 
     origin: dict[str, str] = {}
     merged: Any = OmegaConf.create()
+    if saved is not None:
+        layers = [(str(saved), load_yaml(saved))]
+        groups = {key: value for key, value in groups.items() if key in [given for given, _ in pairs]}
+        layers[0][1].update({group: {} for group in groups})
     for group, choice in groups.items():
         file = _group_file(group, choice)
         node = load_yaml(file)
@@ -158,7 +169,7 @@ def compose(command: str, arguments: Sequence[str] = ()) -> Composition:
         except OmegaConfBaseException as error:
             raise ConfigError(f"{key}={value}: {str(error).splitlines()[0]}", key) from error
         origin[key] = COMMAND_LINE
-    return Composition(_resolve(merged, origin), origin, groups)
+    return Composition(_resolve(merged, origin), origin, groups, tuple(key for key, _ in pairs))
 
 
 def _resolve(merged: Any, origin: dict[str, str]) -> dict[str, Any]:
@@ -191,6 +202,43 @@ def validate(composition: Composition, schema: type) -> Any:
         where = composition.where(error.key)
         raise ConfigError(f"{error}{f' (set {where})' if where else ''}", error.key) from None
     return settings
+
+
+MAY_CHANGE = {"name", "runs", "resume", "trainer", "strategy", "logger", "stages", "epochs"}
+"""What a resumed run may do otherwise than it was begun: how it is executed, and how long."""
+
+
+def refuse_changed(composition: Composition, saved: Path) -> None:
+    """Refuse to resume a run as another one.
+
+    Raises:
+        ConfigError: naming the key that differs.
+    """
+    before = yaml.safe_load(saved.read_text())
+    for key, value in composition.values.items():
+        if key not in MAY_CHANGE and before.get(key) != value:
+            raise ConfigError(
+                f"{key}: the run in {saved.parent} was begun with {key}={before.get(key)}, not {value}; "
+                "resume it as it was, or begin another",
+                key,
+            )
+
+
+def refuse_unused(composition: Composition) -> None:
+    """Refuse keys of the command line that would have no effect.
+
+    Raises:
+        ConfigError: an encoder is described although a pretrained one brings its own description.
+    """
+    if composition.values.get("pretrained") in (None, "none"):
+        return
+    for key in composition.given:
+        if key.split(".")[0] == "encoder":
+            raise ConfigError(
+                f"{key}: pretrained={composition.values['pretrained']} brings its encoder's configuration, and this "
+                "would be ignored; leave it out, or start from scratch with pretrained=none",
+                key,
+            )
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:

@@ -36,7 +36,8 @@ Loss = Literal["l1", "mse", "huber"]
 class FinetuneModule(pl.LightningModule):
     """Train a :class:`PropertyModel`.
 
-    Logs ``train/loss`` (normalised units) and ``val/…``, ``test/…``: MAE, RMSE and R² in physical units.
+    Logs ``train/loss`` (normalised units) and ``val/…``, ``test/…``: MAE, RMSE and R² in physical units. The best epoch
+    is the one of the lowest ``val/normalised_mae``, the mean over the targets of MAE over standard deviation.
 
     Args:
         model: what is trained.
@@ -81,6 +82,8 @@ class FinetuneModule(pl.LightningModule):
     def _log_errors(self, stage: str) -> None:
         values = {f"{stage}/{name}": value.float() for name, value in self.errors.compute().items()}
         self.log_dict(values, prog_bar=stage == "val")
+        if stage == "val":
+            self.log("val/normalised_mae", (self.errors.mae() / self.model.std).nanmean().float())
         self.errors.reset()
 
     def on_validation_epoch_end(self) -> None:
@@ -116,6 +119,10 @@ class FinetuneConfig:
     strategy: dict[str, Any]
     logger: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        if self.seed < 0 or self.epochs < 1:
+            raise ValueError(f"seed must be 0 or more and epochs at least 1, not {self.seed} and {self.epochs}")
+
 
 def make_encoder(config: FinetuneConfig) -> tuple[Encoder, dict[str, Any], dict[str, Any]]:
     """Return the encoder, its plain configuration and the provenance of its weights."""
@@ -130,6 +137,14 @@ def make_encoder(config: FinetuneConfig) -> tuple[Encoder, dict[str, Any], dict[
         )
     encoder, info = checkpoint.load_encoder(path)
     return encoder, info["encoder"], info["provenance"]
+
+
+def _make_data(config: FinetuneConfig, encoder: Encoder) -> CrystalDataModule:
+    data: CrystalDataModule = build(config.data, "data", graph=encoder.graph, seed=config.seed)
+    if not data.targets:
+        raise ConfigError("data.targets: name the columns to predict, as data.targets=[formation_energy_per_atom]")
+    data.setup()
+    return data
 
 
 @dataclass(frozen=True)
@@ -162,11 +177,10 @@ def train(
     """
     pl.seed_everything(config.seed, workers=True, verbose=False)
     encoder, encoder_config, provenance = make_encoder(config)
+    values = {**values, "encoder": encoder_config}
     if data is None:
-        data = build(config.data, "data", graph=encoder.graph, seed=config.seed)
+        data = _make_data(config, encoder)
     data.setup()
-    if not data.targets:
-        raise ConfigError("data.targets: name the columns to predict, as data.targets=[formation_energy_per_atom]")
     head = build(config.head, "head", width=encoder.width, outputs=len(data.targets))
     model = PropertyModel(encoder=encoder, head=head, targets=data.targets, units=data.units)
     model.fit_normalisation(data.train_targets(), data.store.crystals.sizes[data.rows["train"]])
@@ -181,7 +195,7 @@ def train(
         gradient_clip=config.gradient_clip,
         resume=config.resume is not None,
         loggers=loggers or [],
-        monitor="val/mae" if has_validation else None,
+        monitor="val/normalised_mae" if has_validation else None,
     )
     announce("finetune", trainer, model, data)
     fit(trainer, module, data, resume=config.resume is not None)
@@ -205,6 +219,7 @@ def train(
         "metrics": metrics,
     }
     whole = trainer.strategy.lightning_module_state_dict()
+    checkpoint.refuse_diverged(whole, "finetuning")
     if trainer.is_global_zero:
         state = {k.removeprefix("model."): v for k, v in whole.items() if k.startswith("model.")}
         checkpoint.write(folder / "model.safetensors", "property_model", state, info)
@@ -269,10 +284,11 @@ def run(config: FinetuneConfig, values: dict[str, Any]) -> int:
     """
     settings: TrainerSettings = build(config.trainer, "trainer")
     settings.check(build(config.strategy, "strategy"))
-    encoder, _, _ = make_encoder(config)  # what is wrong stops here, before a folder is made
-    build(config.data, "data", graph=encoder.graph, seed=config.seed).setup()
+    encoder, encoder_config, _ = make_encoder(config)  # what is wrong stops here, before a folder is made
+    data = _make_data(config, encoder)
+    data.steps_per_epoch(settings.world_size, settings.accumulate)
     folder = RunFolder(config.runs, "finetune", config.name, resume=config.resume is not None)
-    folder.save_config(values)
+    folder.save_config({**values, "encoder": encoder_config})
     loggers = build(config.logger, "logger", folder=folder.path, name=folder.name, config=values)
     result = train(config, values, folder.path, loggers=loggers)
     _finish(folder, result, config)
@@ -308,6 +324,8 @@ def _finish(folder: RunFolder, result: Finetuned, config: FinetuneConfig) -> Non
     for name in names:
         title = {"mae": "MAE", "rmse": "RMSE", "r2": "R²"}.get(name, name)
         suffix = f" ({unit})" if unit and not name.startswith("r2") else ""
+        if not all(f"{split}/{name}" in result.metrics for split in splits):
+            continue
         cells = [f"{result.metrics[f'{split}/{name}']:.4f}" for split in splits]
         rows.append([title + suffix, *cells])
     print_table(", ".join(result.data.targets), ["", *splits], rows)

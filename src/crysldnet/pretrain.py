@@ -58,6 +58,7 @@ class PretrainModule(pl.LightningModule):
         super().__init__()
         self.model, self.optimizer = model, optimizer
         self.validate_in_train_mode = validate_in_train_mode
+        self._teacher_step = 0
         self.means = Means()
         self.feature_statistics = LatentStatistics(model.encoder.width)
         self.latent_statistics = LatentStatistics(model.posterior.latent_dim)
@@ -97,7 +98,9 @@ class PretrainModule(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: CrystalBatch, batch_idx: int) -> None:
         """Move the teacher, where there is one."""
-        self.model.update_teacher()
+        if self.trainer.global_step != self._teacher_step:  # once an optimizer step, not once a batch
+            self._teacher_step = self.trainer.global_step
+            self.model.update_teacher()
 
     def validation_step(self, batch: CrystalBatch, batch_idx: int) -> None:
         """Collect measures."""
@@ -132,6 +135,10 @@ class StageSettings:
     lr_factor: float
     gradient_clip: float | None
 
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or not self.lr_factor > 0:
+            raise ValueError(f"epochs must be at least 1 and lr_factor over 0, not {self.epochs} and {self.lr_factor}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
@@ -164,6 +171,10 @@ class PretrainConfig:
     model: dict[str, Any]
     diffusion: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, not {self.seed}")
+
 
 def build_model(config: PretrainConfig, *, with_flow: bool) -> PretrainingModel:
     """Build the model with fresh weights; those of the first stage don't depend on ``with_flow``."""
@@ -195,7 +206,11 @@ def run(config: PretrainConfig, values: dict[str, Any]) -> int:
     settings: TrainerSettings = build(config.trainer, "trainer")
     settings.check(build(config.strategy, "strategy"))
     model = build_model(config, with_flow="diffusion" in stages)  # what is wrong stops here, before a folder is made
-    _make_data(config, model).setup()
+    data = _make_data(config, model)
+    data.setup()
+    data.steps_per_epoch(settings.world_size, settings.accumulate)
+    if config.init is not None:
+        load_stage(model, Path(config.init))
     folder = RunFolder(config.runs, "pretrain", config.name, resume=config.resume is not None)
     folder.save_config(values)
     loggers = build(config.logger, "logger", folder=folder.path, name=folder.name, config=values)
@@ -208,8 +223,22 @@ def run(config: PretrainConfig, values: dict[str, Any]) -> int:
         else:
             summary[stage] = _run_stage(config, values, stage, previous, folder, settings, loggers)
         previous = done
+    summary |= {
+        "data_sha256": data.store.hash,
+        "train_crystals": len(data.rows["train"]),
+        "left_out": data.left_out,
+        "collapsed": has_collapsed(summary),
+    }
     _finish(folder, summary, stages)
     return 0
+
+
+def has_collapsed(summary: dict[str, Any]) -> bool | None:
+    """Say whether the second stage lost half of the first one's spread or effective rank; None where one is missing."""
+    names = ("val/features_spread", "val/features_rank")
+    if not all(name in summary.get(stage, {}) for stage in ("vae", "diffusion") for name in names):
+        return None
+    return any(not summary["diffusion"][name] > 0.5 * summary["vae"][name] for name in names)
 
 
 def _make_data(config: PretrainConfig, model: PretrainingModel) -> CrystalDataModule:
@@ -276,6 +305,7 @@ def export(trainer: pl.Trainer, info: dict[str, Any], folder: Path, stage: Stage
     """Write the encoder, and the whole model for a next stage; gathered on all ranks, written by the first."""
     prefix = "model."
     whole = trainer.strategy.lightning_module_state_dict()
+    checkpoint.refuse_diverged(whole, f"stage {stage}")
     if trainer.is_global_zero:
         state = {key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)}
         encoder = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
@@ -287,7 +317,8 @@ def export(trainer: pl.Trainer, info: dict[str, Any], folder: Path, stage: Stage
 
 def load_stage(model: PretrainingModel, path: Path) -> None:
     """Copy the weights of a finished first stage; those of latent diffusion stay fresh if it has none."""
-    _, state = checkpoint.read(path, "pretraining")
+    info, state = checkpoint.read(path, "pretraining")
+    checkpoint.check_graph(model.encoder, info, path)
     fresh = {k: v for k, v in model.state_dict().items() if k.startswith(("flow.", "teacher.")) and k not in state}
     checkpoint.load_strictly(model, {**state, **fresh}, path)
 
@@ -300,7 +331,7 @@ def _finish(folder: RunFolder, summary: dict[str, Any], stages: list[Stage]) -> 
         ("coordinate error (Å)", "coordinate_error", "coordinate_error_baseline", "as corrupted", "{:.4f}"),
         ("lattice length error (Å)", "lattice_length_error", "lattice_length_error_baseline", "as corrupted", "{:.4f}"),
         ("lattice angle error (°)", "lattice_angle_error", "lattice_angle_error_baseline", "as corrupted", "{:.3f}"),
-        ("diffusion loss", "loss/diffusion", "", "", "{:.4f}"),
+        ("diffusion loss, weighted", "loss/diffusion", "", "", "{:.4f}"),
         ("encoder output: spread", "features_spread", "", "", "{:.3f}"),
         ("encoder output: effective rank", "features_rank", "", "", "{:.1f}"),
         ("latent: effective rank", "latent_rank", "", "", "{:.1f}"),
@@ -316,4 +347,10 @@ def _finish(folder: RunFolder, summary: dict[str, Any], stages: list[Stage]) -> 
         base = next((summary[s][f"val/{baseline}"] for s in shown if f"val/{baseline}" in summary[s]), None)
         table.append([title, *cells, f"{form.format(base)} ({meaning})" if base is not None else ""])
     print_table("On the validation split", ["", *shown, "baseline"], table)
+    if summary["collapsed"]:
+        print_table(
+            "",
+            ["collapse", ""],
+            [["the encoder lost over half of its spread or rank in stage 2", "see docs/method.md"]],
+        )
     print_table("", ["written", ""], [["encoder", str(folder.path / "encoder.safetensors")]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -79,6 +80,14 @@ class CrystalDataset(Dataset[CrystalBatch]):
         return concatenate([crystals for crystals, _ in parts]), undo
 
 
+def _refuse_shared_ids(stores: dict[str, CrystalStore]) -> None:
+    ids = {name: set(store.ids.to_pylist()) for name, store in stores.items()}
+    for one, other in combinations(ids, 2):
+        shared = sorted(ids[one] & ids[other])
+        if shared:
+            raise DataError(f"data.path: {len(shared)} crystals are both in {one} and in {other} ({shared[0]}, …)")
+
+
 class CrystalDataModule(pl.LightningDataModule):
     """Crystal graphs in batches bounded by crystals, atoms and edges, for any number of ranks.
 
@@ -147,9 +156,12 @@ class CrystalDataModule(pl.LightningDataModule):
         if unknown or "train" not in self.path:
             raise DataError(f"data.path must name a file for train, val and test, not {', '.join(self.path)}")
         stores = {name: open_store(self.path[name]) for name in SPLITS if name in self.path}
-        tables = [
-            store.to_table().append_column("split", pa.array([name] * len(store))) for name, store in stores.items()
-        ]
+        _refuse_shared_ids(stores)
+        tables = []
+        for name, store in stores.items():
+            table = store.to_table()
+            table = table.drop_columns([c for c in table.column_names if c == "split"])
+            tables.append(table.append_column("split", pa.array([name] * len(store))))
         shared = [c for c in tables[0].column_names if all(c in t.column_names for t in tables)]
         metadata = tables[0].schema.metadata
         joined = pa.concat_tables([t.select(shared) for t in tables], promote_options="permissive")

@@ -122,6 +122,7 @@ class BatchSampler(Sampler[BatchRequest]):
         self.shuffle, self.seed, self.rank, self.world_size = shuffle, seed, rank, world_size
         self.multiple = multiple or world_size
         self.epoch = 0
+        self._epoch_0: list[NDArray[np.int64]] | None = None
         self._packed: tuple[int, list[NDArray[np.int64]]] | None = None
 
     def set_epoch(self, epoch: int) -> None:
@@ -131,10 +132,24 @@ class BatchSampler(Sampler[BatchRequest]):
     def _batches(self) -> list[NDArray[np.int64]]:
         epoch = self.epoch if self.shuffle else 0
         if self._packed is None or self._packed[0] != epoch:
-            n = len(self.rows)
-            order = np.random.default_rng([self.seed, epoch]).permutation(n) if self.shuffle else np.arange(n)
-            self._packed = (epoch, pack(self.atoms, self.edges, self.budget, self.multiple, order))
+            self._packed = (epoch, self._pack(epoch))
         return self._packed[1]
+
+    def _pack(self, epoch: int) -> list[NDArray[np.int64]]:
+        """Pack an epoch into as many batches as epoch 0 has; the schedule and the other ranks count on it."""
+        n = len(self.rows)
+        if not self.shuffle:
+            return pack(self.atoms, self.edges, self.budget, self.multiple, np.arange(n))
+        rng = np.random.default_rng([self.seed, epoch])
+        packed = pack(self.atoms, self.edges, self.budget, self.multiple, rng.permutation(n))
+        if epoch == 0 or len(packed) == len(self._first()):
+            return packed
+        return [self._first()[i] for i in rng.permutation(len(self._first()))]
+
+    def _first(self) -> list[NDArray[np.int64]]:
+        if self._epoch_0 is None:
+            self._epoch_0 = self._pack(0)
+        return self._epoch_0
 
     def __len__(self) -> int:
         return len(self._batches()) // self.world_size

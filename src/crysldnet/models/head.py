@@ -103,7 +103,7 @@ class PropertyModel(nn.Module):
         rest = values - (mean * atoms if self.head.readout == "sum" else mean)
         std = np.nanstd(rest, axis=0)
         self.mean.copy_(torch.from_numpy(mean))
-        self.std.copy_(torch.from_numpy(np.where(std > 0, std, 1.0)))
+        self.std.copy_(torch.from_numpy(np.where(std > 1e-9 * np.maximum(1.0, np.abs(mean)), std, 1.0)))
 
     def _center(self, batch: CrystalBatch) -> Tensor:
         return self.mean * batch.sizes.unsqueeze(1) if self.head.readout == "sum" else self.mean

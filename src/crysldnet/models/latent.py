@@ -98,6 +98,8 @@ class LatentStatistics(Metric):
         """Return ``spread`` and ``rank``."""
         mean = self.total / self.count
         covariance = self.outer / self.count - torch.outer(mean, mean)
+        if not bool(covariance.isfinite().all()):
+            return {"spread": covariance.new_tensor(torch.nan), "rank": covariance.new_tensor(torch.nan)}
         eigenvalues = torch.linalg.eigvalsh(covariance).clamp_min(0.0)
         share = eigenvalues / eigenvalues.sum().clamp_min(1e-300)
         entropy = -torch.special.xlogy(share, share).sum()

@@ -30,7 +30,22 @@ Kind = Literal["encoder", "pretraining", "property_model"]
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def refuse_diverged(state: Mapping[str, Tensor], what: str) -> None:
+    """Refuse weights that aren't finite.
+
+    Raises:
+        CheckpointError: naming the first such tensor.
+    """
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CheckpointError(
+                f"{what} diverged: {name} isn't finite, and nothing was exported; lower optimizer.lr or gradient_clip"
+            )
 
 
 def write(path: Path, kind: Kind, state: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
@@ -90,7 +105,7 @@ def read(path: str | os.PathLike[str], kind: Kind) -> tuple[dict[str, Any], dict
         if digests.get(name) != _digest(tensor):
             raise CheckpointError(f"{path}: tensor {name!r} is damaged (sha256 differs); copy or train it again")
     if info.get("kind") != kind:
-        raise CheckpointError(f"{path}: it holds a {info.get('kind')}, not a {kind}")
+        raise CheckpointError(f"{path}: its kind is {info.get('kind')!r}, where {kind!r} is needed")
     return info, state
 
 
@@ -129,15 +144,24 @@ def build_encoder(info: Mapping[str, Any], path: str | os.PathLike[str]) -> Enco
         encoder: Encoder = build(info["encoder"], "encoder")
     except (KeyError, ConfigError) as error:
         raise CheckpointError(f"{path}: its encoder can't be built: {error}") from error
+    check_graph(encoder, info, path)
+    return encoder
+
+
+def check_graph(encoder: Encoder, info: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Check that an encoder asks for the graph that a file's weights were trained on.
+
+    Raises:
+        CheckpointError: naming the setting that differs.
+    """
     graph = asdict(encoder.graph)
     stored = info.get("graph", {})
     for key in graph.keys() | stored.keys():
         if graph.get(key) != stored.get(key):
             raise CheckpointError(
                 f"{path}: it was trained on graphs with {key}={stored.get(key)}, "
-                f"this version builds them with {key}={graph.get(key)}"
+                f"here they are built with {key}={graph.get(key)}"
             )
-    return encoder
 
 
 def load_encoder(path: str | os.PathLike[str]) -> tuple[Encoder, dict[str, Any]]:

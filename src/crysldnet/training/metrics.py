@@ -64,14 +64,18 @@ class RegressionErrors(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Return ``mae``, ``rmse``, ``r2`` of one target, or ``mae/NAME`` … of several and the mean ``mae``."""
-        count = self.count.clamp_min(1.0)
+        count = torch.where(self.count > 0, self.count, torch.nan)
         scatter = self.total_squared - self.total.square() / count
         values = {
-            "mae": self.absolute / count,
+            "mae": self.mae(),
             "rmse": (self.squared / count).sqrt(),
             "r2": torch.where(scatter > 0, 1.0 - self.squared / scatter, torch.nan),
         }
         if len(self.targets) == 1:
             return {name: value[0] for name, value in values.items()}
         named = {f"{name}/{t}": value[i] for name, value in values.items() for i, t in enumerate(self.targets)}
-        return {**named, "mae": values["mae"].mean()}
+        return {**named, "mae": values["mae"].nanmean()}
+
+    def mae(self) -> Tensor:
+        """Return the MAE of each target [T], NaN where no value is known."""
+        return self.absolute / torch.where(self.count > 0, self.count, torch.nan)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import resource
 import subprocess
@@ -29,9 +30,12 @@ NAME_VARIABLE = "CRYSLDNET_RUN_NAME"
 
 def code_version() -> str:
     """Return the version, with the commit where the package lies in a git working tree."""
+    tree = Path(__file__).parents[3]
+    if not (tree / ".git").exists():  # installed: a repository that happens to hold the environment isn't ours
+        return __version__
     try:
         commit = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+            ["git", "-C", str(tree), "describe", "--always", "--dirty"],
             capture_output=True,
             text=True,
             timeout=5,
@@ -41,9 +45,24 @@ def code_version() -> str:
     return f"{__version__}+{commit}" if commit else __version__
 
 
+def _free_name(base: Path) -> str:
+    """Return the time, with a number where another run began in the same second."""
+    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    names = [now, *(f"{now}_{i}" for i in range(2, 100))]
+    return next(name for name in names if not (base / name).exists())
+
+
 def _unfinished(base: Path) -> list[Path]:
     runs = [p for p in base.glob("*") if (p / "config.yaml").exists() and not (p / "summary.json").exists()]
     return sorted(runs, key=lambda p: (p / "config.yaml").stat().st_mtime)
+
+
+def saved_config(root: str, command: str, name: str | None) -> Path | None:
+    """Return the saved configuration of the run that ``resume=last`` would continue, or None where there is none."""
+    base = Path(root) / command
+    name = (os.environ.get(NAME_VARIABLE) if getattr(rank_zero_only, "rank", 0) else None) or name
+    runs = [base / name] if name is not None else _unfinished(base)[-1:]
+    return next((run / "config.yaml" for run in runs if (run / "config.yaml").exists()), None)
 
 
 class RunFolder:
@@ -69,10 +88,12 @@ class RunFolder:
             name = unfinished[-1].name
         if child is None and name is None and "SLURM_JOB_ID" in os.environ:
             name = f"slurm-{os.environ['SLURM_JOB_ID']}"
-        self.name = child or name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        self.name = child or name or _free_name(base)
         self.path = base / self.name
         self.started = time.time()
-        if child is None:
+        if name is not None and Path(name).name != name:
+            raise ConfigError(f"name={name}: a run's name can't hold a path", "name")
+        if getattr(rank_zero_only, "rank", 0) == 0:
             self._claim(resume)
             os.environ[NAME_VARIABLE] = self.name
 
@@ -99,7 +120,7 @@ class RunFolder:
     @rank_zero_only
     def save_config(self, config: dict[str, Any]) -> None:
         """Write the resolved configuration, before the first step."""
-        (self.path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        write_atomically(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
     @rank_zero_only
     def finish(self, summary: dict[str, Any]) -> None:
@@ -112,12 +133,19 @@ class RunFolder:
             "peak_memory_mb": round(peak),
             **summary,
         }
-        write_atomically(self.path / "summary.json", json.dumps(whole, indent=1))
+        write_atomically(self.path / "summary.json", json.dumps(_without_nan(whole), indent=1, allow_nan=False))
         latest = self.path.parent / "latest"
         with contextlib.suppress(OSError):  # a file system without links still has the run under its name
             link = self.path.parent / f".latest-{os.getpid()}"
             link.symlink_to(self.path.name)
             link.replace(latest)
+
+
+def _without_nan(value: Any) -> Any:
+    """Put null, which JSON has, in place of what isn't finite, which it hasn't."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import (
     Callback,
@@ -58,6 +59,12 @@ class TrainerSettings:
     progress_bar: bool = True
     log_every: int = 10
 
+    def __post_init__(self) -> None:
+        if min(self.devices, self.nodes, self.accumulate, self.log_every) < 1:
+            raise ValueError("devices, nodes, accumulate and log_every must be at least 1")
+        if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay must lie between 0 and 1, not {self.ema_decay}")
+
     def check(self, strategy: Strategy | str) -> None:
         """Check that this machine and the strategy can do what is asked, before anything is written.
 
@@ -70,6 +77,8 @@ class TrainerSettings:
             raise ConfigError(f"{self.world_size} processes need strategy=ddp (or fsdp), not single", "strategy")
         if isinstance(strategy, FSDPStrategy) and accelerator == "cpu":
             raise ConfigError("strategy=fsdp needs GPUs; on CPU use strategy=ddp", "strategy")
+        if isinstance(strategy, FSDPStrategy) and self.ema_decay is not None:
+            raise ConfigError("strategy=fsdp can't average weights; set trainer.ema_decay=null", "trainer.ema_decay")
 
     @property
     def world_size(self) -> int:
@@ -109,7 +118,7 @@ class SeedEveryBatch(Callback):
 
     def _seed(self, trainer: pl.Trainer, epoch: int, batch_idx: int) -> None:
         number = batch_idx * trainer.world_size + trainer.global_rank
-        torch.manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + number)
+        torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, number]).generate_state(1, np.uint64)[0] >> 1))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
@@ -236,3 +245,6 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataM
     # The averaged weights are in the module now. The callback would swap them out again in a later validation, and
     # load the unaveraged ones for a test.
     trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+    if start is not None and not trainer.callback_metrics:  # it had trained to its end before it was stopped
+        module.load_state_dict(torch.load(start, weights_only=True, map_location="cpu")["state_dict"])
+        trainer.validate(module, datamodule=data, verbose=False)
