@@ -98,7 +98,10 @@ def _quieten_libraries() -> None:
     for message in (
         ".*LeafSpec.*",
         ".*does not have many workers.*",
-        ".*Checkpoint directory.*exists and is not empty.*",
+        ".*exists and is not empty.*",
+        ".*smaller than the logging interval.*",
+        ".*Total length of `list` across ranks is zero.*",
+        ".*sync_dist.*",  # metrics are summed over ranks by torchmetrics already
     ):
         warnings.filterwarnings("ignore", message)
 
