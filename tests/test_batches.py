@@ -46,7 +46,7 @@ def table(n: int, **properties: object) -> pa.Table:
 @pytest.fixture(scope="module")
 def edges(starter: CrystalStore) -> NDArray[np.int64]:
     crystals = starter.crystals
-    return np.bincount(crystals.crystal[GRAPH.build(crystals).target], minlength=len(crystals))
+    return np.bincount(crystals.crystal[GRAPH.build(crystals).neighbors.target], minlength=len(crystals))
 
 
 def samplers(

@@ -125,7 +125,7 @@ def real(starter: CrystalStore) -> list[Cell]:
 
 def test_neighbors_within_a_radius_are_those_of_pymatgen(cells: list[Cell]) -> None:
     crystals = put_together(cells)
-    found = edges_by_crystal(GraphSpec(radius=RADIUS).build(crystals), crystals.ptr)
+    found = edges_by_crystal(GraphSpec(radius=RADIUS).build(crystals).neighbors, crystals.ptr)
     for c, ours in zip(cells, found, strict=True):
         assert len(set(ours)) == len(ours)
         assert set(ours) == set(pymatgen_edges(c, RADIUS))
@@ -133,8 +133,8 @@ def test_neighbors_within_a_radius_are_those_of_pymatgen(cells: list[Cell]) -> N
 
 def test_nearest_neighbors_with_ties_and_their_union_are_those_of_pymatgen(cells: list[Cell]) -> None:
     crystals = put_together(cells)
-    directed = edges_by_crystal(GraphSpec(k=K).build(crystals), crystals.ptr)
-    union = edges_by_crystal(GraphSpec(k=K, symmetric=True).build(crystals), crystals.ptr)
+    directed = edges_by_crystal(GraphSpec(k=K).build(crystals).neighbors, crystals.ptr)
+    union = edges_by_crystal(GraphSpec(k=K, symmetric=True).build(crystals).neighbors, crystals.ptr)
     for c, ours, ours_union in zip(cells, directed, union, strict=True):
         expected = pymatgen_nearest(c, K)
         assert len(set(ours)) == len(ours)
@@ -147,7 +147,7 @@ def test_nearest_neighbors_with_ties_and_their_union_are_those_of_pymatgen(cells
 def test_a_wide_tolerance_keeps_all_neighbors_within_it(cells: list[Cell], k: int, tolerance: float) -> None:
     chosen = cells[:20]
     crystals = put_together(chosen)
-    found = edges_by_crystal(GraphSpec(k=k, tolerance=tolerance).build(crystals), crystals.ptr)
+    found = edges_by_crystal(GraphSpec(k=k, tolerance=tolerance).build(crystals).neighbors, crystals.ptr)
     for c, ours in zip(chosen, found, strict=True):
         assert set(ours) == pymatgen_nearest(c, k, tolerance)
 
@@ -155,7 +155,7 @@ def test_a_wide_tolerance_keeps_all_neighbors_within_it(cells: list[Cell], k: in
 def test_distances_are_the_sorted_ones_of_pymatgen(cells: list[Cell]) -> None:
     chosen = cells[:40]
     crystals = put_together(chosen)
-    ours = GraphSpec(radius=1.0, n_distances=40).build(crystals).distances
+    ours = GraphSpec(radius=1.0, n_distances=40).build(crystals).neighbors.distances
     expected = []
     for c in chosen:
         found, _ = pymatgen_with_enough(c, 40, TOLERANCE)
@@ -172,7 +172,7 @@ def test_neighbors_do_not_depend_on_how_skewed_the_cell_is() -> None:
         inverse = np.rint(np.linalg.inv(u)).astype(int)
         skewed = Cell(u @ reduced.lattice, reduced.numbers, reduced.frac_coords @ inverse)
         assert np.linalg.norm(skewed.lattice, axis=1).max() > 100
-        expected, found = (CLEAN.build(put_together([c])) for c in (reduced, skewed))
+        expected, found = (CLEAN.build(put_together([c])).neighbors for c in (reduced, skewed))
         images = {(s, t, *(np.array(n) @ inverse).tolist()) for s, t, *n in edges(expected)}
         assert set(edges(found)) == images
         np.testing.assert_allclose(found.distances, expected.distances, atol=1e-9)
@@ -180,7 +180,7 @@ def test_neighbors_do_not_depend_on_how_skewed_the_cell_is() -> None:
 
 def test_vectors_are_differences_of_positions(cells: list[Cell]) -> None:
     crystals = put_together(cells)
-    found = GraphSpec(k=K, symmetric=True).build(crystals)
+    found = GraphSpec(k=K, symmetric=True).build(crystals).neighbors
     lattice = crystals.lattice[crystals.crystal[found.source]]
     away = crystals.positions[found.source] + np.einsum("ei,eij->ej", found.image, lattice)
     np.testing.assert_allclose(found.vector, crystals.positions[found.target] - away, rtol=0, atol=1e-9)
@@ -190,7 +190,7 @@ def test_vectors_are_differences_of_positions(cells: list[Cell]) -> None:
 @pytest.mark.parametrize("spec", [GraphSpec(k=K), CLEAN, GraphSpec(radius=4.0)], ids=["k", "union", "radius"])
 def test_edges_are_sorted_by_target_and_stay_inside_their_crystal(spec: GraphSpec, real: list[Cell]) -> None:
     crystals = put_together(real)
-    found = spec.build(crystals)
+    found = spec.build(crystals).neighbors
     assert (np.diff(found.target) >= 0).all()
     assert (crystals.crystal[found.source] == crystals.crystal[found.target]).all()
     assert spec.radius is not None or len(set(found.target.tolist())) == len(crystals.numbers)
@@ -199,10 +199,10 @@ def test_edges_are_sorted_by_target_and_stay_inside_their_crystal(spec: GraphSpe
 @pytest.mark.parametrize("tolerance", [0.0, TOLERANCE])
 def test_the_union_holds_the_reverse_of_every_edge_exactly_once(real: list[Cell], tolerance: float) -> None:
     crystals = put_together(real)
-    count = Counter(edges(GraphSpec(k=K, tolerance=tolerance, symmetric=True).build(crystals)))
+    count = Counter(edges(GraphSpec(k=K, tolerance=tolerance, symmetric=True).build(crystals).neighbors))
     assert set(count.values()) == {1}
     assert all(count[reverse(edge)] == 1 for edge in count)
-    directed = set(edges(GraphSpec(k=K, tolerance=tolerance).build(crystals)))
+    directed = set(edges(GraphSpec(k=K, tolerance=tolerance).build(crystals).neighbors))
     assert any(reverse(edge) not in directed for edge in directed)
 
 
@@ -231,26 +231,26 @@ def test_shells_of_equal_distances_are_never_cut(c: Cell, k: int, degrees: list[
     for _ in range(5):
         order = rng.permutation(len(c.numbers))
         moved = Cell(c.lattice, c.numbers[order], (c.frac_coords + rng.random(3))[order])
-        found = GraphSpec(k=k).build(put_together([moved]))
+        found = GraphSpec(k=k).build(put_together([moved])).neighbors
         assert np.bincount(found.target).tolist() == [degrees[i] for i in order]
 
 
 @pytest.mark.parametrize("k", [1, 10, 39, 40])
 def test_a_shell_of_40_neighbors_is_kept_whole(k: int) -> None:
-    found = GraphSpec(k=k).build(put_together([shell(40)]))
+    found = GraphSpec(k=k).build(put_together([shell(40)])).neighbors
     assert sorted(found.source[found.target == 0]) == list(range(1, 41))
 
 
 def test_atoms_farther_than_the_tolerance_are_not_ties() -> None:
     c = cell(np.eye(3) * 30, [1, 1, 1, 1], [[0, 0, 0], [0.1, 0, 0], [0, 0.1 + 0.00002, 0], [0, 0, 0.1 + 0.000002]])
-    found = GraphSpec(k=1, tolerance=1e-4).build(put_together([c]))
+    found = GraphSpec(k=1, tolerance=1e-4).build(put_together([c])).neighbors
     assert sorted(found.source[found.target == 0]) == [1, 3]
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 1e-8, 1e-4])
 def test_every_atom_has_at_least_k_neighbors(starter: CrystalStore, tolerance: float) -> None:
     crystals = starter.crystals.take(np.arange(500))
-    target = GraphSpec(k=25, tolerance=tolerance).build(crystals).target
+    target = GraphSpec(k=25, tolerance=tolerance).build(crystals).neighbors.target
     fewest = np.bincount(target, minlength=len(crystals.numbers)).min()
     assert fewest == 25
 
@@ -258,8 +258,8 @@ def test_every_atom_has_at_least_k_neighbors(starter: CrystalStore, tolerance: f
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_repeating_doubles_self_images_and_nothing_else(real: list[Cell], symmetric: bool) -> None:
     crystals = put_together([ROCKSALT, COPPER, TRICLINIC, *real])
-    plain = Counter(edges(GraphSpec(k=K, symmetric=symmetric).build(crystals)))
-    repeated = Counter(edges(GraphSpec(k=K, symmetric=symmetric, repeat_self_images=True).build(crystals)))
+    plain = Counter(edges(GraphSpec(k=K, symmetric=symmetric).build(crystals).neighbors))
+    repeated = Counter(edges(GraphSpec(k=K, symmetric=symmetric, repeat_self_images=True).build(crystals).neighbors))
     assert repeated == {edge: 2 if edge[0] == edge[1] else 1 for edge in plain}
     assert 2 in repeated.values()
     assert 1 in repeated.values()
@@ -273,9 +273,9 @@ def test_repeating_doubles_self_images_and_nothing_else(real: list[Cell], symmet
 def test_published_graphs_have_the_expected_number_of_edges(c: Cell, count: int) -> None:
     """Counts from an independent implementation of the published graph, k = 25, shells completed."""
     spec = GraphSpec(k=25, tolerance=1e-8, symmetric=True, repeat_self_images=True)
-    assert len(spec.build(put_together([c])).source) == count
-    assert len(spec.build(put_together([ROCKSALT_CUBE, c, PEROVSKITE])).source) == count + 208 + len(
-        spec.build(put_together([PEROVSKITE])).source
+    assert len(spec.build(put_together([c])).neighbors.source) == count
+    assert len(spec.build(put_together([ROCKSALT_CUBE, c, PEROVSKITE])).neighbors.source) == count + 208 + len(
+        spec.build(put_together([PEROVSKITE])).neighbors.source
     )
 
 
@@ -284,14 +284,14 @@ def test_distances_of_rocksalt_are_its_closed_shells(c: Cell) -> None:
     """Shells and multiplicities computed in float64 from the definition, a = 5.64 Å, 92 distances."""
     shells = [2.82, 3.988082, 4.884383, 5.64, 6.305712, 6.907561, 7.976165]
     expected = np.repeat(shells, [6, 12, 8, 6, 24, 24, 12])
-    found = GraphSpec(k=25, n_distances=92).build(put_together([c])).distances
+    found = GraphSpec(k=25, n_distances=92).build(put_together([c])).neighbors.distances
     np.testing.assert_allclose(found, np.tile(expected, (len(c.numbers), 1)), atol=1e-6)
     np.testing.assert_allclose(found.mean(axis=1), 5.983963, atol=1e-6)
 
 
 def test_distances_of_a_triclinic_crystal_have_their_golden_values() -> None:
     """Computed in float64 from the definition, 92 distances."""
-    found = GraphSpec(k=25, n_distances=92).build(put_together([TRICLINIC])).distances
+    found = GraphSpec(k=25, n_distances=92).build(put_together([TRICLINIC])).neighbors.distances
     np.testing.assert_allclose(found[:, :6], [[2.117059, 2.847690, 3, 3, 3.079990, 3.131188]] * 2, atol=1e-6)
     np.testing.assert_allclose(found[:, 91], 7.763810, atol=1e-6)
     np.testing.assert_allclose(found.sum(axis=1), 538.13935, atol=1e-5)
@@ -302,9 +302,9 @@ def test_distances_of_a_triclinic_crystal_have_their_golden_values() -> None:
 )
 def test_a_graph_does_not_depend_on_the_other_crystals_of_the_batch(spec: GraphSpec, real: list[Cell]) -> None:
     crystals = put_together(real)
-    together = spec.build(crystals)
+    together = spec.build(crystals).neighbors
     for b in range(0, len(real), 3):
-        alone = spec.build(put_together([real[b]]))
+        alone = spec.build(put_together([real[b]])).neighbors
         first, last = crystals.ptr[b], crystals.ptr[b + 1]
         own = (together.target >= first) & (together.target < last)
         assert np.array_equal(together.source[own] - first, alone.source)
@@ -320,8 +320,8 @@ def sorted_lengths(found: Neighbors, atom: int) -> NDArray:
 
 def test_the_clean_graph_of_a_supercell_repeats_that_of_the_cell(real: list[Cell]) -> None:
     for c in [ROCKSALT, COPPER, PEROVSKITE, TRICLINIC, *real[:20]]:
-        small = CLEAN.build(put_together([c]))
-        large = CLEAN.build(put_together([supercell(c, (2, 1, 3))]))
+        small = CLEAN.build(put_together([c])).neighbors
+        large = CLEAN.build(put_together([supercell(c, (2, 1, 3))])).neighbors
         np.testing.assert_allclose(large.distances, np.tile(small.distances, (6, 1)), atol=1e-9)
         n = len(c.numbers)
         assert np.array_equal(np.bincount(large.target), np.tile(np.bincount(small.target), 6))
@@ -331,14 +331,14 @@ def test_the_clean_graph_of_a_supercell_repeats_that_of_the_cell(real: list[Cell
 
 def test_the_published_graph_of_a_supercell_has_other_degrees() -> None:
     spec = GraphSpec(k=25, tolerance=1e-8, symmetric=True, repeat_self_images=True)
-    small, large = (spec.build(put_together([c])) for c in (ROCKSALT, supercell(ROCKSALT, (2, 2, 2))))
+    small, large = (spec.build(put_together([c])).neighbors for c in (ROCKSALT, supercell(ROCKSALT, (2, 2, 2))))
     assert set(np.bincount(small.target)) == {38}
     assert set(np.bincount(large.target)) == {26}
 
 
 def test_an_empty_batch_has_no_edges() -> None:
-    found = CLEAN.build(from_lists([], [], []))
-    assert [len(part) for part in found] == [0] * 5
+    found = CLEAN.build(from_lists([], [], [])).neighbors
+    assert [len(part) for part in found] == [0] * 6
 
 
 @pytest.mark.parametrize(

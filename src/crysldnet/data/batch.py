@@ -61,6 +61,18 @@ class CrystalBatch:
     targets: Tensor | None = None
     """[B, T] in physical units, NaN where unknown."""
     undo: CorruptionTargets | None = None
+    frame: Tensor | None = None
+    """[B, 3, 3] right-handed frame of three short lattice vectors in Å, where the graph asks for it."""
+    pairs: Tensor | None = None
+    """[2, P] source and target of every ordered pair of a crystal's atoms, where the graph asks for potentials."""
+    potential: Tensor | None = None
+    """[P] lattice sum of each pair's potential."""
+    representative: Tensor | None = None
+    """[N] the atom of the asymmetric unit that stands for each atom, where edges end at those alone."""
+    slots: Tensor | None = None
+    """[R, K] the edges of each atom in rows of K, E where a slot is empty, where the graph asks for slots."""
+    slot_atom: Tensor | None = None
+    """[R] the atom of each row, ascending."""
 
     @property
     def num_crystals(self) -> int:
@@ -126,10 +138,14 @@ def make_batch(
         undo: what :meth:`Corruption.apply` did to them.
         dtype: of all real values but the targets, which stay in float32.
     """
-    edges = graph.build(crystals)
+    built = graph.build(crystals)
+    edges = built.neighbors
 
     def real(array: NDArray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+
+    def whole(array: NDArray[np.int64] | None) -> Tensor | None:
+        return None if array is None else torch.from_numpy(array)
 
     return CrystalBatch(
         lattice=real(crystals.lattice),
@@ -147,4 +163,10 @@ def make_batch(
         else CorruptionTargets(
             torch.from_numpy(undo.numbers), torch.from_numpy(undo.masked), real(undo.displacement), real(undo.strain)
         ),
+        frame=None if built.frame is None else real(built.frame),
+        pairs=whole(built.pairs),
+        potential=None if built.potential is None else real(built.potential),
+        representative=whole(built.representative),
+        slots=whole(built.slots),
+        slot_atom=whole(built.slot_atom),
     )

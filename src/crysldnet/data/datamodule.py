@@ -239,7 +239,7 @@ class CrystalDataModule(pl.LightningDataModule):
         counts = []
         for start in range(0, len(self.rows[name]), 1024):
             crystals = self.store.crystals.take(self.rows[name][start : start + 1024])
-            owner = crystals.crystal[self.graph.build(crystals).target]
+            owner = crystals.crystal[self.graph.build(crystals).neighbors.target]
             counts.append(np.bincount(owner, minlength=len(crystals)))
         return np.concatenate(counts)
 

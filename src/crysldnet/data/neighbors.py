@@ -34,6 +34,8 @@ class Neighbors(NamedTuple):
     """[E, 3] displacement x_target − (x_source + n · lattice) in Å."""
     distances: NDArray[np.float64]
     """[N, n_distances] each atom's nearest distances in Å, ascending, multiplicity counted."""
+    shell: NDArray[np.float64]
+    """[N] distance in Å up to which each atom's own neighbors were kept: of its k-th, or the radius."""
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -288,4 +290,4 @@ def neighbor_list(
     found_source, found_target, found_image, vector = _assemble(
         lattices, frac_coords, ptr, start, source, image, d2, limit2, symmetric and k is not None, repeat_self_images
     )
-    return Neighbors(found_source, found_target, found_image, vector, distances)
+    return Neighbors(found_source, found_target, found_image, vector, distances, np.sqrt(limit2))

@@ -5,37 +5,76 @@ Shapes: ``E`` edges, ``n`` basis functions.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 
-class ExponentialBasis(nn.Module):
-    """exp(−γ (x − μ)²) with n centres μ evenly from ``low`` to ``high`` and γ = 1 / spacing.
-
-    γ isn't squared in the published code of Matformer, ComFormer and PDDFormer, which makes the functions very
-    smooth; it is kept.
-    """
+class Basis(nn.Module):
+    """n functions with centers μ evenly from ``low`` to ``high``; γ = 1 / spacing."""
 
     def __init__(self, low: float, high: float, n: int) -> None:
         super().__init__()
         self.low, self.high, self.n = low, high, n
         self.gamma = (n - 1) / (high - low)
 
+    def offsets(self, x: Tensor) -> Tensor:
+        """Return x − μ, [..., n]."""
+        return x.unsqueeze(-1) - torch.linspace(self.low, self.high, self.n, dtype=x.dtype, device=x.device)
+
+
+class ExponentialBasis(Basis):
+    """exp(−γ (x − μ)²).
+
+    γ isn't squared in the published code of Matformer, ComFormer and PDDFormer, which makes the functions very
+    smooth; it is kept.
+    """
+
     def forward(self, x: Tensor) -> Tensor:
         """Map [E] to [E, n]."""
-        centers = torch.linspace(self.low, self.high, self.n, dtype=x.dtype, device=x.device)
-        return torch.exp(-self.gamma * (x.unsqueeze(-1) - centers) ** 2)
+        return torch.exp(-self.gamma * self.offsets(x).square())
 
 
-class GaussianBasis(nn.Module):
-    """exp(−((x − μ) / spacing)² / 2) with n centres μ evenly from ``low`` to ``high``."""
+class GaussianBasis(Basis):
+    """exp(−sharpness (γ (x − μ))²).
 
-    def __init__(self, low: float, high: float, n: int) -> None:
+    Sharpness ½ is a Gaussian whose standard deviation is the spacing; 1 is that of CGCNN and PotNet. coGN's variance
+    of one spacing is γ (x − μ)² / 2, a sharpness of 1 / (2 γ).
+    """
+
+    def __init__(self, low: float, high: float, n: int, sharpness: float = 0.5) -> None:
+        super().__init__(low, high, n)
+        self.sharpness = sharpness
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [E] to [E, n]."""
+        return torch.exp(-self.sharpness * (self.gamma * self.offsets(x)).square())
+
+
+class MultiquadricBasis(Basis):
+    """√(1 + (γ (x − μ))²), of PotNet's potentials."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [P] to [P, n]."""
+        return torch.sqrt(1.0 + (self.gamma * self.offsets(x)).square())
+
+
+def cosine_cutoff(length: Tensor, radius: float) -> Tensor:
+    """Return ½ (cos(π d / R) + 1) where d < R, else 0."""
+    return torch.where(length < radius, 0.5 * (torch.cos(length * (math.pi / radius)) + 1.0), 0.0)
+
+
+class ExponentialNormalBasis(nn.Module):
+    """cutoff(d) · exp(−β (exp(−5 d / R) − μ)²), n centers μ evenly from exp(−R) to 1, of PhysNet and CartNet."""
+
+    def __init__(self, radius: float, n: int) -> None:
         super().__init__()
-        self.low, self.high, self.n = low, high, n
-        self.spacing = (high - low) / (n - 1)
+        self.radius, self.n = radius, n
+        self.beta = (2.0 / n * (1.0 - math.exp(-radius))) ** -2
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [E] to [E, n]."""
-        centers = torch.linspace(self.low, self.high, self.n, dtype=x.dtype, device=x.device)
-        return torch.exp(-0.5 * ((x.unsqueeze(-1) - centers) / self.spacing) ** 2)
+    def forward(self, length: Tensor) -> Tensor:
+        """Map [E] in Å to [E, n]."""
+        centers = torch.linspace(math.exp(-self.radius), 1.0, self.n, dtype=length.dtype, device=length.device)
+        x = torch.exp(length * (-5.0 / self.radius)).unsqueeze(-1)
+        return cosine_cutoff(length, self.radius).unsqueeze(-1) * torch.exp(-self.beta * (x - centers).square())

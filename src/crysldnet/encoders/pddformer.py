@@ -32,12 +32,9 @@ from torch_geometric.utils import scatter
 from crysldnet.data.batch import CrystalBatch
 from crysldnet.data.graph import GraphSpec
 from crysldnet.encoders.bases import ExponentialBasis
+from crysldnet.encoders.elements import OneHotSpecies
 from crysldnet.encoders.layers import ComFormerConv
 from crysldnet.encoders.protocol import Encoder
-
-N_SPECIES = 119
-"""One-hot length: atomic numbers 1 to 118, 0 for masked."""
-
 
 class DistanceMixing(nn.Module):
     """Mix atom features h with the distance features a (the "Zeo" block).
@@ -102,7 +99,7 @@ class PDDFormer(Encoder):
             n_distances=n_distances,
         )
         self.weight_per_cell = published
-        self.species = nn.Linear(N_SPECIES, width)
+        self.species = OneHotSpecies(width)
         self.basis = ExponentialBasis(-4.0, 0.0, n_basis)
         self.edge = nn.Linear(n_basis, width)
         self.distances = nn.Linear(n_distances + 1, width)
@@ -122,7 +119,7 @@ class PDDFormer(Encoder):
     def forward(self, batch: CrystalBatch) -> Tensor:
         """Return [N, width]."""
         source, target = batch.edge_index
-        h = nn.functional.embedding(batch.numbers, self.species.weight.T) + self.species.bias
+        h = self.species(batch.numbers)
         edge = softplus(self.edge(self.basis(-0.75 / batch.edge_vec.norm(dim=-1))))
         a = self.distances(self.distribution(batch))
         for layer, conv in enumerate(self.convs):

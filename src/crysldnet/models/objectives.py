@@ -21,7 +21,7 @@ from crysldnet.data.batch import CorruptionTargets, CrystalBatch
 from crysldnet.data.corruption import Corruption
 from crysldnet.encoders.bases import GaussianBasis
 from crysldnet.encoders.layers import PairMLP
-from crysldnet.encoders.pddformer import N_SPECIES
+from crysldnet.encoders.elements import N_SPECIES
 from crysldnet.geometry import lattice_parameters, undo_strain
 
 Measures = dict[str, tuple[Tensor, Tensor]]

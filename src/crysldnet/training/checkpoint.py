@@ -154,14 +154,10 @@ def check_graph(encoder: Encoder, info: Mapping[str, Any], path: str | os.PathLi
     Raises:
         CheckpointError: naming the setting that differs.
     """
-    graph = asdict(encoder.graph)
-    stored = info.get("graph", {})
-    for key in graph.keys() | stored.keys():
-        if graph.get(key) != stored.get(key):
-            raise CheckpointError(
-                f"{path}: it was trained on graphs with {key}={stored.get(key)}, "
-                f"here they are built with {key}={graph.get(key)}"
-            )
+    for key, (stored, own) in encoder.graph.differences(info.get("graph", {})).items():
+        raise CheckpointError(
+            f"{path}: it was trained on graphs with {key}={stored}, here they are built with {key}={own}"
+        )
 
 
 def load_encoder(path: str | os.PathLike[str]) -> tuple[Encoder, dict[str, Any]]:
