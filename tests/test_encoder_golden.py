@@ -382,7 +382,8 @@ def test_denoising_computes_its_equations(starter: CrystalStore) -> None:
         node = objective.node(z)
         lengths = batch.edge_vec.norm(dim=1)
         gauss = torch.exp(-0.5 * ((lengths[:, None] - torch.linspace(0, 8, 32).double()) / (8 / 31)) ** 2)
-        coefficients = objective.pair.unfactorised(node, node, objective.edge(gauss), *batch.edge_index).numpy()
+        set_factorised(objective, False)
+        coefficients = objective.pair(node, node, objective.edge(gauss), *batch.edge_index).numpy()
     moves: list[list[NDArray]] = [[] for _ in clean.numbers]
     strains: list[list[NDArray]] = [[] for _ in clean.sizes]
     for (u, s, p), vector, target in zip(coefficients, batch.edge_vec.numpy(), batch.edge_index[1], strict=True):

@@ -38,3 +38,17 @@ def undo_strain(lattice: Tensor, strain: Tensor) -> Tensor:
     """
     eye = torch.eye(3, dtype=lattice.dtype, device=lattice.device)
     return torch.linalg.solve(eye + strain, lattice, left=False)
+
+
+def random_rotations(n: int, *, like: Tensor) -> Tensor:
+    """Draw n rotation matrices [n, 3, 3], uniform over all rotations, of the type and on the device of ``like``.
+
+    A unit quaternion (w, x, y, z) that is uniform on the sphere gives a uniform rotation.
+    """
+    w, x, y, z = torch.nn.functional.normalize(torch.randn(n, 4, dtype=like.dtype, device=like.device), dim=1).unbind(1)
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)

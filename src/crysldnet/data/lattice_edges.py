@@ -76,7 +76,11 @@ def _frame_images(lattices, tolerance):
                 break
             third += 1
         three = images[third].astype(np.int64)
-        v1, v2, v3 = one.astype(np.float64) @ lattice, two.astype(np.float64) @ lattice, three.astype(np.float64) @ lattice
+        v1, v2, v3 = (
+            one.astype(np.float64) @ lattice,
+            two.astype(np.float64) @ lattice,
+            three.astype(np.float64) @ lattice,
+        )
         slack = tolerance * np.sqrt((v1**2).sum())
         if (v1 * v2).sum() < -slack * np.sqrt((v2**2).sum()):
             two, v2 = -two, -v2

@@ -39,8 +39,8 @@ class ExponentialBasis(Basis):
 class GaussianBasis(Basis):
     """exp(−sharpness (γ (x − μ))²).
 
-    Sharpness ½ is a Gaussian whose standard deviation is the spacing; 1 is that of CGCNN and PotNet. coGN's variance
-    of one spacing is γ (x − μ)² / 2, a sharpness of 1 / (2 γ).
+    Sharpness ½ makes the standard deviation equal to the spacing. CGCNN and PotNet have 1. In coGN the variance is
+    numerically the spacing, so that sharpness is half of the spacing.
     """
 
     def __init__(self, low: float, high: float, n: int, sharpness: float = 0.5) -> None:

@@ -32,6 +32,11 @@ def set_factorised(module: nn.Module, factorised: bool) -> None:
             part.factorised = factorised
 
 
+def unused_parameters(count: int) -> nn.Parameter:
+    """Return frozen parameters that nothing reads, where a released model has some, so that sizes agree."""
+    return nn.Parameter(torch.zeros(count), requires_grad=False)
+
+
 class PairMLP(Factorised):
     """W₂ SiLU(W₁ [x_i, x_j, e] + b₁) + b₂."""
 

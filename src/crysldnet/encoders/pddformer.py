@@ -36,6 +36,7 @@ from crysldnet.encoders.elements import OneHotSpecies
 from crysldnet.encoders.layers import ComFormerConv
 from crysldnet.encoders.protocol import Encoder
 
+
 class DistanceMixing(nn.Module):
     """Mix atom features h with the distance features a (the "Zeo" block).
 
