@@ -80,7 +80,8 @@ def filled(module: nn.Module) -> nn.Module:
         if isinstance(part, nn.Linear):
             o, i = torch.meshgrid(*map(torch.arange, part.weight.shape), indexing="ij")
             part.weight.data = 0.1 * ((o + 2 * i) % 5 - 2).double()
-            part.bias.data = 0.05 * (torch.arange(len(part.bias)) % 3 + 1).double()
+            if part.bias is not None:
+                part.bias.data = 0.05 * (torch.arange(len(part.bias)) % 3 + 1).double()
     return module.double().eval()
 
 

@@ -29,7 +29,15 @@ Part = Annotated[T, "passed by code, not by configuration"]
 
 ALLOWED = {
     "crysldnet.data.datamodule.CrystalDataModule",
+    "crysldnet.encoders.cartnet.CartNet",
+    "crysldnet.encoders.cgcnn.CGCNN",
+    "crysldnet.encoders.cogn.CoGN",
+    "crysldnet.encoders.ecomformer.EComFormer",
+    "crysldnet.encoders.icomformer.IComFormer",
+    "crysldnet.encoders.matformer.Matformer",
+    "crysldnet.encoders.neighbor_attention.NeighborAttention",
     "crysldnet.encoders.pddformer.PDDFormer",
+    "crysldnet.encoders.potnet.PotNet",
     "crysldnet.models.objectives.Denoising",
     "crysldnet.models.objectives.Published",
     "crysldnet.models.dit.DiT",

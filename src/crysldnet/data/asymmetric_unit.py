@@ -25,7 +25,8 @@ def orbits(crystals: Crystals) -> NDArray[np.int64]:
     for first, last, lattice in zip(crystals.ptr[:-1], crystals.ptr[1:], crystals.lattice, strict=True):
         if last - first < 2:
             continue
-        cell = (lattice, crystals.frac_coords[first:last].astype(np.float64), crystals.numbers[first:last].astype(int))
+        atoms = slice(first, last)
+        cell = (lattice.tolist(), crystals.frac_coords[atoms].tolist(), crystals.numbers[atoms].tolist())
         try:
             symmetry = spglib.get_symmetry_dataset(cell, symprec=SYMMETRY_TOLERANCE)
         except spglib.SpglibError:

@@ -1,4 +1,4 @@
-"""Radial bases, none of them trained.
+"""Radial bases and spherical harmonics, none of them trained.
 
 Shapes: ``E`` edges, ``n`` basis functions.
 """
@@ -9,6 +9,18 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import threshold
+
+
+NEGLIGIBLE = 1e-20
+
+
+def flushed_exp(x: Tensor) -> Tensor:
+    """Return exp(x), with 0 for what is below 1e-20.
+
+    Values near 1e-40 are subnormal, and processors take a hundred times as long to multiply them.
+    """
+    return threshold(torch.exp(x), NEGLIGIBLE, 0.0)
 
 
 class Basis(nn.Module):
@@ -33,7 +45,7 @@ class ExponentialBasis(Basis):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [E] to [E, n]."""
-        return torch.exp(-self.gamma * self.offsets(x).square())
+        return flushed_exp(-self.gamma * self.offsets(x).square())
 
 
 class GaussianBasis(Basis):
@@ -49,7 +61,7 @@ class GaussianBasis(Basis):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [E] to [E, n]."""
-        return torch.exp(-self.sharpness * (self.gamma * self.offsets(x)).square())
+        return flushed_exp(-self.sharpness * (self.gamma * self.offsets(x)).square())
 
 
 class MultiquadricBasis(Basis):
@@ -77,4 +89,12 @@ class ExponentialNormalBasis(nn.Module):
         """Map [E] in Å to [E, n]."""
         centers = torch.linspace(math.exp(-self.radius), 1.0, self.n, dtype=length.dtype, device=length.device)
         x = torch.exp(length * (-5.0 / self.radius)).unsqueeze(-1)
-        return cosine_cutoff(length, self.radius).unsqueeze(-1) * torch.exp(-self.beta * (x - centers).square())
+        return cosine_cutoff(length, self.radius).unsqueeze(-1) * flushed_exp(-self.beta * (x - centers).square())
+
+
+def harmonics(unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Y₁ [..., 3] and Y₂ [..., 5] of unit vectors [..., 3], normalised so that |Y_l|² = 2l + 1."""
+    x, y, z = unit.unbind(-1)
+    root3 = math.sqrt(3.0)
+    second = [root3 * x * z, root3 * x * y, y * y - 0.5 * (x * x + z * z), root3 * y * z, 0.5 * root3 * (z * z - x * x)]
+    return root3 * unit, math.sqrt(5.0) * torch.stack(second, dim=-1)

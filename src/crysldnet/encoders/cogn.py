@@ -12,8 +12,8 @@ Each atom receives from its 24 nearest neighbors and all that tie with the 24th;
 Since messages end at each atom's own neighbors, equivalent atoms have equal features: with ``asymmetric_unit`` (as
 published) messages are computed for one atom of each equivalent set and its features stand for all of them.
 
-``published``: asymmetric unit, ties within 1e-9 Å, and oxidation states that collide (+7 with −7, +8 with −6, +9 with
-−5). ``clean``: all atoms, so that the tolerance of a symmetry search plays no part, ties by tolerance, no collision.
+``published``: asymmetric unit, and ties within 1e-9 Å. ``clean``: all atoms, so that the tolerance of a symmetry search
+plays no part, and ties by tolerance.
 The published head is ``head=linear``; weights begin Glorot-uniform with zero biases.
 """
 
@@ -102,8 +102,7 @@ class CoGN(Encoder):
             tolerance=1e-9 if published else tolerance,
             asymmetric_unit=published if asymmetric_unit is None else asymmetric_unit,
         )
-        table = torch.from_numpy(pubchem_table(published=published))
-        self.register_buffer("properties", table, persistent=False)
+        self.register_buffer("properties", torch.from_numpy(pubchem_table()), persistent=False)
         self.species = nn.Embedding(N_SPECIES, width)
         self.node = nn.Linear(width + N_PUBCHEM, width)
         self.basis = GaussianBasis(SPACING, SPACING * CENTERS, CENTERS, sharpness=0.5 * SPACING)

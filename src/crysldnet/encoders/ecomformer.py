@@ -32,7 +32,7 @@ from torch_geometric.utils import scatter
 
 from crysldnet.data.batch import CrystalBatch
 from crysldnet.data.graph import GraphSpec
-from crysldnet.encoders.bases import ExponentialBasis
+from crysldnet.encoders.bases import ExponentialBasis, harmonics
 from crysldnet.encoders.elements import ElementTable
 from crysldnet.encoders.layers import ComFormerConv, Factorised
 from crysldnet.encoders.protocol import Encoder
@@ -41,19 +41,21 @@ SLOTS = 32
 """Edges in a row of the padded layout; k = 25 and its reverses mostly fit into one or two."""
 
 
-def harmonics(unit: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Y₁ [..., 3] and Y₂ [..., 5] of unit vectors [..., 3], normalised so that |Y_l|² = 2l + 1."""
-    x, y, z = unit.unbind(-1)
-    root3 = math.sqrt(3.0)
-    second = [root3 * x * z, root3 * x * y, y * y - 0.5 * (x * x + z * z), root3 * y * z, 0.5 * root3 * (z * z - x * x)]
-    return root3 * unit, math.sqrt(5.0) * torch.stack(second, dim=-1)
-
-
-class EdgeWeights(nn.Sequential):
-    """u = softplus(W e) and, from it, the weights of a tensor product."""
+class EdgeWeights(nn.Module):
+    """u = softplus(W e) and, linear in it, the weights of a tensor product."""
 
     def __init__(self, width: int, count: int) -> None:
-        super().__init__(nn.Linear(width, width), nn.Softplus(), nn.Linear(width, count))
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+        self.outer = nn.Linear(width, count)
+
+    def hidden(self, edge: Tensor) -> Tensor:
+        """Return u [E, C]."""
+        return softplus(self.inner(edge))
+
+    def forward(self, edge: Tensor) -> Tensor:
+        """Map edge features [E, C] to all weights [E, count]."""
+        return self.outer(self.hidden(edge))
 
 
 class EquivariantBlock(Factorised):
@@ -103,8 +105,8 @@ class EquivariantBlock(Factorised):
         along = torch.cat([along, (tensors.index_select(0, neighbor) * y2.unsqueeze(1)).sum(-1) / math.sqrt(5.0)], -1)
         if self.factorised:
             (message,) = self._product(self.second, edge, s, neighbor, batch, [(0, n)], splits)
-            hidden = self.second[1](self.second[0](edge))
-            weights = linear(hidden, self.second[2].weight[n * n :], self.second[2].bias[n * n :])
+            outer = self.second.outer
+            weights = linear(self.second.hidden(edge), outer.weight[n * n :], outer.bias[n * n :])
         else:
             whole = self.second(edge)
             message = torch.einsum("eio,ei->eo", whole[:, : n * n].view(-1, n, n), s.index_select(0, neighbor))
@@ -134,9 +136,9 @@ class EquivariantBlock(Factorised):
         """
         assert batch.slots is not None
         assert batch.slot_atom is not None
-        hidden = maps[1](maps[0](edge))
+        hidden = maps.hidden(edge)
         width, n = hidden.shape[1], self.scalars
-        weight, bias = maps[2].weight, maps[2].bias
+        weight, bias = maps.outer.weight, maps.outer.bias
         per_atom, constant = [], []
         for begin, outputs in parts:
             rows = slice(begin, begin + n * outputs)

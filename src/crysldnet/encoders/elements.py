@@ -36,12 +36,10 @@ def cgcnn_table() -> NDArray[np.float32]:
     return np.concatenate([np.zeros((1, N_CGCNN), np.float32), rows, beyond])
 
 
-def pubchem_table(*, published: bool) -> NDArray[np.float32]:
+def pubchem_table() -> NDArray[np.float32]:
     """Return [119, 18] z-scores of mass, radius, electronegativity and ionization energy, and oxidation states.
 
-    Args:
-        published: a state s sets slot (s − 7) mod 14, so that +7 and −7, +8 and −6, +9 and −5 collide; else states
-            over +7 are left out and −7 has no slot.
+    A state s sets slot (s − 7) mod 14, as published; no two states of the table fall onto one slot.
     """
     rows = _read("pubchem_elements.csv")
     columns = []
@@ -51,8 +49,7 @@ def pubchem_table(*, published: bool) -> NDArray[np.float32]:
     states = np.zeros((len(rows), OXIDATION_SLOTS))
     for z, row in enumerate(rows):
         for state in map(int, row["oxidation_states"].split()):
-            if published or -7 < state <= 7:
-                states[z, (state - 7) % OXIDATION_SLOTS] = 1.0
+            states[z, (state - 7) % OXIDATION_SLOTS] = 1.0
     table = np.concatenate([np.stack(columns, axis=1), states], axis=1)
     return np.concatenate([np.zeros((1, N_PUBCHEM)), table]).astype(np.float32)
 

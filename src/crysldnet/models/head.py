@@ -5,6 +5,7 @@ Shapes: ``B`` crystals, ``N`` atoms, ``D`` width of the encoder, ``T`` targets.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -23,19 +24,32 @@ from crysldnet.errors import DataError
 LOSSES: dict[str, Callable[..., Tensor]] = {"l1": l1_loss, "mse": mse_loss, "huber": huber_loss}
 
 
+class ShiftedSoftplus(nn.Softplus):
+    """softplus(x) − ln 2."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Keep the shape."""
+        return super().forward(input) - math.log(2.0)
+
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "softplus": nn.Softplus, "shifted_softplus": ShiftedSoftplus}
+
+
 class PropertyHead(nn.Module):
     """Readout over a crystal's atoms and an MLP.
 
-    ``mean``: MLP(mean of the features), for properties of the material. ``sum``: sum of MLP(features) over the atoms,
-    for properties that grow with the cell.
+    ``mean``: MLP(mean of the features), for properties of the material. ``atoms``: mean of MLP(features) over the
+    atoms, likewise. ``sum``: sum of MLP(features) over the atoms, for properties that grow with the cell.
 
     Args:
         width: D of the encoder.
         outputs: T.
-        readout: ``mean`` or ``sum``.
+        readout: ``mean``, ``atoms`` or ``sum``.
         hidden: width of the MLP; the encoder's by default.
         layers: hidden layers.
         dropout: after each hidden layer.
+        activation: after each hidden layer.
+        activate_first: before the first map too.
     """
 
     def __init__(
@@ -43,24 +57,29 @@ class PropertyHead(nn.Module):
         *,
         width: Part[int],
         outputs: Part[int],
-        readout: Literal["mean", "sum"] = "mean",
+        readout: Literal["mean", "atoms", "sum"] = "mean",
         hidden: int | None = None,
         layers: int = 1,
         dropout: float = 0.0,
+        activation: Literal["silu", "softplus", "shifted_softplus"] = "silu",
+        activate_first: bool = False,
     ) -> None:
         super().__init__()
         self.readout = readout
+        self.first = ACTIVATIONS[activation]() if activate_first else nn.Identity()
         hidden = hidden or width
         steps: list[nn.Module] = []
         for layer in range(layers):
-            steps += [nn.Linear(width if layer == 0 else hidden, hidden), nn.SiLU(), nn.Dropout(dropout)]
+            linear = nn.Linear(width if layer == 0 else hidden, hidden)
+            steps += [linear, ACTIVATIONS[activation](), nn.Dropout(dropout)]
         self.mlp = nn.Sequential(*steps, nn.Linear(hidden if layers else width, outputs))
 
     def forward(self, features: Tensor, crystal: Tensor, n_crystals: int) -> Tensor:
         """Map features [N, D] to [B, T], in normalised units."""
         if self.readout == "mean":
-            return self.mlp(scatter(features, crystal, 0, n_crystals, "mean"))
-        return scatter(self.mlp(features), crystal, 0, n_crystals, "sum")
+            return self.mlp(self.first(scatter(features, crystal, 0, n_crystals, "mean")))
+        reduce = "mean" if self.readout == "atoms" else "sum"
+        return scatter(self.mlp(self.first(features)), crystal, 0, n_crystals, reduce)
 
 
 class PropertyModel(nn.Module):

@@ -20,8 +20,8 @@ from crysldnet.build import Part
 from crysldnet.data.batch import CorruptionTargets, CrystalBatch
 from crysldnet.data.corruption import Corruption
 from crysldnet.encoders.bases import GaussianBasis
-from crysldnet.encoders.layers import PairMLP
 from crysldnet.encoders.elements import N_SPECIES
+from crysldnet.encoders.layers import PairMLP
 from crysldnet.geometry import lattice_parameters, undo_strain
 
 Measures = dict[str, tuple[Tensor, Tensor]]
