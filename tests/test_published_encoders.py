@@ -292,7 +292,9 @@ SWITCHES = {
     "pddformer": COPPER,
     "potnet": TRICLINIC,
     # A shear by a millionth splits the third shell, and the 24th neighbor lies in it.
-    "cogn": ROCKSALT._replace(lattice=ROCKSALT.lattice @ (np.eye(3) + 1e-6 * np.array([[0, 1, 2], [1, 0, 4], [2, 4, 0]]))),
+    "cogn": ROCKSALT._replace(
+        lattice=ROCKSALT.lattice @ (np.eye(3) + 1e-6 * np.array([[0, 1, 2], [1, 0, 4], [2, 4, 0]]))
+    ),
 }
 
 

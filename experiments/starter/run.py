@@ -8,10 +8,6 @@ Runs that are complete are not run again, so an interrupted study goes on where 
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,29 +19,14 @@ EPOCHS = {0.1: 100, 1.0: 40}
 """Share of the training labels to epochs: fewer labels are seen more often, as many steps as they need."""
 
 
-def launch(runs: Path, command: str, name: str, *arguments: str) -> dict:
-    """Run one command to its end and return its summary."""
-    summary = runs / command / name / "summary.json"
-    if not summary.exists():
-        resume = ["resume=last"] if (summary.parent / "config.yaml").exists() else []
-        line = [sys.executable, "-m", "crysldnet", command, f"runs={runs}", f"name={name}", *arguments, *resume]
-        print(shlex.join(line[1:]), flush=True)
-        log = runs / f"{command}-{name}.log"
-        with log.open("a") as file:
-            done = subprocess.run([*line, "trainer.progress_bar=false"], stdout=file, stderr=subprocess.STDOUT)
-        if done.returncode:
-            raise SystemExit(f"{name} failed with status {done.returncode}; see {log}")
-    return json.loads(summary.read_text())
-
-
 def study(runs: Path, seed: int) -> dict[tuple[str, float], dict]:
     """Pretrain with a seed, then finetune both arms with it."""
-    launch(runs, "pretrain", f"seed{seed}", f"seed={seed}")
+    evidence.launch(runs, "pretrain", f"seed{seed}", f"seed={seed}")
     encoder = runs / "pretrain" / f"seed{seed}" / "encoder.safetensors"
     results = {}
     for share, epochs in EPOCHS.items():
         for arm, pretrained in (("scratch", "none"), ("pretrained", str(encoder))):
-            results[arm, share] = launch(
+            results[arm, share] = evidence.launch(
                 runs,
                 "finetune",
                 f"{arm}-{share:g}-seed{seed}",

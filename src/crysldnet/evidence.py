@@ -10,12 +10,15 @@ import json
 import os
 import platform
 import re
+import shlex
 import statistics
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 
@@ -100,6 +103,21 @@ def summarise(
         machine=describe_machine(),
         date=date.today().isoformat(),
     )
+
+
+def launch(runs: Path, command: str, name: str, *arguments: str) -> dict[str, Any]:
+    """Run one command to its end, unless it has been, and return its summary; an interrupted run goes on."""
+    summary = runs / command / name / "summary.json"
+    if not summary.exists():
+        resume = ["resume=last"] if (summary.parent / "config.yaml").exists() else []
+        line = [sys.executable, "-m", "crysldnet", command, f"runs={runs}", f"name={name}", *arguments, *resume]
+        print(shlex.join(line[1:]), flush=True)
+        log = runs / f"{command}-{name}.log"
+        with log.open("a") as file:
+            done = subprocess.run([*line, "trainer.progress_bar=false"], stdout=file, stderr=subprocess.STDOUT)
+        if done.returncode:
+            raise SystemExit(f"{name} failed with status {done.returncode}; see {log}")
+    return json.loads(summary.read_text())
 
 
 def table(records: Sequence[Record]) -> str:

@@ -176,7 +176,10 @@ def train(
         loggers: besides the CSV.
     """
     pl.seed_everything(config.seed, workers=True, verbose=False)
+    settings: TrainerSettings = build(config.trainer, "trainer")
     encoder, encoder_config, provenance = make_encoder(config)
+    if settings.compile:
+        encoder.compile_layers()
     values = {**values, "encoder": encoder_config}
     if data is None:
         data = _make_data(config, encoder)
@@ -187,7 +190,7 @@ def train(
     module = FinetuneModule(model=model, optimizer=build(config.optimizer, "optimizer"), loss=config.loss)
     has_validation = len(data.rows["val"]) > 0
     trainer = make_trainer(
-        build(config.trainer, "trainer"),
+        settings,
         build(config.strategy, "strategy"),
         folder=folder,
         epochs=config.epochs,

@@ -260,6 +260,8 @@ def _run_stage(
     if previous is not None:
         load_stage(model, previous)
     model.start_teacher()
+    if settings.compile:
+        model.encoder.compile_layers()
     data = _make_data(config, model)
     data.setup()
     pace: StageSettings = getattr(config.stages, stage)

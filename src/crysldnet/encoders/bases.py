@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import threshold
 
-
 NEGLIGIBLE = 1e-20
 
 

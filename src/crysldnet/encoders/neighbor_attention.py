@@ -1,21 +1,25 @@
 """Attention over padded neighbor slots: this project's own encoder, made for speed at equal error.
 
-What the published encoders spend their time on is matrices of the full width applied to every edge. Here such matrices
-are applied to atoms alone; an edge costs a narrow radial filter, additions, and reductions over its atom's slots.
+What published encoders spend their time on is matrices of the full width applied to every edge. Here such matrices are
+applied to atoms alone; an edge costs a narrow radial filter, additions, and its share of a weighted sum.
 
-    x⁰ = embedding(Z);    per layer, with y = LN(x),
-    h_ij = SiLU(A y_i + B y_j + F_l φ(r_ij))                    A, B once an atom; φ a narrow radial basis
-    m_i  = Σ_j w_ij h_ij,   w = softmax of heads over the neighbors
-    V_i  = Σ_j u_ij Y(r̂_ij)                                     u from h_ij, Y the harmonics of l = 1, 2
-    x_i ← x_i + W [m_i, |V_i,1|², |V_i,2|²];    x_i ← x_i + MLP(LN(x_i))
+    x⁰ = embedding(Z);   in each layer, with y = LN(x),
+    h_ij = SiLU(A y_i + B y_j + F φ(r_ij))                A, B once an atom; φ a narrow radial basis
+    w_ij = exp(clip(W h_ij))                              H heads for the messages, c channels for the angles
+    m_i  = Σ_j w_ij h_ij / Σ_j w_ij                       head by head
+    V_i  = Σ_j w_ij Y(r̂_ij) / Σ_j w_ij                    channel by channel; Y the harmonics of l = 1 and 2
+    x_i ← x_i + W [m_i, |V_i,1|², |V_i,2|²];   x_i ← x_i + MLP(LN(x_i))
 
-|V|² = Σ_jk u_ij u_ik P_l(cos θ_jik) (up to a constant): it holds the angles between all pairs of neighbors at the price
-of a sum over neighbors, as in the atomic cluster expansion (R. Drautz, Phys. Rev. B 99, 014104 (2019)).
+The result is LN(x). |V_i,l|² = Σ_jk w_ij w_ik P_l(cos θ_jik), up to a constant, holds the angles between all pairs of
+neighbors at the price of a sum over neighbors. With learned weights these are the bond-order parameters of
+P. J. Steinhardt, D. R. Nelson, M. Ronchetti, Phys. Rev. B 28, 784 (1983). That weights are divided by their sum keeps
+them bounded; unbounded, they made validation errors a third worse.
 
-Edges lie in rows of K slots. An atom with more than K (ties at its k-th shell are never cut) has several rows; softmax
-and sums are then put together over its rows. There is no batch statistic, so results don't depend on the batch.
+Edges lie in rows of K slots. An atom with more than K, for ties at its k-th shell are never cut, has several rows;
+sums are put together over its rows. No statistic runs over the batch, so a crystal's features don't depend on what
+else is in it, and padding changes nothing: compiled, the layers see a few bucketed shapes and aren't compiled again.
 
-Shapes: ``N`` atoms, ``E`` edges, ``R`` rows, ``K`` slots, ``C`` width, ``M`` message width, ``H`` heads.
+Shapes: ``N`` atoms, ``E`` edges, ``R`` rows, ``K`` slots, ``C`` width, ``M`` message width, ``H`` heads, ``c`` channels.
 """
 
 from __future__ import annotations
@@ -24,13 +28,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import pad, silu
 
 from crysldnet.data.batch import CrystalBatch
 from crysldnet.data.graph import GraphSpec
 from crysldnet.encoders.bases import GaussianBasis, harmonics
 from crysldnet.encoders.elements import N_SPECIES
 from crysldnet.encoders.protocol import Encoder
+
+LONGEST = 8.0
+"""Å, the last center of the radial basis."""
+CLIP = 4.0
+"""Attention logits lie within ± this, so that their exponentials need no maximum taken off first."""
+N_HARMONICS = 8
+"""3 of l = 1 and 5 of l = 2."""
 
 
 class Slots(NamedTuple):
@@ -39,9 +50,9 @@ class Slots(NamedTuple):
     Attributes:
         atom: [R] the atom of each row.
         source: [R, K] the neighbor in each slot; any where it is empty.
-        filled: [R, K] 1 where there is a neighbor, else 0.
+        filled: [R, K, 1] 1 where there is a neighbor, else 0.
         basis: [R, K, n] radial functions.
-        harmonics: [R, K, 8] of l = 1 and 2, zero where it is empty.
+        harmonics: [R, K, 8].
     """
 
     atom: Tensor
@@ -57,8 +68,8 @@ class NeighborLayer(nn.Module):
     Args:
         width: C.
         messages: M.
-        heads: H, the messages' channels are shared out among them.
-        channels: of the angular part; 0 for none.
+        heads: H; the messages' channels are shared out among them.
+        channels: c.
         n_basis: radial functions.
     """
 
@@ -76,36 +87,54 @@ class NeighborLayer(nn.Module):
 
     def forward(self, x: Tensor, slots: Slots) -> Tensor:
         """Map [N, C] to [N, C]."""
-        rows, k = slots.source.shape
         as_target, as_source = self.ends(self.norm(x)).chunk(2, dim=-1)
-        around = as_source.index_select(0, slots.source.flatten()).view(rows, k, -1)
-        hidden = silu(as_target.index_select(0, slots.atom).unsqueeze(1) + around + self.edge(slots.basis))
-        filled = slots.filled.unsqueeze(-1)
-        weights = torch.exp(4.0 * torch.tanh(self.weights(hidden) / 4.0)) * filled
-        attention, angular = weights.split([self.heads, self.channels], dim=-1)
-        by_head = hidden.unflatten(-1, (self.heads, -1)).permute(0, 2, 3, 1)
-        total = torch.matmul(by_head, attention.permute(0, 2, 1).unsqueeze(-1)).flatten(1)
-        parts = [total, weights.sum(1)]
-        if self.channels:
-            parts.append(torch.bmm(angular.transpose(1, 2), slots.harmonics).flatten(1))
-        summed = x.new_zeros(x.shape[0], sum(p.shape[1] for p in parts)).index_add(0, slots.atom, torch.cat(parts, -1).to(x.dtype))
-        total, norm, turned = summed.split([total.shape[1], self.heads + self.channels, 8 * self.channels], dim=-1)
-        norm = norm.unsqueeze(-1) + 1e-6
-        found = [(total.unflatten(-1, (self.heads, -1)) / norm[:, : self.heads]).flatten(1)]
-        if self.channels:
-            y1, y2 = (turned.unflatten(-1, (self.channels, 8)) / norm[:, self.heads :]).split([3, 5], dim=-1)
-            found += [y1.square().sum(-1), y2.square().sum(-1)]
-        x = x + self.output(torch.cat(found, dim=-1))
+        around = as_source.index_select(0, slots.source.flatten())
+        around = torch.addmm(around, slots.basis.flatten(0, 1), self.edge.weight.T).unflatten(0, slots.source.shape)
+        hidden = silu(around + as_target.index_select(0, slots.atom).unsqueeze(1))
+        weights = torch.exp(CLIP * torch.tanh(self.weights(hidden) / CLIP)) * slots.filled
+        x = x + self.output(torch.cat(self._means(hidden, weights, slots, len(x)), dim=-1))
         return x + self.mlp(x)
+
+    def _means(self, hidden: Tensor, weights: Tensor, slots: Slots, n_atoms: int) -> list[Tensor]:
+        """Return the weighted means of messages [N, M], and |V|² of l = 1 and l = 2, [N, c] each."""
+        attention, angular = weights.split([self.heads, self.channels], dim=-1)
+        # Every head weighs all channels and keeps its own: more products, but no tensor of [R, K, M] is copied.
+        messages = torch.bmm(attention.transpose(1, 2), hidden).unflatten(-1, (self.heads, -1))
+        messages = messages.diagonal(dim1=1, dim2=2).transpose(1, 2).flatten(1)
+        turned = torch.bmm(angular.transpose(1, 2), slots.harmonics.to(angular.dtype)).flatten(1)
+        rows = torch.cat([messages, turned, weights.sum(1)], dim=-1)
+        sums = rows.new_zeros(n_atoms, rows.shape[1]).index_add(0, slots.atom, rows)
+        messages, turned, total = sums.split([messages.shape[1], turned.shape[1], weights.shape[2]], dim=-1)
+        share = 1.0 / (total.unsqueeze(-1) + 1e-6)
+        mean = messages.unflatten(-1, (self.heads, -1)) * share[:, : self.heads]
+        vector, tensor = (turned.unflatten(-1, (self.channels, N_HARMONICS)) * share[:, self.heads :]).split([3, 5], -1)
+        return [mean.flatten(1), vector.square().sum(-1), tensor.square().sum(-1)]
 
 
 class NeighborAttention(Encoder):
+    """Encode atoms by attention over their nearest neighbors, distances and angles between them.
+
+    Args:
+        width: C.
+        layers: number of layers.
+        messages: M, width of the messages; the features' own by default.
+        heads: H of the messages.
+        channels: c of the angular part.
+        k: nearest neighbors.
+        slots: K; at k = 12 sixteen hold all ties of 97 % of atoms, the others take another row.
+        n_basis: radial functions.
+        tolerance: Å by which the distances of one shell may differ.
+
+    Symmetries: translation, rotation, reflection, order of atoms, choice of cell.
+    Tests: ``tests/test_encoder_symmetry.py``.
+    """
+
     def __init__(
         self,
         *,
         width: int = 256,
         layers: int = 4,
-        messages: int = 256,
+        messages: int | None = None,
         heads: int = 8,
         channels: int = 16,
         k: int = 12,
@@ -114,30 +143,52 @@ class NeighborAttention(Encoder):
         tolerance: float = 1e-4,
     ) -> None:
         super().__init__()
+        messages = width if messages is None else messages
+        if messages % heads:
+            raise ValueError(f"messages={messages} can't be shared out among {heads} heads")
         self.width = width
         self.graph = GraphSpec(k=k, tolerance=tolerance, slots=slots)
         self.species = nn.Embedding(N_SPECIES, width)
-        self.basis = GaussianBasis(0.0, 8.0, n_basis)
+        self.basis = GaussianBasis(0.0, LONGEST, n_basis)
         self.layers = nn.ModuleList(NeighborLayer(width, messages, heads, channels, n_basis) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
+        self._compiled = False
+        self._run = self._encode
+
+    def compile_layers(self) -> None:
+        """Compile for a few padded shapes."""
+        self._compiled = True
+        self._run = torch.compile(self._encode, dynamic=False)
 
     def forward(self, batch: CrystalBatch) -> Tensor:
         """Return [N, width]."""
         assert batch.slots is not None
         assert batch.slot_atom is not None
-        empty = batch.edge_vec.new_zeros(1, 3)
-        vector = torch.cat([batch.edge_vec, empty]).index_select(0, batch.slots.flatten()).view(*batch.slots.shape, 3)
-        source = torch.cat([batch.edge_index[0], batch.edge_index.new_zeros(1)]).index_select(0, batch.slots.flatten())
+        flat = batch.slots.flatten()  # an empty slot has the edge E, put behind the others: from atom 0, of no length
+        vector = pad(batch.edge_vec, (0, 0, 0, 1)).index_select(0, flat).unflatten(0, batch.slots.shape)
+        source = pad(batch.edge_index[0], (0, 1)).index_select(0, flat).unflatten(0, batch.slots.shape)
+        if not self._compiled:
+            return self._run(batch.numbers, batch.slot_atom, source, vector)
+        n, rows = batch.num_atoms, len(source)
+        more_atoms, more_rows = bucket(n + 1) - n, bucket(rows) - rows
+        numbers = pad(batch.numbers, (0, more_atoms))
+        atom = pad(batch.slot_atom, (0, more_rows), value=n)  # added rows belong to the first added atom
+        source, vector = pad(source, (0, 0, 0, more_rows)), pad(vector, (0, 0, 0, 0, 0, more_rows))
+        return self._run(numbers, atom, source, vector)[:n]
+
+    def _encode(self, numbers: Tensor, atom: Tensor, source: Tensor, vector: Tensor) -> Tensor:
+        """Map atomic numbers [N] and slots (atom [R], source [R, K], vector [R, K, 3]) to [N, C]."""
         length = vector.norm(dim=-1)
         unit = vector / length.clamp_min(1e-6).unsqueeze(-1)
-        slots = Slots(
-            batch.slot_atom,
-            source.view(batch.slots.shape),
-            (length > 0).to(vector.dtype),
-            self.basis(length),
-            torch.cat(harmonics(unit), dim=-1),
-        )
-        x = self.species(batch.numbers)
+        filled = (length > 0).to(vector.dtype).unsqueeze(-1)
+        slots = Slots(atom, source, filled, self.basis(length), torch.cat(harmonics(unit), dim=-1))
+        x = self.species(numbers)
         for layer in self.layers:
             x = layer(x, slots)
         return self.norm(x)
+
+
+def bucket(n: int) -> int:
+    """Round up to one of eight sizes an octave, so that batches of nearly equal size have few shapes."""
+    step = max(8, 1 << max(0, (n - 1).bit_length() - 4))
+    return -(-n // step) * step

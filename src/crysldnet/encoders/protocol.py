@@ -27,6 +27,10 @@ class Encoder(nn.Module, ABC):
     width: int
     graph: GraphSpec
 
+    def compile_layers(self) -> None:
+        """Compile the encoder for speed, once for all sizes of batches; the results stay the same up to rounding."""
+        self.compile(dynamic=True)
+
     @abstractmethod
     def forward(self, batch: CrystalBatch) -> Tensor:
         """Return [N, D] features of the atoms; masked atoms have the atomic number 0."""

@@ -27,12 +27,16 @@ LOSSES: dict[str, Callable[..., Tensor]] = {"l1": l1_loss, "mse": mse_loss, "hub
 class ShiftedSoftplus(nn.Softplus):
     """softplus(x) − ln 2."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor) -> Tensor:
         """Keep the shape."""
         return super().forward(input) - math.log(2.0)
 
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "softplus": nn.Softplus, "shifted_softplus": ShiftedSoftplus}
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "silu": nn.SiLU,
+    "softplus": nn.Softplus,
+    "shifted_softplus": ShiftedSoftplus,
+}
 
 
 class PropertyHead(nn.Module):

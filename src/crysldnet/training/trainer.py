@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv as csv_module
+import ctypes
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,10 @@ from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.errors import ConfigError, DeviceError, Interrupted
 
 LAST = "last.ckpt"
+TRIM_THRESHOLD, MMAP_MAX = -1, -4
+"""Of mallopt(3)."""
+KEPT = 1 << 30
+"""Bytes that may stay free at the top of the heap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,7 @@ class TrainerSettings:
         devices: number of devices a node.
         nodes: number of nodes.
         precision: as in Lightning: 32-true, bf16-mixed, 16-mixed, 64-true.
+        compile: compile the encoder (torch.compile); the first steps take a minute or more.
         accumulate: batches per optimizer step; ``data.batch_size`` is divided over them.
         ema_decay: keep an exponential moving average of the weights, which validates and is exported; null for none.
         deterministic: refuse operations that aren't reproducible on this device.
@@ -53,6 +59,7 @@ class TrainerSettings:
     devices: int = 1
     nodes: int = 1
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
+    compile: bool = False
     accumulate: int = 1
     ema_decay: float | None = None
     deterministic: bool = False
@@ -133,6 +140,18 @@ class SeedEveryBatch(Callback):
         self._seed(trainer, 0, batch_idx)
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep large blocks that are freed, for the next step needs them again.
+
+    By default it hands every block over some megabytes back to the system, and each step on a CPU spends a good part
+    of its time in having the pages of its activations zeroed. Elsewhere than on Linux with glibc this does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt(MMAP_MAX, 0)
+        library.mallopt(TRIM_THRESHOLD, KEPT)
+
+
 def make_trainer(
     settings: TrainerSettings,
     strategy: Strategy | str,
@@ -159,6 +178,8 @@ def make_trainer(
         monitor: metric whose lowest value on validation chooses ``best.ckpt``; None keeps the last alone.
     """
     accelerator = settings.resolve_accelerator()
+    if accelerator == "cpu":
+        keep_freed_memory()
     checkpoints = folder / "checkpoints"
     callbacks: list[Callback] = [
         SeedEveryBatch(seed),

@@ -1,0 +1,132 @@
+"""Which encoder learns most from the same data, and at what cost? Formation energy and band gap, three seeds.
+
+python experiments/encoders/run.py --data FOLDER [--runs FOLDER] [--parallel N] [--only ENCODER …]
+
+FOLDER holds mp_cgcnn_train.parquet and mp_cgcnn_val.parquet. Runs that are complete are not run again, so an interrupted
+study goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from crysldnet import evidence
+from crysldnet.data.datamodule import open_store
+from crysldnet.data.split import Split
+from crysldnet.training import checkpoint
+
+HERE = Path(__file__).parent
+SEEDS = (0, 1, 2)
+TARGETS = ("formation_energy_per_atom", "band_gap")
+ENCODERS = (
+    "cgcnn",
+    "neighbor_attention_small",
+    "cogn",
+    "neighbor_attention",
+    "potnet",
+    "pddformer",
+    "cartnet",
+    "ecomformer",
+    "icomformer",
+    "matformer",
+)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+MAX_ATOMS = 12
+SIZES = {"train": 3000, "inner": 400, "val": 1000}
+TUNING = {"crystals": 1000, "epochs": 4}
+EPOCHS = 8
+IMPLAUSIBLE = 5.0
+"""eV/atom; formation energies beyond ± this are errors of the source."""
+
+
+def prepare(data: Path, runs: Path) -> dict[str, Path]:
+    """Draw the crystals of the study: training and inner validation from the training file, by formula; val from val."""
+    files = {name: runs / "data" / f"{name}.parquet" for name in SIZES}
+    if all(file.exists() for file in files.values()):
+        return files
+    (runs / "data").mkdir(parents=True, exist_ok=True)
+    for source, wanted in (("train", ("train", "inner")), ("val", ("val",))):
+        store = open_store(str(data / f"mp_cgcnn_{source}.parquet"))
+        values = np.stack([store.numbers_of(target) for target in TARGETS], axis=1)
+        good = np.isfinite(values).all(axis=1) & (np.abs(values[:, 0]) <= IMPLAUSIBLE)
+        good &= store.crystals.sizes <= MAX_ATOMS
+        parts = Split(by="formula", fractions=[0.8, 0.2, 0.0], seed=0).rows(store)
+        pools = {"train": parts["train"], "inner": parts["val"], "val": np.arange(len(store))}
+        for name in wanted:
+            rows = pools[name][good[pools[name]]]
+            rows = np.sort(np.random.default_rng(0).permutation(rows)[: SIZES[name]])
+            table = store.to_table()
+            kept = [c for c in table.column_names if c != "split"]
+            pq.write_table(table.select(kept).take(pa.array(rows)), files[name])
+    return files
+
+
+def train(runs: Path, files: dict[str, Path], encoder: str, name: str, *arguments: str) -> dict:
+    """Train one model; its best epoch is chosen on inner validation."""
+    return evidence.launch(
+        runs,
+        "finetune",
+        f"{encoder}-{name}",
+        "data=custom",
+        "data.targets=[" + ",".join(TARGETS) + "]",
+        f"encoder={encoder}",
+        "data.batch_size=32",
+        "trainer.precision=bf16-mixed",
+        *arguments,
+    )
+
+
+def study(runs: Path, files: dict[str, Path], encoder: str, seeds: tuple[int, ...]) -> dict:
+    """Choose the learning rate on inner validation, then train with each seed and evaluate once on validation."""
+    inner = f"data.path={{train: {files['train']}, val: {files['inner']}}}"
+    both = f"data.path={{train: {files['train']}, val: {files['inner']}, test: {files['val']}}}"
+    share = f"data.split.train_fraction={TUNING['crystals'] / SIZES['train']}"
+    tried = {
+        rate: train(
+            runs, files, encoder, f"lr{rate:g}", inner, share, f"epochs={TUNING['epochs']}", f"optimizer.lr={rate}"
+        )["val/normalised_mae"]
+        for rate in RATES
+    }
+    rate = min(tried, key=lambda r: tried[r])
+    runs_of = [
+        train(runs, files, encoder, f"seed{seed}", both, f"seed={seed}", f"epochs={EPOCHS}", f"optimizer.lr={rate}")
+        for seed in seeds
+    ]
+    info, state = checkpoint.read(
+        runs / "finetune" / f"{encoder}-seed{seeds[0]}" / "model.safetensors", "property_model"
+    )
+    parameters = sum(v.numel() for k, v in state.items() if k.startswith("encoder.") and "running_" not in k)
+    return {"rate": rate, "tried": tried, "runs": runs_of, "parameters": parameters, "config": info["encoder"]}
+
+
+def main() -> None:
+    """Run everything; write results.json, the table and the plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder of mp_cgcnn_train.parquet and mp_cgcnn_val.parquet"
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/encoders"), help="folder of the runs")
+    parser.add_argument("--parallel", type=int, default=1, help="encoders trained at the same time")
+    parser.add_argument("--only", nargs="+", default=ENCODERS, choices=ENCODERS, help="run these, and write nothing")
+    settings = parser.parse_args()
+    files = prepare(settings.data, settings.runs)
+    with ThreadPoolExecutor(settings.parallel) as pool:
+        found = dict(
+            zip(
+                settings.only,
+                pool.map(lambda encoder: study(settings.runs, files, encoder, SEEDS), settings.only),
+                strict=True,
+            )
+        )
+    if set(settings.only) == set(ENCODERS):
+        report(found)
+
+
+if __name__ == "__main__":
+    main()
