@@ -284,6 +284,7 @@ def test_factorised_encoder_equals_the_unfactorised_formula(name: str, variant: 
                 torch.testing.assert_close(grad, results[1][1][key], rtol=1e-7, atol=1e-10)
 
 
+SHEAR = np.array([[0, 1, 2], [1, 0, 4], [2, 4, 0]])
 SWITCHES = {
     "cgcnn": ROCKSALT,
     "matformer": COPPER,
@@ -292,9 +293,7 @@ SWITCHES = {
     "pddformer": COPPER,
     "potnet": TRICLINIC,
     # A shear by a millionth splits the third shell, and the 24th neighbor lies in it.
-    "cogn": ROCKSALT._replace(
-        lattice=ROCKSALT.lattice @ (np.eye(3) + 1e-6 * np.array([[0, 1, 2], [1, 0, 4], [2, 4, 0]]))
-    ),
+    "cogn": ROCKSALT._replace(lattice=ROCKSALT.lattice @ (np.eye(3) + 1e-6 * SHEAR)),
 }
 
 

@@ -2,8 +2,8 @@
 
 python experiments/encoders/run.py --data FOLDER [--runs FOLDER] [--parallel N] [--only ENCODER …]
 
-FOLDER holds mp_cgcnn_train.parquet and mp_cgcnn_val.parquet. Runs that are complete are not run again, so an interrupted
-study goes on where it stopped.
+FOLDER holds mp_cgcnn_train.parquet and mp_cgcnn_val.parquet. Runs that are complete are not run again, so an
+interrupted study goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ IMPLAUSIBLE = 5.0
 
 
 def prepare(data: Path, runs: Path) -> dict[str, Path]:
-    """Draw the crystals of the study: training and inner validation from the training file, by formula; val from val."""
+    """Draw the crystals: training and inner validation, by formula, from the training file, and validation."""
     files = {name: runs / "data" / f"{name}.parquet" for name in SIZES}
     if all(file.exists() for file in files.values()):
         return files
@@ -67,7 +67,7 @@ def prepare(data: Path, runs: Path) -> dict[str, Path]:
     return files
 
 
-def train(runs: Path, files: dict[str, Path], encoder: str, name: str, *arguments: str) -> dict:
+def train(runs: Path, encoder: str, name: str, *arguments: str) -> dict:
     """Train one model; its best epoch is chosen on inner validation."""
     return evidence.launch(
         runs,
@@ -88,21 +88,45 @@ def study(runs: Path, files: dict[str, Path], encoder: str, seeds: tuple[int, ..
     both = f"data.path={{train: {files['train']}, val: {files['inner']}, test: {files['val']}}}"
     share = f"data.split.train_fraction={TUNING['crystals'] / SIZES['train']}"
     tried = {
-        rate: train(
-            runs, files, encoder, f"lr{rate:g}", inner, share, f"epochs={TUNING['epochs']}", f"optimizer.lr={rate}"
-        )["val/normalised_mae"]
+        rate: train(runs, encoder, f"lr{rate:g}", inner, share, f"epochs={TUNING['epochs']}", f"optimizer.lr={rate}")[
+            "val/normalised_mae"
+        ]
         for rate in RATES
     }
     rate = min(tried, key=lambda r: tried[r])
     runs_of = [
-        train(runs, files, encoder, f"seed{seed}", both, f"seed={seed}", f"epochs={EPOCHS}", f"optimizer.lr={rate}")
+        train(runs, encoder, f"seed{seed}", both, f"seed={seed}", f"epochs={EPOCHS}", f"optimizer.lr={rate}")
         for seed in seeds
     ]
-    info, state = checkpoint.read(
-        runs / "finetune" / f"{encoder}-seed{seeds[0]}" / "model.safetensors", "property_model"
-    )
+    model = runs / "finetune" / f"{encoder}-seed{seeds[0]}" / "model.safetensors"
+    _, state = checkpoint.read(model, "property_model")
     parameters = sum(v.numel() for k, v in state.items() if k.startswith("encoder.") and "running_" not in k)
-    return {"rate": rate, "tried": tried, "runs": runs_of, "parameters": parameters, "config": info["encoder"]}
+    return {"rate": rate, "tried": tried, "runs": runs_of, "parameters": parameters}
+
+
+def records(found: dict[str, dict]) -> list[evidence.Record]:
+    """Return the figures of each encoder."""
+    made = []
+    for encoder, result in found.items():
+        figures = {
+            ("val MAE of formation energy", "eV/atom"): [run[f"test/mae/{TARGETS[0]}"] for run in result["runs"]],
+            ("val MAE of band gap", "eV"): [run[f"test/mae/{TARGETS[1]}"] for run in result["runs"]],
+            ("learning rate", "1"): [result["rate"]],
+            ("parameters", "1"): [result["parameters"]],
+        }
+        for (metric, unit), values in figures.items():
+            record = evidence.summarise(
+                values,
+                name=encoder,
+                metric=metric,
+                unit=unit,
+                seeds=SEEDS if len(values) > 1 else [],
+                data=f"mp_cgcnn of ≤ {MAX_ATOMS} atoms, {SIZES['train']} to train on and {SIZES['val']} to validate",
+                command="python experiments/encoders/run.py --data FOLDER",
+                commit=result["runs"][0]["code_version"].rpartition("+")[2],
+            )
+            made.append(record)
+    return made
 
 
 def main() -> None:
@@ -125,7 +149,7 @@ def main() -> None:
             )
         )
     if set(settings.only) == set(ENCODERS):
-        report(found)
+        evidence.write(HERE, records(found))
 
 
 if __name__ == "__main__":

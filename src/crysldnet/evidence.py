@@ -1,7 +1,9 @@
 """Measured results as records, and the tables made from them.
 
-A study or benchmark writes ``results.json``, a list of records, and the table in its README between the marks
-``<!-- results -->`` and ``<!-- end of results -->``. Numbers are never typed by hand; a test compares the two.
+A study or benchmark writes ``results.json``, a list of records, and the tables in its README, each between the marks
+``<!-- results -->`` and ``<!-- end of results -->``. The first may be ``<!-- results of COMMAND -->`` where several
+commands share a folder, and ``<!-- results by name … -->`` for a table with a row a name and a column a measure.
+Numbers are never typed by hand; a test compares tables and records.
 """
 
 from __future__ import annotations
@@ -20,7 +22,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+BLOCK = re.compile(
+    r"(?P<begin><!-- results(?P<by_name> by name)?(?: of (?P<command>[^\n]+?))? -->\n)"
+    r".*?(?P<end><!-- end of results -->)",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,15 +127,42 @@ def launch(runs: Path, command: str, name: str, *arguments: str) -> dict[str, An
 
 
 def table(records: Sequence[Record]) -> str:
-    """Return records as a Markdown table."""
+    """Return records as a Markdown table, a row each."""
     lines = ["| what | measure | value | spread | seeds | data |", "|---|---|---|---|---|---|"]
     for r in records:
         spread = "" if r.spread is None else f"± {r.spread:.3g}"
         seeds = ", ".join(map(str, r.seeds))
         lines.append(f"| {r.name} | {r.metric} ({r.unit}) | {r.value:.4g} | {spread} | {seeds} | {r.data} |")
-    first = records[0]
-    lines += ["", f"Commit {first.commit}, {first.date}. {first.machine}."]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _source(records)])
+
+
+def table_by_name(records: Sequence[Record]) -> str:
+    """Return records as a Markdown table, a row a name and a column a measure."""
+    measures = list(dict.fromkeys((r.metric, r.unit) for r in records))
+    cells = {(r.name, r.metric, r.unit): _cell(r) for r in records}
+    lines = [
+        "| | " + " | ".join(f"{metric} ({unit})" for metric, unit in measures) + " |",
+        "|---" * (len(measures) + 1) + "|",
+    ]
+    for name in dict.fromkeys(r.name for r in records):
+        lines.append(f"| {name} | " + " | ".join(cells.get((name, *measure), "") for measure in measures) + " |")
+    data = "; ".join(dict.fromkeys(r.data for r in records))
+    seeds = sorted({seed for r in records for seed in r.seeds})
+    of_seeds = f" Seeds {', '.join(map(str, seeds))}." if seeds else ""
+    return "\n".join([*lines, "", f"{data}.{of_seeds} {_source(records)}"])
+
+
+def _cell(record: Record) -> str:
+    value = f"{record.value:,.0f}" if record.value >= 10_000 else f"{record.value:.4g}"
+    return value if record.spread is None else f"{value} ± {record.spread:.2g}"
+
+
+def _source(records: Sequence[Record]) -> str:
+    """Return the commits, dates and machines of records, each once."""
+    commits, dates, machines = (
+        ", ".join(dict.fromkeys(getattr(r, field) for r in records)) for field in ("commit", "date", "machine")
+    )
+    return f"Commit {commits}, {dates}. {machines}."
 
 
 def read(path: Path) -> list[Record]:
@@ -137,10 +170,23 @@ def read(path: Path) -> list[Record]:
     return [Record(**values) for values in json.loads(path.read_text())]
 
 
+def render(text: str, records: Sequence[Record]) -> str:
+    """Return a README's text with every table made anew from the records."""
+
+    def block(match: re.Match[str]) -> str:
+        command = match["command"]
+        chosen = [r for r in records if command is None or r.command.startswith(command)]
+        made = (table_by_name if match["by_name"] else table)(chosen) if chosen else "Not measured yet."
+        return f"{match['begin']}{made}\n{match['end']}"
+
+    return BLOCK.sub(block, text)
+
+
 def write(folder: Path, records: Sequence[Record]) -> None:
-    """Write ``results.json`` and the table in ``README.md``."""
-    (folder / "results.json").write_text(json.dumps([asdict(r) for r in records], indent=1, ensure_ascii=False) + "\n")
+    """Write ``results.json`` and the tables in ``README.md``; records of other commands are kept."""
+    file, commands = folder / "results.json", {r.command for r in records}
+    others = [r for r in read(file) if r.command not in commands] if file.exists() else []
+    everything = [*others, *records]
+    file.write_text(json.dumps([asdict(r) for r in everything], indent=1, ensure_ascii=False) + "\n")
     readme = folder / "README.md"
-    text = readme.read_text()
-    head, rest = text.split(BEGIN)
-    readme.write_text(f"{head}{BEGIN}\n{table(records)}\n{END}{rest.split(END)[1]}")
+    readme.write_text(render(readme.read_text(), everything))

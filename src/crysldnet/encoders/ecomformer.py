@@ -167,11 +167,12 @@ class EComFormer(Encoder):
         scalars, vectors: channels of the equivariant block; 64 and 8 as released, 128 and 8 in the paper's size.
         k: nearest neighbors; 25 as published.
         n_basis: radial functions; 256 as published.
+        lattice_edges: join atoms to their own images along the frame.
         variant: ``clean`` or ``published``, see the module's text.
         tolerance: Å by which the distances of one shell, or lengths of lattice vectors, may differ when clean.
 
-    Symmetries: translation, rotation, reflection, order of atoms; not choice of cell, since edges along the frame
-    belong to the cell that is given. Tests: ``tests/test_encoder_symmetry.py``.
+    Symmetries: translation, rotation, reflection, order of atoms; without lattice edges, which belong to the cell that
+    is given, the clean variant also choice of cell. Tests: ``tests/test_encoder_symmetry.py``.
     """
 
     def __init__(
@@ -183,6 +184,7 @@ class EComFormer(Encoder):
         vectors: int = 8,
         k: int = 25,
         n_basis: int = 256,
+        lattice_edges: bool = True,
         variant: Literal["clean", "published"] = "clean",
         tolerance: float = 1e-4,
     ) -> None:
@@ -194,7 +196,7 @@ class EComFormer(Encoder):
             tolerance=0.0 if published else tolerance,
             symmetric=True,
             repeat_self_images=published,
-            lattice_edges="frame",
+            lattice_edges="frame" if lattice_edges else "none",
             slots=SLOTS,
         )
         self.species = ElementTable(width)

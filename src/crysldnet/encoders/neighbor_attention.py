@@ -19,7 +19,8 @@ Edges lie in rows of K slots. An atom with more than K, for ties at its k-th she
 sums are put together over its rows. No statistic runs over the batch, so a crystal's features don't depend on what
 else is in it, and padding changes nothing: compiled, the layers see a few bucketed shapes and aren't compiled again.
 
-Shapes: ``N`` atoms, ``E`` edges, ``R`` rows, ``K`` slots, ``C`` width, ``M`` message width, ``H`` heads, ``c`` channels.
+Shapes: ``N`` atoms, ``E`` edges, ``R`` rows, ``K`` slots, ``C`` width, ``M`` width of messages, ``H`` heads, ``c``
+channels.
 """
 
 from __future__ import annotations
