@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -28,13 +29,13 @@ def subset(path: Path, *, train: int, val: int = 0, test: int = 0, max_atoms: in
     return path
 
 
-def pretrain_config(*arguments: str) -> tuple[PretrainConfig, dict]:
+def pretrain_config(*arguments: str, tiny_encoder: Sequence[str] = ENCODER) -> tuple[PretrainConfig, dict]:
     """Compose a tiny pretraining run."""
-    composition = compose("pretrain", [*ENCODER, *DENOISER, *QUIET, *arguments])
+    composition = compose("pretrain", [*tiny_encoder, *DENOISER, *QUIET, *arguments])
     return validate(composition, PretrainConfig), composition.values
 
 
-def finetune_config(*arguments: str) -> tuple[FinetuneConfig, dict]:
+def finetune_config(*arguments: str, tiny_encoder: Sequence[str] = ENCODER) -> tuple[FinetuneConfig, dict]:
     """Compose a tiny finetuning run."""
-    composition = compose("finetune", [*ENCODER, *QUIET, *arguments])
+    composition = compose("finetune", [*tiny_encoder, *QUIET, *arguments])
     return validate(composition, FinetuneConfig), composition.values

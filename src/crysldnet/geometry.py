@@ -37,7 +37,17 @@ def undo_strain(lattice: Tensor, strain: Tensor) -> Tensor:
         strain: [B, 3, 3], the symmetric strain ε, in Cartesian axes.
     """
     eye = torch.eye(3, dtype=lattice.dtype, device=lattice.device)
-    return torch.linalg.solve(eye + strain, lattice, left=False)
+    return lattice @ inverse(eye + strain)
+
+
+def inverse(matrix: Tensor) -> Tensor:
+    """Return the inverses of matrices [..., 3, 3] by their cofactors.
+
+    Unlike ``torch.linalg.inv`` this doesn't wait for the device to say whether a matrix is singular.
+    """
+    a, b, c = matrix.unbind(-2)
+    cofactors = torch.stack([torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)], dim=-1)
+    return cofactors / (a * cofactors[..., 0]).sum(-1)[..., None, None]
 
 
 def random_rotations(n: int, *, like: Tensor) -> Tensor:

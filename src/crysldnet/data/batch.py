@@ -58,6 +58,8 @@ class CrystalBatch:
     """[N, M] nearest distances of each atom in Å, ascending."""
     rows: Tensor
     """[B] row of each crystal in its store."""
+    largest: int
+    """Atoms of the largest crystal, known without asking the device."""
     targets: Tensor | None = None
     """[B, T] in physical units, NaN where unknown."""
     undo: CorruptionTargets | None = None
@@ -156,6 +158,7 @@ def make_batch(
         edge_index=torch.from_numpy(np.stack([edges.source, edges.target])),
         edge_vec=real(edges.vector),
         distances=real(edges.distances),
+        largest=int(crystals.sizes.max(initial=0)),
         rows=torch.from_numpy(np.arange(len(crystals)) if rows is None else np.asarray(rows, np.int64)),
         targets=None if targets is None else torch.from_numpy(targets.astype(np.float32)),
         undo=None

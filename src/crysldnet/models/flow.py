@@ -13,7 +13,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.utils import to_dense_batch
 
 from crysldnet.build import Part
 
@@ -70,7 +69,7 @@ class LatentFlow(nn.Module):
             noise = noise - noise.mean(1, keepdim=True)
         return noise * weight
 
-    def forward(self, z: Tensor, target: Tensor, crystal: Tensor, sizes: Tensor) -> Tensor:
+    def forward(self, z: Tensor, target: Tensor, crystal: Tensor, sizes: Tensor, largest: int) -> Tensor:
         """Return the loss, averaged over crystals: mean_atoms,channels ‖target − ẑ_1‖² / max(1 − t, min_gap)².
 
         Args:
@@ -78,10 +77,21 @@ class LatentFlow(nn.Module):
             target: [N, d] what the denoiser has to predict, z itself or a teacher's.
             crystal: [N] the crystal of each atom.
             sizes: [B] atoms of each crystal.
+            largest: their maximum, known without asking the device.
         """
-        n = int(sizes.max())
-        z1, valid = to_dense_batch(z, crystal, max_num_nodes=n, batch_size=len(sizes))
-        wanted = z1 if target is z else to_dense_batch(target, crystal, max_num_nodes=n, batch_size=len(sizes))[0]
+        first = sizes.cumsum(0) - sizes
+        place = (
+            torch.arange(len(z), device=z.device)
+            + (torch.arange(len(sizes), device=z.device) * largest - first)[crystal]
+        )
+        valid = torch.arange(largest, device=z.device) < sizes.unsqueeze(1)
+
+        def padded(atoms: Tensor) -> Tensor:
+            flat = atoms.new_zeros(len(sizes) * largest, atoms.shape[1]).index_copy(0, place, atoms)
+            return flat.view(len(sizes), largest, -1)
+
+        z1 = padded(z)
+        wanted = z1 if target is z else padded(target)
         t = self.t_min + (self.t_max - self.t_min) * torch.rand(len(sizes), dtype=z.dtype, device=z.device)
         time = t.view(-1, 1, 1)
         zt = ((1 - time) * self._noise(z1, valid) + time * z1) * valid.unsqueeze(-1)

@@ -93,7 +93,9 @@ class PretrainingModel(nn.Module):
             measures |= reconstruction.measures
         if self.flow is not None:
             z = features if self.flow.latent == "features" else latent.sample
-            terms["diffusion"] = self.flow.weight * self.flow(z, self._target(z, batch), batch.crystal, batch.sizes)
+            terms["diffusion"] = self.flow.weight * self.flow(
+                z, self._target(z, batch), batch.crystal, batch.sizes, batch.largest
+            )
         return PretrainingOutput(terms, measures, features, latent)
 
     def _target(self, z: Tensor, batch: CrystalBatch) -> Tensor:

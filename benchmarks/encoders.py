@@ -1,0 +1,191 @@
+"""Measure a training step of every encoder on one thread.
+
+python benchmarks/encoders.py [--data FILE.parquet] [--rounds N] [--batch N] [--device cpu|cuda]
+
+One step is forward, backward and optimizer on one batch of the same crystals, with a mean readout and a linear head. In
+every round each contender takes its turn, and ratios are taken within a round. Published encoders run as published
+and factorised: the same function of the same weights, computed as the released code does, and with linear maps on
+atoms first. Peak memory is what a process of its own needs for three steps, over what it had before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from crysldnet import evidence
+from crysldnet.build import build
+from crysldnet.config import conf_folder, load_yaml
+from crysldnet.data.batch import CrystalBatch, make_batch
+from crysldnet.data.crystals import Crystals
+from crysldnet.data.datamodule import open_store
+from crysldnet.encoders.layers import set_factorised
+from crysldnet.encoders.protocol import Encoder
+from crysldnet.models.head import PropertyHead
+from crysldnet.training.trainer import keep_freed_memory
+
+HERE = Path(__file__).parent
+COMMAND = "python benchmarks/encoders.py"
+PUBLISHED = ("cgcnn", "cogn", "potnet", "pddformer", "cartnet", "ecomformer", "icomformer", "matformer")
+OWN = ("neighbor_attention", "neighbor_attention_small")
+MAX_ATOMS = 20
+"""Larger crystals are left out."""
+
+
+def make_encoder(name: str, variant: str | None = None) -> Encoder:
+    """Build an encoder of ``conf/encoder`` with fresh weights."""
+    values = dict(load_yaml(conf_folder() / "encoder" / f"{name}.yaml"))
+    torch.manual_seed(0)
+    return build(values | ({} if variant is None else {"variant": variant}), "encoder")
+
+
+def draw(data: str, n: int) -> Crystals:
+    """Draw n crystals of at most 20 atoms, the same each time."""
+    store = open_store(data).crystals
+    rows = np.random.default_rng(0).permutation(np.flatnonzero(store.sizes <= MAX_ATOMS))[:n]
+    return store.take(np.sort(rows))
+
+
+@dataclass
+class Contender:
+    """One encoder and what a step of it needs."""
+
+    encoder: Encoder
+    batch: CrystalBatch
+    head: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    @classmethod
+    def make(cls, encoder: Encoder, crystals: Crystals, device: str) -> Contender:
+        """Put an encoder and its graph onto a device."""
+        encoder = encoder.to(device)
+        head = PropertyHead(width=encoder.width, outputs=1, layers=0).to(device)
+        optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=1e-4)
+        return cls(encoder, make_batch(crystals, encoder.graph).to(device), head, optimizer)
+
+    def step(self) -> None:
+        """Take one training step."""
+        self.optimizer.zero_grad()
+        out = self.head(self.encoder(self.batch), self.batch.crystal, self.batch.num_crystals)
+        out.square().mean().backward()
+        self.optimizer.step()
+
+    def timed(self) -> float:
+        """Return the seconds of one step."""
+        if self.batch.numbers.is_cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        self.step()
+        if self.batch.numbers.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def flops(self) -> int:
+        """Count floating-point operations of matrix products in one step."""
+        with FlopCounterMode(display=False) as counter:
+            self.step()
+        return counter.get_total_flops()
+
+
+def peak_memory(name: str, variant: str | None, data: str, batch: int) -> float:
+    """Return the MB that three steps of an encoder need, measured in a process of its own."""
+    code = (
+        f"import sys, resource; sys.path.insert(0, {str(HERE)!r})\n"
+        "from encoders import Contender, draw, make_encoder\n"
+        f"c = Contender.make(make_encoder({name!r}, {variant!r}), draw({data!r}, {batch}), 'cpu')\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "[c.step() for _ in range(3)]\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+    )
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def measure(crystals: Crystals, rounds: int, device: str) -> tuple[dict[str, Contender], dict[str, list[float]]]:
+    """Time every contender once a round; return them and their seconds."""
+    contenders: dict[str, Contender] = {}
+    for name in PUBLISHED:
+        for factorised in (True, False):
+            encoder = make_encoder(name, "published")
+            set_factorised(encoder, factorised)
+            title = name if factorised else f"{name}, unfactorised"
+            contenders[title] = Contender.make(encoder, crystals, device)
+    contenders |= {name: Contender.make(make_encoder(name), crystals, device) for name in OWN}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for contender in contenders.values():
+        contender.step()
+    for _ in range(rounds):
+        for name, contender in contenders.items():
+            seconds[name].append(contender.timed())
+    return contenders, seconds
+
+
+def main() -> None:
+    """Measure, write results.json and the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", default="embedded:mp_starter", help="crystals: embedded:NAME, a store or Parquet file"
+    )
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    settings = parser.parse_args()
+    commit = evidence.current_commit(HERE)
+    keep_freed_memory()
+    crystals = draw(settings.data, settings.batch)
+    n, atoms = len(crystals), len(crystals.numbers)
+    contenders, seconds = measure(crystals, settings.rounds, settings.device)
+    records = []
+
+    def record(name: str, metric: str, unit: str, values: list[float]) -> None:
+        quarters = statistics.quantiles(values, n=4) if len(values) > 1 else None
+        records.append(
+            evidence.Record(
+                name=name,
+                metric=metric,
+                value=statistics.median(values),
+                unit=unit,
+                spread=None if quarters is None else (quarters[2] - quarters[0]) / 2,
+                seeds=[],
+                data=f"{Path(settings.data).stem}, one batch of {n} crystals, {atoms} atoms",
+                command=COMMAND if settings.device == "cpu" else f"{COMMAND} --device cuda",
+                commit=commit,
+                machine=evidence.describe_machine(),
+                date=date.today().isoformat(),
+            )
+        )
+
+    slow = {name: seconds.get(f"{name}, unfactorised", seconds[name]) for name in (*PUBLISHED, *OWN)}
+    for name in sorted((*PUBLISHED, *OWN), key=lambda name: statistics.median(seconds[name])):
+        parameters = sum(p.numel() for p in contenders[name].encoder.parameters())
+        record(name, "parameters", "1", [float(parameters)])
+        record(name, "matrix products", "GFLOP/structure", [contenders[name].flops() / n / 1e9])
+        record(name, "speed", "structures/s", [n / s for s in seconds[name]])
+        record(name, "speed", "atoms/s", [atoms / s for s in seconds[name]])
+        if name in PUBLISHED:
+            record(name, "over unfactorised", "ratio", [u / f for u, f in zip(slow[name], seconds[name], strict=True)])
+        for other, of in (("matformer", slow["matformer"]), ("cartnet", seconds["cartnet"])):
+            title = f"over {other}" + (" as published" if other == "matformer" else "")
+            record(name, title, "ratio", [o / s for o, s in zip(of, seconds[name], strict=True)])
+        if settings.device == "cpu":
+            variant = "published" if name in PUBLISHED else None
+            record(name, "memory of a step", "MB", [peak_memory(name, variant, settings.data, settings.batch)])
+    evidence.write(HERE, records)
+    print(evidence.table_by_name(records))
+
+
+if __name__ == "__main__":
+    main()
