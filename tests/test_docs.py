@@ -45,9 +45,11 @@ RUN_ELSEWHERE = {
     "sweep": "test_sweep.py runs a sweep",
     "strategy=ddp": "test_cli.py runs two processes",
     "logger=wandb": "test_cli.py writes an offline run",
+    "trainer.compile=true": "test_speed.py compiles",
     "resume=last": "test_cli.py stops a run and resumes it",
 }
 """Commands and arguments that are composed and validated here, and where they are run."""
+OTHER_ENCODER = ["encoder.width=16", "encoder.layers=2"]
 NOT_OURS = {"git", "source", "export", "pip", "wandb"}
 """First words of lines that need a network, or change the reader's shell."""
 
@@ -219,9 +221,10 @@ class Reader:
         if command not in SHORT:
             return arguments
         given = dict(word.split("=", 1) for word in rest)
-        own_encoder = given.get("encoder", "").endswith(".yaml")
+        encoder = given.get("encoder", "pddformer")
+        tiny = [] if encoder.endswith(".yaml") else ENCODER if encoder.startswith("pddformer") else OTHER_ENCODER
         fresh = given.get("pretrained", "none") == "none"
-        added = [*QUIET, *CPU, *SHORT[command], *(ENCODER if fresh and not own_encoder else [])]
+        added = [*QUIET, *CPU, *SHORT[command], *(tiny if fresh else [])]
         added += DENOISER if command == "pretrain" else []
         added += [] if "name" in given else [f"name=example-{len(self.ran)}"]
         return [command, *rest, *added]
