@@ -257,9 +257,13 @@ def test_mixed_sites_are_not_read_as_their_first_element(tmp_path: Path) -> None
 
 
 def test_a_space_group_in_another_setting_than_the_cell_is_refused(tmp_path: Path) -> None:
-    """Hexagonal operations, which the name R -3 c stands for, would multiply atoms in a rhombohedral cell."""
-    cell = NACL.replace("F m -3 m", "R -3 c").replace(" 90\n", " 50\n")
+    """Both settings that the name R -3 m stands for would multiply atoms in an orthorhombic cell."""
+    cell = NACL.replace("F m -3 m", "R -3 m").replace("_b 5.64", "_b 6.64")
     (tmp_path / "x.cif").write_text(cell)
+    with pytest.raises(DataError, match="symmetry isn't understood"):
+        read_structure(tmp_path / "x.cif")
+    operations = "loop_\n_symmetry_equiv_pos_as_xyz\nx,y,z\n-y,x-y,z\n-x+y,-x,z\nloop_"
+    (tmp_path / "x.cif").write_text(CSCL.replace("loop_", operations, 1))
     with pytest.raises(DataError, match="symmetry operations don't fit its cell"):
         read_structure(tmp_path / "x.cif")
 
@@ -410,9 +414,9 @@ def test_bad_rows_of_parquet_are_rejected_one_by_one(tmp_path: Path) -> None:
     assert [(source, reason) for source, _, reason in rejects(report)] == [
         ("in.parquet row 2", "lattice must have 9 numbers"),
         ("in.parquet row 3", "column 'frac_coords' is empty"),
+        ("in.parquet row 5", "the id is empty"),
         ("in.parquet row 6", "band_gap is infinite; its value is null"),
         ("in.parquet row 4", "an earlier crystal has the same id"),
-        ("in.parquet row 5", "the id is empty"),
     ]
     store = CrystalStore.open(tmp_path / "out.parquet")
     assert store.ids.to_pylist() == [rows[i]["material_id"] for i in (0, 5, 6)]

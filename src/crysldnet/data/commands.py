@@ -12,14 +12,14 @@ import pyarrow as pa
 
 from crysldnet.data.elements import SYMBOLS
 from crysldnet.data.importer import ParquetOutput, import_crystals
+from crysldnet.data.sources import KNOWN_FILES
 from crysldnet.data.store import CrystalStore
-from crysldnet.data.structure_files import KNOWN_NAMES
 from crysldnet.errors import DataError
 
 IMPORT_HELP = f"""\
 Import crystals into a store, the folder that training reads.
 
-SOURCE is a folder (searched at every depth), a quoted glob pattern, files ({KNOWN_NAMES}),
+SOURCE is a folder (searched at every depth), a quoted glob pattern, files ({KNOWN_FILES}),
 or one .parquet file with the columns material_id, lattice, atomic_numbers and frac_coords.
 A crystal's id is its file's name without suffix.
 

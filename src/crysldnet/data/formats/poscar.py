@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from pymatgen.io.vasp.inputs import Poscar
+
 from crysldnet.data.species import element_symbols
 from crysldnet.errors import DataError
 
 
 def read_poscar(text: str, max_atoms: int | None, notes: list[str]) -> tuple[Any, Any, Any]:
     """Return lattice, atomic numbers and fractional coordinates, as :func:`read_structure` describes them."""
-    from pymatgen.io.vasp.inputs import Poscar
-
     lines = text.split("\n")
     float(lines[1])  # the scale; without one it is no POSCAR, and the error that this raises says so
     names = [re.split("[_/]", word)[0] for word in lines[5].split()]
