@@ -337,7 +337,7 @@ class ParquetOutput:
     def append(self, table: pa.Table) -> None:
         """Add rows; all tables have the same columns."""
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._file, table.schema, compression="zstd")
+            self._writer = pq.ParquetWriter(self._file, table.schema, compression="zstd", write_page_checksum=True)
         self._writer.write_table(table)
 
     def __exit__(

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from crysldnet.data.crystals import MAX_FRACTION
 from crysldnet.data.formats.compression import DAMAGED, inner_name, open_stream
 from crysldnet.errors import DataError
 
@@ -215,4 +216,6 @@ def checked(lattice: Any, numbers: Any, frac_coords: Any) -> Structure:
         raise DataError("its cell has no volume; check the lattice vectors")
     if not np.isfinite(frac_coords).all():
         raise DataError("a coordinate is not finite")
+    if (farthest := np.abs(frac_coords).max()) > MAX_FRACTION:
+        raise DataError(f"an atom is {farthest:.3g} cells away from the origin: is the unit right?")
     return lattice, np.array(numbers, np.uint8), frac_coords - np.floor(frac_coords)

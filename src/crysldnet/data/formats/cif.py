@@ -114,7 +114,7 @@ def _lattice(tags: Tags) -> NDArray[np.float64]:
     """Return lattice vectors in rows, a along x and b in the plane of x and y."""
     values = []
     for tag in _CELL:
-        if tag not in tags:
+        if not tags.get(tag):
             raise DataError(f"it has no {tag}")
         value = _number(tags[tag][0])
         if not math.isfinite(value):
@@ -173,7 +173,9 @@ def _fault_of_site(columns: Tags, i: int) -> str | None:
 
 def _operations(tags: Tags, lattice: NDArray[np.float64], notes: list[str]) -> tuple[NDArray, NDArray]:
     """Return rotations [M, 3, 3] and translations [M, 3]: those that are listed, else those of the space group."""
-    listed = next((tags[name] for name in _OPERATIONS if any(map(_text, tags.get(name, [])))), None)
+    listed = next((tags[name] for name in _OPERATIONS if name in tags), None)
+    if listed is not None and not any(map(_text, listed)):
+        raise DataError("its list of symmetry operations is empty")
     if listed is not None:
         rotations, translations = _matrices(tuple(listed))
         if not _fits(rotations, lattice):
@@ -185,9 +187,9 @@ def _operations(tags: Tags, lattice: NDArray[np.float64], notes: list[str]) -> t
     if name or hall or number:
         notes.append(NOTE_SETTING)
         return _tabulated(name, hall, number, lattice)
-    for tag, values in tags.items():
-        if _SYMMETRY.search(tag) and "".join(_text(values[0]).split()).upper() not in _NO_SYMMETRY:
-            raise DataError(f"its symmetry isn't understood ({tag} {_text(values[0])})")
+    for tag in filter(_SYMMETRY.search, tags):
+        if "".join((stated := _first(tags, (tag,))).split()).upper() not in _NO_SYMMETRY:
+            raise DataError(f"its symmetry isn't understood ({tag} {stated})")
     notes.append(NOTE_NO_SYMMETRY)
     return np.eye(3)[None], np.zeros((1, 3))
 

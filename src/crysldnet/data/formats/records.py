@@ -49,6 +49,7 @@ JARVIS_UNITS = {
 """Units that JARVIS-DFT documents for its columns."""
 
 _NUMBER = {symbol: number for number, symbol in enumerate(SYMBOLS)}
+_SYMBOLS = {*SYMBOLS[1:], "D", "T"}
 _WHOLE = "has partial occupancy: a crystal needs whole atoms, make an ordered approximation"
 _OF_STRUCTURE = {
     "pymatgen": ("@module", "@class", "@version", "charge", "lattice", "sites", "properties"),
@@ -149,6 +150,8 @@ def _flat(record: Any) -> Mapping[str, Any]:
 def _id_of(record: Mapping[str, Any], id_column: str | None, default_id: str) -> str:
     key = next((key for key in (id_column, *ID_KEYS) if key is not None and key in record), None)
     value = record[key] if key is not None else default_id
+    if value is not None and not isinstance(value, (str, int, float, np.generic)):
+        raise DataError(f"its id ({key}) is no text but {type(value).__name__}")
     return "" if value is None or value != value else str(value).strip()
 
 
@@ -229,8 +232,9 @@ def _float(value: Any) -> float:
 
 def _atomic_numbers(symbols: Iterable[Any], notes: list[str]) -> list[int]:
     texts = list(symbols)
-    if wrong := next((text for text in texts if not isinstance(text, str)), None):
-        raise DataError(f"{wrong!r} is not a chemical element (1 to 118)")
+    wrong = [text for text in texts if not isinstance(text, str) or text not in _SYMBOLS]
+    if wrong:
+        raise DataError(f"{wrong[0]!r} is not a chemical element (1 to 118)")
     return [_NUMBER[symbol] for symbol in element_symbols(texts, are_labels=False, notes=notes)]
 
 
@@ -281,7 +285,8 @@ def _optimade(value: Mapping[str, Any], notes: list[str]) -> Structure:
             raise DataError(f"species {kind['name']} isn't one atom")
         symbols[kind["name"]] = kind["chemical_symbols"][0]
     lattice = _floats(value["lattice_vectors"], 3)
-    numbers = _atomic_numbers((symbols.get(name, name) for name in value["species_at_sites"]), notes)
+    names = value["species_at_sites"]
+    numbers = _atomic_numbers(names if species is None else [symbols.get(name) for name in names], notes)
     return checked(lattice, numbers, _fractional(_floats(value["cartesian_site_positions"], 3), lattice))
 
 

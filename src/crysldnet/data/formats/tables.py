@@ -196,13 +196,14 @@ class ParquetReader(_FileReader):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         try:
-            self._file = pq.ParquetFile(path)
-        except (pa.ArrowException, OSError) as error:
+            self._file = pq.ParquetFile(path, page_checksum_verification=True)
+            schema = self._file.schema_arrow
+            self.total = self._file.metadata.num_rows
+            self.metadata = {"source": path.name} | metadata_of(schema)
+            names = set(schema.names)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: not a readable Parquet file ({error})") from error
-        schema = self._file.schema_arrow
-        self.total = self._file.metadata.num_rows
-        self.metadata = {"source": path.name} | metadata_of(schema)
-        self._in_schema = not set(schema.names) & KNOWN_COLUMNS or _has_schema(schema)
+        self._in_schema = not names & KNOWN_COLUMNS or _has_schema(schema)
         if self._in_schema:
             try:
                 crystals_from_table(schema.empty_table())
@@ -231,6 +232,7 @@ def _has_schema(schema: pa.Schema) -> bool:
 
 def read_table(table: pa.Table, place: str, _default_id: str, row: int, settings: Settings) -> pa.Table:
     """Read a piece of a table in the schema, all rows at once."""
+    _validate(table, place, row)
     places = [f"{place}{row + i}" for i in range(len(table))]
     ids = [material_id or "" for material_id in table["material_id"].cast(pa.string()).to_pylist()]
     order = list(range(len(table)))
@@ -259,6 +261,13 @@ def read_table(table: pa.Table, place: str, _default_id: str, row: int, settings
     return found.table(settings.max_atoms)
 
 
+def _validate(table: pa.Table, place: str, row: int) -> None:
+    try:
+        table.validate(full=True)
+    except pa.ArrowException as error:
+        raise DataError(f"{place}{row} to {row + len(table) - 1}: damaged ({error})") from error
+
+
 def _row_fault(row: pa.Table) -> str | None:
     try:
         crystals_from_table(row)
@@ -280,6 +289,7 @@ def _property_type(kind: pa.DataType) -> pa.DataType | None:
 
 def read_table_rows(table: pa.Table, place: str, default_id: str, row: int, settings: Settings) -> pa.Table:
     """Read a piece of a table with structures in another layout, row by row."""
+    _validate(table, place, row)
     entries = (
         Entry(f"{place}{number}", f"{default_id}{number}", record)
         for number, record in enumerate(table.to_pylist(), row)
