@@ -2,10 +2,8 @@
 
 import csv
 import os
-import shutil
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from pymatgen.core import Element, Lattice
 from pymatgen.core import Structure as PymatgenStructure
 from pymatgen.io.cif import CifWriter
 
+from crysldnet.data import sources, workspace
 from crysldnet.data.commands import main
 from crysldnet.data.importer import ImportReport, import_crystals
 from crysldnet.data.store import CrystalStore
@@ -465,26 +464,9 @@ def test_only_an_earlier_import_is_overwritten_and_only_when_asked(tmp_path: Pat
     assert len(os.listdir(folder)) == 3
 
 
-def test_a_killed_import_leaves_no_store_under_the_name(tmp_path: Path, starter: list[PymatgenStructure]) -> None:
-    (tmp_path / "in").mkdir()
-    CifWriter(starter[0], symprec=0.01).write_file(tmp_path / "in" / "0.cif")
-    for i in range(1, 190):
-        shutil.copy(tmp_path / "in" / "0.cif", tmp_path / "in" / f"{i}.cif")
-    script = "import sys; from crysldnet.data.commands import main; main(sys.argv[1:])"
-    arguments = ["import", str(tmp_path / "in"), "--out", str(tmp_path / "s.store")]
-    process = subprocess.Popen([sys.executable, "-c", script, *arguments])
-    while not list(tmp_path.glob(".s.store.partial-*")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert not (tmp_path / "s.store").exists()
-    (tmp_path / "in2").mkdir()
-    shutil.copy(tmp_path / "in" / "0.cif", tmp_path / "in2" / "0.cif")
-    assert import_crystals(tmp_path / "in2", tmp_path / "s.store").kept == 1
-
-
-def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "PIECE", 50)
+    monkeypatch.setattr(workspace, "PATIENCE", 0)
     (tmp_path / "in").mkdir()
     for i in range(210):
         (tmp_path / "in" / f"{i:03}.vasp").write_text("junk" if i == 77 else POSCAR.replace("4.2", str(4 + i / 1000)))

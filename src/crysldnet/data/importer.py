@@ -102,8 +102,8 @@ def import_crystals(
         metadata: source, licence and citation, kept with the crystals; the source's name by default.
         overwrite: replace what an earlier import left under ``out``.
         progress: show a progress bar where standard error is a terminal.
-        workers: processes that read, at most 8 by default. They start for more than 1,000 crystals, and import the
-            calling script anew, so a script needs its ``if __name__ == "__main__":``.
+        workers: processes that read, at most 8 by default. They start after two seconds, and import the calling
+            script anew, so a script needs its ``if __name__ == "__main__":``.
 
     Raises:
         DataError: nothing to import, ``out`` can't be written, the table of targets can't be read; and with

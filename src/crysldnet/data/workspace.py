@@ -10,11 +10,11 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from types import TracebackType
@@ -27,8 +27,8 @@ from crysldnet.errors import DataError
 Task = Callable[[], pa.Table]
 """Reads one piece; it travels to another process, so it is a ``functools.partial`` of a module's function."""
 
-SERIAL = 3
-"""pieces; fewer are read sooner in one process than it takes to start others"""
+PATIENCE = 2.0
+"""seconds; what takes less is read sooner in one process than it takes to start others"""
 
 
 class Workspace:
@@ -89,14 +89,18 @@ def read_pieces(tasks: Iterable[Task], workspace: Workspace, workers: int) -> It
     Raises:
         DataError: the input can't be read, or a process died.
     """
-    first = list(islice(tasks := iter(tasks), SERIAL))
-    pieces = ((task, workspace.piece(number)) for number, task in enumerate(chain(first, tasks)))
-    if workers == 1 or len(first) < SERIAL:
-        for task, path in pieces:
-            if not path.exists():
-                _read_piece(task, path)
-            yield path
-        return
+    pieces = ((task, workspace.piece(number)) for number, task in enumerate(tasks))
+    begun = time.monotonic()
+    for task, path in pieces:
+        if not path.exists():
+            _read_piece(task, path)
+        yield path
+        if workers > 1 and time.monotonic() - begun > PATIENCE:
+            yield from _read_in_processes(pieces, workers)
+            return
+
+
+def _read_in_processes(pieces: Iterator[tuple[Task, Path]], workers: int) -> Iterator[Path]:
     pending: deque[tuple[Path, Future[None] | None]] = deque()
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
     try:

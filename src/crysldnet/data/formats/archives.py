@@ -26,7 +26,8 @@ _TOO_LARGE = f"it is larger than {LIMIT // 2**20} MiB, too large for one crystal
 
 
 def _is_structure(name: str) -> bool:
-    return kind_of(name) is not None and not any(part[:1] == "." or part == "__MACOSX" for part in name.split("/"))
+    hidden = any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+    return kind_of(name) is not None and not hidden and not name.startswith("__MACOSX/")
 
 
 class _Archive:

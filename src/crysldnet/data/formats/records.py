@@ -218,10 +218,10 @@ def _structure(value: Any, max_atoms: int, notes: list[str]) -> Structure:
 
 def _floats(value: Any, width: int) -> NDArray[np.float64]:
     """Return [n, width] numbers from nested lists or arrays of arrays."""
-    array = np.array([[_float(x) for x in row] for row in value], np.float64)
-    if array.ndim != 2 or array.shape[1] != width:
+    rows = [[_float(x) for x in row] for row in value]
+    if any(len(row) != width for row in rows):
         raise DataError(f"a vector of it doesn't have {width} numbers")
-    return array
+    return np.array(rows, np.float64).reshape(-1, width)
 
 
 def _float(value: Any) -> float:
