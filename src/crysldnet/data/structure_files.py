@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import glob
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,16 +36,16 @@ LIMIT = 64 * 2**20
 
 def kind_of(name: str | os.PathLike[str]) -> str | None:
     """Return "CIF" or "POSCAR" by the file's name, in any case, or None where it is neither's."""
-    path = PurePosixPath(inner_name(os.fspath(name)))
-    kind = SUFFIXES.get(path.suffix.lower())
-    return kind or ("POSCAR" if path.name.upper().startswith(BARE_NAMES) else None)
+    name = os.path.basename(inner_name(os.fspath(name)))
+    kind = SUFFIXES.get(os.path.splitext(name)[1].lower())
+    return kind or ("POSCAR" if name.upper().startswith(BARE_NAMES) else None)
 
 
 def without_suffix(name: str) -> str:
     """Drop a structure file's suffix from a name or path, and nothing from other names."""
     bare = inner_name(name)
-    suffix = PurePosixPath(bare).suffix
-    return bare[: -len(suffix)] if suffix.lower() in SUFFIXES else bare if kind_of(bare) else name
+    stem, suffix = os.path.splitext(bare)
+    return stem if suffix.lower() in SUFFIXES else bare if kind_of(bare) else name
 
 
 def find_structure_files(sources: Source) -> list[Path]:
@@ -93,10 +92,8 @@ def material_ids(names: Sequence[str], folder: str) -> list[str]:
     """
 
     def stem(name: str) -> str:
-        path = PurePosixPath(without_suffix(name))
-        if path.name.upper() in BARE_NAMES:
-            return path.parent.name or folder
-        return path.name
+        parent, bare = os.path.split(without_suffix(name))
+        return (os.path.basename(parent) or folder) if bare.upper() in BARE_NAMES else bare
 
     stems, paths = [stem(name) for name in names], [without_suffix(name) for name in names]
     of_stem, of_path = Counter(stems), Counter(paths)
@@ -153,9 +150,7 @@ def parse_structure(
     found: list[str] = []
     try:
         text = _text(raw) if isinstance(raw, bytes) else raw
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            structure = checked(*_reader(kind)(text, max_atoms, found))
+        structure = checked(*_reader(kind)(text, max_atoms, found))
     except DataError:
         raise
     except Exception as error:

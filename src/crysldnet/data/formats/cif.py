@@ -183,7 +183,7 @@ def _operations(tags: Tags, lattice: NDArray[np.float64], notes: list[str]) -> t
                 "its symmetry operations don't fit its cell; write it with operations in the cell's own setting"
             )
         return rotations, translations
-    name, hall, number = _first(tags, _NAMES), _first(tags, _HALL), _first(tags, _TABLE_NUMBER)
+    name, hall, number = (_first(tags, names).replace("_", "") for names in (_NAMES, _HALL, _TABLE_NUMBER))
     if name or hall or number:
         notes.append(NOTE_SETTING)
         return _tabulated(name, hall, number, lattice)

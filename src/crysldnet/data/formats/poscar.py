@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 from pymatgen.io.vasp.inputs import Poscar
@@ -25,7 +26,9 @@ def read_poscar(text: str, max_atoms: int | None, notes: list[str]) -> tuple[Any
         raise DataError(f"it has {sum(counts)} atoms, over the limit of {max_atoms} (max_atoms)")
     if sum(counts) > len(lines):
         raise DataError(f"it ends too early for its {sum(counts)} atoms")
-    poscar = Poscar.from_str(text, read_velocities=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        poscar = Poscar.from_str(text, read_velocities=False)
     if not poscar.true_names:
         raise DataError("it doesn't name its elements (VASP 4); add a line with their symbols above the counts")
     structure = poscar.structure
