@@ -23,7 +23,7 @@ from crysldnet.errors import DataError
 
 NOTE_BLOCKS = "hold several crystals, of which the first was read"
 NOTE_NO_SYMMETRY = "state no symmetry and were read as P 1"
-NOTE_SETTING = "name their space group but not its operations; its standard setting was taken"
+NOTE_SETTING = "name their space group but not its operations, which were looked up"
 NOTE_FORMULA = "state a formula that their atoms don't give; hydrogens may be missing in them"
 NOTE_MOVED = "have atoms beside a special position of their space group, which were moved onto it"
 
