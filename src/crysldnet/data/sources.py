@@ -217,13 +217,13 @@ def suffix_of(path: Path) -> str:
 KINDS = {
     ".zip": "archives.ZipReader",
     ".tar": "archives.TarReader",
-    ".json": "tables.json_reader",
-    ".jsonl": "tables.LinesReader",
-    ".ndjson": "tables.LinesReader",
-    ".csv": "tables.CsvReader",
-    ".extxyz": "tables.XyzReader",
-    ".xyz": "tables.XyzReader",
-    ".db": "tables.DatabaseReader",
+    ".json": "record_files.json_reader",
+    ".jsonl": "record_files.LinesReader",
+    ".ndjson": "record_files.LinesReader",
+    ".csv": "record_files.CsvReader",
+    ".extxyz": "record_files.XyzReader",
+    ".xyz": "record_files.XyzReader",
+    ".db": "record_files.DatabaseReader",
     ".parquet": "tables.ParquetReader",
 }
 """The reader of each suffix, below ``crysldnet.data.formats``."""

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from crysldnet.data.formats.records import Entry, read_entries
+from crysldnet.data.sources import Settings
 from crysldnet.data.structure_files import LIMIT
 from crysldnet.errors import DataError
 
@@ -60,10 +61,10 @@ def frames(stream: BinaryIO, name: str) -> Iterator[bytes]:
         yield b"".join(lines)
 
 
-def read_frames(frames: Iterable[tuple[str, str, bytes]], *, max_atoms: int, id_column: str | None) -> pa.Table:
+def read_frames(frames: Iterable[tuple[str, str, bytes]], settings: Settings) -> pa.Table:
     """Read a piece of an extended XYZ file: place, default id and text of each frame."""
     entries = (Entry(place, default_id, _frame(text)) for place, default_id, text in frames)
-    return read_entries(entries, max_atoms=max_atoms, id_column=id_column, units=UNITS)
+    return read_entries(entries, settings, UNITS)
 
 
 def _frame(text: bytes) -> Any:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from crysldnet.data.elements import SYMBOLS
 from crysldnet.data.rows import Rows
+from crysldnet.data.sources import Settings
 from crysldnet.data.species import element_symbols
 from crysldnet.data.structure_files import Structure, checked, parse_structure
 from crysldnet.errors import DataError
@@ -80,9 +81,7 @@ class NotANumber(str):
     """A text in a column of numbers."""
 
 
-def read_entries(
-    entries: Iterable[Entry], *, max_atoms: int, id_column: str | None, units: Mapping[str, str]
-) -> pa.Table:
+def read_entries(entries: Iterable[Entry], settings: Settings, units: Mapping[str, str]) -> pa.Table:
     """Read a piece of a file of records."""
     rows = Rows()
     rows.units.update(units)
@@ -97,8 +96,8 @@ def read_entries(
             if _is_about(record):
                 continue
             record = _flat(record)
-            material_id = _id_of(record, id_column, default_id)
-            structure, properties, found_units = _read(record, id_column, max_atoms, notes)
+            material_id = _id_of(record, settings.id_column, default_id)
+            structure, properties, found_units = _read(record, settings, notes)
         except DataError as error:
             rows.reject(place, material_id, str(error))
             continue
@@ -111,7 +110,7 @@ def read_entries(
         rows.add(place, material_id, structure, properties)
         for note in notes:
             rows.note(f"crystals {note}", place)
-    return rows.table(max_atoms)
+    return rows.table(settings.max_atoms)
 
 
 def is_record(value: Any) -> bool:
@@ -156,7 +155,7 @@ def _id_of(record: Mapping[str, Any], id_column: str | None, default_id: str) ->
 
 
 def _read(
-    record: Mapping[str, Any], id_column: str | None, max_atoms: int, notes: list[str]
+    record: Mapping[str, Any], settings: Settings, notes: list[str]
 ) -> tuple[Structure, dict[str, Any], dict[str, str]]:
     """Return a record's structure, its properties, and the units that its layout defines."""
     key = _find(record)
@@ -165,9 +164,9 @@ def _read(
     value = record if key == "" else record[key]
     if isinstance(value, str) and value.lstrip()[:1] == "{":
         value = _loaded(value)
-    structure = _structure(value, max_atoms, notes)
+    structure = _structure(value, settings.max_atoms, notes)
     layout = _layout(value)
-    used = {key, id_column, *ID_KEYS, ""} | (set(_OF_STRUCTURE[layout]) if key == "" and layout else set())
+    used = {key, settings.id_column, *ID_KEYS, ""} | (set(_OF_STRUCTURE[layout]) if key == "" and layout else set())
     properties = {name: value for name, value in record.items() if isinstance(name, str) and name not in used}
     units = {name: unit for name, unit in JARVIS_UNITS.items() if name in properties} if layout == "JARVIS" else {}
     return structure, properties, units
