@@ -1,9 +1,9 @@
 """Measure importing: every format against its parser alone, and a store of a million crystals.
 
-python benchmarks/import/run.py [--rows N] [--rounds N] [--formats FORMAT …]
+python benchmarks/import/run.py [--rows N] [--crystals N] [--rounds N] [--formats FORMAT …]
 
-Each format holds the crystals of the embedded starter set. "Parser alone" reads the same file in one process with the
-library of the format and keeps nothing. Rounds are interleaved: each times every contender once.
+Each format holds the first crystals of the embedded starter set. "Parser alone" reads the same file in one process
+with the library of the format and keeps nothing. Rounds are interleaved: each times every contender once.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from crysldnet.data.store import CrystalStore
 
 HERE = Path(__file__).parent
 BATCH = 256
-COPIES = 4
-"""files of the starter set in a folder of CIFs, so that it takes seconds"""
+COPIES = 8
+"""of each crystal in a folder of CIFs, so that it takes seconds"""
 
 
-def structures() -> list[tuple[str, Structure, float]]:
-    """Return id, structure and formation energy of the starter set."""
-    rows = pq.read_table(EMBEDDED / "mp_starter.parquet").to_pylist()
+def structures(count: int) -> list[tuple[str, Structure, float]]:
+    """Return id, structure and formation energy of the first crystals of the starter set."""
+    rows = pq.read_table(EMBEDDED / "mp_starter.parquet").slice(0, count).to_pylist()
     return [
         (
             r["material_id"],
@@ -63,9 +63,9 @@ def structures() -> list[tuple[str, Structure, float]]:
     ]
 
 
-def write_inputs(folder: Path) -> None:
-    """Write the starter set in every format."""
-    crystals = structures()
+def write_inputs(folder: Path, count: int) -> None:
+    """Write crystals in every format."""
+    crystals = structures(count)
     texts = {name: str(CifWriter(structure)) for name, structure, _ in crystals}
     for kind in ("CIF, P 1", "CIF, symmetry", "POSCAR"):
         (folder / kind).mkdir()
@@ -135,13 +135,13 @@ PARSERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
 }
 
 
-def measure_formats(folder: Path, names: list[str], rounds: int) -> dict[tuple[str, str], list[float]]:
+def measure_formats(folder: Path, names: list[str], crystals: int, rounds: int) -> dict[tuple[str, str], list[float]]:
     """Return crystals per second of wall time of each format and contender, one value a round."""
     speeds: dict[tuple[str, str], list[float]] = {}
     for _ in range(rounds):
         for name in names:
             parser, parse = PARSERS[name]
-            count = 4000 * (COPIES if name in ("CIF, P 1", "CIF in a zip.zip") else 1)
+            count = crystals * (COPIES if name in ("CIF, P 1", "CIF in a zip.zip") else 1)
             for contender in (f"{parser}, one process", "import, one process", "import, two processes"):
                 begun = time.perf_counter()
                 if contender.startswith("import"):
@@ -220,7 +220,8 @@ def main() -> None:
     """Measure, write results.json and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--crystals", type=int, default=2000, help="that are written in every format")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--formats", nargs="*", default=list(PARSERS), choices=list(PARSERS))
     settings = parser.parse_args()
     commit = evidence.current_commit(HERE)
@@ -247,9 +248,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if settings.formats:
-            write_inputs(folder)
-        for (name, contender), values in measure_formats(folder, settings.formats, settings.rounds).items():
-            data = f"embedded:mp_starter{f', {COPIES} copies' if name in ('CIF, P 1', 'CIF in a zip.zip') else ''}"
+            write_inputs(folder, settings.crystals)
+        for (name, contender), values in measure_formats(
+            folder, settings.formats, settings.crystals, settings.rounds
+        ).items():
+            copies = f", each {COPIES} times" if name in ("CIF, P 1", "CIF in a zip.zip") else ""
+            data = f"{settings.crystals} crystals of embedded:mp_starter{copies}"
             record(f"{name.split('.')[0]}: {contender}", "read", "crystals/s", values, data)
         for count in (settings.rows // 10, settings.rows):
             out, seconds, own, workers = build(folder, count)

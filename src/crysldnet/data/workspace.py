@@ -71,6 +71,8 @@ class Workspace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._stamp is None:  # nothing could tell that the pieces are of the same input
+            self.remove()
         if self._lock is not None:
             self._lock.close()
 
