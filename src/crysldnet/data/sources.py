@@ -188,10 +188,11 @@ def _open_paths(sources: Sequence[str | os.PathLike[str]]) -> list[Reader]:
     paths = list(dict.fromkeys(path for source in sources for path in _expanded(Path(source).expanduser())))
     readers: list[Reader] = []
     structures = [path for path in paths if path.is_dir() or kind_of(path)]
+    others = [path for path in paths if not (path.is_dir() or kind_of(path))]
     if structures:
         files = find_structure_files(structures)
         readers.append(FileReader(files, structures[0] if len(paths) == 1 and structures[0].is_dir() else None))
-    return [*readers, *(_open_file(path) for path in paths if path not in set(structures))]
+    return [*readers, *(_open_file(path) for path in others)]
 
 
 def _expanded(path: Path) -> list[Path]:

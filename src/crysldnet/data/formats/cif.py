@@ -17,6 +17,7 @@ import numpy as np
 from gemmi import cif
 from numpy.typing import NDArray
 
+from crysldnet.data.crystals import MAX_FRACTION
 from crysldnet.data.elements import SYMBOLS
 from crysldnet.data.species import NOTE_ISOTOPE, element_symbols
 from crysldnet.errors import DataError
@@ -34,8 +35,8 @@ _OPERATIONS = ("_space_group_symop_operation_xyz", "_symmetry_equiv_pos_as_xyz")
 _NAMES = ("_space_group_name_h-m_alt", "_symmetry_space_group_name_h-m", "_space_group_name_h-m_full")
 _HALL = ("_space_group_name_hall", "_symmetry_space_group_name_hall")
 _TABLE_NUMBER = ("_space_group_it_number", "_symmetry_int_tables_number")
-_SYMMETRY = re.compile(r"symop|equiv_pos|space_group_name|_ssg_|modulation_dimension", re.I)
-_NO_SYMMETRY = {"", "0", "1", "P1", "X,Y,Z", "+X,+Y,+Z"}
+_SYMMETRY = re.compile(r"symop|equiv_pos|space_group_name|_ssg_|modulation_dimension")
+_NO_SYMMETRY = {"", "0", "P1", "X,Y,Z", "+X,+Y,+Z"}
 _SAME = 0.05
 """Å; images of one atom that are closer are one atom on a special position, written with few digits."""
 _MOVED = 0.01
@@ -148,6 +149,8 @@ def _sites(tags: Tags, max_atoms: int | None, notes: list[str]) -> tuple[NDArray
             f"site {_text((labels or names)[i])} has the coordinate {columns[_FRACT[axis]][i]!r}, "
             "which is not a finite number"
         )
+    if (farthest := np.abs(frac_coords).max()) > MAX_FRACTION:
+        raise DataError(f"an atom is {farthest:.3g} cells away from the origin: is the unit right?")
     for i in range(count):
         if fault := _fault_of_site(columns, i):
             raise DataError(f"site {_text((labels or names)[i])} {fault}")
@@ -184,7 +187,7 @@ def _operations(tags: Tags, lattice: NDArray[np.float64], notes: list[str]) -> t
             )
         return rotations, translations
     name, hall, number = (_first(tags, names).replace("_", "") for names in (_NAMES, _HALL, _TABLE_NUMBER))
-    if name or hall or number:
+    if name or hall or number not in ("", "1"):
         notes.append(NOTE_SETTING)
         return _tabulated(name, hall, number, lattice)
     for tag in filter(_SYMMETRY.search, tags):
@@ -203,8 +206,19 @@ def _matrices(triplets: tuple[str, ...]) -> tuple[NDArray, NDArray]:
         operations = [gemmi.Op(text) for text in texts]
     except (RuntimeError, ValueError) as error:
         raise DataError(f"its symmetry isn't understood ({error})") from error
+    if not _is_group(operations):
+        raise DataError("its symmetry operations don't form a group; write it with all operations, x,y,z included")
     den = gemmi.Op.DEN
     return np.array([op.rot for op in operations]) / den, np.array([op.tran for op in operations]) / den
+
+
+def _is_group(operations: list[gemmi.Op]) -> bool:
+    """Say whether operations are all of a group: one that is tabulated, or one that their products don't leave."""
+    own = {operation.wrap().triplet() for operation in operations}
+    tabulated = gemmi.find_spacegroup_by_ops(gemmi.GroupOps(operations))
+    if tabulated is not None and len(tabulated.operations()) == len(own):
+        return True
+    return all((one * other).wrap().triplet() in own for one in operations for other in operations)
 
 
 def _fits(rotations: NDArray, lattice: NDArray[np.float64]) -> bool:
@@ -280,13 +294,10 @@ def _expand(
     keys = ((step[..., 0] * _GRID + step[..., 1]) * _GRID + step[..., 2]).reshape(-1)
     _, first = np.unique(keys, return_index=True)
     first.sort()
-    expected = int((count / np.maximum(multiplicity, 1)).sum())
-    if len(first) != expected or not multiplicity.all():
+    if len(first) != (count // multiplicity).sum():
         raise DataError(
             "two sites stand at the same place: a disordered site, which needs an ordered approximation, "
             "or atoms listed in full beside symmetry operations that make them again"
-            if len(first) < expected
-            else "its symmetry operations don't form a group; write it with all operations, x,y,z included"
         )
     return first // count, images.reshape(-1, 3)[first]
 
