@@ -129,9 +129,9 @@ class Plan:
 
 def _repeated(ids: Iterable[list[str]]) -> set[int]:
     """Return the hashes of the ids that are there more than once, 8 bytes being kept of each id."""
-    hashes = [np.fromiter(map(_hash, some), np.uint64, len(some)) for some in ids]
-    values, counts = np.unique(np.concatenate(hashes or [np.empty(0, np.uint64)]), return_counts=True)
-    return set(values[counts > 1].tolist())
+    hashes = np.fromiter((_hash(material_id) for some in ids for material_id in some), np.uint64)
+    hashes.sort()
+    return set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
 
 
 def _hash(material_id: str) -> int:
