@@ -4,7 +4,7 @@ An import has two steps. First the source is cut into pieces, which are read and
 kept in a folder beside the output (:mod:`crysldnet.data.workspace`). Then the pieces are put together in their order:
 ids that came before are left out, the columns get one type, the table of targets is joined. The output appears under
 its name when it is whole, and its bytes depend on the input only: not on the number of processes, and not on how often
-the import was stopped. Memory hardly grows with the number of crystals, except for the names of files, targets and rejects.
+the import was stopped. Memory hardly grows with the number of crystals, except for names of files, targets and rejects.
 """
 
 from __future__ import annotations
