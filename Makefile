@@ -40,7 +40,7 @@ install: $(READY) ## make .venv with the exact versions of constraints.txt
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[matbench,wandb,dev]"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[matbench,wandb,formats,dev]"
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps matbench==0.6
 	@touch $@
 

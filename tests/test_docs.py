@@ -420,7 +420,7 @@ def string_constants(pattern: str) -> list[str]:
 @pytest.mark.parametrize(
     ("page", "title", "column", "code"),
     [
-        ("docs/data.md", "## What can't be used", -1, "data/*.py"),
+        ("docs/data.md", "## What can't be used", -1, "data/**/*.py"),
         ("docs/checkpoints.md", "## What is refused", -1, "training/*.py"),
         ("docs/pretrain.md", "## What it prints", 0, "pretrain.py"),
     ],

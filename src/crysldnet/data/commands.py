@@ -12,16 +12,17 @@ import pyarrow as pa
 
 from crysldnet.data.elements import SYMBOLS
 from crysldnet.data.importer import ParquetOutput, import_crystals
+from crysldnet.data.sources import KNOWN_FILES
 from crysldnet.data.store import CrystalStore
-from crysldnet.data.structure_files import KNOWN_NAMES
 from crysldnet.errors import DataError
 
 IMPORT_HELP = f"""\
 Import crystals into a store, the folder that training reads.
 
-SOURCE is a folder (searched at every depth), a quoted glob pattern, files ({KNOWN_NAMES}),
-or one .parquet file with the columns material_id, lattice, atomic_numbers and frac_coords.
-A crystal's id is its file's name without suffix.
+SOURCE is a folder (searched at every depth for CIF and POSCAR files), a quoted glob pattern, or files:
+{KNOWN_FILES}.
+The pages of the documentation say which layouts of JSON, CSV and Parquet are known. A crystal's id is its file's name
+without suffix, or what its record says. An import that was stopped goes on when it is started again.
 
 Targets come from a CSV with a column of ids and columns of numbers; units stand in the header:
 
@@ -69,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run={"import": _import, "export": _export, "verify": _verify, "show": _show}[name])
         return added
 
-    _add_import_arguments(command("import", "CIF, POSCAR or Parquet into a store", IMPORT_HELP, IMPORT_EXAMPLE))
+    _add_import_arguments(command("import", "files of crystals into a store", IMPORT_HELP, IMPORT_EXAMPLE))
     export = command(
         "export",
         "a store into one Parquet file",
@@ -101,7 +102,9 @@ def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="OUT", help="name.store, or name.parquet for one Parquet file")
     parser.add_argument("--targets", metavar="CSV", help="table of properties")
     parser.add_argument(
-        "--id-column", metavar="NAME", help="the table's column of ids, if not called material_id or id"
+        "--id-column",
+        metavar="NAME",
+        help="the column of ids of the table or the records, if not called material_id or id",
     )
     parser.add_argument(
         "--units",
@@ -124,7 +127,7 @@ def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--licence", metavar="TEXT", help="their licence")
     parser.add_argument("--citation", metavar="TEXT", help="what to cite when they are used")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier import")
-    parser.add_argument("--workers", metavar="N", type=int, help="processes that parse (default: cores, at most 8)")
+    parser.add_argument("--workers", metavar="N", type=int, help="processes that read (default: cores, at most 8)")
 
 
 def _import(arguments: argparse.Namespace) -> int:

@@ -20,6 +20,8 @@ MIN_VOLUME_PER_ATOM = 0.5
 """Å³; no solid is denser (diamond has 5.7)."""
 MAX_LENGTH = 10_000.0
 """Å; a longer lattice vector is a wrong unit."""
+MAX_FRACTION = 1000.0
+"""cells; a coordinate beyond has lost its digits, or isn't fractional"""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ def faults(crystals: Crystals, *, max_atoms: int | None = None) -> list[str | No
     numbers_bad = np.zeros(len(crystals), bool)
     owner = crystals.crystal
     coords_bad[owner[~np.isfinite(crystals.frac_coords).all(axis=1)]] = True
+    far = np.zeros(len(crystals), bool)
+    far[owner[(np.abs(crystals.frac_coords) > MAX_FRACTION).any(axis=1)]] = True
     numbers_bad[owner[(crystals.numbers < 1) | (crystals.numbers > MAX_ATOMIC_NUMBER)]] = True
     safe = np.where(lattice_bad[:, None, None], np.eye(3), crystals.lattice)
     per_atom: NDArray = np.abs(np.linalg.det(safe)) / np.maximum(sizes, 1)
@@ -130,6 +134,7 @@ def faults(crystals: Crystals, *, max_atoms: int | None = None) -> list[str | No
         report(sizes > max_atoms, f"it has {{}} atoms, over the limit of {max_atoms} (max_atoms)", sizes)
     report(lattice_bad, "its lattice has a value that is not finite")
     report(coords_bad, "a coordinate is not finite")
+    report(far, f"an atom is over {MAX_FRACTION:g} cells away from the origin: are its coordinates fractional?")
     report(numbers_bad, f"an atomic number is not between 1 and {MAX_ATOMIC_NUMBER}")
     report(lengths > MAX_LENGTH, "a lattice vector is {:.3g} Å long: is the unit right?", lengths)
     report(per_atom < MIN_VOLUME_PER_ATOM, "its cell has {:.3g} Å³ per atom: flat, or not in Å?", per_atom)

@@ -1,32 +1,34 @@
-"""Import crystals from CIF and POSCAR files, or from Parquet, into a store.
+"""Import crystals of any format into a store.
 
-Crystals stream through in batches of 1,000: read, checked by :func:`crysldnet.data.crystals.faults`, joined with the
-table of targets, written. Memory doesn't grow with their number, except for the ids and the targets. The output
-appears under its name when it is whole, and its bytes depend on the input only, not on the number of processes.
+An import has two steps. First the source is cut into pieces, which are read and checked in processes, each piece being
+kept in a folder beside the output (:mod:`crysldnet.data.workspace`). Then the pieces are put together in their order:
+ids that came before are left out, the columns get one type, the table of targets is joined. The output appears under
+its name when it is whole, and its bytes depend on the input only: not on the number of processes, and not on how often
+the import was stopped. Memory hardly grows with the number of crystals, except for names of files, targets and rejects.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from crysldnet.data.crystals import faults
+from crysldnet import __version__
+from crysldnet.data.assembly import Plan, write
 from crysldnet.data.ledger import Ledger
-from crysldnet.data.schema import table_from_crystals
-from crysldnet.data.sources import Advance, Batch, FileSource, ParquetSource
-from crysldnet.data.store import StoreWriter
+from crysldnet.data.rows import enter_account, read_of
+from crysldnet.data.sources import Reader, Settings, open_readers
+from crysldnet.data.store import StoreWriter, remove_partials
 from crysldnet.data.structure_files import Source
-from crysldnet.data.targets import Targets, read_targets
+from crysldnet.data.targets import check_table, read_targets
+from crysldnet.data.workspace import Workspace, read_pieces, schema_of
 from crysldnet.errors import DataError
 
 
@@ -57,7 +59,7 @@ class ImportReport:
 
 
 def import_crystals(
-    source: Source,
+    source: Source | Any,
     out: str | os.PathLike[str],
     *,
     targets: str | os.PathLike[str] | None = None,
@@ -72,15 +74,20 @@ def import_crystals(
 ) -> ImportReport:
     """Import crystals into a store or a Parquet file.
 
-    A crystal's id is its file's stem: the path where stems collide, the folder's name for a file called POSCAR.
+    A crystal's id is its file's stem (the path where stems collide, the folder's name for a file called POSCAR), or
+    what its record says; see :data:`crysldnet.data.formats.records.ID_KEYS`.
 
     Args:
-        source: a folder, glob pattern or list of CIF and POSCAR files, or one .parquet file in the schema.
+        source: a folder, glob pattern or list of files, whose names say what they are: CIF and POSCAR, zip and tar
+            archives of them, JSON, JSON lines, CSV with a column of CIFs, extended XYZ, ASE databases, Parquet.
+            Or objects: a pandas or polars data frame, an Arrow table, or anything that gives pymatgen's ``Structure``,
+            ASE's ``Atoms`` or records one by one, such as a Hugging Face data set.
         out: the store's folder (``name.store`` by convention), or a file where the name ends in .parquet.
         targets: a CSV with a column of ids and columns of properties, ``band_gap (eV)`` or ``band_gap``. An empty
             cell is null; so is the value of a crystal without a row. A column without any number is kept as text,
             one without a name is left out.
-        id_column: the CSV's column of ids, where it isn't called material_id, id, file, filename or name.
+        id_column: the column of ids of the CSV or of the records, where it isn't called material_id, id, file,
+            filename or name.
         units: unit of each property whose column doesn't state it.
         on_error: "report" leaves out what can't be used and lists it in ``<out>.rejects.csv``; "raise" stops at the
             first and leaves nothing behind.
@@ -88,7 +95,7 @@ def import_crystals(
         metadata: source, licence and citation, kept with the crystals; the source's name by default.
         overwrite: replace what an earlier import left under ``out``.
         progress: show a progress bar where standard error is a terminal.
-        workers: processes that parse, at most 8 by default. They start for 200 files or more, and import the calling
+        workers: processes that read, at most 8 by default. They start after two seconds, and import the calling
             script anew, so a script needs its ``if __name__ == "__main__":``.
 
     Raises:
@@ -98,60 +105,67 @@ def import_crystals(
     if on_error not in ("report", "raise"):
         raise DataError(f"on_error must be 'report' or 'raise', not {on_error!r}")
     out = Path(out)
-    ledger = Ledger(strict=on_error == "raise")
-    reader = _open_source(source, workers, max_atoms)
-    kept = 0
+    strict = on_error == "raise"
+    output = _open_output(out, overwrite)
+    readers = open_readers(source)
+    settings = Settings(max_atoms, id_column)
+    if targets is not None:
+        check_table(Path(targets), id_column)
+    ledger = Ledger(strict)
+    report_path = out.with_name(f"{out.name}.rejects.csv")
     try:
-        with _open_output(out, overwrite) as output, _progress(len(reader), progress) as advance:
-            table = None if targets is None else read_targets(Path(targets), reader.ids(), id_column, ledger)
-            all_units = _all_units(reader, table, units or {})
-            about = {**reader.metadata, **(metadata or {})}
-            seen: set[str] = set()
-            for batch in reader.batches(ledger, advance):
-                batch = _admitted(batch, max_atoms, seen, ledger)
-                properties = batch.properties | ({} if table is None else table.take(batch.ids, ledger))
-                if batch.ids:
-                    output.append(table_from_crystals(batch.crystals, batch.ids, properties, all_units, about))
-                kept += len(batch.ids)
-            if not kept:
-                raise _NothingKept
-    except _NothingKept:
-        pass
+        with Workspace(out, _stamp(readers, settings)) as workspace:
+            pieces: list[Path] = []
+            try:
+                pieces = list(_read(readers, settings, workspace, strict, progress, workers))
+                plan = Plan(pieces, _about(readers) | dict(metadata or {}))
+                table = None if targets is None else read_targets(Path(targets), plan.ids(), id_column, ledger)
+                plan.join(table, units or {})
+                kept = write(plan.tables(ledger), output, ledger, report_path)
+            except DataError:
+                if strict or len(pieces) < 2:  # what took long isn't thrown away for a wrong unit or table
+                    workspace.remove()
+                raise
+            read = sum(read_of(schema_of(piece)) for piece in pieces)
+            workspace.remove()
     except OSError as error:
         raise DataError(f"{out}: can't be written ({error.strerror})") from error
-    report_path = ledger.save(out.with_name(f"{out.name}.rejects.csv"))
-    return ImportReport(kept, len(reader) - kept, ledger.notes, out, report_path)
+    return ImportReport(kept, read - kept, ledger.notes, out, report_path if report_path.exists() else None)
 
 
-class _NothingKept(Exception):
-    """Leaves the output's context so that nothing is written."""
+def _stamp(readers: Sequence[Reader], settings: Settings) -> Any:
+    stamps = [reader.stamp() for reader in readers]
+    return None if None in stamps else [__version__, *settings, *stamps]
 
 
-def _open_source(source: Source, workers: int | None, max_atoms: int) -> FileSource | ParquetSource:
-    if isinstance(source, (str, os.PathLike)) and Path(source).suffix.lower() == ".parquet":
-        return ParquetSource(Path(source))
-    return FileSource(source, min(os.cpu_count() or 1, 8) if workers is None else max(workers, 1), max_atoms)
+def _about(readers: Sequence[Reader]) -> dict[str, str]:
+    """Return what the sources say of themselves."""
+    if len(readers) == 1:
+        return {"source": readers[0].name, **readers[0].metadata}
+    more = f" and {len(readers) - 3} more" if len(readers) > 3 else ""
+    return {"source": ", ".join(reader.name for reader in readers[:3]) + more}
 
 
-def _admitted(batch: Batch, max_atoms: int, seen: set[str], ledger: Ledger) -> Batch:
-    """Drop the crystals that can't be used, and those whose id came before."""
-    good = []
-    for i, fault in enumerate(faults(batch.crystals, max_atoms=max_atoms)):
-        material_id = batch.ids[i]
-        if fault is None and (not material_id or material_id in seen):
-            fault = "an earlier crystal has the same id" if material_id else "the id is empty"
-        if fault is None:
-            seen.add(material_id)
-            good.append(i)
-        else:
-            ledger.reject(batch.places[i], material_id, fault)
-    index = np.array(good, np.int64)
-    return Batch(
-        [batch.places[i] for i in good],
-        [batch.ids[i] for i in good],
-        batch.crystals.take(index),
-        {name: column.take(pa.array(index)) for name, column in batch.properties.items()},
-    )
+def _read(
+    readers: Sequence[Reader],
+    settings: Settings,
+    workspace: Workspace,
+    strict: bool,
+    progress: bool,
+    workers: int | None,
+) -> Iterator[Path]:
+    """Read what isn't read yet, and give the pieces in order."""
+    tasks = (task for reader in readers for task in reader.tasks(settings))
+    processes = min(os.cpu_count() or 1, 8) if workers is None else max(workers, 1)
+    totals = [reader.total for reader in readers]
+    total = None if None in totals else sum(total for total in totals if total is not None)
+    with _progress(total, progress) as advance:
+        for piece in read_pieces(tasks, workspace, processes):
+            schema = schema_of(piece)
+            if strict:
+                enter_account(schema, Ledger(strict=True))
+            advance(read_of(schema))
+            yield piece
 
 
 class ParquetOutput:
@@ -170,6 +184,7 @@ class ParquetOutput:
     def __enter__(self) -> ParquetOutput:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            remove_partials(self._path)
             self._file = self._partial.open("wb")
         except OSError as error:
             raise DataError(f"can't write to {self._path.parent}: {error.strerror}") from error
@@ -178,7 +193,7 @@ class ParquetOutput:
     def append(self, table: pa.Table) -> None:
         """Add rows; all tables have the same columns."""
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._file, table.schema, compression="zstd")
+            self._writer = pq.ParquetWriter(self._file, table.schema, compression="zstd", write_page_checksum=True)
         self._writer.write_table(table)
 
     def __exit__(
@@ -203,7 +218,7 @@ def _open_output(out: Path, overwrite: bool) -> StoreWriter | ParquetOutput:
 
 
 @contextmanager
-def _progress(total: int, shown: bool) -> Iterator[Advance]:
+def _progress(total: int | None, shown: bool) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -212,18 +227,3 @@ def _progress(total: int, shown: bool) -> Iterator[Advance]:
     with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
         task = bar.add_task("importing", total=total)
         yield lambda count: bar.advance(task, count)
-
-
-def _all_units(reader: FileSource | ParquetSource, table: Targets | None, given: Mapping[str, str]) -> dict[str, str]:
-    names = [*reader.columns, *(table.columns if table else ())]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise DataError(f"column {twice[0]!r} stands in the crystals' file and in the targets; leave one out")
-    stated = {**reader.units, **(table.units if table else {})}
-    for name, unit in given.items():
-        if name not in names:
-            close = difflib.get_close_matches(name, names, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names) or 'none'}"
-            raise DataError(f"units are given for {name!r}, which is no property; {hint}")
-        if stated.get(name, unit) != unit:
-            raise DataError(f"the unit of {name!r} is {stated[name]!r} in the file and {unit!r} in units")
-    return {**stated, **given}

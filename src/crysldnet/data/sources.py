@@ -1,180 +1,242 @@
-"""Where an import's crystals come from: structure files, or a Parquet file. Both give them in batches of 1,000."""
+"""Where an import's crystals come from. A reader cuts its source into pieces, each read on its own."""
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import os
-import re
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from crysldnet.data.crystals import Crystals, from_lists
-from crysldnet.data.ledger import Ledger
-from crysldnet.data.schema import STRUCTURE_COLUMNS, crystals_from_table, metadata_of, units_of
-from crysldnet.data.structure_files import Source, Structure, find_structure_files, material_ids, read_many
+from crysldnet.data.formats.compression import inner_name
+from crysldnet.data.rows import Rows
+from crysldnet.data.structure_files import find_structure_files, kind_of, material_ids, parse_structure, read_structure
+from crysldnet.data.workspace import Task
 from crysldnet.errors import DataError
 
-BATCH = 1000
-Advance = Callable[[int], None]
-"""Called with how many more crystals were read."""
+PIECE = 500
+"""crystals in a piece"""
+PIECE_BYTES = 16 * 2**20
+"""bytes that a piece carries at most, where it has to carry them to another process"""
+
+T = TypeVar("T")
 
 
-class Batch(NamedTuple):
-    """Crystals, and the file or row that each came from."""
+class Settings(NamedTuple):
+    """What the readers need to know of an import."""
 
-    places: list[str]
-    ids: list[str]
-    crystals: Crystals
-    properties: dict[str, pa.Array]
+    max_atoms: int
+    id_column: str | None
 
 
-class FileSource:
-    """Crystals of CIF and POSCAR files.
+class Reader(Protocol):
+    """A source of crystals.
 
     Attributes:
-        columns: properties that come with the crystals: none.
-        units: of the properties.
-        metadata: the name of what was given.
+        name: what the crystals are from, for messages and for the store.
+        metadata: what the source says of itself.
+        total: how many crystals it has, None where that isn't known beforehand.
     """
 
-    def __init__(self, source: Source, workers: int, max_atoms: int) -> None:
-        self._files = find_structure_files(source)
-        self._workers, self._max_atoms = workers, max_atoms
-        paths = [os.path.abspath(file) for file in self._files]
-        folder = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else None
-        inside = folder is not None and folder.is_dir()
-        shared = os.path.commonpath([os.path.dirname(p) for p in paths])
-        root = Path(os.path.abspath(folder) if folder is not None and inside else shared)
-        self._names = [Path(path).relative_to(root).as_posix() for path in paths]
+    name: str
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+
+    @property
+    def total(self) -> int | None: ...
+
+    def stamp(self) -> Any:
+        """Return what changes when the input does, in plain types; None where nothing can tell."""
+
+    def tasks(self, settings: Settings) -> Iterator[Task]:
+        """Cut the source into pieces, the same ones every time."""
+
+
+def stamp_of(paths: Iterable[str | os.PathLike[str]]) -> str:
+    """Return a hash of the names, sizes and times of files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        about = os.stat(path)
+        digest.update(f"{os.path.abspath(path)}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def pieces(items: Iterable[T], size: Any = None) -> Iterator[list[T]]:
+    """Cut items into lists of up to 500, and of up to 16 MiB where ``size`` says what an item has."""
+    piece: list[T] = []
+    carried = 0
+    for item in items:
+        piece.append(item)
+        carried += size(item) if size is not None else 0
+        if len(piece) == PIECE or carried >= PIECE_BYTES:
+            yield piece
+            piece, carried = [], 0
+    if piece:
+        yield piece
+
+
+class FileReader:
+    """CIF and POSCAR files; see :class:`Reader`."""
+
+    def __init__(self, files: Sequence[Path], folder: Path | None) -> None:
+        self._files = files
+        paths = [os.path.abspath(file) for file in files]
+        root = Path(os.path.abspath(folder) if folder else os.path.commonpath([os.path.dirname(p) for p in paths]))
+        self._names = [os.path.relpath(path, root).replace(os.sep, "/") for path in paths]
         self._ids = material_ids(self._names, root.name)
-        self.units: dict[str, str] = {}
-        self.columns: list[str] = []
-        self.metadata = {"source": self._names[0] if len(paths) == 1 and not inside else root.name}
+        self.name = self._names[0] if len(paths) == 1 and folder is None else root.name
+        self.metadata: dict[str, str] = {}
+        self.total = len(files)
 
-    def __len__(self) -> int:
-        return len(self._files)
+    def stamp(self) -> Any:
+        return stamp_of(self._files)
 
-    def ids(self) -> set[str]:
-        """Return the ids of all crystals."""
-        return set(self._ids)
-
-    def batches(self, ledger: Ledger, advance: Advance) -> Iterator[Batch]:
-        """Read the files; those that can't be are rejected."""
-        parsed = read_many(self._files, workers=self._workers, max_atoms=self._max_atoms)
-        results = zip(self._names, self._ids, parsed, strict=True)
-        while chunk := list(islice(results, BATCH)):
-            names: list[str] = []
-            ids: list[str] = []
-            structures: list[Structure] = []
-            for name, material_id, (structure, reason, notes) in chunk:
-                advance(1)
-                for note in notes:
-                    ledger.note(f"files {note}", name)
-                if structure is None:
-                    ledger.reject(name, material_id, reason)
-                else:
-                    names.append(name)
-                    ids.append(material_id)
-                    structures.append(structure)
-            crystals = from_lists(*zip(*structures, strict=True)) if structures else from_lists([], [], [])
-            yield Batch(names, ids, crystals, {})
+    def tasks(self, settings: Settings) -> Iterator[Task]:
+        for piece in pieces(zip(self._names, self._ids, map(str, self._files), strict=True)):
+            yield partial(read_files, piece, settings.max_atoms)
 
 
-class ParquetSource:
-    """Crystals of a Parquet file in the schema.
+def read_files(files: Iterable[tuple[str, str, str]], max_atoms: int) -> pa.Table:
+    """Read a piece of a folder: place, id and path of each file."""
 
-    Attributes:
-        columns: properties that come with the crystals.
-        units: of the properties that state one.
-        metadata: what the file says of itself.
-    """
+    def structures() -> Iterator[tuple[str, str, Any]]:
+        for place, material_id, path in files:
+            yield place, material_id, partial(_without_path, path)
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            self._file = pq.ParquetFile(path)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: not a readable Parquet file ({error})") from error
-        schema = self._file.schema_arrow
-        try:
-            crystals_from_table(schema.empty_table())
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
-        types = {field.name: _property_type(field.type) for field in schema if field.name not in STRUCTURE_COLUMNS}
-        self._types = {name: kind for name, kind in types.items() if kind is not None}
-        self._left_out = [name for name, kind in types.items() if kind is None]
-        self.columns = list(self._types)
-        self.units = {name: unit for name, unit in units_of(schema).items() if name in self._types}
-        self.metadata = {"source": path.name} | metadata_of(schema)
-
-    def __len__(self) -> int:
-        return self._file.metadata.num_rows
-
-    def ids(self) -> set[str]:
-        """Return the ids of all crystals."""
-        return set(self._file.read(["material_id"])["material_id"].cast(pa.string()).to_pylist())
-
-    def batches(self, ledger: Ledger, advance: Advance) -> Iterator[Batch]:
-        """Read the rows; those that can't be are rejected."""
-        for name in self._left_out:
-            ledger.note("columns hold neither numbers nor text and were left out", name)
-        row = 1
-        try:
-            for batch in self._file.iter_batches(BATCH, columns=[*STRUCTURE_COLUMNS, *self.columns]):
-                yield self._batch(pa.Table.from_batches([batch]), row, ledger)
-                row += len(batch)
-                advance(len(batch))
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{self._path}: damaged at or after row {row} ({error})") from error
-
-    def _batch(self, table: pa.Table, row: int, ledger: Ledger) -> Batch:
-        places = [f"{self._path.name} row {row + i}" for i in range(len(table))]
-        ids = [material_id or "" for material_id in table["material_id"].cast(pa.string()).to_pylist()]
-        try:
-            crystals = crystals_from_table(table)
-        except DataError:
-            faults = [_row_fault(table.slice(i, 1)) for i in range(len(table))]
-            for place, material_id, fault in zip(places, ids, faults, strict=True):
-                if fault is not None:
-                    ledger.reject(place, material_id, fault)
-            good = [i for i, fault in enumerate(faults) if fault is None]
-            table = table.take(pa.array(good, pa.int64()))
-            places, ids = [places[i] for i in good], [ids[i] for i in good]
-            crystals = crystals_from_table(table)
-        return Batch(places, ids, crystals, self._properties(table, places, ids, ledger))
-
-    def _properties(self, table: pa.Table, places: list[str], ids: list[str], ledger: Ledger) -> dict[str, pa.Array]:
-        properties = {}
-        for name, kind in self._types.items():
-            column = table[name].cast(kind).combine_chunks()
-            if pa.types.is_floating(kind):
-                for i in np.flatnonzero(np.isinf(column.to_numpy(zero_copy_only=False))).tolist():
-                    ledger.reject(places[i], ids[i], f"{name} is infinite; its value is null")
-                column = pc.if_else(pc.is_finite(column), column, pa.scalar(None, kind))
-            properties[name] = column
-        return properties
+    return read_structures(structures(), max_atoms)
 
 
-def _row_fault(row: pa.Table) -> str | None:
+def _without_path(path: str, **options: Any) -> Any:
     try:
-        crystals_from_table(row)
+        return read_structure(path, **options)
     except DataError as error:
-        return re.sub(r"^row 0 \(.*?\): | in row 0$", "", str(error))
-    return None
+        raise DataError(str(error).removeprefix(f"{path}: ")) from error
 
 
-def _property_type(kind: pa.DataType) -> pa.DataType | None:
-    """Return the type that a property column is kept in, or None for a type that isn't kept."""
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-        return pa.string()
-    if pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_float32(kind):
-        return kind
-    return pa.float64() if pa.types.is_floating(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind) else None
+def read_members(members: Iterable[tuple[str, str, str, bytes | str]], max_atoms: int) -> pa.Table:
+    """Read a piece of an archive: place, id, name and content of each member, or why there is no content."""
+
+    def structures() -> Iterator[tuple[str, str, Any]]:
+        for place, material_id, name, content in members:
+            read = partial(_refuse, content) if isinstance(content, str) else partial(parse_structure, content, name)
+            yield place, material_id, read
+
+    return read_structures(structures(), max_atoms)
+
+
+def _refuse(reason: str, **_options: Any) -> Any:
+    raise DataError(reason)
+
+
+def read_structures(structures: Iterable[tuple[str, str, Any]], max_atoms: int) -> pa.Table:
+    """Read structures, given place, id and the function that reads it."""
+    rows = Rows()
+    for place, material_id, read in structures:
+        notes: list[str] = []
+        try:
+            structure = read(max_atoms=max_atoms, notes=notes)
+        except DataError as error:
+            rows.reject(place, material_id, str(error))
+            continue
+        rows.add(place, material_id, structure, {})
+        for note in notes:
+            rows.note(f"files {note}", place)
+    return rows.table(max_atoms)
+
+
+def open_readers(source: Any) -> list[Reader]:
+    """Tell what a source is and return the readers of its parts.
+
+    Args:
+        source: as :func:`crysldnet.data.importer.import_crystals` describes it.
+
+    Raises:
+        DataError: there is nothing to read, or nothing that is known.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return _open_paths([source])
+    if _is_table(source):
+        return [_object_reader(source)]
+    if not isinstance(source, Iterable):
+        raise DataError(f"{type(source).__name__} is no source of crystals")
+    items = iter(source)
+    first = list(islice(items, 1))
+    if not first:
+        raise DataError("the source is empty")
+    if isinstance(first[0], (str, os.PathLike)):
+        return _open_paths([*first, *items])
+    return [_object_reader(source if isinstance(source, Sequence) else chain(first, items))]
+
+
+def _is_table(source: Any) -> bool:
+    return isinstance(source, pa.Table) or hasattr(source, "iter_rows") or hasattr(source, "iloc")
+
+
+def _object_reader(source: Any) -> Reader:
+    from crysldnet.data.formats.tables import ObjectReader
+
+    return ObjectReader(source)
+
+
+def _open_paths(sources: Sequence[str | os.PathLike[str]]) -> list[Reader]:
+    paths = list(dict.fromkeys(path for source in sources for path in _expanded(Path(source).expanduser())))
+    readers: list[Reader] = []
+    structures = [path for path in paths if path.is_dir() or kind_of(path)]
+    others = [path for path in paths if not (path.is_dir() or kind_of(path))]
+    if structures:
+        files = find_structure_files(structures)
+        readers.append(FileReader(files, structures[0] if len(paths) == 1 and structures[0].is_dir() else None))
+    return [*readers, *(_open_file(path) for path in others)]
+
+
+def _expanded(path: Path) -> list[Path]:
+    if path.exists():
+        return [path]
+    if not glob.has_magic(str(path)):
+        raise DataError(f"{path}: no such file or folder")
+    found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+    found = [file for file in found if file.is_file() and (kind_of(file) or suffix_of(file) in KINDS)]
+    if not found:
+        raise DataError(f"{path}: no structure file there; those read are {KNOWN_FILES}")
+    return found
+
+
+def suffix_of(path: Path) -> str:
+    """Return what a file's name ends in, in lower case and without a compression's suffix; ".tar" of "x.tgz" too."""
+    name = path.name.lower()
+    for short in (".tgz", ".tbz2", ".txz"):
+        name = name[: -len(short)] + ".tar" if name.endswith(short) else name
+    return Path(inner_name(name)).suffix
+
+
+KINDS = {
+    ".zip": "archives.ZipReader",
+    ".tar": "archives.TarReader",
+    ".json": "record_files.json_reader",
+    ".jsonl": "record_files.LinesReader",
+    ".ndjson": "record_files.LinesReader",
+    ".csv": "record_files.CsvReader",
+    ".extxyz": "record_files.XyzReader",
+    ".xyz": "record_files.XyzReader",
+    ".db": "record_files.DatabaseReader",
+    ".parquet": "tables.ParquetReader",
+}
+"""The reader of each suffix, below ``crysldnet.data.formats``."""
+
+KNOWN_FILES = "*.cif, *.vasp, *.poscar, POSCAR*, CONTCAR*, " + ", ".join(f"*{suffix}" for suffix in KINDS)
+
+
+def _open_file(path: Path) -> Reader:
+    from importlib import import_module
+
+    suffix = suffix_of(path)
+    if suffix not in KINDS:
+        raise DataError(f"{path}: not a file of crystals by its name; those read are {KNOWN_FILES}")
+    module, name = KINDS[suffix].split(".")
+    return getattr(import_module(f"crysldnet.data.formats.{module}"), name)(path)

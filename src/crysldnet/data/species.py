@@ -11,7 +11,7 @@ from crysldnet.errors import DataError
 NOTE_ISOTOPE = "have deuterium or tritium, which was read as hydrogen"
 
 _ELEMENTS = frozenset(SYMBOLS[1:])
-_TYPE = re.compile(r"([A-Za-z]+)[\d.]*[+-]?[\d.]*")
+_TYPE = re.compile(r"([A-Za-z]+)(\d+(\.\d*)?)?[+-]?(\d+(\.\d*)?)?")
 _LABEL = re.compile(r"([A-Za-z]+)[\w'\"*()]*[+-]?")
 
 

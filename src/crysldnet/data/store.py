@@ -10,6 +10,7 @@ A store is written beside its final name and renamed when it is whole: a killed 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -233,6 +234,20 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def remove_partials(path: Path) -> None:
+    """Remove what processes that were killed have left of an output."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+        try:
+            os.kill(int(left.name.rpartition("-")[2]), 0)
+        except (ProcessLookupError, ValueError):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+        except PermissionError:  # another user's import is running
+            continue
+
+
 class StoreWriter:
     """Write a store, a table at a time, in flat memory; it appears under its name when it is whole.
 
@@ -255,7 +270,7 @@ class StoreWriter:
 
     def __enter__(self) -> StoreWriter:
         try:
-            self._remove_partials_of_killed_imports()
+            remove_partials(self.path)
             self._partial.mkdir(parents=True)
             for name in _ARRAYS:
                 self._files[name] = (self._partial / f"{name}.bin").open("wb")
@@ -263,15 +278,6 @@ class StoreWriter:
             raise DataError(f"can't write to {self.path.parent}: {error.strerror}") from error
         self._files["ptr"].write(np.zeros(1, "<i8").tobytes())
         return self
-
-    def _remove_partials_of_killed_imports(self) -> None:
-        for left in self.path.parent.glob(f".{self.path.name}.partial-*"):
-            try:
-                os.kill(int(left.name.rpartition("-")[2]), 0)
-            except (ProcessLookupError, ValueError):
-                shutil.rmtree(left, ignore_errors=True)
-            except PermissionError:  # another user's import is running
-                continue
 
     def append(self, table: pa.Table) -> None:
         """Add the rows of a table in the Parquet schema; all tables have the same columns."""

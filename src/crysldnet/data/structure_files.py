@@ -1,29 +1,24 @@
-"""Find CIF and POSCAR files, name the crystals in them, and read them one by one or in parallel.
+"""Find CIF and POSCAR files, name the crystals in them, and read them.
 
-Both formats are read by pymatgen, which is imported when the first file is read and not before. Where pymatgen would
-guess (a species that is no element, a space group that it doesn't know, a POSCAR without element names), the file is
-refused instead, because a guessed crystal can't be told from a right one later.
+CIF is read with gemmi, POSCAR with pymatgen; each is imported when the first file of its kind is read and not before.
+Where a file could be read only by guessing, it is refused, because a guessed crystal can't be told from a right one
+later.
 """
 
 from __future__ import annotations
 
 import glob
 import os
-import threading
-import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from crysldnet.data.cif import read_cif
-from crysldnet.data.poscar import read_poscar
+from crysldnet.data.crystals import MAX_FRACTION
+from crysldnet.data.formats.compression import DAMAGED, inner_name, open_stream
 from crysldnet.errors import DataError
 
 Structure = tuple[NDArray[np.float64], NDArray[np.uint8], NDArray[np.float64]]
@@ -35,23 +30,22 @@ Source = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 SUFFIXES = {".cif": "CIF", ".vasp": "POSCAR", ".poscar": "POSCAR"}
 BARE_NAMES = ("POSCAR", "CONTCAR")
 KNOWN_NAMES = "*.cif, *.vasp, *.poscar, POSCAR*, CONTCAR*"
-
-_SERIAL = 200
-"""files; fewer are read sooner in one process than it takes to start others"""
-_GROUP = 32
-"""files that a process reads at a time"""
+LIMIT = 64 * 2**20
+"""bytes; a larger file is no crystal but a mistake, or made to fill the memory"""
 
 
 def kind_of(name: str | os.PathLike[str]) -> str | None:
     """Return "CIF" or "POSCAR" by the file's name, in any case, or None where it is neither's."""
-    path = Path(name)
-    kind = SUFFIXES.get(path.suffix.lower())
-    return kind or ("POSCAR" if path.name.upper().startswith(BARE_NAMES) else None)
+    name = os.path.basename(inner_name(os.fspath(name)))
+    kind = SUFFIXES.get(os.path.splitext(name)[1].lower())
+    return kind or ("POSCAR" if name.upper().startswith(BARE_NAMES) else None)
 
 
 def without_suffix(name: str) -> str:
     """Drop a structure file's suffix from a name or path, and nothing from other names."""
-    return name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in SUFFIXES else name
+    bare = inner_name(name)
+    stem, suffix = os.path.splitext(bare)
+    return stem if suffix.lower() in SUFFIXES else bare if kind_of(bare) else name
 
 
 def find_structure_files(sources: Source) -> list[Path]:
@@ -98,10 +92,8 @@ def material_ids(names: Sequence[str], folder: str) -> list[str]:
     """
 
     def stem(name: str) -> str:
-        path = PurePosixPath(without_suffix(name))
-        if path.name.upper() in BARE_NAMES:
-            return path.parent.name or folder
-        return path.name
+        parent, bare = os.path.split(without_suffix(name))
+        return (os.path.basename(parent) or folder) if bare.upper() in BARE_NAMES else bare
 
     stems, paths = [stem(name) for name in names], [without_suffix(name) for name in names]
     of_stem, of_path = Counter(stems), Counter(paths)
@@ -117,10 +109,10 @@ def read_structure(
     """Read the crystal in a CIF or POSCAR file, with every atom of the cell.
 
     Args:
-        path: the file; its name says which kind it is.
+        path: the file; its name says which kind it is. It may be compressed (.gz, .bz2, .zst, .xz).
         max_atoms: refuse a file that lists more sites than this before they are expanded.
         notes: what was read otherwise than it stands there is appended: the ``NOTE_`` texts of
-            :mod:`crysldnet.data.cif` and :mod:`crysldnet.data.species`.
+            :mod:`crysldnet.data.formats.cif` and :mod:`crysldnet.data.species`.
 
     Returns:
         lattice [3, 3] in Å with lattice vectors in rows, atomic numbers [n], fractional coordinates [n, 3] of atoms
@@ -130,43 +122,64 @@ def read_structure(
         DataError: the file is empty, binary or not of its kind; the crystal is disordered, has no atoms, a species
             that is no element, a symmetry that isn't understood, or a lattice that isn't finite or has no volume.
     """
-    path = Path(path)
-    kind = kind_of(path)
+    try:
+        with open_stream(path) as stream:
+            raw = stream.read(LIMIT + 1)
+    except DAMAGED as error:
+        raise DataError(f"{path}: it can't be read ({getattr(error, 'strerror', None) or error})") from error
+    try:
+        return parse_structure(raw, os.fspath(path), max_atoms=max_atoms, notes=notes)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def parse_structure(
+    raw: bytes | str, name: str, *, max_atoms: int | None = None, notes: list[str] | None = None
+) -> Structure:
+    """Read a crystal from what a CIF or POSCAR file holds; see :func:`read_structure`.
+
+    Args:
+        raw: the content.
+        name: of the file, which says which kind it is.
+        max_atoms: as there.
+        notes: as there.
+    """
+    kind = kind_of(name)
     if kind is None:
-        raise DataError(f"{path}: not a structure file by its name; those read are {KNOWN_NAMES}")
+        raise DataError(f"not a structure file by its name; those read are {KNOWN_NAMES}")
     found: list[str] = []
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            read = read_cif if kind == "CIF" else read_poscar
-            structure = _checked(*read(_text(path), max_atoms, found))
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
+        text = _text(raw) if isinstance(raw, bytes) else raw
+        structure = checked(*_reader(kind)(text, max_atoms, found))
+    except DataError:
+        raise
     except Exception as error:
-        raise DataError(f"{path}: not a {kind} file that can be read ({_reason(error)})") from error
+        raise DataError(f"not a {kind} file that can be read ({_reason(error)})") from error
     if notes is not None:
         notes.extend(found)
     return structure
 
 
+def _reader(kind: str) -> Any:
+    if kind == "CIF":
+        from crysldnet.data.formats.cif import read_cif
+
+        return read_cif
+    from crysldnet.data.formats.poscar import read_poscar
+
+    return read_poscar
+
+
 def _reason(error: Exception) -> str:
-    """Say in words what the bare errors of pymatgen's parsers mean."""
-    if isinstance(error, KeyError):
-        return f"it has no {error.args[0]}"
+    """Say in words what the bare errors of pymatgen's parser mean."""
     if isinstance(error, IndexError):
         return "it ends too early"
-    if isinstance(error, ZeroDivisionError):
-        return "its list of atoms, or another loop_, is empty"
-    if "zip() argument" in str(error) or "is not a multiple" in str(error):
-        return "a loop_ has a value too few or too many"
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _text(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"it can't be opened ({error.strerror})") from error
+def _text(raw: bytes) -> str:
+    if len(raw) > LIMIT:
+        raise DataError(f"it is larger than {LIMIT // 2**20} MiB, too large for one crystal")
     if not raw.strip():
         raise DataError("the file is empty; export it again")
     if b"\0" in raw:
@@ -174,76 +187,30 @@ def _text(path: Path) -> str:
     return raw.decode("utf-8-sig", errors="replace").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _checked(lattice: Any, numbers: Any, frac_coords: Any) -> Structure:
-    lattice = np.array(lattice, np.float64)
+def checked(lattice: Any, numbers: Any, frac_coords: Any) -> Structure:
+    """Check a crystal's arrays and wrap its atoms into the cell.
+
+    Args:
+        lattice: [3, 3] vectors in rows, in Å.
+        numbers: [n] atomic numbers.
+        frac_coords: [n, 3].
+
+    Raises:
+        DataError: no atoms, as many species as coordinates there aren't, a value that isn't finite, or a cell without
+            volume.
+    """
+    lattice = np.array(lattice, np.float64).reshape(3, 3)
     frac_coords = np.array(frac_coords, np.float64).reshape(-1, 3)
     if not len(numbers):
         raise DataError("it has no atoms")
+    if len(numbers) != len(frac_coords):
+        raise DataError(f"it has {len(numbers)} species and {len(frac_coords)} coordinates")
     if not np.isfinite(lattice).all():
         raise DataError("its lattice has a value that is not finite")
     if abs(np.linalg.det(lattice)) < 1e-6:
         raise DataError("its cell has no volume; check the lattice vectors")
     if not np.isfinite(frac_coords).all():
         raise DataError("a coordinate is not finite")
+    if (farthest := np.abs(frac_coords).max()) > MAX_FRACTION:
+        raise DataError(f"an atom is {farthest:.3g} cells away from the origin: is the unit right?")
     return lattice, np.array(numbers, np.uint8), frac_coords - np.floor(frac_coords)
-
-
-class Parsed(NamedTuple):
-    """A file that was read, or why it couldn't be."""
-
-    structure: Structure | None
-    reason: str
-    notes: tuple[str, ...]
-
-
-def read_many(files: Sequence[Path], *, workers: int, max_atoms: int | None = None) -> Iterator[Parsed]:
-    """Read files in their order, in ``workers`` processes where there are 200 or more.
-
-    Raises:
-        DataError: a process died.
-    """
-    groups = (list(files[first : first + _GROUP]) for first in range(0, len(files), _GROUP))
-    if workers == 1 or len(files) < _SERIAL:
-        for group in groups:
-            yield from _read_group(group, max_atoms)
-        return
-    pending: deque[Future[list[Parsed]]] = deque()
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
-    try:
-        for group in groups:
-            pending.append(pool.submit(_read_group, group, max_atoms))
-            if len(pending) > 4 * workers:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a process that reads structure files died: it ran out of memory, or the script that called lacks "
-            'if __name__ == "__main__"; with workers=1 everything runs in one process'
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _read_group(files: Sequence[Path], max_atoms: int | None) -> list[Parsed]:
-    return [_parsed(file, max_atoms) for file in files]
-
-
-def _parsed(file: Path, max_atoms: int | None) -> Parsed:
-    notes: list[str] = []
-    try:
-        structure = read_structure(file, max_atoms=max_atoms, notes=notes)
-    except DataError as error:
-        return Parsed(None, str(error).removeprefix(f"{file}: "), ())
-    return Parsed(structure, "", tuple(notes))
-
-
-def _end_with_parent() -> None:
-    """Let a process end when the one that started it is killed; it would wait for work forever."""
-
-    def wait() -> None:
-        if (parent := parent_process()) is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

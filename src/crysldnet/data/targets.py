@@ -15,12 +15,12 @@ import numpy as np
 import pyarrow as pa
 
 from crysldnet.data.ledger import Ledger
+from crysldnet.data.rows import MISSING
 from crysldnet.data.schema import STRUCTURE_COLUMNS
 from crysldnet.data.structure_files import material_ids, without_suffix
 from crysldnet.errors import DataError
 
 ID_COLUMNS = ("material_id", "id", "file", "filename", "name")
-MISSING = ("", "nan", "na", "n/a", "null", "none")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,15 @@ class Targets:
         return {name: column.take(pa.array(index, pa.int64())) for name, column in self.columns.items()}
 
 
+def check_table(path: Path, id_column: str | None) -> None:
+    """Refuse a table that has no column of ids or none of properties, before any crystal is read.
+
+    Raises:
+        DataError: as :func:`read_targets`.
+    """
+    _key_column(path, _read_csv(path)[0], id_column)
+
+
 def read_targets(path: Path, ids: set[str], id_column: str | None, ledger: Ledger) -> Targets:
     """Read a CSV of properties for crystals with these ids; commas, semicolons or tabs separate its cells.
 
@@ -62,7 +71,7 @@ def read_targets(path: Path, ids: set[str], id_column: str | None, ledger: Ledge
     for j, title in enumerate(header):
         if j == key or not title:
             continue
-        name, unit = _name_and_unit(title)
+        name, unit = name_and_unit(title)
         cells = [(place, material_id, row[j].strip()) for material_id, (place, row) in found.items()]
         columns[name] = _column(name, unit, cells, ledger)
         if unit:
@@ -125,7 +134,7 @@ def _key_column(path: Path, header: list[str], id_column: str | None) -> int:
             f"{path}: no column {key or ', '.join(ID_COLUMNS)} for the ids; "
             f"name one of {', '.join(map(repr, header))} with id_column"
         )
-    names = [_name_and_unit(title)[0] for title in header if title and title != key]
+    names = [name_and_unit(title)[0] for title in header if title and title != key]
     for name in names:
         if names.count(name) > 1 or name in STRUCTURE_COLUMNS:
             raise DataError(f"{path}: the column name {name!r} is taken or stands there twice; rename it")
@@ -136,7 +145,7 @@ def _key_column(path: Path, header: list[str], id_column: str | None) -> int:
     return header.index(key)
 
 
-def _name_and_unit(title: str) -> tuple[str, str | None]:
+def name_and_unit(title: str) -> tuple[str, str | None]:
     """Split ``band_gap (eV)`` or ``band_gap [eV]``."""
     match = re.fullmatch(r"(.*\S)\s*[(\[]([^()\[\]]+)[)\]]", title)
     return (match[1], match[2].strip()) if match else (title, None)
@@ -150,7 +159,7 @@ def _spellings(written: str) -> Iterator[str]:
 
 def _column(name: str, unit: str | None, cells: list[tuple[str, str, str]], ledger: Ledger) -> pa.Array:
     """Make a column of numbers, or of text where it has no unit and no number."""
-    numbers = [_number(text) for _, _, text in cells]
+    numbers = [number_in(text) for _, _, text in cells]
     if unit is None and None in numbers and all(number is None or math.isnan(number) for number in numbers):
         return pa.array([None if text.lower() in MISSING else text for *_, text in cells], pa.string())
     for (place, material_id, text), number in zip(cells, numbers, strict=True):
@@ -160,7 +169,7 @@ def _column(name: str, unit: str | None, cells: list[tuple[str, str, str]], ledg
     return pa.array(np.array(values, np.float64), from_pandas=True)
 
 
-def _number(text: str) -> float | None:
+def number_in(text: str) -> float | None:
     """Read a cell: NaN where it is empty, None where it isn't a finite number."""
     if text.lower() in MISSING:
         return math.nan

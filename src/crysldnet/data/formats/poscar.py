@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
+
+from pymatgen.io.vasp.inputs import Poscar
 
 from crysldnet.data.species import element_symbols
 from crysldnet.errors import DataError
@@ -11,8 +14,6 @@ from crysldnet.errors import DataError
 
 def read_poscar(text: str, max_atoms: int | None, notes: list[str]) -> tuple[Any, Any, Any]:
     """Return lattice, atomic numbers and fractional coordinates, as :func:`read_structure` describes them."""
-    from pymatgen.io.vasp.inputs import Poscar
-
     lines = text.split("\n")
     float(lines[1])  # the scale; without one it is no POSCAR, and the error that this raises says so
     names = [re.split("[_/]", word)[0] for word in lines[5].split()]
@@ -25,7 +26,9 @@ def read_poscar(text: str, max_atoms: int | None, notes: list[str]) -> tuple[Any
         raise DataError(f"it has {sum(counts)} atoms, over the limit of {max_atoms} (max_atoms)")
     if sum(counts) > len(lines):
         raise DataError(f"it ends too early for its {sum(counts)} atoms")
-    poscar = Poscar.from_str(text, read_velocities=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        poscar = Poscar.from_str(text, read_velocities=False)
     if not poscar.true_names:
         raise DataError("it doesn't name its elements (VASP 4); add a line with their symbols above the counts")
     structure = poscar.structure
