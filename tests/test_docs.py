@@ -28,7 +28,7 @@ from crysldnet import __version__, cli
 from crysldnet import build as build_module
 from crysldnet.build import TARGET
 from crysldnet.config import choices, compose, conf_folder, validate
-from crysldnet.data import datamodule
+from crysldnet.data import locations
 from crysldnet.errors import CrysldnetError
 from crysldnet.training import plots
 from crysldnet.training.run_folder import NAME_VARIABLE
@@ -258,7 +258,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("embedded")
     subset(folder / "mp_starter.parquet", train=48, val=12, test=12)
     for name in ("matbench_jdft2d", "matbench_phonons"):
-        pq.write_table(pq.read_table(datamodule.EMBEDDED / f"{name}.parquet").slice(0, 60), folder / f"{name}.parquet")
+        pq.write_table(pq.read_table(locations.EMBEDDED / f"{name}.parquet").slice(0, 60), folder / f"{name}.parquet")
     return folder
 
 
@@ -268,7 +268,7 @@ def in_folder(folder: Path, embedded: Path, patch: pytest.MonkeyPatch) -> None:
         (folder / name).symlink_to(ROOT / name)
     patch.chdir(folder)
     patch.syspath_prepend(str(folder))
-    patch.setattr(datamodule, "EMBEDDED", embedded)
+    patch.setattr(locations, "EMBEDDED", embedded)
     patch.setattr(build_module, "ALLOWED", set(build_module.ALLOWED))
 
 

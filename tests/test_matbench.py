@@ -18,7 +18,7 @@ import pytest
 
 from crysldnet import cli
 from crysldnet.config import compose, validate
-from crysldnet.data.datamodule import EMBEDDED
+from crysldnet.data.locations import EMBEDDED
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import ConfigError, DataError
 from crysldnet.finetune import make_encoder
