@@ -15,10 +15,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pyarrow.parquet as pq
 import pytest
@@ -29,6 +29,7 @@ from crysldnet import build as build_module
 from crysldnet.build import TARGET
 from crysldnet.config import choices, compose, conf_folder, validate
 from crysldnet.data import locations
+from crysldnet.data.split import Split
 from crysldnet.errors import CrysldnetError
 from crysldnet.training import plots
 from crysldnet.training.run_folder import NAME_VARIABLE
@@ -340,6 +341,11 @@ def documented(title: str) -> tuple[list[str], dict[str, list[str]]]:
     return header, {quoted(row[0])[0]: row[1:] for row in rows}
 
 
+def tables_of(text: str) -> list[list[list[str]]]:
+    """Return each table's rows, its header first."""
+    return [table_rows(part) for part in re.split(r"\n\s*\n", text) if part.lstrip().startswith("|")]
+
+
 def value_of(cell: str) -> Any:
     return yaml.safe_load(quoted(cell)[0])
 
@@ -366,11 +372,28 @@ def test_every_key_of_a_group_is_documented_with_its_values(group: str) -> None:
         assert f"`{values[TARGET]}`" in text
     if not any(flat(values) for values in files.values()):
         return
-    header, rows = documented(f"### {group}")
-    assert sorted(header[1:-1]) == sorted(files)
-    for place, name in enumerate(header[1:-1]):
-        said = {key: value_of(cells[place]) for key, cells in rows.items() if cells[place]}
-        assert said == flat(files[name], f"{group}."), name
+    said: dict[str, dict[str, Any]] = {}
+    for header, *rows in tables_of(text):
+        if header[0] == "choice":  # a row for each choice
+            for name, *cells in rows:
+                keys = [quoted(title)[0] for title in header[1:]]
+                said[quoted(name)[0]] = {k: value_of(c) for k, c in zip(keys, cells, strict=True) if c}
+        elif header[1] != "value":  # a column for each choice
+            for place, name in enumerate(header[1:-1], 1):
+                said[name] = {quoted(row[0])[0]: value_of(row[place]) for row in rows if row[place]}
+    assert said == {name: flat(values, f"{group}.") for name, values in files.items()}
+
+
+def test_every_key_of_a_split_is_documented_and_those_that_no_file_sets_with_their_defaults() -> None:
+    split = asdict(Split())
+    text = section("docs/configuration.md", "### data")
+    assert all(f"`data.split.{key}`" in text for key in split)
+    table = next(table for table in tables_of(text) if table[0][1] == "value")
+    for key, value, _ in table[1:]:
+        assert split[quoted(key)[0].removeprefix("data.split.")] == value_of(value)
+    ways = set(get_args(get_type_hints(Split)["by"]))
+    said = {quoted(row[0])[0] for row in table_rows(section("docs/data.md", "## Splits"))[1:]}
+    assert ways == said
 
 
 @pytest.mark.parametrize("name", choices("preset"))

@@ -48,9 +48,9 @@ def describe_overlap(counts: dict[str, Any]) -> str:
             "encoder's file doesn't say."
         )
     return (
-        f"Of the {counts['test_crystals']:,} test crystals, the pretraining set of {counts['pretraining_crystals']:,} "
-        f"has {counts['ids']:,} by id, {counts['formulas']:,} by reduced formula, and {counts['similar']:,} by formula and "
-        "similar geometry; pretraining saw no labels."
+        f"Of the {counts['test_crystals']:,} test crystals, the {counts['pretraining_crystals']:,} of pretraining "
+        f"have {counts['ids']:,} by id, {counts['formulas']:,} by reduced formula, and {counts['similar']:,} by "
+        "formula and similar geometry; pretraining saw no labels."
     )
 
 
