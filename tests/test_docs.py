@@ -29,6 +29,7 @@ from crysldnet import build as build_module
 from crysldnet.build import TARGET
 from crysldnet.config import choices, compose, conf_folder, validate
 from crysldnet.data import locations
+from crysldnet.data.published.definitions import definition_of
 from crysldnet.data.split import Split
 from crysldnet.errors import CrysldnetError
 from crysldnet.training import plots
@@ -46,6 +47,7 @@ RUN_ELSEWHERE = {
     "sweep": "test_sweep.py runs a sweep",
     "strategy=ddp": "test_cli.py runs two processes",
     "logger=wandb": "test_cli.py writes an offline run",
+    "data=jarvis": "test_published.py fetches, converts and trains",
     "resume=last": "test_cli.py stops a run and resumes it",
 }
 """Commands and arguments that are composed and validated here, and where they are run."""
@@ -200,6 +202,10 @@ class Reader:
     def take_command(self, arguments: list[str]) -> None:
         command = arguments[0]
         line = " ".join(arguments)
+        if arguments[:2] == ["data", "download"] and arguments[2:] and "--info" not in arguments:
+            definition_of(arguments[2])
+            self.checked.append(line)
+            return
         if command == "data" or "--help" in arguments or "--print-config" in arguments:
             assert cli.run(arguments) == 0
             self.ran.append(line)
