@@ -2,7 +2,8 @@
 
 python experiments/leakage/run.py --data FOLDER
 
-FOLDER holds mp_cgcnn_train.parquet, mp_20_val.parquet, matbench_jdft2d.parquet and matbench_phonons.parquet.
+FOLDER holds mp_cgcnn_train.parquet, mp_20_val.parquet, matbench_jdft2d.parquet, matbench_phonons.parquet and
+jarvis_dft_3d_part.parquet.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def disturbed(crystals: Crystals, seed: int) -> Crystals:
 
 
 def copies() -> tuple[int, int, int]:
-    """Compare the small embedded crystals with disturbed copies: how many, how many match, how many of these are lost."""
+    """Compare small embedded crystals with disturbed copies: how many, how many match, how many of these are lost."""
     store = open_store("embedded:mp_starter")
     crystals = store.crystals.take(np.flatnonzero(store.crystals.sizes <= MAX_ATOMS_OF_COPIES))
     other = disturbed(crystals, seed=0)
@@ -117,11 +118,11 @@ def main() -> None:
         train, test = (Path(name).name.removesuffix(".parquet") for name in (shared.train, shared.test))
         for by in ("ids", "formulas", "structures"):
             found = len(getattr(shared, by))
-            of = f"{shared.test_crystals:,} test crystals against {shared.train_crystals:,}"
-            record(f"{train} → {test}", f"test crystals shared by {by.removesuffix('s')}", found, "crystals", of)
-            record(f"{train} → {test}", f"share by {by.removesuffix('s')}", 100 * found / shared.test_crystals, "%", of)
+            share = f"{100 * found / shared.test_crystals:.1f} % of {shared.test_crystals:,} test crystals"
+            data = f"{share}, against {shared.train_crystals:,}"
+            record(f"{train} → {test}", f"test crystals shared by {by.removesuffix('s')}", found, "crystals", data)
     train_store = open_store(str(folder / "mp_cgcnn_train.parquet"))
-    for name in ("mp_20_val", "matbench_phonons"):
+    for name in ("mp_20_val", "matbench_phonons", "jarvis_dft_3d_part"):
         counts = judge(train_store, open_store(str(folder / f"{name}.parquet")))
         data = f"{counts['pairs']:,} pairs of one formula, {counts['matches']:,} matches"
         title = f"filter, mp_cgcnn_train and {name}"

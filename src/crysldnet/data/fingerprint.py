@@ -1,11 +1,12 @@
 """What a crystal is known by in another data set: its id, its reduced formula, its geometry.
 
-Shapes: ``B`` crystals, ``D`` distances. Ids and formulas are kept as 64-bit hashes, so the fingerprints of a million
-crystals take 42 MB and can travel inside a checkpoint.
+Shapes: ``B`` crystals, ``D`` = 12 distances. Ids and formulas are kept as 64-bit hashes, so the fingerprints of a
+million crystals take 42 MB and can travel inside a checkpoint.
 
-The geometry is the logarithm of the volume of an atom, and the D smallest distances of an atom, averaged over the
-atoms of the cell (the average minimum distance: D. Widdowson et al., MATCH 87, 529, 2022) and divided by the cube root
-of that volume. It doesn't depend on the choice of the cell or the order of the atoms, and moves little when atoms do.
+The geometry is the logarithm of the volume of an atom, and an atom's distances to some of its 24 nearest neighbors,
+averaged over the atoms of the cell (the average minimum distance: D. Widdowson et al., MATCH 87, 529, 2022) and divided
+by the cube root of that volume. It doesn't depend on the choice of the cell or the order of the atoms, and moves little
+when atoms do.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from crysldnet.data.elements import reduced_formula
 from crysldnet.data.neighbors import neighbor_list
 from crysldnet.data.store import CrystalStore
 
-DISTANCES = 12
+RANKS = (1, 4, 8, 12, 13, 14, 15, 17, 19, 21, 23, 24)
+"""Which neighbors, counted from the nearest; those after the twelfth tell close packings from each other."""
 _CHUNK = 4096
 
 
@@ -40,9 +42,10 @@ class Tolerance:
     distance: float
 
 
-SIMILAR = Tolerance(0.1, 0.1)
-"""Most crystals of one formula that are so alike are the same structure."""
-POSSIBLE = Tolerance(0.5, 0.3)
+SIMILAR = Tolerance(0.05, 0.02)
+"""Most crystals of one formula that are so alike are the same structure, and most of the same structure are so alike
+(experiments/leakage)."""
+POSSIBLE = Tolerance(0.4, 0.25)
 """Wide enough that pymatgen's StructureMatcher matched no pair of real crystals beyond it (experiments/leakage)."""
 
 
@@ -67,7 +70,7 @@ class Fingerprints:
     def of(cls, store: CrystalStore, rows: NDArray[np.int64] | None = None) -> Fingerprints:
         """Take the fingerprints of some rows of a store, by default of all."""
         rows = np.arange(len(store)) if rows is None else rows
-        parts = [np.empty((0, 1 + DISTANCES), np.float16)]
+        parts = [np.empty((0, 1 + len(RANKS)), np.float16)]
         formulas: list[str] = []
         for start in range(0, len(rows), _CHUNK):
             crystals = store.crystals.take(rows[start : start + _CHUNK])
@@ -106,10 +109,10 @@ def volumes_per_atom(crystals: Crystals) -> NDArray[np.float64]:
 def geometry_of(crystals: Crystals) -> NDArray[np.float16]:
     """[B, 1 + D] logarithm of the volume of an atom in Å³, then the averaged distances over its cube root."""
     if not len(crystals):
-        return np.empty((0, 1 + DISTANCES), np.float16)
+        return np.empty((0, 1 + len(RANKS)), np.float16)
     volume = volumes_per_atom(crystals)
-    nearest = neighbor_list(crystals.lattice, crystals.frac_coords, crystals.ptr, k=1, n_distances=DISTANCES).distances
-    mean = np.add.reduceat(nearest, crystals.ptr[:-1], axis=0) / crystals.sizes[:, None]
+    nearest = neighbor_list(crystals.lattice, crystals.frac_coords, crystals.ptr, k=1, n_distances=RANKS[-1]).distances
+    mean = np.add.reduceat(nearest[:, np.array(RANKS) - 1], crystals.ptr[:-1], axis=0) / crystals.sizes[:, None]
     return np.concatenate([np.log(volume)[:, None], mean / np.cbrt(volume)[:, None]], axis=1).astype(np.float16)
 
 
