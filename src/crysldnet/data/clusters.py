@@ -36,11 +36,14 @@ def clusters_of(store: CrystalStore, count: int, seed: int) -> NDArray[np.int64]
     """
     try:
         from sklearn.cluster import MiniBatchKMeans
+        from threadpoolctl import threadpool_limits  # comes with scikit-learn
     except ImportError as error:
         raise DataError(
             f"clusters need scikit-learn, which isn't installed ({error}): pip install scikit-learn"
         ) from None
     if len(store) < count:
         raise DataError(f"{store.name}: {len(store)} crystals can't make {count} clusters; lower data.split.clusters")
-    labels = MiniBatchKMeans(count, random_state=seed, n_init=3, batch_size=2048).fit_predict(features_of(store))
+    model = MiniBatchKMeans(count, random_state=seed, n_init=3, batch_size=2048)
+    with threadpool_limits(1):  # sums in a fixed order, whatever the number of cores
+        labels = model.fit_predict(features_of(store))
     return np.unique(labels, return_inverse=True)[1].astype(np.int64)

@@ -60,8 +60,9 @@ class Matcher:
         self._of_b = self._of_a if b is a else lru_cache(20_000)(lambda i: reduced_structure(b, i))
 
     def __call__(self, i: int, j: int) -> bool:
-        """Compare crystal i of a with crystal j of b."""
-        return bool(self._matcher.fit(self._of_a(i), self._of_b(j), skip_structure_reduction=True))
+        """Compare crystal i of a with crystal j of b; the matcher isn't symmetric, so one way is enough."""
+        one, other = self._of_a(i), self._of_b(j)
+        return any(self._matcher.fit(*pair, skip_structure_reduction=True) for pair in ((one, other), (other, one)))
 
 
 def matches(a: CrystalStore, rows_a: NDArray[np.int64], b: CrystalStore, rows_b: NDArray[np.int64]) -> Iterator[tuple]:

@@ -167,8 +167,11 @@ class Split:
         known = self.fractions[0] + self.fractions[1]
         if known <= 0:
             raise DataError(f"split.fractions: nothing is left to train on with {self.fractions}")
-        place = self._random_places(store) * known
-        place[has] = 1.0
+        others = np.flatnonzero(~has)
+        place = np.ones(len(store))
+        place[np.random.default_rng(self.seed).permutation(others)] = (
+            known * (np.arange(len(others)) + 0.5) / len(others)
+        )
         return place
 
     def _time_places(self, store: CrystalStore) -> NDArray[np.float64]:
