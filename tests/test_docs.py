@@ -398,8 +398,8 @@ def test_every_key_of_a_split_is_documented_and_those_that_no_file_sets_with_the
     for key, value, _ in table[1:]:
         assert split[quoted(key)[0].removeprefix("data.split.")] == value_of(value)
     ways = set(get_args(get_type_hints(Split)["by"]))
-    said = {quoted(row[0])[0] for row in table_rows(section("docs/data.md", "## Splits"))[1:]}
-    assert ways == said
+    table = tables_of(section("docs/data.md", "## Splits"))[0]
+    assert ways == {quoted(row[0])[0] for row in table[1:]}
 
 
 @pytest.mark.parametrize("name", choices("preset"))
@@ -492,12 +492,30 @@ def test_the_files_of_a_store_are_on_the_data_page(tmp_path: Path, capsys: pytes
     assert said == {p.name for p in (tmp_path / "a.store").iterdir()}
 
 
-def test_the_options_of_an_import_are_on_the_data_page(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("command", "title", "at_least"),
+    [
+        ("import", "## Import", 9),
+        ("describe", "## Describe", 3),
+        ("dedupe", "## Repeats and leakage", 4),
+        ("audit", "## Repeats and leakage", 5),
+        ("download", "## Published data sets", 2),
+    ],
+)
+def test_the_options_of_a_data_command_are_on_the_data_page(
+    command: str, title: str, at_least: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        cli.run(["data", "import", "--help"])
-    options = set(re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.MULTILINE))
-    assert len(options) > 8
-    assert all(option in section("docs/data.md", "## Import") for option in options)
+        cli.run(["data", command, "--help"])
+    options = set(re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.MULTILINE)) - {"--overwrite"}
+    assert len(options) >= at_least - 1
+    assert all(option in section("docs/data.md", title) for option in options)
+
+
+def test_the_fields_of_a_split_file_are_on_the_data_page(started: Path) -> None:
+    said = set(quoted(" ".join(row[0] for row in table_rows(section("docs/data.md", "## Splits")))))
+    for run in ("pretrain", "finetune"):
+        assert set(json.loads((started / run / "begun" / "split.json").read_text())) <= said
 
 
 def test_the_citation_file_has_what_its_format_asks_for() -> None:
