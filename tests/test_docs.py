@@ -29,7 +29,7 @@ from crysldnet import build as build_module
 from crysldnet.build import TARGET
 from crysldnet.config import choices, compose, conf_folder, validate
 from crysldnet.data import locations
-from crysldnet.data.published.definitions import definition_of
+from crysldnet.data.published.catalog import definition_of
 from crysldnet.data.split import Split
 from crysldnet.errors import CrysldnetError
 from crysldnet.training import plots

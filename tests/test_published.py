@@ -24,8 +24,9 @@ from crysldnet.config import choices, conf_folder, load_yaml
 from crysldnet.data.crystals import Crystals
 from crysldnet.data.elements import SYMBOLS
 from crysldnet.data.locations import DATA_VARIABLE, data_folder, open_part, open_store
-from crysldnet.data.published import definitions
-from crysldnet.data.published.definitions import PUBLISHED, PublishedSet, definition_of
+from crysldnet.data.published import catalog
+from crysldnet.data.published.catalog import PUBLISHED, definition_of
+from crysldnet.data.published.definition import File, PublishedSet
 from crysldnet.data.published.download import fetch_all, sha256_of
 from crysldnet.data.published.formats import stream_json
 from crysldnet.data.published.store_maker import make_store, seeded_split
@@ -98,8 +99,8 @@ def served_from(server: Server, monkeypatch: pytest.MonkeyPatch, name: str) -> I
     definition = PUBLISHED[name]
     files = tuple(replace(f, url=server.base + f.name, sha256=None) for f in definition.files)
     with monkeypatch.context() as patch:
-        patch.setitem(definitions.PUBLISHED, name, replace(definition, files=files))
-        yield definitions.PUBLISHED[name]
+        patch.setitem(catalog.PUBLISHED, name, replace(definition, files=files))
+        yield catalog.PUBLISHED[name]
 
 
 # --- real crystals in the formats of others ---
@@ -356,7 +357,7 @@ def test_checksums_of_measured_data_are_those_of_matminer() -> None:
 
 
 def one_file(server: Server, name: str = "file.bin", sha256: str | None = None) -> PublishedSet:
-    file = definitions.File(name=name, url=server.base + name, sha256=sha256)
+    file = File(name=name, url=server.base + name, sha256=sha256)
     return replace(PUBLISHED["gnome"], files=(file,))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from crysldnet.data.published.definitions import definition_of
+from crysldnet.data.published.catalog import definition_of
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
 

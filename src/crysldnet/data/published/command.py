@@ -6,7 +6,8 @@ import argparse
 import sys
 
 from crysldnet.data.locations import DATA_VARIABLE, data_folder, open_store, published_path
-from crysldnet.data.published.definitions import PUBLISHED, PublishedSet, definition_of
+from crysldnet.data.published.catalog import PUBLISHED, definition_of
+from crysldnet.data.published.definition import PublishedSet
 from crysldnet.data.published.download import fetch_all
 from crysldnet.data.published.store_maker import Made, make_store
 from crysldnet.errors import DataError

@@ -10,7 +10,7 @@ from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
 from crysldnet import __version__
-from crysldnet.data.published.definitions import File, PublishedSet
+from crysldnet.data.published.definition import File, PublishedSet
 from crysldnet.errors import DataError
 
 TIMEOUT_S = 30.0

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from crysldnet.data.elements import SYMBOLS
-from crysldnet.data.published.definitions import PublishedSet
+from crysldnet.data.published.definition import PublishedSet
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
 

@@ -17,12 +17,15 @@ import pyarrow as pa
 
 from crysldnet.data.crystals import from_lists
 from crysldnet.data.importer import ImportReport, ParquetOutput, import_crystals
-from crysldnet.data.published.definitions import FIELD_SEED, Property, PublishedSet
+from crysldnet.data.published.definition import Property, PublishedSet
 from crysldnet.data.published.formats import Entry, read_entries
 from crysldnet.data.schema import table_from_crystals
 from crysldnet.data.split import SPLITS
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
+
+FIELD_SEED = 123
+"""Of the splits that the field uses for JARVIS-DFT and MEGNet."""
 
 
 @dataclass(frozen=True)
