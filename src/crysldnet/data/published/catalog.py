@@ -125,7 +125,10 @@ def _gnome() -> PublishedSet:
         ),
         licence="CC BY-NC 4.0",
         citation="A. Merchant et al., Nature 624, 80 (2023), doi:10.1038/s41586-023-06735-9",
-        caveat="no checksum is published and the bucket changes: pin the sha256 that you got; 381,000 is rounded",
+        caveat=(
+            "no checksum is published, and the bucket changes (since August 2024 it has over 520,000 crystals): keep "
+            "the sha256 that you got; 381,000 is rounded"
+        ),
     )
 
 
