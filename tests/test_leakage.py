@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from conftest import COPPER, COPPER_CUBE, ROCKSALT, ROCKSALT_CUBE, cell, cells_of, put_together, supercell
 from crysldnet import cli, finetune, pretrain
@@ -350,3 +352,32 @@ def test_the_embedded_splits_share_no_formula_and_no_structure() -> None:
         assert not shared.ids
         assert not shared.formulas
         assert not shared.structures
+
+
+def test_structures_of_the_test_split_leave_no_trace_in_a_pretrained_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = subset(tmp_path / "one.parquet", train=30, val=4, test=10)
+    table = pq.read_table(path)
+    other = open_store("embedded:matbench_phonons").to_table().slice(0, 10)
+    rows = table.to_pylist()
+    tests = [row for row in rows if row["split"] == "test"]
+    for row, new in zip(tests, other.to_pylist(), strict=True):
+        row |= {name: new[name] for name in ("lattice", "atomic_numbers", "frac_coords")}
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), tmp_path / "two.parquet")
+    states = []
+    for name in ("one", "two"):
+        monkeypatch.delenv(NAME_VARIABLE, raising=False)
+        folder = pretrained(tmp_path, name, f"data.path={tmp_path / name}.parquet", "data.split.by=column")
+        states.append(checkpoint.read(folder / "encoder.safetensors", "encoder")[1])
+    assert open_store(str(tmp_path / "one.parquet")).hash != open_store(str(tmp_path / "two.parquet")).hash
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_without_pymatgen_structures_are_refused_with_a_way_out_and_formulas_work(
+    overlapping: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pymatgen.analysis.structure_matcher", None)
+    with pytest.raises(DataError, match="compare by formula"):
+        audit(*overlapping)
+    assert len(audit(*overlapping, structures=False).formulas) == 15

@@ -35,7 +35,7 @@ class Entry:
     Attributes:
         id: the material id.
         structure: the text of a CIF, or lattice [3, 3] in Å, atomic numbers [n] and fractional coordinates [n, 3].
-        values: what the file says of it, by its own keys.
+        values: of its properties, by the keys of the file.
         split: the split that its file is, if it is one.
     """
 
@@ -149,12 +149,16 @@ def _numbers(symbols: list[str]) -> NDArray[np.uint8]:
     return np.array([_NUMBERS.get(symbol.strip(), 0) for symbol in symbols], np.uint8)
 
 
+def _values(definition: PublishedSet, row: dict[str, Any]) -> dict[str, Any]:
+    """Keep what becomes a property."""
+    return {p.key: row[p.key] for p in definition.properties if p.key in row}
+
+
 def _jarvis(definition: PublishedSet, folder: Path, _: CrystalStore | None) -> Iterator[Entry]:
     with _text(folder / definition.files[0].name) as file:
         for item in stream_json(file):
             key = next(key for key in _ID_KEYS if key in item)
-            values = {name: value for name, value in item.items() if name not in ("atoms", key)}
-            yield Entry(str(item[key]), _of_atoms(item["atoms"]), values)
+            yield Entry(str(item[key]), _of_atoms(item["atoms"]), _values(definition, item))
 
 
 def _megnet(definition: PublishedSet, folder: Path, _: CrystalStore | None) -> Iterator[Entry]:
@@ -172,7 +176,7 @@ def _cif_table(definition: PublishedSet, folder: Path, _: CrystalStore | None) -
     for part in definition.files:
         with (folder / part.name).open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
-                yield Entry(row["material_id"], row["cif"], dict(row), part.split)
+                yield Entry(row["material_id"], row["cif"], _values(definition, row), part.split)
 
 
 def _zip_of_cifs(definition: PublishedSet, folder: Path, _: CrystalStore | None) -> Iterator[Entry]:
@@ -196,7 +200,7 @@ def _mptrj(definition: PublishedSet, folder: Path, _: CrystalStore | None) -> It
     with _text(folder / definition.files[0].name) as file:
         for _material, frames in stream_json(file):
             for name, frame in frames.items():
-                yield Entry(name, _of_pymatgen(frame["structure"]), frame)
+                yield Entry(name, _of_pymatgen(frame["structure"]), _values(definition, frame))
 
 
 def _pandas(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -211,7 +215,7 @@ def _pandas_structures(definition: PublishedSet, folder: Path, _: CrystalStore |
     rows = list(_pandas(folder / definition.files[0].name))
     stem, digits = definition.name.removeprefix("matbench_").replace("_", "-"), len(str(len(rows)))
     for place, (_, row) in enumerate(rows, 1):
-        yield Entry(f"mb-{stem}-{place:0{digits}d}", _of_pymatgen(row["structure"]), row)
+        yield Entry(f"mb-{stem}-{place:0{digits}d}", _of_pymatgen(row["structure"]), _values(definition, row))
 
 
 def _pandas_by_id(definition: PublishedSet, folder: Path, structures: CrystalStore | None) -> Iterator[Entry]:
@@ -222,7 +226,11 @@ def _pandas_by_id(definition: PublishedSet, folder: Path, structures: CrystalSto
         id_ = row.get("likely_mpid") or row.get("mpid")
         if id_ in where:
             crystal = structures.crystals.take(np.array([where[id_]]))
-            yield Entry(str(id_), (crystal.lattice[0], crystal.numbers, crystal.frac_coords.astype(np.float64)), row)
+            yield Entry(
+                str(id_),
+                (crystal.lattice[0], crystal.numbers, crystal.frac_coords.astype(np.float64)),
+                _values(definition, row),
+            )
 
 
 _READERS: dict[str, Callable[[PublishedSet, Path, CrystalStore | None], Iterator[Entry]]] = {
