@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from crysldnet.data.crystals import Crystals
-from crysldnet.data.datamodule import open_store
+from crysldnet.data.locations import open_store
 from crysldnet.data.store import CrystalStore
 
 

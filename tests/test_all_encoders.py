@@ -8,7 +8,7 @@ import pytest
 
 from crysldnet.cli import run
 from crysldnet.config import choices
-from crysldnet.data.datamodule import EMBEDDED
+from crysldnet.data.locations import EMBEDDED
 from crysldnet.training import checkpoint
 from encoders import CLASSES, SMALL, WIDTH
 from tiny import DENOISER, QUIET, subset

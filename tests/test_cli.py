@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from crysldnet import finetune
-from crysldnet.data.datamodule import EMBEDDED
+from crysldnet.data.locations import EMBEDDED
 from crysldnet.training import checkpoint
 from tiny import DENOISER, ENCODER, QUIET, finetune_config, subset
 

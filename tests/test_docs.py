@@ -15,10 +15,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pyarrow.parquet as pq
 import pytest
@@ -28,7 +28,9 @@ from crysldnet import __version__, cli
 from crysldnet import build as build_module
 from crysldnet.build import TARGET
 from crysldnet.config import choices, compose, conf_folder, validate
-from crysldnet.data import datamodule
+from crysldnet.data import locations
+from crysldnet.data.published.catalog import definition_of
+from crysldnet.data.split import Split
 from crysldnet.errors import CrysldnetError
 from crysldnet.training import plots
 from crysldnet.training.run_folder import NAME_VARIABLE
@@ -46,6 +48,7 @@ RUN_ELSEWHERE = {
     "strategy=ddp": "test_cli.py runs two processes",
     "logger=wandb": "test_cli.py writes an offline run",
     "trainer.compile=true": "test_speed.py compiles",
+    "data=jarvis": "test_published.py fetches, converts and trains",
     "resume=last": "test_cli.py stops a run and resumes it",
 }
 """Commands and arguments that are composed and validated here, and where they are run."""
@@ -201,6 +204,10 @@ class Reader:
     def take_command(self, arguments: list[str]) -> None:
         command = arguments[0]
         line = " ".join(arguments)
+        if arguments[:2] == ["data", "download"] and arguments[2:] and "--info" not in arguments:
+            definition_of(arguments[2])
+            self.checked.append(line)
+            return
         if command == "data" or "--help" in arguments or "--print-config" in arguments:
             assert cli.run(arguments) == 0
             self.ran.append(line)
@@ -261,7 +268,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("embedded")
     subset(folder / "mp_starter.parquet", train=48, val=12, test=12)
     for name in ("matbench_jdft2d", "matbench_phonons"):
-        pq.write_table(pq.read_table(datamodule.EMBEDDED / f"{name}.parquet").slice(0, 60), folder / f"{name}.parquet")
+        pq.write_table(pq.read_table(locations.EMBEDDED / f"{name}.parquet").slice(0, 60), folder / f"{name}.parquet")
     return folder
 
 
@@ -271,7 +278,7 @@ def in_folder(folder: Path, embedded: Path, patch: pytest.MonkeyPatch) -> None:
         (folder / name).symlink_to(ROOT / name)
     patch.chdir(folder)
     patch.syspath_prepend(str(folder))
-    patch.setattr(datamodule, "EMBEDDED", embedded)
+    patch.setattr(locations, "EMBEDDED", embedded)
     patch.setattr(build_module, "ALLOWED", set(build_module.ALLOWED))
 
 
@@ -343,6 +350,11 @@ def documented(title: str) -> tuple[list[str], dict[str, list[str]]]:
     return header, {quoted(row[0])[0]: row[1:] for row in rows}
 
 
+def tables_of(text: str) -> list[list[list[str]]]:
+    """Return each table's rows, its header first."""
+    return [table_rows(part) for part in re.split(r"\n\s*\n", text) if part.lstrip().startswith("|")]
+
+
 def value_of(cell: str) -> Any:
     return yaml.safe_load(quoted(cell)[0])
 
@@ -369,11 +381,28 @@ def test_every_key_of_a_group_is_documented_with_its_values(group: str) -> None:
         assert f"`{values[TARGET]}`" in text
     if not any(flat(values) for values in files.values()):
         return
-    header, rows = documented(f"### {group}")
-    assert sorted(header[1:-1]) == sorted(files)
-    for place, name in enumerate(header[1:-1]):
-        said = {key: value_of(cells[place]) for key, cells in rows.items() if cells[place]}
-        assert said == flat(files[name], f"{group}."), name
+    said: dict[str, dict[str, Any]] = {}
+    for header, *rows in tables_of(text):
+        if header[0] == "choice":  # a row for each choice
+            for name, *cells in rows:
+                keys = [quoted(title)[0] for title in header[1:]]
+                said[quoted(name)[0]] = {k: value_of(c) for k, c in zip(keys, cells, strict=True) if c}
+        elif header[1] != "value":  # a column for each choice
+            for place, name in enumerate(header[1:-1], 1):
+                said[name] = {quoted(row[0])[0]: value_of(row[place]) for row in rows if row[place]}
+    assert said == {name: flat(values, f"{group}.") for name, values in files.items()}
+
+
+def test_every_key_of_a_split_is_documented_and_those_that_no_file_sets_with_their_defaults() -> None:
+    split = asdict(Split())
+    text = section("docs/configuration.md", "### data")
+    assert all(f"`data.split.{key}`" in text for key in split)
+    table = next(table for table in tables_of(text) if table[0][1] == "value")
+    for key, value, _ in table[1:]:
+        assert split[quoted(key)[0].removeprefix("data.split.")] == value_of(value)
+    ways = set(get_args(get_type_hints(Split)["by"]))
+    table = tables_of(section("docs/data.md", "## Splits"))[0]
+    assert ways == {quoted(row[0])[0] for row in table[1:]}
 
 
 @pytest.mark.parametrize("name", choices("preset"))
@@ -466,12 +495,30 @@ def test_the_files_of_a_store_are_on_the_data_page(tmp_path: Path, capsys: pytes
     assert said == {p.name for p in (tmp_path / "a.store").iterdir()}
 
 
-def test_the_options_of_an_import_are_on_the_data_page(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("command", "title", "at_least"),
+    [
+        ("import", "## Import", 9),
+        ("describe", "## Describe", 3),
+        ("dedupe", "## Repeats and leakage", 4),
+        ("audit", "## Repeats and leakage", 5),
+        ("download", "## Published data sets", 2),
+    ],
+)
+def test_the_options_of_a_data_command_are_on_the_data_page(
+    command: str, title: str, at_least: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        cli.run(["data", "import", "--help"])
-    options = set(re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.MULTILINE))
-    assert len(options) > 8
-    assert all(option in section("docs/data.md", "## Import") for option in options)
+        cli.run(["data", command, "--help"])
+    options = set(re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.MULTILINE)) - {"--overwrite"}
+    assert len(options) >= at_least - 1
+    assert all(option in section("docs/data.md", title) for option in options)
+
+
+def test_the_fields_of_a_split_file_are_on_the_data_page(started: Path) -> None:
+    said = set(quoted(" ".join(row[0] for row in table_rows(section("docs/data.md", "## Splits")))))
+    for run in ("pretrain", "finetune"):
+        assert set(json.loads((started / run / "begun" / "split.json").read_text())) <= said
 
 
 def test_the_citation_file_has_what_its_format_asks_for() -> None:

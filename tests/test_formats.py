@@ -28,8 +28,8 @@ from pymatgen.core import Lattice, Structure
 from pymatgen.io.ase import AseAtomsAdaptor
 
 from crysldnet.data import sources
-from crysldnet.data.datamodule import EMBEDDED
 from crysldnet.data.importer import ImportReport, import_crystals
+from crysldnet.data.locations import EMBEDDED
 from crysldnet.data.schema import STRUCTURE_COLUMNS
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError

@@ -20,8 +20,8 @@ import pytest
 from pymatgen.core import Element, Lattice, Structure
 from pymatgen.io.cif import CifParser, CifWriter
 
-from crysldnet.data.datamodule import EMBEDDED
 from crysldnet.data.formats.cif import NOTE_FORMULA
+from crysldnet.data.locations import EMBEDDED
 from crysldnet.data.schema import crystals_from_table
 from crysldnet.data.sources import Settings, open_readers
 from crysldnet.data.structure_files import parse_structure

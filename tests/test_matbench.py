@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from crysldnet import cli
+from crysldnet import cli, pretrain
 from crysldnet.config import compose, validate
-from crysldnet.data.datamodule import EMBEDDED
+from crysldnet.data.locations import EMBEDDED
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import ConfigError, DataError
 from crysldnet.finetune import make_encoder
 from crysldnet.training.checkpoint import load_property_model
 from crysldnet.training.run_folder import NAME_VARIABLE, RunFolder
+from tiny import pretrain_config
 
 if importlib.util.find_spec("matbench") is None:
     pytest.skip("matbench isn't installed", allow_module_level=True)
@@ -405,3 +407,23 @@ def test_kept_predictions_of_other_data_are_refused(
     shutil.copytree(whole.folder / "fold_0", folds.fold_folder(shared, 0))
     with pytest.raises(ConfigError, match="data_sha256 differs"):
         folds.run_fold(shared, 0)
+
+
+def test_the_notes_count_the_crystals_that_pretraining_saw(opened: tuple[Any, tasks.Source], tmp_path: Path) -> None:
+    table = pq.read_table(EMBEDDED / f"{TASK}.parquet").slice(0, 90)
+    pq.write_table(table, tmp_path / "seen.parquet")
+    arguments = [f"data.path={tmp_path / 'seen.parquet'}", "data.split.by=random", "stage=vae", "stages.vae.epochs=1"]
+    everything = "data.split.fractions=[1.0, 0.0, 0.0]"
+    config, values = pretrain_config(*arguments, everything, f"runs={tmp_path}", "trainer.accelerator=cpu")
+    os.environ.pop(NAME_VARIABLE, None)
+    assert pretrain.run(config, values) == 0
+    encoder = tmp_path / "pretrain" / "latest"
+    pretrained = in_memory(opened, tmp_path / "one", f"pretrained={encoder}")
+    assert pretrained.overlap is not None
+    assert pretrained.overlap["test_crystals"] == 636
+    assert pretrained.overlap["pretraining_crystals"] == pretrained.overlap["ids"] == 90
+    assert pretrained.overlap["formulas"] >= pretrained.overlap["similar"] >= 90
+    assert "have 90 by id" in submission._notes(pretrained)
+    scratch = in_memory(opened, tmp_path / "two")
+    assert scratch.overlap is None
+    assert "by id" not in submission._notes(scratch)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from crysldnet.config import compose, validate
-from crysldnet.data.datamodule import EMBEDDED
+from crysldnet.data.locations import EMBEDDED
 from crysldnet.finetune import FinetuneConfig
 from crysldnet.pretrain import PretrainConfig
 

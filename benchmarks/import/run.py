@@ -38,8 +38,8 @@ from pymatgen.io.cif import CifWriter
 from pymatgen.io.vasp import Poscar
 
 from crysldnet import evidence
-from crysldnet.data.datamodule import EMBEDDED, open_store
 from crysldnet.data.importer import import_crystals
+from crysldnet.data.locations import EMBEDDED, open_store
 from crysldnet.data.schema import table_from_crystals
 from crysldnet.data.store import CrystalStore
 

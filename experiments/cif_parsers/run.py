@@ -31,7 +31,7 @@ from pymatgen.io.ase import AseAtomsAdaptor
 from pymatgen.io.cif import CifParser, CifWriter
 
 from crysldnet import evidence
-from crysldnet.data.datamodule import EMBEDDED
+from crysldnet.data.locations import EMBEDDED
 from crysldnet.data.structure_files import parse_structure
 from crysldnet.errors import DataError
 

@@ -34,7 +34,7 @@ def usage() -> str:
         "Pretrain a crystal encoder by latent diffusion and finetune it to predict properties of crystals.",
         "",
         *(f"  {name:<10} {text}" for name, (_, _, text) in COMMANDS.items()),
-        f"  {'data':<10} import crystals, look at them, check them",
+        f"  {'data':<10} import, describe, compare and download crystals",
         "",
         "crysldnet COMMAND --help lists every key with its default; --print-config shows what would be run.",
         "",

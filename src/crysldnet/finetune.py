@@ -19,6 +19,7 @@ from torch import Tensor
 from crysldnet.build import build
 from crysldnet.data.batch import CrystalBatch
 from crysldnet.data.datamodule import CrystalDataModule
+from crysldnet.data.fingerprint import Fingerprints
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.errors import CheckpointError, ConfigError
 from crysldnet.models.head import PropertyModel
@@ -27,6 +28,7 @@ from crysldnet.report import print_table
 from crysldnet.training import checkpoint, plots
 from crysldnet.training.metrics import RegressionErrors
 from crysldnet.training.optimizer import AdamW
+from crysldnet.training.pretraining_set import encoder_file, pretraining_overlap, print_overlap
 from crysldnet.training.run_folder import RunFolder, code_version
 from crysldnet.training.trainer import TrainerSettings, announce, fit, make_trainer
 
@@ -126,11 +128,9 @@ class FinetuneConfig:
 
 def make_encoder(config: FinetuneConfig) -> tuple[Encoder, dict[str, Any], dict[str, Any]]:
     """Return the encoder, its plain configuration and the provenance of its weights."""
-    if config.pretrained in (None, "none"):
+    path = encoder_file(config.pretrained)
+    if path is None:
         return build(config.encoder, "encoder"), config.encoder, {}
-    assert config.pretrained is not None
-    path = Path(config.pretrained)
-    path = path / "encoder.safetensors" if path.is_dir() else path
     if not path.exists():
         raise CheckpointError(
             f"{path}: no such file; make one with crysldnet pretrain, or start from scratch with pretrained=none"
@@ -292,6 +292,7 @@ def run(config: FinetuneConfig, values: dict[str, Any]) -> int:
     data.steps_per_epoch(settings.world_size, settings.accumulate)
     folder = RunFolder(config.runs, "finetune", config.name, resume=config.resume is not None)
     folder.save_config({**values, "encoder": encoder_config})
+    folder.save_split(data.split_text())
     loggers = build(config.logger, "logger", folder=folder.path, name=folder.name, config=values)
     result = train(config, values, folder.path, loggers=loggers)
     _finish(folder, result, config)
@@ -309,6 +310,8 @@ def _finish(folder: RunFolder, result: Finetuned, config: FinetuneConfig) -> Non
         ["train/loss", "val/mae", "val/r2"],
         ", ".join(result.data.targets),
     )
+    tested = Fingerprints.of(result.data.store, result.data.rows["test"])
+    overlap = pretraining_overlap(config.pretrained, tested)
     folder.finish(
         {
             "command": "finetune",
@@ -317,6 +320,7 @@ def _finish(folder: RunFolder, result: Finetuned, config: FinetuneConfig) -> Non
             "train_crystals": result.info["train_crystals"],
             "data_sha256": result.data.store.hash,
             "left_out": result.data.left_out,
+            "pretraining_overlap": overlap,
             **result.metrics,
         }
     )
@@ -332,4 +336,5 @@ def _finish(folder: RunFolder, result: Finetuned, config: FinetuneConfig) -> Non
         cells = [f"{result.metrics[f'{split}/{name}']:.4f}" for split in splits]
         rows.append([title + suffix, *cells])
     print_table(", ".join(result.data.targets), ["", *splits], rows)
+    print_overlap(overlap)
     print_table("", ["written", ""], [["model", str(folder.path / "model.safetensors")]])

@@ -18,6 +18,7 @@ from torch import Tensor
 from crysldnet.build import build
 from crysldnet.data.batch import CrystalBatch
 from crysldnet.data.datamodule import CrystalDataModule
+from crysldnet.data.fingerprint import Fingerprints
 from crysldnet.errors import ConfigError
 from crysldnet.models.latent import LatentStatistics
 from crysldnet.models.pretraining import PretrainingModel
@@ -213,6 +214,7 @@ def run(config: PretrainConfig, values: dict[str, Any]) -> int:
         load_stage(model, Path(config.init))
     folder = RunFolder(config.runs, "pretrain", config.name, resume=config.resume is not None)
     folder.save_config(values)
+    folder.save_split(data.split_text())
     loggers = build(config.logger, "logger", folder=folder.path, name=folder.name, config=values)
     previous = Path(config.init) if config.init is not None else None
     summary: dict[str, Any] = {"command": "pretrain", "seed": config.seed}
@@ -227,6 +229,7 @@ def run(config: PretrainConfig, values: dict[str, Any]) -> int:
         "data_sha256": data.store.hash,
         "train_crystals": len(data.rows["train"]),
         "left_out": data.left_out,
+        "excluded": data.excluded,
         "collapsed": has_collapsed(summary),
     }
     _finish(folder, summary, stages)
@@ -290,12 +293,13 @@ def _run_stage(
         "data": data.store.metadata.get("dataset", data.store.name),
         "data_sha256": data.store.hash,
         "train_crystals": len(data.rows["train"]),
+        "excluded": data.excluded,
         "code_version": code_version(),
         "stage": stage,
         "config": values,
     }
     info = {**checkpoint.encoder_info(model.encoder, config.encoder, provenance), "metrics": metrics}
-    export(trainer, info, folder.path, stage)
+    export(trainer, info, folder.path, stage, _seen(data, previous) if trainer.is_global_zero else None)
     if trainer.is_global_zero:
         plots.learning_curves(
             folder.path / stage / "metrics.csv", folder.path / "plots" / f"{stage}.png", PLOTTED, f"{stage} stage"
@@ -303,7 +307,16 @@ def _run_stage(
     return metrics
 
 
-def export(trainer: pl.Trainer, info: dict[str, Any], folder: Path, stage: Stage) -> None:
+def _seen(data: CrystalDataModule, previous: Path | None) -> Fingerprints:
+    """Return what the encoder was trained on, in this stage and the one before it."""
+    seen = Fingerprints.of(data.store, data.rows["train"])
+    before = None if previous is None else checkpoint.read_pretraining_set(previous, "pretraining")
+    return seen if before is None else before.joined(seen)
+
+
+def export(
+    trainer: pl.Trainer, info: dict[str, Any], folder: Path, stage: Stage, seen: Fingerprints | None = None
+) -> None:
     """Write the encoder, and the whole model for a next stage; gathered on all ranks, written by the first."""
     prefix = "model."
     whole = trainer.strategy.lightning_module_state_dict()
@@ -312,8 +325,8 @@ def export(trainer: pl.Trainer, info: dict[str, Any], folder: Path, stage: Stage
         state = {key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)}
         encoder = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
         kept = {k: v for k, v in state.items() if not k.startswith("teacher.")}
-        checkpoint.write(folder / "encoder.safetensors", "encoder", encoder, info)
-        checkpoint.write(folder / stage / "pretraining.safetensors", "pretraining", kept, info)
+        checkpoint.write(folder / "encoder.safetensors", "encoder", encoder, info, seen)
+        checkpoint.write(folder / stage / "pretraining.safetensors", "pretraining", kept, info, seen)
     trainer.strategy.barrier("export")
 
 

@@ -1,8 +1,9 @@
-"""The command line of the data: ``crysldnet data import | export | verify | show``."""
+"""The command line of the data: ``crysldnet data import | export | verify | show``, and those of other modules."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,14 @@ from crysldnet.data.importer import ParquetOutput, import_crystals
 from crysldnet.data.sources import KNOWN_FILES
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
+
+FURTHER = {
+    "describe": "crysldnet.data.describe",
+    "dedupe": "crysldnet.data.dedupe",
+    "audit": "crysldnet.data.audit",
+    "download": "crysldnet.data.published.command",
+}
+"""Commands in modules of their own, each with HELP, DESCRIPTION, EXAMPLE, add_arguments and run."""
 
 IMPORT_HELP = f"""\
 Import crystals into a store, the folder that training reads.
@@ -67,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
             epilog=example,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        added.set_defaults(run={"import": _import, "export": _export, "verify": _verify, "show": _show}[name])
+        added.set_defaults(run=OWN.get(name))
         return added
 
     _add_import_arguments(command("import", "files of crystals into a store", IMPORT_HELP, IMPORT_EXAMPLE))
@@ -94,6 +103,11 @@ def _parser() -> argparse.ArgumentParser:
         "example:\n  crysldnet data show my.store",
     )
     show.add_argument("store", metavar="STORE")
+    for name, module_name in FURTHER.items():
+        module = importlib.import_module(module_name)
+        added = command(name, module.HELP, module.DESCRIPTION, module.EXAMPLE)
+        module.add_arguments(added)
+        added.set_defaults(run=module.run)
     return parser
 
 
@@ -205,3 +219,6 @@ def _describe(store: CrystalStore, name: str) -> str:
     values = values[np.isfinite(values)]
     spread = f", {values.min():.4g} to {values.max():.4g}, mean {values.mean():.4g}" if len(values) else ""
     return f"property  {name} ({store.units.get(name, 'no unit stated')}): {len(values):,} values{spread}"
+
+
+OWN = {"import": _import, "export": _export, "verify": _verify, "show": _show}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import combinations
-from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -17,26 +18,14 @@ from crysldnet.build import Part
 from crysldnet.data.batch import CrystalBatch, make_batch
 from crysldnet.data.corruption import Corruption, Undo
 from crysldnet.data.crystals import Crystals, concatenate
+from crysldnet.data.exclusion import By, shared_rows
 from crysldnet.data.graph import GraphSpec
+from crysldnet.data.locations import open_store
 from crysldnet.data.sampler import BatchRequest, BatchSampler, Budget
 from crysldnet.data.split import SPLITS, Rows, Split
+from crysldnet.data.split_file import split_text
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
-
-EMBEDDED = Path(__file__).parent / "embedded"
-
-
-def open_store(path: str) -> CrystalStore:
-    """Open a store or Parquet file; ``embedded:NAME`` is one of those that ship with the package."""
-    if path.startswith("embedded:"):
-        file = EMBEDDED / f"{path.removeprefix('embedded:')}.parquet"
-        if not file.exists():
-            names = ", ".join(sorted(f"embedded:{p.stem}" for p in EMBEDDED.glob("*.parquet")))
-            raise DataError(f"{path}: no such embedded data set; there are {names}")
-        store = CrystalStore.open(file)
-        store.name = path
-        return store
-    return CrystalStore.open(path)
 
 
 class CrystalDataset(Dataset[CrystalBatch]):
@@ -92,7 +81,8 @@ class CrystalDataModule(pl.LightningDataModule):
     """Crystal graphs in batches bounded by crystals, atoms and edges, for any number of ranks.
 
     Args:
-        path: a store folder, a Parquet file or ``embedded:NAME``; or one of those for each of train, val and test.
+        path: a store folder, a Parquet file, ``embedded:NAME`` or ``published:NAME``; or one of those for each of
+            train, val and test.
         graph: the graph that the encoder needs.
         targets: columns to predict; rows without any of them are left out. None or empty for no targets.
         split: how to split (not where ``path`` names a file for each).
@@ -102,6 +92,10 @@ class CrystalDataModule(pl.LightningDataModule):
         max_edges: likewise; the graphs are then counted once at the start.
         max_crystal_atoms: larger crystals are left out, with a note.
         num_workers: processes that build batches; 0 builds them in the training process.
+        exclude: data sets whose crystals are left out of training and validation, each named as ``path`` is, and with
+            ``@SPLIT`` a split of it.
+        exclude_by: ``formula`` leaves out every crystal of a formula that such a set has, ``structure`` only the same
+            structures.
         seed: of order and corruption.
         store, rows: crystals that are open already, and which of them are train, val and test, in place of ``path``.
     """
@@ -119,6 +113,8 @@ class CrystalDataModule(pl.LightningDataModule):
         max_edges: int | None = None,
         max_crystal_atoms: int | None = None,
         num_workers: int = 0,
+        exclude: list[str] | None = None,
+        exclude_by: By = "formula",
         seed: Part[int] = 0,
         store: Part[CrystalStore | None] = None,
         rows: Part[Rows | None] = None,
@@ -130,9 +126,12 @@ class CrystalDataModule(pl.LightningDataModule):
         self.corruption, self.batch_size, self.seed = corruption, batch_size, seed
         self.max_atoms, self.max_edges, self.max_crystal_atoms = max_atoms, max_edges, max_crystal_atoms
         self.num_workers = num_workers
+        self.exclude, self.exclude_by = exclude or [], exclude_by
         self._given = (store, rows)
         self.left_out: dict[str, int] = {}
         """Number of crystals that each rule left out."""
+        self.excluded: list[dict[str, Any]] = []
+        """Of each set in ``exclude``: its name, its sha256, the rule, and how many crystals it took."""
         self._loaded = False
         self._commonest: int | None = None
 
@@ -143,6 +142,7 @@ class CrystalDataModule(pl.LightningDataModule):
         store, rows = self._given
         self.store, self.rows = (store, dict(rows)) if store is not None and rows is not None else self._open()
         self.target_values = self._read_targets()
+        self._leave_out_excluded()
         self.rows = {name: self._keep(rows) for name, rows in self.rows.items()}
         if not len(self.rows["train"]):
             raise DataError(f"{self.store.name}: no crystal is left to train on ({self.left_out or 'empty split'})")
@@ -151,7 +151,7 @@ class CrystalDataModule(pl.LightningDataModule):
     def _open(self) -> tuple[CrystalStore, Rows]:
         if isinstance(self.path, str):
             store = open_store(self.path)
-            return store, self.split.rows(store)
+            return store, self.split.rows(store, self.targets)
         unknown = set(self.path) - set(SPLITS)
         if unknown or "train" not in self.path:
             raise DataError(f"data.path must name a file for train, val and test, not {', '.join(self.path)}")
@@ -169,6 +169,15 @@ class CrystalDataModule(pl.LightningDataModule):
         store = CrystalStore.from_table(joined.cast(schema), " + ".join(s.name for s in stores.values()))
         split = Split(by="column", column="split", train_fraction=self.split.train_fraction, seed=self.split.seed)
         return store, split.rows(store)
+
+    def _leave_out_excluded(self) -> None:
+        if not self.exclude:
+            return
+        used = np.sort(np.concatenate([self.rows["train"], self.rows["val"]]))
+        shared, self.excluded = shared_rows(self.store, used, self.exclude, self.exclude_by)
+        for name in ("train", "val"):
+            self.rows[name] = np.setdiff1d(self.rows[name], shared)
+        self.left_out[f"also in {', '.join(self.exclude)} (exclude, by {self.exclude_by})"] = len(shared)
 
     def _read_targets(self) -> NDArray[np.float64] | None:
         if not self.targets:
@@ -191,6 +200,10 @@ class CrystalDataModule(pl.LightningDataModule):
                 self.left_out[reason] = self.left_out.get(reason, 0) + int((bad & ~gone).sum())
             gone = gone | bad
         return rows[~gone]
+
+    def split_text(self) -> str:
+        """Return the file of the split as it is used, after every rule that leaves crystals out."""
+        return split_text(self.store, self.rows, {"path": self.path, "targets": self.targets, **asdict(self.split)})
 
     @property
     def units(self) -> list[str]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from crysldnet.data.elements import reduced_formula
+from crysldnet.data.clusters import clusters_of
+from crysldnet.data.elements import SYMBOLS
+from crysldnet.data.fingerprint import formulas_of
+from crysldnet.data.split_file import SPLITS, Rows, read_split_file
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
 
-SPLITS = ("train", "val", "test")
-Rows = dict[str, NDArray[np.int64]]
+__all__ = ["SPLITS", "Rows", "Split"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,64 +26,172 @@ class Split:
     """How a store is split.
 
     Attributes:
-        by: ``column`` reads the split from a text column; ``formula`` keeps all crystals of one reduced formula on
-            one side, which is harder and more honest than ``random``.
-        column: name of that column; its values are train, val and test.
-        fractions: shares of train, val and test, where there is no column.
+        by: ``column`` reads the split from a text column. ``published`` is the split that the field uses for a
+            published data set and the chosen property. ``random`` draws rows; ``formula`` and ``chemical_system`` keep
+            all crystals of one reduced formula, or of one set of elements, on one side, ``cluster`` those of one
+            cluster of alike structures. ``element`` takes all crystals with certain elements as test. ``time`` takes
+            the oldest for training and the newest as test. ``file`` reads what an earlier run saved.
+        column: name of the column, where ``by`` is ``column`` or ``time``.
+        fractions: shares of train, val and test; where ``by`` is ``element``, of train and val to each other.
         seed: of the drawing.
         train_fraction: use only this share of the training rows; smaller shares lie within larger ones.
+        elements: their symbols, where ``by`` is ``element``.
+        clusters: their number, where ``by`` is ``cluster``.
+        file: a ``split.json``, where ``by`` is ``file``.
     """
 
-    by: Literal["column", "formula", "random"] = "column"
+    by: Literal["column", "published", "random", "formula", "chemical_system", "cluster", "element", "time", "file"] = (
+        "column"
+    )
     column: str = "split"
     fractions: list[float] = field(default_factory=lambda: [0.8, 0.1, 0.1])
     seed: int = 0
     train_fraction: float = 1.0
+    elements: list[str] = field(default_factory=list)
+    clusters: int = 50
+    file: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.fractions) != 3 or min(self.fractions) < 0 or abs(sum(self.fractions) - 1.0) > 1e-6:
             raise DataError(f"split.fractions must be three shares that add up to 1, not {self.fractions}")
         if not 0.0 < self.train_fraction <= 1.0:
             raise DataError(f"split.train_fraction must be over 0 and at most 1, not {self.train_fraction}")
+        if self.by == "element" and not self.elements:
+            raise DataError("split.elements: name the elements to leave out, as data.split.elements=[F,Li]")
+        if unknown := [symbol for symbol in self.elements if symbol not in SYMBOLS[1:]]:
+            raise DataError(f"split.elements: {unknown[0]!r} is not the symbol of an element")
+        if self.clusters < 3:
+            raise DataError(f"split.clusters must be at least 3, one for each split, not {self.clusters}")
+        if self.by == "file" and self.file is None:
+            raise DataError("split.file: name the split.json of an earlier run")
 
-    def rows(self, store: CrystalStore) -> Rows:
-        """Return the rows of each split, in the store's order."""
-        labels = self._labels(store)
-        rows = {name: np.flatnonzero(labels == name) for name in SPLITS}
+    def rows(self, store: CrystalStore, targets: Sequence[str] = ()) -> Rows:
+        """Return the rows of each split, in the store's order.
+
+        Args:
+            store: the crystals.
+            targets: the properties that are predicted; the published split depends on them.
+
+        Raises:
+            DataError: the store hasn't what the split needs.
+        """
+        if self.by == "file":
+            assert self.file is not None
+            rows = read_split_file(self.file, store)
+        else:
+            labels = self._labels(store, targets)
+            rows = {name: np.flatnonzero(labels == name) for name in SPLITS}
         train = rows["train"]
         if self.train_fraction < 1.0:
             keep = max(1, round(self.train_fraction * len(train)))
             rows["train"] = np.sort(np.random.default_rng([self.seed, 1]).permutation(train)[:keep])
         return rows
 
-    def _labels(self, store: CrystalStore) -> NDArray:
+    def _labels(self, store: CrystalStore, targets: Sequence[str]) -> NDArray:
         if self.by == "column":
-            if self.column not in store.column_names:
-                raise DataError(
-                    f"{store.name}: no column {self.column!r} to split by; "
-                    "choose data.split.by=formula (or random), or name the column with data.split.column"
-                )
-            labels = store.texts_of(self.column)
-            strange = set(labels.tolist()) - {*SPLITS, None}
-            if strange:
-                raise DataError(
-                    f"{store.name}: column {self.column!r} has {strange.pop()!r}; it may hold train, val and test"
-                )
-            return labels
+            return self._column_labels(store, self.column)
+        if self.by == "published":
+            return self._published_labels(store, targets)
+        places: dict[str, Callable[[CrystalStore], NDArray[np.float64]]] = {
+            "random": self._random_places,
+            "formula": lambda store: self._hashed_places(formulas_of(store.crystals)),
+            "chemical_system": lambda store: self._hashed_places(_chemical_systems(store)),
+            "cluster": self._cluster_places,
+            "element": self._element_places,
+            "time": self._time_places,
+        }
+        place = places[self.by](store)
         bounds = np.cumsum(self.fractions)[:2]
-        if self.by == "random":
-            n = len(store)
-            place = np.empty(n)
-            place[np.random.default_rng(self.seed).permutation(n)] = (np.arange(n) + 0.5) / n
-        else:
-            place = self._formula_hashes(store)
-        return np.array(SPLITS, object)[np.searchsorted(bounds, place, side="right")]
+        labels = np.array(SPLITS, object)[np.searchsorted(bounds, place, side="right").clip(max=2)]
+        labels[np.isnan(place)] = None
+        return labels
 
-    def _formula_hashes(self, store: CrystalStore) -> NDArray[np.float64]:
-        crystals = store.crystals
-        place = np.empty(len(store))
-        for row in range(len(store)):
-            formula = reduced_formula(crystals.numbers[crystals.ptr[row] : crystals.ptr[row + 1]])
-            digest = hashlib.sha256(f"{self.seed}:{formula}".encode()).digest()
-            place[row] = int.from_bytes(digest[:8], "big") / 2**64
+    def _column_labels(self, store: CrystalStore, column: str) -> NDArray:
+        if column not in store.column_names:
+            raise DataError(
+                f"{store.name}: no column {column!r} to split by; "
+                "choose data.split.by=formula (or random), or name the column with data.split.column"
+            )
+        labels = store.texts_of(column)
+        strange = set(labels.tolist()) - {*SPLITS, None}
+        if strange:
+            raise DataError(f"{store.name}: column {column!r} has {strange.pop()!r}; it may hold train, val and test")
+        return labels
+
+    def _published_labels(self, store: CrystalStore, targets: Sequence[str]) -> NDArray:
+        there = [name for name in store.column_names if name == "split" or name.endswith("_split")]
+        columns = [f"{target}_split" for target in targets] or ["split"]
+        if "split" in there and not set(columns) <= set(there):
+            columns = ["split"]
+        if missing := [column for column in columns if column not in there]:
+            raise DataError(
+                f"{store.name}: it has no published split {missing[0]!r}; there are: {', '.join(there) or 'none'}. "
+                "Choose another property or data.split.by=formula; pretraining has no property, so it keeps the test "
+                "crystals of one out by data.split.by=column and that column in data.split.column"
+            )
+        labels = [self._column_labels(store, column) for column in columns]
+        if any((other != labels[0]).any() for other in labels[1:]):
+            raise DataError(
+                f"{store.name}: the published splits of {', '.join(targets)} differ; train one model for each property"
+            )
+        return labels[0]
+
+    def _random_places(self, store: CrystalStore) -> NDArray[np.float64]:
+        n = len(store)
+        place = np.empty(n)
+        place[np.random.default_rng(self.seed).permutation(n)] = (np.arange(n) + 0.5) / n
         return place
+
+    def _hashed_places(self, keys: Sequence[str]) -> NDArray[np.float64]:
+        """Return a number between 0 and 1 for each key, the same for the same key and seed."""
+        place = {}
+        for key in set(keys):
+            digest = hashlib.sha256(f"{self.seed}:{key}".encode()).digest()
+            place[key] = int.from_bytes(digest[:8], "big") / 2**64
+        return np.array([place[key] for key in keys])
+
+    def _cluster_places(self, store: CrystalStore) -> NDArray[np.float64]:
+        """Put whole clusters one after another in a drawn order, each at its middle."""
+        cluster = clusters_of(store, self.clusters, self.seed)
+        sizes = np.bincount(cluster)
+        order = np.random.default_rng([self.seed, 2]).permutation(len(sizes))
+        middle = np.empty(len(sizes))
+        middle[order] = (np.cumsum(sizes[order]) - sizes[order] / 2) / len(store)
+        return middle[cluster]
+
+    def _element_places(self, store: CrystalStore) -> NDArray[np.float64]:
+        left_out = np.isin(store.crystals.numbers, [SYMBOLS.index(symbol) for symbol in self.elements])
+        has = np.bitwise_or.reduceat(left_out, store.crystals.ptr[:-1])
+        if not has.any():
+            raise DataError(f"{store.name}: no crystal has {' or '.join(self.elements)}; the test split would be empty")
+        known = self.fractions[0] + self.fractions[1]
+        if known <= 0:
+            raise DataError(f"split.fractions: nothing is left to train on with {self.fractions}")
+        others = np.flatnonzero(~has)
+        place = np.ones(len(store))
+        place[np.random.default_rng(self.seed).permutation(others)] = (
+            known * (np.arange(len(others)) + 0.5) / len(others)
+        )
+        return place
+
+    def _time_places(self, store: CrystalStore) -> NDArray[np.float64]:
+        """Put rows in the order of the column, those of one time together; rows without a time are not used."""
+        if self.column not in store.column_names:
+            raise DataError(f"{store.name}: no column {self.column!r} of times; name it with data.split.column")
+        times: NDArray
+        try:
+            times = store.numbers_of(self.column)
+            known = np.isfinite(times)
+        except DataError:  # dates as text, such as 2021-08-18, have the order of their letters
+            times = store.texts_of(self.column)
+            known = np.array([time is not None for time in times])
+        place = np.full(len(store), np.nan)
+        if known.any():
+            _, which, counts = np.unique(times[known].astype(times.dtype), return_inverse=True, return_counts=True)
+            place[known] = ((np.cumsum(counts) - counts / 2) / known.sum())[which]
+        return place
+
+
+def _chemical_systems(store: CrystalStore) -> list[str]:
+    ptr, numbers = store.crystals.ptr.tolist(), np.asarray(store.crystals.numbers)
+    return ["-".join(sorted(SYMBOLS[z] for z in np.unique(numbers[begin:end]))) for begin, end in pairwise(ptr)]

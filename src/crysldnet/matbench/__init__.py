@@ -26,6 +26,7 @@ from crysldnet.matbench.settings import MatbenchConfig, check_settings
 from crysldnet.matbench.submission import load_submission, write_submission
 from crysldnet.matbench.tasks import open_benchmark
 from crysldnet.report import print_table
+from crysldnet.training.pretraining_set import print_overlap
 from crysldnet.training.run_folder import RunFolder
 from crysldnet.training.trainer import TrainerSettings
 
@@ -83,6 +84,7 @@ def _finish(run: Run) -> None:
             "seed": run.config.seed,
             "pretrained": run.config.pretrained,
             **run.inputs,
+            "pretraining_overlap": run.overlap,
             "official_data": run.source.official,
             "valid": run.complete,
             "unit": metadata.unit,
@@ -93,6 +95,7 @@ def _finish(run: Run) -> None:
         }
     )
     _print_scores(run, scores, submission)
+    print_overlap(run.overlap)
 
 
 def _print_scores(run: Run, scores: dict[int, dict[str, float]], submission: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from crysldnet.build import build
 from crysldnet.data.crystals import Crystals
 from crysldnet.data.datamodule import CrystalDataModule
+from crysldnet.data.fingerprint import Fingerprints
 from crysldnet.data.graph import GraphSpec
 from crysldnet.data.sampler import BatchSampler, Budget
 from crysldnet.data.schema import table_from_crystals
@@ -26,6 +28,7 @@ from crysldnet.matbench.tasks import Source, crystals_of, file_hash
 from crysldnet.models.head import PropertyModel
 from crysldnet.predict import predict_crystals
 from crysldnet.training.checkpoint import load_property_model
+from crysldnet.training.pretraining_set import encoder_file, pretraining_overlap
 from crysldnet.training.run_folder import RunFolder, write_atomically
 
 
@@ -58,12 +61,17 @@ class Run:
         """Whether they are all."""
         return len(self.folds) == len(self.task.folds)
 
+    @cached_property
+    def overlap(self) -> dict[str, Any] | None:
+        """What the task's crystals, each of which is tested on in one fold, share with the pretraining set."""
+        structures = self.task.df[self.task.metadata.input_type]
+        table = table_from_crystals(crystals_of(structures), list(structures.index), {}, {}, {})
+        return pretraining_overlap(self.config.pretrained, Fingerprints.of(CrystalStore.from_table(table)))
+
     @property
     def inputs(self) -> dict[str, str | None]:
         """Hashes of the files that decide the result besides the settings."""
-        path = None if self.config.pretrained in (None, "none") else Path(str(self.config.pretrained))
-        if path is not None and path.is_dir():
-            path = path / "encoder.safetensors"
+        path = encoder_file(self.config.pretrained)
         return {"data_sha256": self.source.sha256, "pretrained_sha256": None if path is None else file_hash(path)}
 
 

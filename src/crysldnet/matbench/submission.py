@@ -16,6 +16,7 @@ from crysldnet.errors import DataError
 from crysldnet.matbench.folds import Run
 from crysldnet.matbench.settings import submission_name
 from crysldnet.matbench.tasks import import_matbench
+from crysldnet.training.pretraining_set import describe_overlap
 from crysldnet.training.run_folder import code_version, write_atomically
 
 PER_RUN = ("name", "runs", "resume", "out")
@@ -72,6 +73,8 @@ def _notes(run: Run) -> str:
             f"{p.get('data')} (sha256 {p.get('data_sha256')}) by crysldnet {p.get('code_version')}; sha256 of its file "
             f"{run.inputs['pretrained_sha256']}."
         )
+        assert run.overlap is not None
+        notes.append(describe_overlap(run.overlap))
     else:
         notes.append("Trained from scratch, without pretraining.")
     notes.append(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from crysldnet.data.crystals import Crystals, from_lists
-from crysldnet.data.datamodule import EMBEDDED
+from crysldnet.data.locations import EMBEDDED
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import ConfigError, DataError
 

@@ -21,12 +21,15 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from crysldnet.build import build
+from crysldnet.data.fingerprint import Fingerprints
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.errors import CheckpointError, ConfigError
 from crysldnet.models.head import PropertyModel
 
 FORMAT_VERSION = 1
 Kind = Literal["encoder", "pretraining", "property_model"]
+PREFIX = "pretraining_set."
+"""Of the tensors that aren't weights, but say which crystals an encoder was pretrained on."""
 
 
 def _digest(tensor: Tensor) -> str:
@@ -48,7 +51,13 @@ def refuse_diverged(state: Mapping[str, Tensor], what: str) -> None:
             )
 
 
-def write(path: Path, kind: Kind, state: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+def write(
+    path: Path,
+    kind: Kind,
+    state: Mapping[str, Tensor],
+    info: Mapping[str, Any],
+    pretraining_set: Fingerprints | None = None,
+) -> None:
     """Write weights and what is known of them; the file appears whole or not at all.
 
     Args:
@@ -56,7 +65,10 @@ def write(path: Path, kind: Kind, state: Mapping[str, Tensor], info: Mapping[str
         kind: what it is.
         state: the weights.
         info: plain values.
+        pretraining_set: the crystals that an encoder was pretrained on.
     """
+    if pretraining_set is not None:
+        state = {**state, **{PREFIX + name: torch.from_numpy(a) for name, a in vars(pretraining_set).items()}}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     text = json.dumps({"format_version": FORMAT_VERSION, "kind": kind, **info})
     digests = {name: _digest(tensor) for name, tensor in tensors.items()}
@@ -81,6 +93,21 @@ def read(path: str | os.PathLike[str], kind: Kind) -> tuple[dict[str, Any], dict
     Raises:
         CheckpointError: there is no such file, or it is damaged, of another kind or of a newer format.
     """
+    info, tensors = _read_all(path, kind)
+    return info, {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
+
+
+def read_pretraining_set(path: str | os.PathLike[str], kind: Kind = "encoder") -> Fingerprints | None:
+    """Read which crystals an encoder was pretrained on; None where its file doesn't say."""
+    _, tensors = _read_all(path, kind)
+    arrays = {name.removeprefix(PREFIX): t.numpy() for name, t in tensors.items() if name.startswith(PREFIX)}
+    try:
+        return Fingerprints(**arrays) if arrays else None
+    except TypeError as error:
+        raise CheckpointError(f"{path}: its pretraining set isn't complete ({', '.join(arrays)})") from error
+
+
+def _read_all(path: str | os.PathLike[str], kind: Kind) -> tuple[dict[str, Any], dict[str, Tensor]]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")

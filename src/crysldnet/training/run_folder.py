@@ -123,6 +123,11 @@ class RunFolder:
         write_atomically(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
     @rank_zero_only
+    def save_split(self, text: str) -> None:
+        """Write which crystals were trained, validated and tested on, before the first step."""
+        write_atomically(self.path / "split.json", text)
+
+    @rank_zero_only
     def finish(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json`` and point ``latest`` here."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)

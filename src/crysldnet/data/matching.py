@@ -1,0 +1,87 @@
+"""The same structure in two data sets: pymatgen's StructureMatcher behind a cheap filter.
+
+Only pairs of one reduced formula whose volumes and distances are near each other (:data:`POSSIBLE`) are handed to the
+matcher, which scales volumes, reduces cells, and compares positions. What the filter loses and saves on real crystals
+is measured in experiments/leakage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crysldnet.data.crystals import Crystals
+from crysldnet.data.fingerprint import POSSIBLE, Fingerprints, candidates
+from crysldnet.data.store import CrystalStore
+from crysldnet.errors import DataError
+
+
+def new_matcher() -> Any:
+    """Return pymatgen's StructureMatcher with its own settings.
+
+    Raises:
+        DataError: pymatgen isn't installed.
+    """
+    try:
+        from pymatgen.analysis.structure_matcher import StructureMatcher
+    except ImportError as error:
+        raise DataError(
+            f"structures are compared by pymatgen, which isn't installed ({error}): pip install pymatgen; or compare "
+            "by formula"
+        ) from None
+    return StructureMatcher()
+
+
+def reduced_structure(crystals: Crystals, index: int) -> Any:
+    """Return one crystal as a pymatgen Structure in its reduced primitive cell, as the matcher would reduce it."""
+    from pymatgen.core import Structure
+
+    atoms = slice(crystals.ptr[index], crystals.ptr[index + 1])
+    structure = Structure(
+        crystals.lattice[index], crystals.numbers[atoms].tolist(), crystals.frac_coords[atoms].astype(np.float64)
+    )
+    return structure.get_reduced_structure(reduction_algo="niggli").get_primitive_structure()
+
+
+class Matcher:
+    """Say whether crystals of two stores are the same structure; each is reduced once as long as it is in use.
+
+    Args:
+        a, b: the crystals; twice the same for pairs within one store.
+    """
+
+    def __init__(self, a: Crystals, b: Crystals) -> None:
+        self._matcher = new_matcher()
+        self._of_a: Callable[[int], Any] = lru_cache(20_000)(lambda i: reduced_structure(a, i))
+        self._of_b = self._of_a if b is a else lru_cache(20_000)(lambda i: reduced_structure(b, i))
+
+    def __call__(self, i: int, j: int) -> bool:
+        """Compare crystal i of a with crystal j of b; the matcher isn't symmetric, so one way is enough."""
+        one, other = self._of_a(i), self._of_b(j)
+        return any(self._matcher.fit(*pair, skip_structure_reduction=True) for pair in ((one, other), (other, one)))
+
+
+def matches(a: CrystalStore, rows_a: NDArray[np.int64], b: CrystalStore, rows_b: NDArray[np.int64]) -> Iterator[tuple]:
+    """Yield the row in ``a`` and the row in ``b`` of every two that are the same structure, by row in ``a``."""
+    matcher = Matcher(a.crystals, b.crystals)
+    pairs = candidates(Fingerprints.of(a, rows_a), Fingerprints.of(b, rows_b), POSSIBLE)
+    for i, j in np.stack([rows_a[pairs[:, 0]], rows_b[pairs[:, 1]]], axis=1).tolist():
+        if matcher(i, j):
+            yield i, j
+
+
+def duplicates(store: CrystalStore) -> dict[int, int]:
+    """Return each row that repeats an earlier structure, and the earliest such row that is no repeat itself."""
+    matcher = Matcher(store.crystals, store.crystals)
+    fingerprints = Fingerprints.of(store)
+    repeats: dict[int, int] = {}
+    for later, earlier in candidates(fingerprints, fingerprints, POSSIBLE).tolist():
+        if earlier >= later or later in repeats or earlier in repeats:
+            continue
+        if matcher(later, earlier):
+            repeats[later] = earlier
+    return repeats

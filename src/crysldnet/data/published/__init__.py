@@ -1,0 +1,1 @@
+"""Published data sets: what they are, how they are fetched, and how they become stores."""

@@ -1,0 +1,64 @@
+"""What the crystals that a model is tested on have in common with those that its encoder was pretrained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from crysldnet.data.fingerprint import Fingerprints, overlap
+from crysldnet.report import print_table
+from crysldnet.training import checkpoint
+
+
+def encoder_file(pretrained: str | None) -> Path | None:
+    """Return the file of a pretrained encoder, whose folder may stand for it; None where training is from scratch."""
+    if pretrained in (None, "none"):
+        return None
+    path = Path(str(pretrained))
+    return path / "encoder.safetensors" if path.is_dir() else path
+
+
+def pretraining_overlap(pretrained: str | None, tested: Fingerprints) -> dict[str, Any] | None:
+    """Count the tested crystals that pretraining saw, without their labels.
+
+    Args:
+        pretrained: as configured.
+        tested: the crystals of the test split.
+
+    Returns:
+        ``test_crystals``, ``pretraining_crystals`` and how many of the tested ones share an id (``ids``), a reduced
+        formula (``formulas``), and both formula and geometry (``similar``). The last three are None where the encoder's
+        file doesn't say what it was pretrained on. None where there was no pretraining.
+    """
+    path = encoder_file(pretrained)
+    if path is None:
+        return None
+    seen = checkpoint.read_pretraining_set(path)
+    if seen is None:
+        unknown = dict.fromkeys(("pretraining_crystals", "ids", "formulas", "similar"))
+        return {"test_crystals": len(tested), **unknown}
+    return {"test_crystals": len(tested), "pretraining_crystals": len(seen), **overlap(tested, seen)}
+
+
+def describe_overlap(counts: dict[str, Any]) -> str:
+    """Return a sentence for a person."""
+    if counts["ids"] is None:
+        return (
+            f"It isn't known which of the {counts['test_crystals']:,} test crystals were in the pretraining set: the "
+            "encoder's file doesn't say."
+        )
+    return (
+        f"Of the {counts['test_crystals']:,} test crystals, the {counts['pretraining_crystals']:,} of pretraining "
+        f"have {counts['ids']:,} by id, {counts['formulas']:,} by reduced formula, and {counts['similar']:,} by "
+        "formula and similar geometry; pretraining saw no labels."
+    )
+
+
+def print_overlap(counts: dict[str, Any] | None) -> None:
+    """Print the counts, where there was pretraining."""
+    if counts is None or not counts["test_crystals"]:
+        return
+    title = f"Test crystals that are in the pretraining set, of {counts['test_crystals']:,}"
+    names = {"ids": "same id", "formulas": "same reduced formula", "similar": "same formula, similar geometry"}
+    rows = [[text, "not known" if counts[key] is None else f"{counts[key]:,}"] for key, text in names.items()]
+    print_table(title, ["", ""], rows)
