@@ -24,7 +24,7 @@ endif
 PARALLEL := $(if $(filter-out 1,$(GPUS) $(NODES)),trainer.devices=$(GPUS) trainer.nodes=$(NODES) strategy=ddp)
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain finetune predict matbench sweep data test lint types clean
+.PHONY: help install pretrain finetune predict matbench sweep bench test lint types clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ matbench: $(READY) ## run a Matbench task and write a submission folder (TASK=, 
 
 sweep: $(READY) ## run a sweep on this machine (SWEEP=, ARGS=)
 	$(RUN) crysldnet sweep sweep=$(SWEEP) $(ARGS)
+
+bench: $(READY) ## measure speed: graphs, loading, encoders, waiting for data, scaling (minutes, on a quiet machine)
+	for part in data encoders epoch scaling import/run; do $(RUN:-m=) benchmarks/$$part.py || exit 1; done
 
 test: $(READY) ## run the tests
 	$(RUN) pytest -n auto --dist loadfile $(ARGS)

@@ -4,26 +4,30 @@ python benchmarks/data.py [--data FILE.parquet] [--rounds N]
 
 Graph building is compared with pymatgen's compiled kernel in interleaved rounds: every round times each contender on
 the same crystals, and ratios are taken within a round. Loading reads a store of 45,000 crystals (those of the data,
-repeated) through the data module, graphs built on the fly.
+repeated) through the data module, graphs built on the fly; then the same as PyG graphs with their edges, pickled and in
+an InMemoryDataset.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
+import pickle
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+import torch
 from pymatgen.optimization.neighbors import find_points_in_spheres
+from torch_geometric.data import Data, InMemoryDataset
+from torch_geometric.loader import DataLoader as PyGLoader
 
 from crysldnet import evidence
+from crysldnet.data.batch import make_batch
 from crysldnet.data.crystals import Crystals
 from crysldnet.data.datamodule import CrystalDataModule, open_store
 from crysldnet.data.graph import GraphSpec
@@ -44,6 +48,20 @@ def structures_per_second(build: Callable[[int], object], n: int) -> float:
     return n / (time.perf_counter() - start)
 
 
+def all_distances(crystals: Crystals, radius: float) -> list[torch.Tensor]:
+    """Find neighbors by the plain formula: all distances to all images that a sphere can reach."""
+    found = []
+    for b in range(len(crystals)):
+        lattice = torch.from_numpy(crystals.lattice[b])
+        frac = torch.from_numpy(crystals.frac_coords[crystals.ptr[b] : crystals.ptr[b + 1]]).double()
+        reach = torch.ceil(radius * torch.linalg.inv(lattice).norm(dim=0)).int().tolist()
+        images = torch.cartesian_prod(*(torch.arange(-n - 1, n + 2, dtype=torch.float64) for n in reach))
+        vectors = (frac[:, None, None] - frac[None, :, None] - images) @ lattice
+        length = vectors.norm(dim=-1)
+        found.append(vectors[(length <= radius) & (length > 1e-8)])
+    return found
+
+
 def graph_building(crystals: Crystals, rounds: int) -> dict[str, list[float]]:
     """Return structures per second of each contender, one value a round."""
     n = len(crystals)
@@ -60,6 +78,7 @@ def graph_building(crystals: Crystals, rounds: int) -> dict[str, list[float]]:
             find_points_in_spheres(points, points, 5.0, periodic, lattices[b], 1e-8)
 
     contenders = {
+        "all distances to all images at once, torch, 5 Å": lambda first: all_distances(batches[first], 5.0),
         "pymatgen find_points_in_spheres, 5 Å": pymatgen,
         "neighbor list, 5 Å": lambda first: GraphSpec(radius=5.0).build(batches[first]),
         "neighbor list, k = 12 with ties": lambda first: GraphSpec(k=12).build(batches[first]),
@@ -110,6 +129,45 @@ def loading(crystals: Crystals, rounds: int) -> tuple[list[float], list[float], 
     return speeds, opened, first_batch
 
 
+def pyg_graphs(crystals: Crystals, n: int) -> list[Data]:
+    """Return n crystals as PyG graphs with their edges, those given repeated."""
+    graphs = []
+    for b in range(len(crystals)):
+        batch = make_batch(crystals.take(np.array([b])), GraphSpec(k=12))
+        graphs.append(Data(z=batch.numbers, pos=batch.positions, edge_index=batch.edge_index, edge_vec=batch.edge_vec))
+    return [graphs[i % len(graphs)].clone() for i in range(n)]
+
+
+def others_loading(crystals: Crystals, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Measure a pickled list of graphs and PyG's InMemoryDataset of the same, edges stored."""
+    results: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        graphs = pyg_graphs(crystals, STORED)
+        Path(folder, "list.pickle").write_bytes(pickle.dumps(graphs))
+        torch.save(InMemoryDataset.collate(graphs), f"{folder}/collated.pt")
+        del graphs
+
+        def pickled() -> object:
+            return pickle.loads(Path(folder, "list.pickle").read_bytes())  # noqa: S301
+
+        def in_memory() -> object:
+            dataset = InMemoryDataset()
+            dataset.data, dataset.slices = torch.load(f"{folder}/collated.pt", weights_only=False)
+            return dataset
+
+        for name, opening in (("pickled list of PyG graphs", pickled), ("PyG InMemoryDataset", in_memory)):
+            times = results[name] = {"first": [], "speed": []}
+            for _ in range(rounds):
+                start = time.perf_counter()
+                batches = iter(PyGLoader(opening(), batch_size=BATCH, shuffle=True))
+                next(batches)
+                times["first"].append(time.perf_counter() - start)
+                start = time.perf_counter()
+                count = sum(1 for _ in zip(batches, range(300), strict=False))
+                times["speed"].append(count / (time.perf_counter() - start))
+    return results
+
+
 def main() -> None:
     """Measure, write results.json and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -126,21 +184,9 @@ def main() -> None:
     records = []
 
     def record(name: str, metric: str, unit: str, values: list[float], data: str = what) -> None:
-        quarters = statistics.quantiles(values, n=4)
+        command = "python benchmarks/data.py"
         records.append(
-            evidence.Record(
-                name=name,
-                metric=metric,
-                value=statistics.median(values),
-                unit=unit,
-                spread=(quarters[2] - quarters[0]) / 2,
-                seeds=[],
-                data=data,
-                command="python benchmarks/data.py",
-                commit=commit,
-                machine=evidence.describe_machine(),
-                date=date.today().isoformat(),
-            )
+            evidence.timed(values, name=name, metric=metric, unit=unit, data=data, command=command, commit=commit)
         )
 
     speeds = graph_building(crystals, settings.rounds)
@@ -156,6 +202,9 @@ def main() -> None:
     record("loading, graphs k = 12 built on the fly", "batches of 64 in one process", "1/s", batches, stored)
     record("opening the store", "time", "s", opened, stored)
     record("first batch, compiled", "time", "s", first, stored)
+    for name, times in others_loading(crystals, 3).items():
+        record(f"{name}, edges stored", "batches of 64 in one process", "1/s", times["speed"], stored)
+        record(f"{name}, opening and first batch", "time", "s", times["first"], stored)
     evidence.write(HERE, records)
     print(evidence.table(records))
 

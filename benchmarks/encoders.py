@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -151,21 +150,10 @@ def main() -> None:
     records = []
 
     def record(name: str, metric: str, unit: str, values: list[float]) -> None:
-        quarters = statistics.quantiles(values, n=4) if len(values) > 1 else None
+        data = f"{Path(settings.data).stem}, one batch of {n} crystals, {atoms} atoms"
+        command = COMMAND if settings.device == "cpu" else f"{COMMAND} --device cuda"
         records.append(
-            evidence.Record(
-                name=name,
-                metric=metric,
-                value=statistics.median(values),
-                unit=unit,
-                spread=None if quarters is None else (quarters[2] - quarters[0]) / 2,
-                seeds=[],
-                data=f"{Path(settings.data).stem}, one batch of {n} crystals, {atoms} atoms",
-                command=COMMAND if settings.device == "cpu" else f"{COMMAND} --device cuda",
-                commit=commit,
-                machine=evidence.describe_machine(),
-                date=date.today().isoformat(),
-            )
+            evidence.timed(values, name=name, metric=metric, unit=unit, data=data, command=command, commit=commit)
         )
 
     slow = {name: seconds.get(f"{name}, unfactorised", seconds[name]) for name in (*PUBLISHED, *OWN)}

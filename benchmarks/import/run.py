@@ -13,7 +13,6 @@ import argparse
 import csv
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,6 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -231,21 +229,9 @@ def main() -> None:
     records = []
 
     def record(name: str, metric: str, unit: str, values: list[float], data: str) -> None:
-        quarters = statistics.quantiles(values, n=4) if len(values) > 1 else None
+        command = "python benchmarks/import/run.py"
         records.append(
-            evidence.Record(
-                name=name,
-                metric=metric,
-                value=statistics.median(values),
-                unit=unit,
-                spread=(quarters[2] - quarters[0]) / 2 if quarters else None,
-                seeds=[],
-                data=data,
-                command="python benchmarks/import/run.py",
-                commit=commit,
-                machine=evidence.describe_machine(),
-                date=date.today().isoformat(),
-            )
+            evidence.timed(values, name=name, metric=metric, unit=unit, data=data, command=command, commit=commit)
         )
 
     with tempfile.TemporaryDirectory() as temporary:

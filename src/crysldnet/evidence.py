@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,24 @@ def summarise(
         machine=describe_machine(),
         date=date.today().isoformat(),
     )
+
+
+def timed(
+    values: Sequence[float], *, name: str, metric: str, unit: str, data: str, command: str, commit: str
+) -> Record:
+    """Make the record of one figure measured in several rounds: median and half the interquartile range."""
+    quarters = statistics.quantiles(values, n=4) if len(values) > 1 else None
+    record = summarise(
+        [statistics.median(values)],
+        name=name,
+        metric=metric,
+        unit=unit,
+        seeds=[],
+        data=data,
+        command=command,
+        commit=commit,
+    )
+    return record if quarters is None else replace(record, spread=(quarters[2] - quarters[0]) / 2)
 
 
 def launch(runs: Path, command: str, name: str, *arguments: str) -> dict[str, Any]:
