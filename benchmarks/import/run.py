@@ -4,7 +4,7 @@ python benchmarks/import/run.py [--rows N] [--crystals N] [--rounds N] [--format
 
 Each format holds the first crystals of the embedded starter set. "Parser alone" reads the same file in one process
 with the library of the format and keeps nothing. Rounds are interleaved: each times every contender once. Speeds
-are per second of CPU time, which other work on the machine disturbs less than the clock.
+are by the clock.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def measure_formats(folder: Path, names: list[str], crystals: int, rounds: int) 
                     assert report.kept == count, str(report)
                 else:
                     parse(folder / name)
-                speeds.setdefault((name, contender), []).append(count / (time.process_time() - begun))
+                speeds.setdefault((name, contender), []).append(count / (time.perf_counter() - begun))
     return speeds
 
 

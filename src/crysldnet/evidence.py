@@ -77,11 +77,15 @@ def describe_machine() -> str:
 
 
 def current_commit(folder: Path) -> str:
-    """Return the commit of a working tree; a star marks uncommitted changes of tracked files."""
-    done = subprocess.run(
-        ["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--dirty=*"], capture_output=True, text=True
-    )
-    return done.stdout.strip() or "unknown"
+    """Return the commit of a working tree; a star marks uncommitted changes of tracked files.
+
+    Changed results, documents and figures don't count: one measurement after the other writes them.
+    """
+    written = [f":(top,exclude)*{name}" for name in ("results.json", ".md", ".png", ".csv")]
+    git = ["git", "-C", str(folder)]
+    commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":(top)", *written], capture_output=True)
+    return (commit + ("*" if changed.returncode == 1 else "")) or "unknown"
 
 
 def summarise(
