@@ -129,6 +129,31 @@ def records(found: dict[str, dict]) -> list[evidence.Record]:
     return made
 
 
+def plot_frontier(made: list[evidence.Record]) -> None:
+    """Draw error over the cost of a training step; what nothing beats in both is joined by a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    steps = evidence.read(HERE.parents[1] / "benchmarks" / "results.json")
+    cost = {r.name: 1e3 / r.value for r in steps if r.metric == "speed" and r.unit == "structures/s"}
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    for axis, metric in zip(axes, ("val MAE of formation energy", "val MAE of band gap"), strict=True):
+        points = sorted((cost[r.name], r.value, r.spread or 0.0, r.name) for r in made if r.metric == metric)
+        best = [p for i, p in enumerate(points) if all(p[1] < q[1] for q in points[:i])]
+        axis.step([p[0] for p in best], [p[1] for p in best], where="post", color="0.7", zorder=0)
+        for x, y, spread, name in points:
+            own = name.startswith("neighbor_attention")
+            axis.errorbar(x, y, spread, fmt="o", color="tab:red" if own else "tab:blue", capsize=3)
+            axis.annotate(name, (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8)
+        unit = next(r.unit for r in made if r.metric == metric)
+        axis.set(xscale="log", xlabel="training step (ms/structure, one thread)", ylabel=f"{metric} ({unit})")
+        axis.margins(x=0.2)
+    figure.savefig(HERE / "frontier.png", dpi=130)
+    plt.close(figure)
+
+
 def main() -> None:
     """Run everything; write results.json, the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -149,7 +174,9 @@ def main() -> None:
             )
         )
     if set(settings.only) == set(ENCODERS):
-        evidence.write(HERE, records(found))
+        made = records(found)
+        evidence.write(HERE, made)
+        plot_frontier(made)
 
 
 if __name__ == "__main__":
