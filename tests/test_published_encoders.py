@@ -34,6 +34,7 @@ from crysldnet.encoders.icomformer import AngleLayer
 from crysldnet.encoders.layers import GatedConv, set_factorised
 from crysldnet.encoders.matformer import Matformer, MatformerConv
 from crysldnet.encoders.potnet import PotNet
+from crysldnet.geometry import inverse, random_rotations
 from crysldnet.models.head import PropertyHead
 from encoders import CLASSES, PUBLISHED, batch_of, every_crystal_differs, features, settled, small
 from test_encoder_golden import EDGES, NODES, SOURCE, TARGET, doubles, filled, meta, size
@@ -388,3 +389,21 @@ def test_atoms_readout_takes_the_mean_after_the_head() -> None:
     torch.testing.assert_close(head(x, torch.tensor([0, 0, 1, 1, 1]), 2), expected)
     head.readout = "mean"
     assert (head(x, torch.tensor([0, 0, 1, 1, 1]), 2) - expected).abs().max() > 1e-4
+
+
+def test_random_rotations_are_rotations_and_uniform() -> None:
+    torch.manual_seed(0)
+    turns = random_rotations(20_000, like=torch.zeros(1, dtype=torch.float64))
+    torch.testing.assert_close(turns @ turns.transpose(1, 2), torch.eye(3).double().expand_as(turns))
+    torch.testing.assert_close(torch.linalg.det(turns), torch.ones(20_000).double())
+    assert turns.mean(0).abs().max() < 0.02
+    # Uniform over rotations, the cosine of the angle has the mean −1/2 (E tr R = 0 and tr R = 1 + 2 cos).
+    assert abs(float((torch.diagonal(turns, dim1=1, dim2=2).sum(1) - 1).mean()) / 2 + 0.5) < 0.02
+    for column in turns[:, :, 0].T:  # a coordinate of a point uniform on the sphere is uniform in [−1, 1]
+        assert abs(float(column.square().mean()) - 1 / 3) < 0.01
+
+
+def test_inverses_by_cofactors_are_inverses() -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(50, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(inverse(matrices), torch.linalg.inv(matrices))
