@@ -103,12 +103,16 @@ class Contender:
 def peak_memory(name: str, variant: str | None, data: str, batch: int) -> float:
     """Return the MB that three steps of an encoder need, measured in a process of its own."""
     code = (
-        f"import sys, resource; sys.path.insert(0, {str(HERE)!r})\n"
+        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        "from pathlib import Path\n"
         "from encoders import Contender, draw, make_encoder\n"
+        "def memory(field):\n"
+        "    return int(Path('/proc/self/status').read_text().split(field)[1].split()[0]) / 1024\n"
         f"c = Contender.make(make_encoder({name!r}, {variant!r}), draw({data!r}, {batch}), 'cpu')\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "Path('/proc/self/clear_refs').write_text('5')\n"
+        "before = memory('VmRSS:')\n"
         "[c.step() for _ in range(3)]\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+        "print(memory('VmHWM:') - before)"
     )
     return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
