@@ -29,7 +29,8 @@ class ParquetReader(FileOfMany):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         try:
-            self._file = pq.ParquetFile(path, page_checksum_verification=True)
+            # Buffered ahead, what was read would be kept until the file is closed: memory that grows with it.
+            self._file = pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False)
             schema = self._file.schema_arrow
             self.total = self._file.metadata.num_rows
             self.metadata = {"source": path.name} | metadata_of(schema)
