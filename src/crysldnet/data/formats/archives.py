@@ -9,6 +9,7 @@ from __future__ import annotations
 import tarfile
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
@@ -30,7 +31,7 @@ def _is_structure(name: str) -> bool:
     return kind_of(name) is not None and not hidden and not name.startswith("__MACOSX/")
 
 
-class _Archive:
+class _Archive(ABC):
     """What both kinds of archive have in common; see :class:`crysldnet.data.sources.Reader`."""
 
     def __init__(self, path: Path) -> None:
@@ -47,8 +48,8 @@ class _Archive:
         ]
         self.total = len(names)
 
-    def _names(self) -> list[str]:
-        raise NotImplementedError
+    @abstractmethod
+    def _names(self) -> list[str]: ...
 
     def stamp(self) -> Any:
         return stamp_of([self._path])
