@@ -100,7 +100,10 @@ def study(runs: Path, files: dict[str, Path], encoder: str, seeds: tuple[int, ..
     ]
     model = runs / "finetune" / f"{encoder}-seed{seeds[0]}" / "model.safetensors"
     _, state = checkpoint.read(model, "property_model")
-    parameters = sum(v.numel() for k, v in state.items() if k.startswith("encoder.") and "running_" not in k)
+    counts = ("running_", "num_batches_tracked")
+    parameters = sum(
+        v.numel() for k, v in state.items() if k.startswith("encoder.") and not any(word in k for word in counts)
+    )
     return {"rate": rate, "tried": tried, "runs": runs_of, "parameters": parameters}
 
 
@@ -126,7 +129,14 @@ def records(found: dict[str, dict]) -> list[evidence.Record]:
                 commit=result["runs"][0]["code_version"].rpartition("+")[2],
             )
             made.append(record)
-    return made
+    return [*made, *(r for r in costs() if r.name in found)]
+
+
+def costs() -> list[evidence.Record]:
+    """Return the speed and the memory of a training step, as the benchmark measured them."""
+    steps = evidence.read(HERE.parents[1] / "benchmarks" / "results.json")
+    wanted = {("speed", "structures/s"), ("memory of a step", "MB")}
+    return [r for r in steps if r.command == "python benchmarks/encoders.py" and (r.metric, r.unit) in wanted]
 
 
 def plot_frontier(made: list[evidence.Record]) -> None:
@@ -136,8 +146,7 @@ def plot_frontier(made: list[evidence.Record]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    steps = evidence.read(HERE.parents[1] / "benchmarks" / "results.json")
-    cost = {r.name: 1e3 / r.value for r in steps if r.metric == "speed" and r.unit == "structures/s"}
+    cost = {r.name: 1e3 / r.value for r in made if r.metric == "speed"}
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for axis, metric in zip(axes, ("val MAE of formation energy", "val MAE of band gap"), strict=True):
         points = sorted((cost[r.name], r.value, r.spread or 0.0, r.name) for r in made if r.metric == metric)
@@ -146,7 +155,7 @@ def plot_frontier(made: list[evidence.Record]) -> None:
         for x, y, spread, name in points:
             own = name.startswith("neighbor_attention")
             axis.errorbar(x, y, spread, fmt="o", color="tab:red" if own else "tab:blue", capsize=3)
-            axis.annotate(name, (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8)
+            axis.annotate(name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8, rotation=25)
         unit = next(r.unit for r in made if r.metric == metric)
         axis.set(xscale="log", xlabel="training step (ms/structure, one thread)", ylabel=f"{metric} ({unit})")
         axis.margins(x=0.2)
