@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import pyarrow as pa
 
+from crysldnet.data.crystals import Crystals
 from crysldnet.data.formats.compression import inner_name
 from crysldnet.data.rows import Rows
 from crysldnet.data.structure_files import find_structure_files, kind_of, material_ids, parse_structure, read_structure
@@ -161,7 +162,7 @@ def open_readers(source: Any) -> list[Reader]:
     """
     if isinstance(source, (str, os.PathLike)):
         return _open_paths([source])
-    if _is_table(source):
+    if _is_whole(source):
         return [_object_reader(source)]
     if not isinstance(source, Iterable):
         raise DataError(f"{type(source).__name__} is no source of crystals")
@@ -174,8 +175,12 @@ def open_readers(source: Any) -> list[Reader]:
     return [_object_reader(source if isinstance(source, Sequence) else chain(first, items))]
 
 
-def _is_table(source: Any) -> bool:
-    return isinstance(source, pa.Table) or hasattr(source, "iter_rows") or hasattr(source, "iloc")
+def _is_whole(source: Any) -> bool:
+    """Say whether a source is one object: crystals, a structure or record, or a table."""
+    from crysldnet.data.formats.records import is_object
+
+    kinds = (Crystals, Mapping, pa.Table)
+    return isinstance(source, kinds) or is_object(source) or hasattr(source, "iter_rows") or hasattr(source, "iloc")
 
 
 def _object_reader(source: Any) -> Reader:
@@ -185,6 +190,8 @@ def _object_reader(source: Any) -> Reader:
 
 
 def _open_paths(sources: Sequence[str | os.PathLike[str]]) -> list[Reader]:
+    stores = [os.fspath(source) for source in sources if _is_store(source)]
+    sources = [source for source in sources if not _is_store(source)]
     paths = list(dict.fromkeys(path for source in sources for path in _expanded(Path(source).expanduser())))
     readers: list[Reader] = []
     structures = [path for path in paths if path.is_dir() or kind_of(path)]
@@ -192,7 +199,16 @@ def _open_paths(sources: Sequence[str | os.PathLike[str]]) -> list[Reader]:
     if structures:
         files = find_structure_files(structures)
         readers.append(FileReader(files, structures[0] if len(paths) == 1 and structures[0].is_dir() else None))
-    return [*readers, *(_open_file(path) for path in others)]
+    return [*readers, *(_open_file(path) for path in others), *(_open(STORE, store) for store in stores)]
+
+
+def _is_store(source: str | os.PathLike[str]) -> bool:
+    """Say whether a source is a store, a data set by its name, or a split of one."""
+    name = os.fspath(source)
+    if name.startswith(("embedded:", "published:")) or os.path.isfile(os.path.join(name, "store.json")):
+        return True
+    whole, at, _ = name.rpartition("@")
+    return bool(at) and not os.path.exists(name) and (_is_store(whole) or whole.lower().endswith(".parquet"))
 
 
 def _expanded(path: Path) -> list[Path]:
@@ -228,15 +244,20 @@ KINDS = {
     ".parquet": "tables.ParquetReader",
 }
 """The reader of each suffix, below ``crysldnet.data.formats``."""
+STORE = "tables.StoreReader"
 
 KNOWN_FILES = "*.cif, *.vasp, *.poscar, POSCAR*, CONTCAR*, " + ", ".join(f"*{suffix}" for suffix in KINDS)
 
 
 def _open_file(path: Path) -> Reader:
-    from importlib import import_module
-
     suffix = suffix_of(path)
     if suffix not in KINDS:
         raise DataError(f"{path}: not a file of crystals by its name; those read are {KNOWN_FILES}")
-    module, name = KINDS[suffix].split(".")
+    return _open(KINDS[suffix], path)
+
+
+def _open(kind: str, path: str | Path) -> Reader:
+    from importlib import import_module
+
+    module, name = kind.split(".")
     return getattr(import_module(f"crysldnet.data.formats.{module}"), name)(path)
