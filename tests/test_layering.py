@@ -13,7 +13,8 @@ LAYERS = [
     {"cli", "__main__"},
     {"config"},
     {"sweep", "matbench"},
-    {"predict"},
+    {"predict", "embed"},
+    {"inference"},
     {"finetune"},
     {"pretrain"},
     {"training"},
@@ -67,7 +68,7 @@ def test_an_upward_import_is_found():
     assert upward_imports({"encoders/pddformer.py": {"training", "data"}}) == ["encoders/pddformer.py imports training"]
 
 
-@pytest.mark.parametrize("module", ["crysldnet.pretrain", "crysldnet.finetune", "crysldnet.predict"])
+@pytest.mark.parametrize("module", ["crysldnet.pretrain", "crysldnet.finetune", "crysldnet.predict", "crysldnet.embed"])
 def test_training_imports_neither_pymatgen_nor_matbench(module):
     code = (
         f"import sys, {module}; from crysldnet.config import compose; compose('pretrain');"

@@ -26,6 +26,7 @@ from crysldnet.models.head import PropertyModel
 from crysldnet.pretrain import total_steps
 from crysldnet.report import print_table
 from crysldnet.training import checkpoint, plots
+from crysldnet.training.calibrate import calibrate
 from crysldnet.training.metrics import RegressionErrors
 from crysldnet.training.optimizer import AdamW
 from crysldnet.training.pretraining_set import encoder_file, pretraining_overlap, print_overlap
@@ -225,7 +226,9 @@ def train(
     checkpoint.refuse_diverged(whole, "finetuning")
     if trainer.is_global_zero:
         state = {k.removeprefix("model."): v for k, v in whole.items() if k.startswith("model.")}
-        checkpoint.write(folder / "model.safetensors", "property_model", state, info)
+        file = folder / "model.safetensors"
+        checkpoint.write(file, "property_model", state, info)
+        info["calibration"] = calibrate([file], file, data, drawn=folder / "plots")
     trainer.strategy.barrier("export")
     return Finetuned(model.cpu().eval(), info, metrics, data, predictions)
 
@@ -273,7 +276,7 @@ def _plot_parity(folder: Path, result: Finetuned) -> None:
     predicted = np.array([result.predictions[row] for row in rows])
     assert result.data.target_values is not None
     for place, target in enumerate(result.data.targets):
-        name = "".join(c if c.isalnum() or c in "-_" else "_" for c in target)
+        name = plots.file_name(target)
         true = result.data.target_values[rows, place]
         plots.parity(true, predicted[:, place], folder / f"parity_{name}.png", target, result.data.units[place])
 
@@ -321,6 +324,7 @@ def _finish(folder: RunFolder, result: Finetuned, config: FinetuneConfig) -> Non
             "data_sha256": result.data.store.hash,
             "left_out": result.data.left_out,
             "pretraining_overlap": overlap,
+            "calibration": result.info["calibration"],
             **result.metrics,
         }
     )

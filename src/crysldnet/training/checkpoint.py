@@ -28,9 +28,11 @@ from crysldnet.models.head import PropertyModel
 from crysldnet.models.target import make_target
 
 FORMAT_VERSION = 1
-Kind = Literal["encoder", "pretraining", "property_model"]
+Kind = Literal["encoder", "pretraining", "property_model", "calibration"]
 PREFIX = "pretraining_set."
 """Of the tensors that aren't weights, but say which crystals an encoder was pretrained on."""
+EXTRAS = (PREFIX, "training_set.", "calibration.")
+"""Prefixes of all tensors that aren't weights."""
 
 
 def _digest(tensor: Tensor) -> str:
@@ -64,7 +66,7 @@ def write(
     Args:
         path: the file, usually ``*.safetensors``.
         kind: what it is.
-        state: the weights.
+        state: the weights, and what else is kept with one of the prefixes in ``EXTRAS``.
         info: plain values.
         pretraining_set: the crystals that an encoder was pretrained on.
     """
@@ -95,13 +97,27 @@ def read(path: str | os.PathLike[str], kind: Kind) -> tuple[dict[str, Any], dict
         CheckpointError: there is no such file, or it is damaged, of another kind or of a newer format.
     """
     info, tensors = _read_all(path, kind)
-    return info, {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
+    return info, {name: tensor for name, tensor in tensors.items() if not name.startswith(EXTRAS)}
+
+
+def kind_of(path: str | os.PathLike[str]) -> str | None:
+    """Return the kind that a file says it is, without reading its tensors; None where it says nothing."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {}).get("crysldnet", "{}")).get("kind")
+    except (SafetensorError, OSError, ValueError, AttributeError):
+        return None
+
+
+def read_extra(path: str | os.PathLike[str], kind: Kind, prefix: str) -> dict[str, Tensor]:
+    """Read the tensors of one prefix, without it; none where the file has none, as those of earlier versions."""
+    _, tensors = _read_all(path, kind)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def read_pretraining_set(path: str | os.PathLike[str], kind: Kind = "encoder") -> Fingerprints | None:
     """Read which crystals an encoder was pretrained on; None where its file doesn't say."""
-    _, tensors = _read_all(path, kind)
-    arrays = {name.removeprefix(PREFIX): t.numpy() for name, t in tensors.items() if name.startswith(PREFIX)}
+    arrays = {name: tensor.numpy() for name, tensor in read_extra(path, kind, PREFIX).items()}
     try:
         return Fingerprints(**arrays) if arrays else None
     except TypeError as error:
