@@ -15,9 +15,9 @@ from crysldnet.models.head import Prediction
 def combine(predictions: Sequence[Prediction]) -> Prediction:
     """Return the mean of the members' predictions, and the spread between and within them.
 
-    The standard deviation is that of the mixture of the members' distributions, std² = mean(value² + std²) − mean(value)²
-    (Lakshminarayanan et al., arXiv 1612.01474); members without one of their own count as exact. Probabilities are
-    averaged, and the likeliest class of the average is predicted.
+    The standard deviation is that of the mixture of the members' distributions,
+    std² = mean(value² + std²) − mean(value)² (Lakshminarayanan et al., arXiv 1612.01474); members without one of their
+    own count as exact. Probabilities are averaged, and the likeliest class of the average is predicted.
 
     Args:
         predictions: of the M members, for the same B crystals.

@@ -7,7 +7,7 @@ Shapes: ``B`` crystals, ``N`` atoms, ``D`` width of the encoder, ``T`` targets, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -125,6 +125,7 @@ class PropertyModel(nn.Module):
         mean, std: [T] of the training targets; with the ``sum`` readout the mean is per atom.
         references: [T, 119] energies of the elements, where there are referenced targets.
         frozen: keep the encoder in evaluation mode, without dropout.
+        cached: gives the features [N, D] in place of the encoder while a frozen one is trained with; None for none.
     """
 
     mean: Tensor
@@ -146,6 +147,7 @@ class PropertyModel(nn.Module):
         self.types = list(types) if types is not None else [Number() for _ in targets]
         self.referenced = list(referenced)
         self.frozen = False
+        self.cached: Callable[[CrystalBatch], Tensor] | None = None
         for name, kind in zip(targets, self.types, strict=True):
             if head.readout == "sum" and not kind.grows:
                 raise ValueError(f"readout=sum adds up over atoms, which {name!r} as {kind.name!r} can't be")
@@ -164,6 +166,22 @@ class PropertyModel(nn.Module):
     def classes(self) -> list[list[str] | None]:
         """Names of the classes of each target; None for a regression."""
         return [list(kind.labels) if isinstance(kind, Classes) else None for kind in self.types]
+
+    @property
+    def n_depths(self) -> int:
+        """Number of parts that follow one another: head, the encoder's layers, and what comes before those."""
+        return self.encoder.n_layers + 2
+
+    def depth_of(self, name: str) -> int:
+        """Return how far below the output a parameter lies: 0 for the head, 1 for the encoder's last layer, …"""
+        part, _, rest = name.partition(".")
+        return 0 if part != "encoder" else 1 + self.encoder.n_layers - self.encoder.layer_of(rest)
+
+    def freeze_encoder(self) -> None:
+        """Keep the encoder as it is: no gradients, no dropout, no statistics of batches."""
+        self.encoder.requires_grad_(False)
+        self.frozen = True
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> PropertyModel:
         """Set training or evaluation mode; a frozen encoder stays in evaluation mode."""
@@ -215,7 +233,8 @@ class PropertyModel(nn.Module):
 
     def _outputs(self, batch: CrystalBatch) -> list[Tensor]:
         """Return the head's outputs of each target, [B, O of the target]."""
-        whole = self.head(self.encoder(batch), batch.crystal, batch.num_crystals)
+        features = self.encoder(batch) if self.cached is None else self.cached(batch)
+        whole = self.head(features, batch.crystal, batch.num_crystals)
         return list(whole.to(self.mean.dtype).split([kind.outputs for kind in self.types], dim=1))
 
     def _estimates(self, outputs: list[Tensor], center: Tensor) -> list[Estimate]:

@@ -1,7 +1,7 @@
 """Kinds of properties: how the outputs of a head become a prediction, and what they are trained on.
 
-Shapes: ``B`` crystals, ``O`` outputs of one target, ``C`` classes. ``center`` and ``scale`` are the mean and the
-standard deviation of the training targets (of their logarithms for :class:`Log`, of the values over 0 for :class:`TwoPart`).
+Shapes: ``B`` crystals, ``O`` outputs of one target, ``C`` classes. ``center`` and ``scale`` are mean and standard
+deviation of the training targets (of their logarithms for :class:`Log`, of the values over 0 for :class:`TwoPart`).
 
 A regression may have one output more, the logarithm of the scale of its own error (``spread``); the loss is then the
 negative log-likelihood of a Laplace or normal distribution (Nix and Weigend 1994; Kendall and Gal, arXiv 1703.04977).
