@@ -36,7 +36,8 @@ class ArraysOutput(FileOutput):
         self._features.flush()
         size = self._features.tell() // 4
         features = np.memmap(self._features, np.float32, "r", shape=(size // max(self._width, 1), self._width))
-        np.savez(self._file, embedding=features, **{k: np.concatenate(v) for k, v in self._columns.items()})
+        columns: dict[str, Any] = {name: np.concatenate(parts) for name, parts in self._columns.items()}
+        np.savez(self._file, embedding=features, **columns)
         self._features.close()
 
 
