@@ -292,14 +292,19 @@ def test_bad_crystals_of_a_table_are_refused_and_the_rest_is_done(tmp_path, tabl
     assert f"{len(ids) - 1} crystals predicted, 1 refused" in capsys.readouterr().err
 
 
-def test_an_archive_that_is_damaged_further_on_does_not_stop_the_others(tmp_path, model):
+def test_a_damaged_archive_does_not_stop_the_others(tmp_path, model):
     whole = write_source("tar.gz", tmp_path)
     raw = whole.read_bytes()
     (tmp_path / "cut.tar.gz").write_bytes(raw[: len(raw) // 2])
     files = f"files=[{tmp_path}/cut.tar.gz,{whole}]"
     assert predict(f"model={model}", files, f"out={tmp_path}/out.csv") == 0
     assert {row["id"] for row in rows_of(tmp_path / "out.csv")} >= {file.stem for file in FILES}
-    assert any("cut.tar.gz" in row["source"] for row in rows_of(tmp_path / "out.csv.refused.csv"))
+    (refused,) = rows_of(tmp_path / "out.csv.refused.csv")
+    assert "cut.tar.gz" in refused["source"]
+    assert "Truncated" in refused["reason"]
+    with pytest.raises(DataError, match="none of the 1 crystals could be used"):
+        predict(f"model={model}", f"files={tmp_path}/cut.tar.gz", f"out={tmp_path}/none.csv")
+    assert not (tmp_path / "none.csv").exists()
 
 
 def test_reading_stays_just_ahead_of_predicting(loaded):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -151,17 +151,22 @@ def read_structures(structures: Iterable[tuple[str, str, Any]], max_atoms: int) 
     return rows.table(max_atoms)
 
 
-def open_readers(source: Any) -> list[Reader]:
+OnBad = Callable[[str, str], None]
+"""Takes the name of a file that can't be opened, and why."""
+
+
+def open_readers(source: Any, on_bad: OnBad | None = None) -> list[Reader]:
     """Tell what a source is and return the readers of its parts.
 
     Args:
         source: as :func:`crysldnet.data.importer.import_crystals` describes it.
+        on_bad: what to do with a file of many crystals that is damaged; None raises.
 
     Raises:
         DataError: there is nothing to read, or nothing that is known.
     """
     if isinstance(source, (str, os.PathLike)):
-        return _open_paths([source])
+        return _open_paths([source], on_bad)
     if _is_whole(source):
         return [_object_reader(source)]
     if not isinstance(source, Iterable):
@@ -171,7 +176,7 @@ def open_readers(source: Any) -> list[Reader]:
     if not first:
         raise DataError("the source is empty")
     if isinstance(first[0], (str, os.PathLike)):
-        return _open_paths([*first, *items])
+        return _open_paths([*first, *items], on_bad)
     return [_object_reader(source if isinstance(source, Sequence) else chain(first, items))]
 
 
@@ -189,7 +194,7 @@ def _object_reader(source: Any) -> Reader:
     return ObjectReader(source)
 
 
-def _open_paths(sources: Sequence[str | os.PathLike[str]]) -> list[Reader]:
+def _open_paths(sources: Sequence[str | os.PathLike[str]], on_bad: OnBad | None) -> list[Reader]:
     stores = [os.fspath(source) for source in sources if _is_store(source)]
     sources = [source for source in sources if not _is_store(source)]
     paths = list(dict.fromkeys(path for source in sources for path in _expanded(Path(source).expanduser())))
@@ -199,7 +204,15 @@ def _open_paths(sources: Sequence[str | os.PathLike[str]]) -> list[Reader]:
     if structures:
         files = find_structure_files(structures)
         readers.append(FileReader(files, structures[0] if len(paths) == 1 and structures[0].is_dir() else None))
-    return [*readers, *(_open_file(path) for path in others), *(_open(STORE, store) for store in stores)]
+    opened = [*((_open_file, str(path)) for path in others), *((_open_store, store) for store in stores)]
+    for open_, path in opened:
+        try:
+            readers.append(open_(path))
+        except DataError as error:
+            if on_bad is None:
+                raise
+            on_bad(path, str(error).removeprefix(f"{path}: "))
+    return readers
 
 
 def _is_store(source: str | os.PathLike[str]) -> bool:
@@ -249,11 +262,15 @@ STORE = "tables.StoreReader"
 KNOWN_FILES = "*.cif, *.vasp, *.poscar, POSCAR*, CONTCAR*, " + ", ".join(f"*{suffix}" for suffix in KINDS)
 
 
-def _open_file(path: Path) -> Reader:
-    suffix = suffix_of(path)
+def _open_store(name: str) -> Reader:
+    return _open(STORE, name)
+
+
+def _open_file(path: str | Path) -> Reader:
+    suffix = suffix_of(Path(path))
     if suffix not in KINDS:
         raise DataError(f"{path}: not a file of crystals by its name; those read are {KNOWN_FILES}")
-    return _open(KINDS[suffix], path)
+    return _open(KINDS[suffix], Path(path))
 
 
 def _open(kind: str, path: str | Path) -> Reader:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from crysldnet.data.batch import CrystalBatch, make_batch
-from crysldnet.data.crystals import Crystals
+from crysldnet.data.crystals import Crystals, from_lists
 from crysldnet.data.graph import GraphSpec
 from crysldnet.data.rows import PLACE, Rows
 from crysldnet.data.schema import crystals_from_table
@@ -95,7 +95,8 @@ class CrystalStream:
     """
 
     def __init__(self, source: Any, graphs: Iterable[GraphSpec], settings: StreamSettings) -> None:
-        self._readers = open_readers(source)
+        self._damaged: list[Refused] = []
+        self._readers = open_readers(source, lambda name, reason: self._damaged.append(Refused(name, "", reason)))
         self._graphs, self._settings = list(dict.fromkeys(graphs)), settings
         totals = [reader.total for reader in self._readers]
         self.total = None if None in totals else sum(total for total in totals if total is not None)
@@ -109,6 +110,8 @@ class CrystalStream:
         return run_in_order(((task, False) for reader in self._readers for task in _tasks(reader, settings)), workers)
 
     def _portions(self) -> Iterator[Portion]:
+        if self._damaged:
+            yield Portion([], [], from_lists([], [], []), {}, self._damaged)
         for table in self._tables():
             ids, places = table["material_id"].to_pylist(), table[PLACE].to_pylist()
             crystals, refused = crystals_from_table(table), _refused(table.schema, set(places))

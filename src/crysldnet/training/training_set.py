@@ -87,7 +87,7 @@ class TrainingSet:
         scale = features.std(dim=0, correction=0)
         scale = torch.where(scale > 1e-6 * scale.max(), scale, 1.0)
         features = features / scale
-        apart = torch.cdist(features, features).fill_diagonal_(torch.inf)
+        apart = _apart(features, features).fill_diagonal_(torch.inf)
         distances = _nearest(apart).sort().values
         largest = torch.tensor(int(crystals.sizes.max(initial=0)))
         return cls(torch.from_numpy(counts), largest, features, scale, distances)
@@ -109,7 +109,7 @@ class TrainingSet:
 
     def distance(self, features: Tensor) -> NDArray[np.float64]:
         """Return the latent distance [B] of crystals with these features [B, D]."""
-        apart = torch.cdist(features.cpu() / self.scale, self.features)
+        apart = _apart(features.cpu() / self.scale, self.features)
         return _nearest(apart).double().numpy() / self._unit
 
     @property
@@ -121,6 +121,11 @@ class TrainingSet:
     def unseen(self, numbers: NDArray[np.uint8]) -> list[str]:
         """Return the elements among atomic numbers that no training crystal has."""
         return [SYMBOLS[z] for z in np.unique(numbers).tolist() if not int(self.elements[z])]
+
+
+def _apart(one: Tensor, other: Tensor) -> Tensor:
+    """Return all distances, by differences: by products of matrices they would depend on the size of the batch."""
+    return torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _nearest(apart: Tensor) -> Tensor:
