@@ -198,9 +198,11 @@ class Embeddings(Tabular):
         if not parts:
             reason = f": {refused[0].source}: {refused[0].reason}" if refused else ""
             raise DataError(f"no crystal could be used{reason}")
-        arrays = {name: np.concatenate([getattr(p, name) for p in parts]) for name in ("sizes", "numbers", "features")}
-        lists = {name: [x for p in parts for x in getattr(p, name)] for name in ("ids", "sources", "formulas")}
-        return cls(**lists, **arrays, per=parts[0].per, refused=refused)
+        joined: dict[str, Any] = {
+            name: np.concatenate([getattr(p, name) for p in parts]) for name in ("sizes", "numbers", "features")
+        }
+        joined |= {name: [x for p in parts for x in getattr(p, name)] for name in ("ids", "sources", "formulas")}
+        return cls(**joined, per=parts[0].per, refused=refused)
 
     def table(self) -> pa.Table:
         """Return a table with a row for each crystal or atom.

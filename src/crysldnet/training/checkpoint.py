@@ -27,7 +27,8 @@ from crysldnet.errors import CheckpointError, ConfigError
 from crysldnet.models.head import PropertyModel
 from crysldnet.models.target import make_target
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""What is read. Since 2, property models keep more than weights; encoders are still written as 1."""
 Kind = Literal["encoder", "pretraining", "property_model", "calibration"]
 PREFIX = "pretraining_set."
 """Of the tensors that aren't weights, but say which crystals an encoder was pretrained on."""
@@ -74,7 +75,8 @@ def write(
     if pretraining_set is not None:
         state = {**state, **{PREFIX + name: torch.from_numpy(a) for name, a in vars(pretraining_set).items()}}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    text = json.dumps({"format_version": FORMAT_VERSION, "kind": kind, **info})
+    version = 1 if kind in ("encoder", "pretraining") else FORMAT_VERSION
+    text = json.dumps({"format_version": version, "kind": kind, **info})
     digests = {name: _digest(tensor) for name, tensor in tensors.items()}
     digests["metadata"] = hashlib.sha256(text.encode()).hexdigest()
     content = save(tensors, metadata={"crysldnet": text, "sha256": json.dumps(digests)})
