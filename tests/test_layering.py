@@ -26,8 +26,9 @@ LAYERS = [
 ]
 """From the command line down. A module may import its own layer's package and those below."""
 
-MAY_TURN = {("__main__", "cli"), ("sweep", "config")}
-"""The sweep composes the configurations of its runs; that module imports no command itself."""
+MAY_TURN = {("__main__", "cli"), ("sweep", "config"), ("__init__", "inference")}
+"""The sweep composes the configurations of its runs; that module imports no command itself. The package offers what
+loads models, and imports it when it is asked for."""
 
 
 def layer_of(name: str) -> int:
