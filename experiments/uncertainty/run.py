@@ -20,8 +20,8 @@ from crysldnet.inference import Predictor
 FOLDER = Path(__file__).parent
 COMMAND = "python experiments/uncertainty/run.py"
 TARGET = "formation_energy_per_atom"
-SEEDS = [0, 1, 2]
-SETTINGS = ["encoder=cgcnn", "optimizer.lr=0.004", "epochs=12", f"data.targets=[{TARGET}]"]
+SEEDS = [0, 1]
+SETTINGS = ["encoder=cgcnn", "optimizer.lr=0.004", "epochs=6", f"data.targets=[{TARGET}]"]
 LEVEL = 0.9
 
 Distance = Callable[[NDArray[np.float64]], NDArray[np.float64]]
@@ -56,8 +56,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.runs.mkdir(parents=True, exist_ok=True)
-    evidence.launch(arguments.runs, "finetune", "three", *SETTINGS, f"ensemble={len(SEEDS)}")
-    run = arguments.runs / "finetune" / "three"
+    evidence.launch(arguments.runs, "finetune", "ensemble", *SETTINGS, f"ensemble={len(SEEDS)}")
+    run = arguments.runs / "finetune" / "ensemble"
     store = open_store("embedded:mp_starter")
     splits, y = store.texts_of("split"), store.numbers_of(TARGET)
     train, test = (np.flatnonzero(splits == name) for name in ("train", "test"))
