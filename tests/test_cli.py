@@ -57,7 +57,7 @@ def test_pretrain_finetune_predict_from_an_empty_folder(tmp_path, small):
     with (tmp_path / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(list(EXAMPLES.glob("*.cif")))
-    assert list(rows[0])[:4] == ["file", "formula", "prediction", "unit"]
+    assert list(rows[0])[:6] == ["id", "source", "formula", "target", "prediction", "unit"]
     assert rows[0]["unit"] == "eV/atom"
     assert all(abs(float(row["prediction"])) < 50 for row in rows)
     summary = json.loads((tmp_path / "runs/finetune/latest/summary.json").read_text())
@@ -130,10 +130,12 @@ def test_bad_files_are_reported_and_the_rest_predicted(tmp_path, model):
     done = crysldnet("predict", f"model={model}", f"files={tmp_path}", f"out={tmp_path}/out.csv", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     with (tmp_path / "out.csv").open() as file:
-        assert {Path(row["file"]).name for row in csv.DictReader(file)} == {f.name for f in good}
+        assert {Path(row["source"]).name for row in csv.DictReader(file)} == {f.name for f in good}
     for name in ("empty.cif", "noise.cif", "overlap.vasp"):
         assert name in done.stderr
-    assert "3 files refused" in done.stderr
+    assert "2 crystals predicted, 3 refused" in done.stderr
+    with (tmp_path / "out.csv.refused.csv").open() as file:
+        assert {row["source"] for row in csv.DictReader(file)} == {"empty.cif", "noise.cif", "overlap.vasp"}
 
 
 def test_predicting_only_bad_files_fails_and_leaves_what_was_there(tmp_path, model):
@@ -141,7 +143,7 @@ def test_predicting_only_bad_files_fails_and_leaves_what_was_there(tmp_path, mod
     (tmp_path / "predictions.csv").write_text("earlier")
     done = crysldnet("predict", f"model={model}", f"files={tmp_path}/*.cif", cwd=tmp_path)
     assert done.returncode == 2
-    assert "none of the 1 files" in done.stderr
+    assert "none of the 1 crystals could be used" in done.stderr
     assert (tmp_path / "predictions.csv").read_text() == "earlier"
     assert not list(tmp_path.glob(".predictions*"))
 

@@ -316,7 +316,11 @@ def test_the_readme_works_from_top_to_bottom_in_an_empty_folder(reader: Reader) 
 @needs_make
 @pytest.mark.parametrize("page", PAGES[1:])
 def test_the_examples_of_a_page_work(page: str, reader: Reader, started: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for draw in ("learning_curves", "parity"):  # they take longer than a tiny run; the README's runs draw them
+    for draw in (
+        "learning_curves",
+        "parity",
+        "reliability",
+    ):  # they take longer than a tiny run; the README's runs draw them
         monkeypatch.setattr(plots, draw, lambda *_: None)
     shutil.copytree(started, reader.folder / "runs", symlinks=True)
     reader.follow(page)
@@ -469,7 +473,7 @@ def test_files_metrics_and_summary_of_a_run_are_on_its_page(started: Path) -> No
     summary_fields = {name for row in table_rows(section("docs/run_folder.md", "## summary.json")) for name in row}
     for run in (started / "pretrain" / "begun", started / "finetune" / "begun"):
         for file in (path for path in run.rglob("*") if path.is_file()):
-            name = re.sub(r"parity_\w+\.png", "parity_TARGET.png", file.relative_to(run).as_posix())
+            name = re.sub(r"(parity|reliability)_\w+\.png", r"\1_TARGET.png", file.relative_to(run).as_posix())
             assert name in names, name
         for file in run.rglob("metrics.csv"):
             columns = file.read_text().split("\n", 1)[0].split(",")

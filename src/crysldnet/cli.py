@@ -15,7 +15,8 @@ from crysldnet.errors import CrysldnetError, Interrupted
 COMMANDS = {
     "pretrain": ("crysldnet.pretrain", "PretrainConfig", "pretrain an encoder without labels"),
     "finetune": ("crysldnet.finetune", "FinetuneConfig", "train a property model, pretrained or from scratch"),
-    "predict": ("crysldnet.predict", "PredictConfig", "predict properties of CIF or POSCAR files"),
+    "predict": ("crysldnet.predict", "PredictConfig", "predict properties of crystals in files, tables or stores"),
+    "embed": ("crysldnet.embed", "EmbedConfig", "write an encoder's features of crystals or atoms"),
     "matbench": ("crysldnet.matbench", "MatbenchConfig", "run a Matbench task and write a submission folder"),
     "sweep": ("crysldnet.sweep", "SweepCommandConfig", "run a W&B sweep configuration on this machine"),
 }

@@ -86,6 +86,7 @@ class CrystalDataModule(pl.LightningDataModule):
             train, val and test.
         graph: the graph that the encoder needs.
         targets: columns to predict; rows without any of them are left out. None or empty for no targets.
+        calibration_fraction: share of the validation crystals that is kept out of validation, for calibration alone.
         split: how to split (not where ``path`` names a file for each).
         corruption: what pretraining does to the crystals.
         batch_size: crystals in a global batch: of all devices and accumulation steps together.
@@ -117,6 +118,7 @@ class CrystalDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         exclude: list[str] | None = None,
         exclude_by: By = "formula",
+        calibration_fraction: float = 0.0,
         seed: Part[int] = 0,
         target_types: Part[Mapping[str, str] | None] = None,
         store: Part[CrystalStore | None] = None,
@@ -130,6 +132,9 @@ class CrystalDataModule(pl.LightningDataModule):
         self.max_atoms, self.max_edges, self.max_crystal_atoms = max_atoms, max_edges, max_crystal_atoms
         self.num_workers = num_workers
         self.exclude, self.exclude_by = exclude or [], exclude_by
+        if not 0.0 <= calibration_fraction < 1.0:
+            raise ValueError(f"calibration_fraction must be 0 or more and below 1, not {calibration_fraction}")
+        self.calibration_fraction = calibration_fraction
         self._given = (store, rows)
         self.target_types = target_types or {}
         self.labels: list[list[str] | None] = []
@@ -152,6 +157,7 @@ class CrystalDataModule(pl.LightningDataModule):
         self.rows = {name: self._keep(rows) for name, rows in self.rows.items()}
         if not len(self.rows["train"]):
             raise DataError(f"{self.store.name}: no crystal is left to train on ({self.left_out or 'empty split'})")
+        self.rows["val"], self.calibration_rows = self._keep_for_calibration(self.rows["val"])
         self._loaded = True
 
     def _open(self) -> tuple[CrystalStore, Rows]:
@@ -206,6 +212,17 @@ class CrystalDataModule(pl.LightningDataModule):
                 self.left_out[reason] = self.left_out.get(reason, 0) + int((bad & ~gone).sum())
             gone = gone | bad
         return rows[~gone]
+
+    def _keep_for_calibration(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the validation and the calibration rows, which are the same unless a share is kept apart.
+
+        Rows that were given are used as they are.
+        """
+        if not self.calibration_fraction or self._given[1] is not None:
+            return rows, rows
+        count = round(self.calibration_fraction * len(rows))
+        order = np.random.default_rng([self.split.seed, 2]).permutation(rows)
+        return np.sort(order[count:]), np.sort(order[:count])
 
     def split_text(self) -> str:
         """Return the file of the split as it is used, after every rule that leaves crystals out."""

@@ -23,6 +23,7 @@ from crysldnet.errors import ConfigError
 from crysldnet.finetune.settings import FinetuneConfig, make_data, make_encoder
 from crysldnet.finetune.training import Finetuned, Predictions, rows_of, train
 from crysldnet.models.ensemble import combine
+from crysldnet.training.calibrate import calibrate
 from crysldnet.training.checkpoint import load_property_model
 from crysldnet.training.metrics import TargetMetrics
 from crysldnet.training.run_folder import RunFolder, write_atomically
@@ -64,8 +65,8 @@ def train_ensemble(
         folder: of the run; member i is kept in ``member_i``.
         data: the crystals.
     """
-    results = []
-    for i, rows in enumerate(member_rows(data, config)):
+    results, parts = [], member_rows(data, config)
+    for i, rows in enumerate(parts):
         path = folder.path / f"member_{i}"
         own = replace(config, seed=config.seed + i)
         if not (path / "model.safetensors").exists():
@@ -74,7 +75,19 @@ def train_ensemble(
         _tell(i, config.ensemble, info["metrics"])
         results.append(info)
     settings: TrainerSettings = build(config.trainer, "trainer")
-    return _together(folder.path, results, data, "cuda" if settings.resolve_accelerator() == "gpu" else "cpu")
+    device = "cuda" if settings.resolve_accelerator() == "gpu" else "cpu"
+    together = _together(folder.path, results, data, device)
+    apart = config.ensemble_by == "folds" and not data.calibration_fraction
+    _calibrate(folder.path, together, [rows["val"] for rows in parts] if apart else None)
+    return together
+
+
+@rank_zero_only
+def _calibrate(folder: Path, result: Finetuned, held_out: list[NDArray[np.int64]] | None) -> None:
+    members = range(len(list(folder.glob("member_*/model.safetensors"))))
+    files = [folder / f"member_{i}" / "model.safetensors" for i in members]
+    out = folder / "calibration.safetensors"
+    result.info["calibration"] = calibrate(files, out, result.data, held_out=held_out, drawn=folder / "plots")
 
 
 def _train_member(

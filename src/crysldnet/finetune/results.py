@@ -60,7 +60,7 @@ def _plot_parity(folder: Path, result: Finetuned) -> None:
     assert result.data.target_values is not None
     for place, target in enumerate(result.data.targets):
         if result.data.labels[place] is None:
-            name = "".join(c if c.isalnum() or c in "-_" else "_" for c in target)
+            name = plots.file_name(target)
             true = result.data.target_values[rows, place]
             plots.parity(true, predicted[:, place], folder / f"parity_{name}.png", target, result.data.units[place])
 
@@ -88,6 +88,7 @@ def finish(folder: RunFolder, result: Finetuned, config: FinetuneConfig) -> None
             "data_sha256": result.data.store.hash,
             "left_out": result.data.left_out,
             "pretraining_overlap": overlap,
+            "calibration": result.info["calibration"],
             **({"members": members, "ensemble_by": config.ensemble_by} if members else {}),
             **result.metrics,
         }

@@ -19,6 +19,7 @@ from crysldnet.finetune.settings import TrainingConfig, make_data, make_encoder,
 from crysldnet.models.head import Prediction, PropertyModel
 from crysldnet.models.target import Classes, TargetType
 from crysldnet.training import checkpoint
+from crysldnet.training.calibrate import calibrate
 from crysldnet.training.run_folder import code_version
 from crysldnet.training.trainer import TrainerSettings, announce, fit, make_trainer
 
@@ -142,7 +143,9 @@ def train(
     checkpoint.refuse_diverged(whole, "finetuning")
     if trainer.is_global_zero:
         state = {k.removeprefix("model."): v for k, v in whole.items() if k.startswith("model.")}
-        checkpoint.write(folder / "model.safetensors", "property_model", state, info)
+        file = folder / "model.safetensors"
+        checkpoint.write(file, "property_model", state, info)
+        info["calibration"] = calibrate([file], file, data, drawn=folder / "plots")
     trainer.strategy.barrier("export")
     return Finetuned(model.cpu().eval(), info, metrics, data, predictions)
 

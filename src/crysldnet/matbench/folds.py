@@ -23,10 +23,10 @@ from crysldnet.data.split import Rows
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import ConfigError, DataError
 from crysldnet.finetune import Finetuned, train
+from crysldnet.inference import predict_crystals
 from crysldnet.matbench.settings import MatbenchConfig
 from crysldnet.matbench.tasks import Source, crystals_of, file_hash
 from crysldnet.models.head import PropertyModel
-from crysldnet.predict import predict_crystals
 from crysldnet.training.checkpoint import load_property_model
 from crysldnet.training.pretraining_set import encoder_file, pretraining_overlap
 from crysldnet.training.run_folder import RunFolder, write_atomically

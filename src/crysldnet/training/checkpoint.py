@@ -27,15 +27,19 @@ from crysldnet.errors import CheckpointError, ConfigError
 from crysldnet.models.head import PropertyModel
 from crysldnet.models.target import make_target
 
-FORMAT_VERSION = 1
-Kind = Literal["encoder", "pretraining", "property_model"]
+FORMAT_VERSION = 2
+"""What is read. Since 2, property models keep more than weights; encoders are still written as 1."""
+Kind = Literal["encoder", "pretraining", "property_model", "calibration"]
 PREFIX = "pretraining_set."
 """Of the tensors that aren't weights, but say which crystals an encoder was pretrained on."""
+EXTRAS = (PREFIX, "training_set.", "calibration.")
+"""Prefixes of all tensors that aren't weights."""
 
 
 def _digest(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    if tensor.numel():  # an empty tensor has no bytes to look at
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -64,14 +68,15 @@ def write(
     Args:
         path: the file, usually ``*.safetensors``.
         kind: what it is.
-        state: the weights.
+        state: the weights, and what else is kept with one of the prefixes in ``EXTRAS``.
         info: plain values.
         pretraining_set: the crystals that an encoder was pretrained on.
     """
     if pretraining_set is not None:
         state = {**state, **{PREFIX + name: torch.from_numpy(a) for name, a in vars(pretraining_set).items()}}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    text = json.dumps({"format_version": FORMAT_VERSION, "kind": kind, **info})
+    version = 1 if kind in ("encoder", "pretraining") else FORMAT_VERSION
+    text = json.dumps({"format_version": version, "kind": kind, **info})
     digests = {name: _digest(tensor) for name, tensor in tensors.items()}
     digests["metadata"] = hashlib.sha256(text.encode()).hexdigest()
     content = save(tensors, metadata={"crysldnet": text, "sha256": json.dumps(digests)})
@@ -95,13 +100,27 @@ def read(path: str | os.PathLike[str], kind: Kind) -> tuple[dict[str, Any], dict
         CheckpointError: there is no such file, or it is damaged, of another kind or of a newer format.
     """
     info, tensors = _read_all(path, kind)
-    return info, {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
+    return info, {name: tensor for name, tensor in tensors.items() if not name.startswith(EXTRAS)}
+
+
+def kind_of(path: str | os.PathLike[str]) -> str | None:
+    """Return the kind that a file says it is, without reading its tensors; None where it says nothing."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {}).get("crysldnet", "{}")).get("kind")
+    except (SafetensorError, OSError, ValueError, AttributeError):
+        return None
+
+
+def read_extra(path: str | os.PathLike[str], kind: Kind, prefix: str) -> dict[str, Tensor]:
+    """Read the tensors of one prefix, without it; none where the file has none, as those of earlier versions."""
+    _, tensors = _read_all(path, kind)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def read_pretraining_set(path: str | os.PathLike[str], kind: Kind = "encoder") -> Fingerprints | None:
     """Read which crystals an encoder was pretrained on; None where its file doesn't say."""
-    _, tensors = _read_all(path, kind)
-    arrays = {name.removeprefix(PREFIX): t.numpy() for name, t in tensors.items() if name.startswith(PREFIX)}
+    arrays = {name: tensor.numpy() for name, tensor in read_extra(path, kind, PREFIX).items()}
     try:
         return Fingerprints(**arrays) if arrays else None
     except TypeError as error:

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from crysldnet.training.calibration import curves_of
+
 
 def read_curves(metrics: Path) -> dict[str, tuple[list[float], list[float]]]:
     """Return epochs and values of everything that a ``metrics.csv`` holds on validation, and of the training loss."""
@@ -64,3 +66,32 @@ def parity(true: NDArray[np.float64], predicted: NDArray[np.float64], out: Path,
     axis.spines[["top", "right"]].set_visible(False)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
+
+
+def reliability(errors: NDArray[np.float64], std: NDArray[np.float64] | None, folder: Path, target: str) -> None:
+    """Draw how many errors [n] lie inside intervals of every level, as ``reliability_TARGET.png``; nothing below 4."""
+    from matplotlib.figure import Figure
+
+    known = np.isfinite(errors)
+    if known.sum() < 4:
+        return
+    levels = np.linspace(0.02, 0.98, 49)
+    figure = Figure(figsize=(4.2, 4.2), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], color="0.6", linewidth=1)
+    styles = {"conformal": ("C0", "-"), "model": ("C1", "--"), "scaled": ("C1", "-")}
+    names = {"conformal": "conformal intervals", "model": "std of the model", "scaled": "std, scaled"}
+    for name, shares in curves_of(errors, std, levels, 20).items():
+        color, line = styles[name]
+        axis.plot(levels, shares, color=color, linestyle=line, linewidth=1.5, label=names[name])
+    axis.set(xlabel="expected share", ylabel="share of true values inside", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axis.set_title(f"{target}, {known.sum()} calibration crystals", fontsize=10)
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"reliability_{file_name(target)}.png", dpi=120)
+
+
+def file_name(target: str) -> str:
+    """Return a target's name with nothing in it that a file's name can't have."""
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in target)
