@@ -196,13 +196,16 @@ def train(
         epochs=config.epochs,
         seed=config.seed,
         gradient_clip=config.gradient_clip,
+        owner={
+            "command": "finetune",
+            "model": {"encoder": encoder_config, "head": config.head, "targets": data.targets},
+        },
         resume=config.resume is not None,
         loggers=loggers or [],
         monitor="val/normalised_mae" if has_validation else None,
     )
     announce("finetune", trainer, model, data)
-    fit(trainer, module, data, resume=config.resume is not None)
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name == "train/loss"}
+    metrics = {name: value for name, value in fit(trainer, module, data).items() if name == "train/loss"}
     best = folder / "checkpoints" / ("best.ckpt" if has_validation else "last.ckpt")
     if has_validation:
         metrics |= _evaluate(trainer.validate, module, data, best)

@@ -25,6 +25,7 @@ from crysldnet.data.fingerprint import Fingerprints
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.errors import CheckpointError, ConfigError
 from crysldnet.models.head import PropertyModel
+from crysldnet.training.atomic import whole_file
 
 FORMAT_VERSION = 1
 Kind = Literal["encoder", "pretraining", "property_model"]
@@ -74,16 +75,11 @@ def write(
     digests = {name: _digest(tensor) for name, tensor in tensors.items()}
     digests["metadata"] = hashlib.sha256(text.encode()).hexdigest()
     content = save(tensors, metadata={"crysldnet": text, "sha256": json.dumps(digests)})
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with whole_file(path) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise CheckpointError(f"can't write {path}: {error.strerror}") from error
 
 
