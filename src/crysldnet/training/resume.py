@@ -64,20 +64,13 @@ class SaveAndStop(Checkpoint):
         self._group: Any = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Listen to signals, and have a way to agree with the other ranks without waiting for a GPU."""
-        if stage != "fit":
-            return
-        self._signal = None
-        self._listen()
-        if trainer.world_size > 1 and distributed.get_backend() != "gloo":
+        """Have a way to agree with the other ranks without waiting for a GPU."""
+        if stage == "fit" and trainer.world_size > 1 and distributed.get_backend() != "gloo":
             self._group = distributed.new_group(backend="gloo")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen in place of Lightning, which exits without a checkpoint; it puts back what was there in its end."""
-        self._listen()
+        """Listen to signals in place of Lightning, which exits without a checkpoint; in its end it stops all listening."""
         self._saved_at = time.monotonic()
-
-    def _listen(self) -> None:
         if threading.current_thread() is threading.main_thread():
             for name in STOPPING:
                 if hasattr(signal, name):
@@ -124,7 +117,7 @@ class SaveAndStop(Checkpoint):
 
     def _save(self, trainer: pl.Trainer, *, inside_epoch: bool) -> None:
         self._inside_epoch = inside_epoch
-        trainer.save_checkpoint(self.path)
+        trainer.save_checkpoint(self.path, weights_only=False)
         self._saved_at = time.monotonic()
 
     def _stop(self, trainer: pl.Trainer, where: str) -> None:
