@@ -80,7 +80,7 @@ def test_a_run_stopped_inside_an_epoch_goes_on_exactly(tmp_path, small, whole, m
     expected = run(tmp_path / "whole", small, *arguments) if "trainer.accumulate=2" in arguments else whole
     with monkeypatch.context() as patch:
         at_batch(patch, 8, send(signal.SIGTERM))
-        with pytest.raises(Interrupted, match="SIGTERM in epoch [12], after"):
+        with pytest.raises(Interrupted, match=r"SIGTERM in epoch [12], after"):
             run(tmp_path, small, *arguments)
     header = verify(tmp_path / "pretrain/run/vae/checkpoints" / LAST)
     assert (header["epoch"], header["batch"]) == ((0, 10) if arguments[:1] == ["trainer.accumulate=2"] else (1, 3))

@@ -69,7 +69,7 @@ class SaveAndStop(Checkpoint):
             self._group = distributed.new_group(backend="gloo")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen to signals in place of Lightning, which exits without a checkpoint; in its end it stops all listening."""
+        """Listen to signals in place of Lightning, which would exit without a checkpoint; at its end it undoes this."""
         self._saved_at = time.monotonic()
         if threading.current_thread() is threading.main_thread():
             for name in STOPPING:
