@@ -184,16 +184,13 @@ class Mallinfo(ctypes.Structure):
     """What glibc says of its heap; ``uordblks`` are the bytes in use."""
 
     _fields_ = tuple(
-        (name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks".split()
-    ) + (
-        ("uordblks", ctypes.c_size_t),
-        ("fordblks", ctypes.c_size_t),
-        ("keepcost", ctypes.c_size_t),
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
     )
 
 
 def test_memory_is_flat_over_twenty_epochs(tmp_path, small, monkeypatch):
-    """Counted in bytes and blocks that are in use: freed memory that glibc keeps would hide a leak in the process's size."""
+    """In bytes and blocks that are in use: freed memory that glibc keeps hides a leak in the size of the process."""
     library = ctypes.CDLL("libc.so.6")
     if not hasattr(library, "mallinfo2"):
         pytest.skip("glibc is too old to say what is in use")
@@ -259,3 +256,29 @@ def test_a_finished_file_is_not_lost_where_a_new_one_cannot_be_written(disk):
     with pytest.raises(CheckpointError, match="No space left"):
         checkpoint.write(path, "encoder", {"a": torch.ones(10**6)}, {})
     assert checkpoint.read(path, "encoder")[1]["a"].eq(0).all()
+
+
+def test_two_ranks_stop_resume_and_skip_together(tmp_path):
+    data = subset(tmp_path / "data.parquet", train=64, val=8)
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("two_ranks.py")), str(tmp_path), str(data)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["whole"] == [0, 0]
+    assert found["stopped"] == [75, 75], "one rank was told to stop, and both do, at the same step"
+    assert "stopped by SIGTERM in epoch" in found["stopped_says"]
+    assert "stopped by another process in epoch" in found["stopped_says"]
+    assert found["on_one"] == [2]
+    assert "whose batches are shared by 2 process(es)" in found["on_one_says"]
+    assert found["resumed"] == [0, 0]
+    assert found["equal_weights"]
+    assert found["equal_metrics"]
+    assert found["one_then_two"] == [75, 0, 0]
+    assert found["poisoned"] == [2, 2]
+    assert "train/strain is inf; crystals mp-" in found["poisoned_says"]
+    assert found["skipped"] == [0, 0]
+    assert [(line["rank"], line["not_finite"]) for line in found["bad"]] == [(1, {"train/strain": float("inf")})]
