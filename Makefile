@@ -24,7 +24,7 @@ endif
 PARALLEL := $(if $(filter-out 1,$(GPUS) $(NODES)),trainer.devices=$(GPUS) trainer.nodes=$(NODES) strategy=ddp)
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain finetune predict matbench sweep bench test lint types clean
+.PHONY: help install pretrain finetune predict matbench sweep bench test test-slow lint types clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ bench: $(READY) ## measure speed: graphs, loading, encoders, waiting for data, s
 
 test: $(READY) ## run the tests
 	$(RUN) pytest -n auto --dist loadfile $(ARGS)
+
+test-slow: $(READY) ## run the tests that take many minutes: runs killed dozens of times
+	$(RUN) pytest -m slow $(ARGS)
 
 lint: $(READY) ## check style and format
 	$(RUN) ruff check .

@@ -58,12 +58,16 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
     arguments = [a for a in arguments if a != "--print-config"]
     composition = compose(name, arguments)
     if composition.groups and composition.values.get("resume") == "last":
-        from crysldnet.training.run_folder import saved_config
+        from crysldnet.training.run_folder import find_run, is_complete
 
-        saved = saved_config(composition.values["runs"], name, composition.values["name"])
-        if saved is not None:
+        earlier = find_run(composition.values["runs"], name, composition.values["name"])
+        if earlier is not None:
+            saved = earlier / "config.yaml"
             composition = compose(name, arguments, saved)
             refuse_changed(composition, saved)
+            if is_complete(earlier):
+                print(f"{earlier}: this run is complete", file=sys.stderr)
+                return 0
     refuse_unused(composition)
     module = importlib.import_module(module_name)
     settings = validate(composition, getattr(module, schema_name))
@@ -102,6 +106,7 @@ def _quieten_libraries() -> None:
         ".*exists and is not empty.*",
         ".*smaller than the logging interval.*",
         ".*Total length of `list` across ranks is zero.*",
+        ".*dataloader is not resumable.*",  # the sampler begins where the run stopped
         ".*sync_dist.*",  # metrics are summed over ranks by torchmetrics already
     ):
         warnings.filterwarnings("ignore", message)
@@ -112,8 +117,13 @@ def main() -> None:
     try:
         status = run(sys.argv[1:])
     except Interrupted as error:
-        print(f"unfinished: {error}", file=sys.stderr)
-        status = UNFINISHED
+        from crysldnet.training.run_folder import started_by_the_first
+
+        if started_by_the_first():
+            status = 0  # the first process tells what became of all; Lightning kills it where another one fails
+        else:
+            print(f"unfinished: {error}", file=sys.stderr)
+            status = UNFINISHED
     except CrysldnetError as error:
         print(f"error: {error}", file=sys.stderr)
         status = USAGE_ERROR

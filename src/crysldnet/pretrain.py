@@ -31,6 +31,9 @@ from crysldnet.training.trainer import TrainerSettings, announce, fit, make_trai
 
 Stage = Literal["vae", "diffusion"]
 
+MODEL_KEYS = ("encoder", "objective", "denoiser", "model", "diffusion")
+"""What of the configuration a checkpoint has to be resumed with."""
+
 PLOTTED = (
     "train/loss",
     "val/masked_accuracy",
@@ -96,6 +99,10 @@ class PretrainModule(pl.LightningModule):
     def training_step(self, batch: CrystalBatch, batch_idx: int) -> Tensor:
         """Return the loss."""
         return self._step(batch, "train")
+
+    def on_train_start(self) -> None:
+        """Know which steps a resumed run has behind it."""
+        self._teacher_step = self.trainer.global_step
 
     def on_train_batch_end(self, outputs: Any, batch: CrystalBatch, batch_idx: int) -> None:
         """Move the teacher, where there is one."""
@@ -281,14 +288,12 @@ def _run_stage(
         epochs=pace.epochs,
         seed=config.seed,
         gradient_clip=pace.gradient_clip,
+        owner={"command": "pretrain", "stage": stage, "model": {key: values[key] for key in MODEL_KEYS}},
         resume=config.resume is not None,
         loggers=loggers,
     )
     announce(stage, trainer, model, data)
-    fit(trainer, module, data, resume=config.resume is not None)
-    metrics = {
-        name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(("val/", "train/"))
-    }
+    metrics = {name: value for name, value in fit(trainer, module, data).items() if name.startswith(("val/", "train/"))}
     provenance = {
         "data": data.store.metadata.get("dataset", data.store.name),
         "data_sha256": data.store.hash,

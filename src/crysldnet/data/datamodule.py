@@ -143,6 +143,8 @@ class CrystalDataModule(pl.LightningDataModule):
         """Number of crystals that each rule left out."""
         self.excluded: list[dict[str, Any]] = []
         """Of each set in ``exclude``: its name, its sha256, the rule, and how many crystals it took."""
+        self.start = (0, 0)
+        """Epoch with which training begins, and how many batches of it each rank has done."""
         self._loaded = False
         self._commonest: int | None = None
 
@@ -269,6 +271,7 @@ class CrystalDataModule(pl.LightningDataModule):
             rank=rank,
             world_size=world_size,
             multiple=parts if train else world_size,
+            start=self.start if train else (0, 0),
         )
 
     def _edge_counts(self, name: str) -> NDArray[np.int64]:

@@ -23,10 +23,11 @@ from crysldnet.errors import ConfigError
 from crysldnet.finetune.settings import FinetuneConfig, make_data, make_encoder
 from crysldnet.finetune.training import Finetuned, Predictions, rows_of, train
 from crysldnet.models.ensemble import combine
+from crysldnet.training.atomic import write_atomically
 from crysldnet.training.calibrate import calibrate
 from crysldnet.training.checkpoint import load_property_model
 from crysldnet.training.metrics import TargetMetrics
-from crysldnet.training.run_folder import RunFolder, write_atomically
+from crysldnet.training.run_folder import RunFolder
 from crysldnet.training.trainer import TrainerSettings
 
 

@@ -109,6 +109,15 @@ def train(
         epochs=config.epochs * passes,
         seed=config.seed,
         gradient_clip=config.gradient_clip,
+        owner={
+            "command": "finetune",
+            "model": {
+                "encoder": encoder_config,
+                "head": config.head,
+                "targets": data.targets,
+                "target_types": [kind.describe() for kind in types],
+            },
+        },
         resume=config.resume is not None,
         loggers=loggers or [],
         monitor=module.monitor if has_validation else None,
@@ -116,8 +125,7 @@ def train(
         patience=config.patience,
     )
     announce("finetune", trainer, model, data)
-    fit(trainer, module, data, resume=config.resume is not None)
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name == "train/loss"}
+    metrics = {name: value for name, value in fit(trainer, module, data).items() if name == "train/loss"}
     best = folder / "checkpoints" / ("best.ckpt" if has_validation else "last.ckpt")
     if has_validation:
         metrics |= _evaluate(trainer.validate, module, data, best)

@@ -27,9 +27,10 @@ from crysldnet.inference import predict_crystals
 from crysldnet.matbench.settings import MatbenchConfig
 from crysldnet.matbench.tasks import Source, crystals_of, file_hash
 from crysldnet.models.head import PropertyModel
+from crysldnet.training.atomic import write_atomically
 from crysldnet.training.checkpoint import load_property_model
 from crysldnet.training.pretraining_set import encoder_file, pretraining_overlap
-from crysldnet.training.run_folder import RunFolder, write_atomically
+from crysldnet.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from crysldnet.errors import DataError
 from crysldnet.matbench.folds import Run
 from crysldnet.matbench.settings import submission_name
 from crysldnet.matbench.tasks import import_matbench
+from crysldnet.training.atomic import write_atomically
 from crysldnet.training.pretraining_set import describe_overlap
-from crysldnet.training.run_folder import code_version, write_atomically
+from crysldnet.training.run_folder import code_version
 
 PER_RUN = ("name", "runs", "resume", "out")
 """Keys that say where a run is kept, not what it is."""

@@ -26,7 +26,8 @@ import yaml
 from crysldnet.errors import ConfigError
 from crysldnet.report import print_table
 from crysldnet.sweep.proposals import Sweep, Trial, check_parameters, load_sweep, propose
-from crysldnet.training.run_folder import NAME_VARIABLE, RunFolder, write_atomically
+from crysldnet.training.atomic import write_atomically
+from crysldnet.training.run_folder import NAME_VARIABLE, RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from crysldnet.encoders.protocol import Encoder
 from crysldnet.errors import CheckpointError, ConfigError
 from crysldnet.models.head import PropertyModel
 from crysldnet.models.target import make_target
+from crysldnet.training.atomic import whole_file
 
 FORMAT_VERSION = 2
 """What is read. Since 2, property models keep more than weights; encoders are still written as 1."""
@@ -80,16 +81,11 @@ def write(
     digests = {name: _digest(tensor) for name, tensor in tensors.items()}
     digests["metadata"] = hashlib.sha256(text.encode()).hexdigest()
     content = save(tensors, metadata={"crysldnet": text, "sha256": json.dumps(digests)})
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with whole_file(path) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise CheckpointError(f"can't write {path}: {error.strerror}") from error
 
 
