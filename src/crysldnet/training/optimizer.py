@@ -50,7 +50,8 @@ class AdamW:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 by_name = not any(word in name for word in NO_DECAY_NAMES)
-                (decay if (by_name if self.decay == "names" else parameter.ndim >= 2) else rest).append(parameter)
+                matrix = getattr(parameter, "full_ndim", parameter.ndim) >= 2  # a sharded one may be flat
+                (decay if (by_name if self.decay == "names" else matrix) else rest).append(parameter)
         return [{"params": decay, "weight_decay": self.weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
     def build(self, module: nn.Module, total_steps: int) -> dict[str, Any]:

@@ -16,20 +16,21 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import (
     Callback,
-    EMAWeightAveraging,
     LearningRateMonitor,
     ModelCheckpoint,
     RichProgressBar,
     WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.pytorch.strategies import FSDPStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from crysldnet.data.datamodule import CrystalDataModule
-from crysldnet.errors import ConfigError, DeviceError, Interrupted
+from crysldnet.errors import DeviceError, Interrupted
+from crysldnet.training.ranks import RankWatch
+from crysldnet.training.strategies import check_combination, environment, timeout_of
 
 LAST = "last.ckpt"
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
@@ -48,8 +49,11 @@ class TrainerSettings:
         nodes: number of nodes.
         precision: as in Lightning: 32-true, bf16-mixed, 16-mixed, 64-true.
         compile: compile the encoder (torch.compile); the first steps take a minute or more.
+        activation_checkpointing: compute the encoder's layers again in the backward pass instead of keeping what they
+            computed: less memory, more time.
         accumulate: batches per optimizer step; ``data.batch_size`` is divided over them.
         ema_decay: keep an exponential moving average of the weights, which validates and is exported; null for none.
+            It begins shorter: the decay of step n is at most (1 + n) / (10 + n).
         deterministic: refuse operations that aren't reproducible on this device.
         progress_bar: show one.
         log_every: steps between two logged training losses.
@@ -60,6 +64,7 @@ class TrainerSettings:
     nodes: int = 1
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
     compile: bool = False
+    activation_checkpointing: bool = False
     accumulate: int = 1
     ema_decay: float | None = None
     deterministic: bool = False
@@ -77,15 +82,9 @@ class TrainerSettings:
 
         Raises:
             DeviceError: there are fewer devices than asked for.
-            ConfigError: the strategy is for one device, or for GPUs alone.
+            ConfigError: settings don't go together, or another number of processes was started.
         """
-        accelerator = self.resolve_accelerator()
-        if self.world_size > 1 and strategy == "auto":
-            raise ConfigError(f"{self.world_size} processes need strategy=ddp (or fsdp), not single", "strategy")
-        if isinstance(strategy, FSDPStrategy) and accelerator == "cpu":
-            raise ConfigError("strategy=fsdp needs GPUs; on CPU use strategy=ddp", "strategy")
-        if isinstance(strategy, FSDPStrategy) and self.ema_decay is not None:
-            raise ConfigError("strategy=fsdp can't average weights; set trainer.ema_decay=null", "trainer.ema_decay")
+        check_combination(strategy, self, self.resolve_accelerator())
 
     @property
     def world_size(self) -> int:
@@ -140,6 +139,16 @@ class SeedEveryBatch(Callback):
         self._seed(trainer, 0, batch_idx)
 
 
+def moving_average(decay: float) -> WeightAveraging:
+    """Return an average of the weights whose decay grows up to ``decay``, so that a short run doesn't lag behind."""
+
+    def average(averaged: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
+        now = torch.as_tensor(updates, dtype=torch.float32)
+        return averaged + (1.0 - ((1.0 + now) / (10.0 + now)).clamp(max=decay)) * (current - averaged)
+
+    return WeightAveraging(avg_fn=average)
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep large blocks that are freed, for the next step needs them again.
 
@@ -183,6 +192,7 @@ def make_trainer(
     checkpoints = folder / "checkpoints"
     callbacks: list[Callback] = [
         SeedEveryBatch(seed),
+        RankWatch(timeout_of(strategy)),
         ModelCheckpoint(checkpoints, filename=LAST.removesuffix(".ckpt"), enable_version_counter=False),
     ]
     if monitor is not None:
@@ -190,7 +200,7 @@ def make_trainer(
             ModelCheckpoint(checkpoints, filename="best", monitor=monitor, mode="min", enable_version_counter=False)
         )
     if settings.ema_decay is not None:
-        callbacks.append(EMAWeightAveraging(decay=settings.ema_decay))
+        callbacks.append(moving_average(settings.ema_decay))
     if settings.progress_bar:
         callbacks.append(RichProgressBar(leave=False))
     csv = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=50)
@@ -202,6 +212,7 @@ def make_trainer(
         devices=settings.devices,
         num_nodes=settings.nodes,
         strategy=strategy,
+        plugins=environment(),
         precision=settings.precision,
         max_epochs=epochs,
         accumulate_grad_batches=settings.accumulate,
