@@ -20,7 +20,7 @@ from tiny import pretrain_config
 STEPS = ["data.batch_size=16", "stage=vae", "stages.vae.epochs=2", "trainer.log_every=1", "optimizer.weight_decay=0.1"]
 CASES = {
     "ddp": ["strategy=ddp"],
-    "ddp_static": ["strategy=ddp_static", "trainer.accumulate=2"],
+    "ddp_static": ["strategy=ddp_static"],
     "fsdp2": ["strategy=fsdp2"],
     "fsdp2_less_memory": ["strategy=fsdp2", "trainer.activation_checkpointing=true", "trainer.accumulate=2"],
     "ddp_less_memory": ["strategy=ddp", "trainer.activation_checkpointing=true", "trainer.ema_decay=0.9"],
@@ -39,7 +39,7 @@ class Recording:
 
         def recorded(module, batch, batch_idx):
             loss = original(module, batch, batch_idx)
-            self.losses.append(float(loss))
+            self.losses.append(float(loss.detach()))
             return loss
 
         self._undo = lambda: setattr(patch_into, "training_step", original)

@@ -64,10 +64,11 @@ def _contexts(layer: nn.Module) -> tuple[AbstractContextManager, AbstractContext
 def _still_statistics(layer: nn.Module) -> Iterator[None]:
     """Keep the running statistics of batch normalisation as they are: they have seen this batch already."""
     norms = [part for part in layer.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count

@@ -18,11 +18,12 @@ from crysldnet.encoders.protocol import Encoder, layers_of
 from crysldnet.errors import ConfigError
 from crysldnet.models.dit import DiT
 
-Name = Literal["single", "ddp", "fsdp", "fsdp2", "deepspeed"]
+Name = Literal["single", "ddp", "ddp_static", "fsdp", "fsdp2", "deepspeed"]
 HALF = ("bf16-mixed", "16-mixed")
 PRECISIONS: dict[Name, tuple[str, ...]] = {
     "single": ("32-true", *HALF, "64-true"),
     "ddp": ("32-true", *HALF, "64-true"),
+    "ddp_static": ("32-true", *HALF, "64-true"),
     "fsdp": ("32-true", *HALF),
     "fsdp2": ("32-true", "bf16-mixed"),
     "deepspeed": ("32-true", *HALF),
@@ -144,6 +145,8 @@ class Settings(Protocol):
     @property
     def activation_checkpointing(self) -> bool: ...
     @property
+    def accumulate(self) -> int: ...
+    @property
     def ema_decay(self) -> float | None: ...
 
 
@@ -153,8 +156,9 @@ def name_of(strategy: Strategy | str) -> Name:
         ("fsdp", FSDPStrategy),
         ("fsdp2", ModelParallelStrategy),
         ("deepspeed", DeepSpeedStrategy),
-        ("ddp", DDPStrategy),
     )
+    if type(strategy) is DDPStrategy:
+        return "ddp_static" if strategy._ddp_kwargs.get("static_graph") else "ddp"
     return next((name for name, kind in kinds if isinstance(strategy, kind)), "single")
 
 
@@ -165,6 +169,12 @@ def refusals(name: Name, settings: Settings, accelerator: Literal["cpu", "gpu"])
         yield ConfigError(f"{processes} processes need strategy=ddp (or fsdp2), not single", "strategy")
     if name in ("fsdp", "deepspeed") and accelerator == "cpu":
         yield ConfigError(f"strategy={name} needs GPUs; on CPU use strategy=ddp or strategy=fsdp2", "strategy")
+    if name == "ddp_static" and settings.accumulate > 1:
+        yield ConfigError(
+            "strategy=ddp_static can't accumulate: PyTorch plans its communication on the first batch, which must "
+            "communicate. Set trainer.accumulate=1, or use strategy=ddp",
+            "trainer.accumulate",
+        )
     if settings.precision not in PRECISIONS[name]:
         yield ConfigError(
             f"strategy={name} can't compute in trainer.precision={settings.precision}; it can in "
