@@ -208,6 +208,8 @@ class RankWatch(Callback):
                 self._store.set(FAILURE, message)
             time.sleep(3 * BEAT_S)
         self._end_children()
+        if self._names[0] in message and f"process {os.getppid()} on {socket.gethostname()})" in self._names[0]:
+            os.kill(os.getppid(), signal.SIGKILL)  # the first rank started this one, and can't end by itself
         sys.stdout.flush()
         os._exit(1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any, Literal, Protocol
@@ -31,6 +31,10 @@ PRECISIONS: dict[Name, tuple[str, ...]] = {
 """What Lightning offers under each strategy."""
 
 
+STARTING = timedelta(minutes=10)
+"""How long processes wait for each other at least while they start."""
+
+
 def single() -> str:
     """One device."""
     return "auto"
@@ -38,10 +42,8 @@ def single() -> str:
 
 def ddp(*, find_unused_parameters: bool = False, static_graph: bool = False, timeout_minutes: float = 30.0) -> Strategy:
     """Use one process a device, each with the whole model (DistributedDataParallel)."""
-    return DDPStrategy(
-        find_unused_parameters=find_unused_parameters,
-        static_graph=static_graph,
-        timeout=_timeout(timeout_minutes),
+    return _patient(
+        DDPStrategy, timeout_minutes, find_unused_parameters=find_unused_parameters, static_graph=static_graph
     )
 
 
@@ -52,18 +54,19 @@ def fsdp(
     timeout_minutes: float = 30.0,
 ) -> Strategy:
     """Use one process a GPU, parameters, gradients and optimizer state sharded among them."""
-    return FullyShardedFlat(
+    return _patient(
+        FullyShardedFlat,
+        timeout_minutes,
         sharding_strategy=sharding,
         cpu_offload=cpu_offload,
         use_orig_params=True,
         state_dict_type="full",
-        timeout=_timeout(timeout_minutes),
     )
 
 
 def fsdp2(*, timeout_minutes: float = 30.0) -> Strategy:
     """Use one process a device, every layer's parameters sharded among them, tensor by tensor (``fully_shard``)."""
-    return FullyShardedLayers(save_distributed_checkpoint=False, timeout=_timeout(timeout_minutes))
+    return _patient(FullyShardedLayers, timeout_minutes, save_distributed_checkpoint=False)
 
 
 def deepspeed(*, stage: Literal[1, 2] = 2, offload_optimizer: bool = False, timeout_minutes: float = 30.0) -> Strategy:
@@ -78,13 +81,17 @@ def deepspeed(*, stage: Literal[1, 2] = 2, offload_optimizer: bool = False, time
             "strategy=fsdp2, which shards too and needs nothing more",
             "strategy",
         )
-    return DeepSpeedStrategy(stage=stage, offload_optimizer=offload_optimizer, timeout=_timeout(timeout_minutes))
+    return _patient(DeepSpeedStrategy, timeout_minutes, stage=stage, offload_optimizer=offload_optimizer)
 
 
-def _timeout(minutes: float) -> timedelta:
-    if not minutes > 0:
-        raise ValueError(f"timeout_minutes must be over 0, not {minutes}")
-    return timedelta(minutes=minutes)
+def _patient(kind: Callable[..., Strategy], timeout_minutes: float, **settings: Any) -> Strategy:
+    """Make a strategy; what its processes wait for while they start isn't bounded below ``STARTING``."""
+    if not timeout_minutes > 0:
+        raise ValueError(f"timeout_minutes must be over 0, not {timeout_minutes}")
+    timeout = timedelta(minutes=timeout_minutes)
+    strategy = kind(timeout=max(timeout, STARTING), **settings)
+    strategy.patience = timeout  # type: ignore[attr-defined]
+    return strategy
 
 
 class FullyShardedFlat(FSDPStrategy):
@@ -218,7 +225,7 @@ def environment() -> list[Any]:
 
 def timeout_of(strategy: Strategy | str) -> timedelta:
     """Return how long processes wait for each other."""
-    return getattr(strategy, "_timeout", None) or timedelta(minutes=30)
+    return getattr(strategy, "patience", STARTING)
 
 
 def check_combination(strategy: Strategy | str, settings: Settings, accelerator: Literal["cpu", "gpu"]) -> None:
