@@ -180,7 +180,8 @@ class RankWatch(Callback):
             for i, child in enumerate(self._children):
                 status = child.poll()
                 if status not in (None, 0, os.EX_TEMPFAIL) and self._watching.is_set():
-                    time.sleep(2 * BEAT_S)  # what it said of itself, if anything, comes first
+                    if status > 0:
+                        time.sleep(2 * BEAT_S)  # what it says of itself comes first
                     self._end(f"{self._names[self.rank + 1 + i]} ended with {_status(status)}")
             now = time.monotonic()
             for rank, (_, heard, place) in list(self._heard.items()):
