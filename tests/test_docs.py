@@ -45,7 +45,8 @@ SHORT = {
 RUN_ELSEWHERE = {
     "matbench": "test_matbench.py runs all folds",
     "sweep": "test_sweep.py runs a sweep",
-    "strategy=ddp": "test_cli.py runs two processes",
+    "strategy=ddp": "test_strategies.py runs two processes",
+    "strategy=fsdp2": "test_strategies.py runs two processes",
     "logger=wandb": "test_cli.py writes an offline run",
     "trainer.compile=true": "test_speed.py compiles",
     "data=jarvis": "test_published.py fetches, converts and trains",

@@ -100,6 +100,7 @@ def _quieten_libraries() -> None:
     """Keep Lightning's notices that a user can do nothing about off the screen; its warnings stay."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.strategies.launchers").setLevel(logging.INFO)  # names a rank that ended
     for message in (
         ".*LeafSpec.*",
         ".*does not have many workers.*",

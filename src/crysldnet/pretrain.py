@@ -272,6 +272,8 @@ def _run_stage(
     model.start_teacher()
     if settings.compile:
         model.encoder.compile_layers()
+    if settings.activation_checkpointing:
+        model.encoder.checkpoint_layers()
     data = _make_data(config, model)
     data.setup()
     pace: StageSettings = getattr(config.stages, stage)

@@ -83,6 +83,8 @@ def train(
     encoder, encoder_config, provenance = make_encoder(config)
     if settings.compile:
         encoder.compile_layers()
+    if settings.activation_checkpointing:
+        encoder.checkpoint_layers()
     values = {**values, "encoder": encoder_config}
     if data is None:
         data = make_data(config, encoder)

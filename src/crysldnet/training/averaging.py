@@ -5,6 +5,17 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor
+
+
+def moving_average(decay: float) -> WeightAveraging:
+    """Return an average of the weights whose decay grows up to ``decay``, so that a short run doesn't lag behind."""
+
+    def average(averaged: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
+        now = torch.as_tensor(updates, dtype=torch.float32)
+        return averaged + (1.0 - ((1.0 + now) / (10.0 + now)).clamp(max=decay)) * (current - averaged)
+
+    return WeightAveraging(avg_fn=average)
 
 
 class AverageOfLast(WeightAveraging):
@@ -24,6 +35,6 @@ class AverageOfLast(WeightAveraging):
         steps = int(trainer.num_training_batches) // trainer.accumulate_grad_batches * epochs
         self.start = round((1.0 - self.share) * steps)
 
-    def _average(self, averaged: torch.Tensor, current: torch.Tensor, done: torch.Tensor | int) -> torch.Tensor:
+    def _average(self, averaged: Tensor, current: Tensor, done: Tensor | int) -> Tensor:
         counted = max(int(done) - self.start, 0)
         return averaged + (current - averaged) / (counted + 1)

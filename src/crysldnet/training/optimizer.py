@@ -56,7 +56,8 @@ class AdamW:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 by_name = not any(word in name for word in NO_DECAY_NAMES)
-                decays = by_name if self.decay == "names" else parameter.ndim >= 2
+                matrix = getattr(parameter, "full_ndim", parameter.ndim) >= 2  # a sharded one may be flat
+                decays = by_name if self.decay == "names" else matrix
                 groups.setdefault((factor_of(name), decays), []).append(parameter)
         factors = sorted({factor for factor, _ in groups}, reverse=True)
         return [

@@ -16,26 +16,26 @@ import torch
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
-    EMAWeightAveraging,
     LearningRateMonitor,
     ModelCheckpoint,
     RichProgressBar,
     WeightAveraging,
 )
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-from lightning.pytorch.strategies import FSDPStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from crysldnet.data.datamodule import CrystalDataModule
-from crysldnet.errors import ConfigError, DataError, DeviceError, Interrupted
+from crysldnet.errors import DataError, DeviceError, Interrupted
 from crysldnet.report import note
-from crysldnet.training.averaging import AverageOfLast
+from crysldnet.training.averaging import AverageOfLast, moving_average
 from crysldnet.training.checkpoint_file import CheckpointFile
 from crysldnet.training.finite import RefuseNonFinite
 from crysldnet.training.loggers import MetricsFile
+from crysldnet.training.ranks import RankWatch
 from crysldnet.training.resume import SaveAndStop, check_position
+from crysldnet.training.strategies import check_combination, environment, timeout_of
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 """Of mallopt(3)."""
@@ -53,10 +53,13 @@ class TrainerSettings:
         nodes: number of nodes.
         precision: as in Lightning: 32-true, bf16-mixed, 16-mixed, 64-true.
         compile: compile the encoder (torch.compile); the first steps take a minute or more.
+        activation_checkpointing: compute the encoder's layers again in the backward pass instead of keeping what they
+            computed: less memory, more time.
         accumulate: batches per optimizer step; ``data.batch_size`` is divided over them.
         average_last: average the weights of this last share of the steps (SWA), which validates and is exported; null
             for none.
         ema_decay: keep an exponential moving average of the weights, which validates and is exported; null for none.
+            It begins shorter: the decay of step n is at most (1 + n) / (10 + n).
         deterministic: refuse operations that aren't reproducible on this device.
         progress_bar: show one.
         log_every: steps between two logged training losses.
@@ -74,6 +77,7 @@ class TrainerSettings:
     nodes: int = 1
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
     compile: bool = False
+    activation_checkpointing: bool = False
     accumulate: int = 1
     ema_decay: float | None = None
     average_last: float | None = None
@@ -107,16 +111,9 @@ class TrainerSettings:
 
         Raises:
             DeviceError: there are fewer devices than asked for.
-            ConfigError: the strategy is for one device, or for GPUs alone.
+            ConfigError: settings don't go together, or another number of processes was started.
         """
-        accelerator = self.resolve_accelerator()
-        if self.world_size > 1 and strategy == "auto":
-            raise ConfigError(f"{self.world_size} processes need strategy=ddp (or fsdp), not single", "strategy")
-        if isinstance(strategy, FSDPStrategy) and accelerator == "cpu":
-            raise ConfigError("strategy=fsdp needs GPUs; on CPU use strategy=ddp", "strategy")
-        for key in ("ema_decay", "average_last"):
-            if isinstance(strategy, FSDPStrategy) and getattr(self, key) is not None:
-                raise ConfigError(f"strategy=fsdp can't average weights; set trainer.{key}=null", f"trainer.{key}")
+        check_combination(strategy, self, self.resolve_accelerator())
 
     @property
     def world_size(self) -> int:
@@ -223,11 +220,15 @@ def make_trainer(
     checkpoints = folder / "checkpoints"
     files = CheckpointFile(owner, settings.keep_checkpoints)
     start = files.newest(checkpoints) if resume else None
-    callbacks: list[Callback] = [RefuseNonFinite(folder, settings.max_bad_steps), SeedEveryBatch(seed)]
+    callbacks: list[Callback] = [
+        RefuseNonFinite(folder, settings.max_bad_steps),
+        SeedEveryBatch(seed),
+        RankWatch(timeout_of(strategy)),
+    ]
     if settings.average_last is not None:
         callbacks.append(AverageOfLast(settings.average_last))
     if settings.ema_decay is not None:
-        callbacks.append(EMAWeightAveraging(decay=settings.ema_decay))
+        callbacks.append(moving_average(settings.ema_decay))
     if settings.progress_bar:
         callbacks.append(RichProgressBar(leave=False))
     callbacks.append(LearningRateMonitor(logging_interval="epoch"))
@@ -263,16 +264,9 @@ def make_trainer(
         enable_model_summary=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
-        plugins=[files, *_environment()],
+        plugins=[files, *environment()],
     )
     return trainer
-
-
-def _environment() -> list[Any]:
-    """Return SLURM's environment without its own requeueing: stopping and going on are ours."""
-    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-        return [SLURMEnvironment(auto_requeue=False)]
-    return []
 
 
 @rank_zero_only
