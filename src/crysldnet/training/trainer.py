@@ -297,8 +297,9 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule
         path, header = start
         check_position(path, header, trainer)
     data.start = (header["epoch"], header["batch"])
+    stopped_early = header["finished"] and header["epoch"] < (trainer.max_epochs or 0)
     try:
-        if not header["finished"]:
+        if not stopped_early:
             with contextlib.suppress(SystemExit):  # Lightning exits by itself on the second Ctrl-C
                 trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
     except RuntimeError as error:
@@ -309,7 +310,7 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule
             "data.num_workers or data.batch_size, and go on with resume=last"
         ) from error
     enough = any(isinstance(c, EarlyStopping) and c.stopped_epoch for c in trainer.callbacks)  # type: ignore[attr-defined]
-    unfinished = trainer.current_epoch < (trainer.max_epochs or 0) and not enough and not header["finished"]
+    unfinished = trainer.current_epoch < (trainer.max_epochs or 0) and not enough and not stopped_early
     if trainer.interrupted or unfinished:
         raise Interrupted(
             f"stopped after epoch {trainer.current_epoch} of {trainer.max_epochs}; continue with resume=last"
