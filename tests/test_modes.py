@@ -215,8 +215,10 @@ def test_the_average_of_the_last_steps_is_what_is_exported(tmp_path, configure, 
     assert not torch.allclose(average, after_step[-1], rtol=1e-4, atol=1e-6)
 
 
-def test_an_ensemble_of_seeds_predicts_the_mean_and_spread_of_its_members(tmp_path, configure):
+def test_an_ensemble_of_seeds_predicts_the_mean_and_spread_of_its_members(tmp_path, configure, capfd):
     folder, summary = run(tmp_path, "seeds", *configure("ensemble=3", "epochs=1"))
+    told = capfd.readouterr().err
+    assert all(f"member {i} of 3: val/mae" in told for i in (1, 2, 3))
     assert summary["members"] == ["member_0", "member_1", "member_2"]
     loaded = checkpoint.load_property_models(folder)
     assert len(loaded) == 3
@@ -348,3 +350,23 @@ def test_two_processes_train_a_frozen_model_and_score_all_of_its_classes(tmp_pat
     assert summary["test/mae/band_gap"] == pytest.approx(np.mean(gaps), rel=1e-3)
     state, exported = weights(folder), checkpoint.read(pretrained, "encoder")[1]
     assert all(torch.equal(state[f"encoder.{k}"], v) for k, v in exported.items())
+
+
+@pytest.mark.parametrize("mode", ["frozen", "gradual"])
+def test_a_stopped_run_of_every_mode_resumes_to_the_same_weights(tmp_path, configure, monkeypatch, mode):
+    config, values = configure(f"mode={mode}", "epochs=4", *(["layer_decay=0.5"] if mode == "gradual" else []))
+    whole, _ = run(tmp_path, "whole", config, values)
+    start = FinetuneModule.on_train_epoch_start
+
+    def stop(self):
+        if self.trainer.current_epoch == 2:
+            raise KeyboardInterrupt
+        start(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FinetuneModule, "on_train_epoch_start", stop)
+        with pytest.raises(Interrupted):
+            finetune.run(*finetune_with(tmp_path, "stopped", config, values))
+    assert finetune.run(*finetune_with(tmp_path, "stopped", config, values, resume="last")) == 0
+    one, two = weights(whole), weights(tmp_path / "finetune" / "stopped")
+    assert same(one, two, one)

@@ -19,6 +19,7 @@ from crysldnet.errors import ConfigError, DataError
 from crysldnet.models.head import Prediction, PropertyHead, PropertyModel
 from crysldnet.models.references import fit_references
 from crysldnet.models.target import Classes, Log, NonNegative, Number, TwoPart, make_target
+from crysldnet.training import checkpoint
 from crysldnet.training.checkpoint import load_property_model
 from crysldnet.training.metrics import ClassificationScores, TargetMetrics
 from tiny import finetune_config, subset
@@ -343,3 +344,16 @@ def test_the_best_epoch_is_chosen_by_what_the_targets_are():
     assert TargetMetrics(names, [two, two]).selection == "normalised_log_loss"
     assert TargetMetrics(names, [Number(), two]).selection == "normalised_error"
     assert TargetMetrics(names, [Number("laplace"), two]).selection == "nll"
+
+
+def test_a_model_of_before_there_were_kinds_is_a_plain_number(tmp_path, small):
+    folder, _, _ = run(tmp_path, "now", f"data.path={small}", "epochs=1")
+    info, state = checkpoint.read(folder / "model.safetensors", "property_model")
+    old = {k: v for k, v in info.items() if k not in ("target_types", "element_references", "format_version", "kind")}
+    checkpoint.write(tmp_path / "old.safetensors", "property_model", state, old)
+    models = [load_property_model(path)[0] for path in (folder, tmp_path / "old.safetensors")]
+    batch = make_batch(open_store(str(small)).crystals.take(np.arange(4)), models[0].encoder.graph)
+    with torch.inference_mode():
+        assert torch.equal(*(model(batch) for model in models))
+    assert models[1].kinds == ["regression"]
+    assert models[1].predict(batch).std is None
