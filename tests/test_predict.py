@@ -322,7 +322,7 @@ def test_reading_stays_just_ahead_of_predicting(loaded):
     for portion in stream:
         used += len(portion.ids)
         lead.append(given[0] - used)
-        if used >= 3000:
+        if used >= 1500:
             break
     stream.close()
     assert max(lead) <= 4 * 500
