@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from crysldnet import finetune
+from crysldnet.build import build_dataclass
 from crysldnet.data.batch import make_batch
 from crysldnet.data.crystals import from_lists
 from crysldnet.data.locations import open_store
 from crysldnet.encoders.pddformer import PDDFormer
 from crysldnet.errors import ConfigError, DataError
+from crysldnet.finetune import FinetuneConfig
 from crysldnet.models.head import Prediction, PropertyHead, PropertyModel
 from crysldnet.models.references import fit_references
 from crysldnet.models.target import Classes, Log, NonNegative, Number, TwoPart, make_target
@@ -344,6 +346,22 @@ def test_the_best_epoch_is_chosen_by_what_the_targets_are():
     assert TargetMetrics(names, [two, two]).selection == "normalised_log_loss"
     assert TargetMetrics(names, [Number(), two]).selection == "normalised_error"
     assert TargetMetrics(names, [Number("laplace"), two]).selection == "nll"
+
+
+def test_a_run_of_before_there_were_kinds_can_be_resumed():
+    values = finetune_config()[1]
+    new = (
+        "mode",
+        "target_types",
+        "element_references",
+        "min_steps",
+        "patience",
+        "layer_decay",
+        "ensemble",
+        "ensemble_by",
+    )
+    old = build_dataclass(FinetuneConfig, {k: v for k, v in values.items() if k not in new}, "")
+    assert old == build_dataclass(FinetuneConfig, values, "")
 
 
 def test_a_model_of_before_there_were_kinds_is_a_plain_number(tmp_path, small):
