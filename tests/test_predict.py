@@ -230,11 +230,11 @@ def test_an_ensemble_predicts_the_mean_and_its_spread(ensemble):
     assert np.allclose(found.values[:, 0], (parts[0].values[:, 0] + parts[1].values[:, 0]) / 2, rtol=1e-5)
     spread = np.abs(parts[0].values[:, 0] - parts[1].values[:, 0]) / 2
     assert whole.knowledge is not None
-    scale = whole.knowledge.calibration.targets[0].scale
-    assert np.allclose(found.std[:, 0], scale * spread, rtol=1e-3, atol=1e-6)
+    known = whole.knowledge.calibration.targets[0]
+    assert np.allclose(found.std[:, 0], known.scale * np.hypot(spread, known.floor), rtol=1e-3, atol=1e-6)
     assert np.isnan(parts[0].std).all()
-    half = (found.high - found.low)[:, 0] / 2
-    assert np.allclose(half / half[0], spread / spread[0], rtol=1e-2)
+    assert not known.normalised  # 24 crystals are too few
+    assert np.allclose((found.high - found.low)[:, 0], (found.high - found.low)[0, 0])
 
 
 def test_a_class_comes_with_probabilities_and_without_an_interval(ensemble, tmp_path):
@@ -322,7 +322,7 @@ def test_reading_stays_just_ahead_of_predicting(loaded):
     for portion in stream:
         used += len(portion.ids)
         lead.append(given[0] - used)
-        if used >= 3000:
+        if used >= 1500:
             break
     stream.close()
     assert max(lead) <= 4 * 500

@@ -92,7 +92,8 @@ def main() -> None:
     found = whole.predict(store.crystals.take(test), interval=LEVEL, settings=settings)
     error = np.abs(found.values[:, 0] - y[test])
     assert whole.knowledge is not None
-    bare = found.std[:, 0] / whole.knowledge.calibration.targets[0].scale
+    known = whole.knowledge.calibration.targets[0]
+    bare = np.sqrt(np.maximum((found.std[:, 0] / known.scale) ** 2 - known.floor**2, 0.0))
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     half = {
         "ensemble, standard deviation as it is": z * bare,

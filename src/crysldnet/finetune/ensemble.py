@@ -79,16 +79,16 @@ def train_ensemble(
     device = "cuda" if settings.resolve_accelerator() == "gpu" else "cpu"
     together = _together(folder.path, results, data, device)
     apart = config.ensemble_by == "folds" and not data.calibration_fraction
-    _calibrate(folder.path, together, [rows["val"] for rows in parts] if apart else None)
+    _calibrate(folder.path, together, [rows["val"] for rows in parts] if apart else None, device)
     return together
 
 
 @rank_zero_only
-def _calibrate(folder: Path, result: Finetuned, held_out: list[NDArray[np.int64]] | None) -> None:
+def _calibrate(folder: Path, result: Finetuned, held_out: list[NDArray[np.int64]] | None, device: str) -> None:
     members = range(len(list(folder.glob("member_*/model.safetensors"))))
     files = [folder / f"member_{i}" / "model.safetensors" for i in members]
-    out = folder / "calibration.safetensors"
-    result.info["calibration"] = calibrate(files, out, result.data, held_out=held_out, drawn=folder / "plots")
+    out, drawn = folder / "calibration.safetensors", folder / "plots"
+    result.info["calibration"] = calibrate(files, out, result.data, held_out=held_out, drawn=drawn, device=device)
 
 
 def _train_member(

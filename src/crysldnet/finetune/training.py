@@ -155,7 +155,8 @@ def train(
         state = {k.removeprefix("model."): v for k, v in whole.items() if k.startswith("model.")}
         file = folder / "model.safetensors"
         checkpoint.write(file, "property_model", state, info)
-        info["calibration"] = calibrate([file], file, data, drawn=folder / "plots")
+        device = "cuda" if settings.resolve_accelerator() == "gpu" else "cpu"
+        info["calibration"] = calibrate([file], file, data, drawn=folder / "plots", device=device)
     trainer.strategy.barrier("export")
     return Finetuned(model.cpu().eval(), info, metrics, data, predictions)
 

@@ -71,6 +71,7 @@ def calibrate(
     *,
     held_out: Sequence[NDArray[np.int64]] | None = None,
     drawn: Path | None = None,
+    device: str = "cpu",
 ) -> dict[str, dict[str, float]]:
     """Calibrate a model that is written, or an ensemble, and keep the outcome in a file.
 
@@ -81,13 +82,12 @@ def calibrate(
         held_out: [M] the rows that each member wasn't trained on, where these aren't the same for all. Each of those
             rows is then predicted by its member alone, so the spread between the members isn't calibrated.
         drawn: the folder of plots, None for none.
+        device: to compute on.
 
     Returns:
         For each regression what :func:`crysldnet.training.calibration.check` finds.
     """
-    models = [checkpoint.load_property_model(file)[0] for file in files]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = [model.to(device) for model in models]
+    models = [checkpoint.load_property_model(file)[0].to(device) for file in files]
     if held_out is None:
         found = _held_out(models, data, data.calibration_rows)
     else:

@@ -22,6 +22,8 @@ from torch import Tensor
 
 LEVELS = (0.5, 0.8, 0.95)
 """Of the intervals whose coverage is reported."""
+ENOUGH = 40
+"""calibration crystals, from which on standard deviations decide the widths of intervals"""
 SMALLEST_STD = 1e-12
 """In units of the largest one; a standard deviation of 0 would make an infinite score."""
 
@@ -66,29 +68,43 @@ def miscalibration_area(errors: Floats, std: Floats) -> float:
 class TargetCalibration:
     """What is known of the errors of one target.
 
+    A model's standard deviation σ becomes ``scale · √(σ² + floor²)``: without a floor, the few crystals on which an
+    ensemble happens to agree would decide the scale.
+
     Attributes:
         scores: [n] ascending, of the calibration crystals; empty where there is none.
-        scale: factor on the model's standard deviations; NaN where it has none.
+        scale: NaN where the model has no standard deviations.
+        floor: in the target's unit.
+        normalised: whether the scores are errors over √(σ² + floor²), not plain ones.
     """
 
     scores: Floats
-    scale: float
+    scale: float = math.nan
+    floor: float = 0.0
+    normalised: bool = False
 
     @classmethod
     def of(cls, errors: Floats, std: Floats | None) -> TargetCalibration:
         """Fit to the errors [n] of the calibration crystals, and their standard deviations [n] if there are any.
 
-        The scale is the root mean square of error over standard deviation.
+        From 40 crystals on, one half, chosen at random, decides the floor and the other gives the scores, since what is
+        fitted to crystals can't be scored on them. With fewer the scores are plain errors.
         """
         errors, std = _known(errors, std)
         if std is None or not len(errors):
-            return cls(np.sort(np.abs(errors)), math.nan)
-        ratio = errors / std
-        return cls(np.sort(np.abs(ratio)), float(np.sqrt(np.mean(ratio**2))))
+            return cls(np.sort(np.abs(errors)))
+        order = np.random.default_rng(0).permutation(len(errors))
+        normalised = len(errors) >= ENOUGH
+        fitted, scored = (order[::2], order[1::2]) if normalised else (order, order)
+        floor = _fit_floor(errors[fitted], std[fitted])
+        spread = np.hypot(std, floor)
+        scale = float(np.sqrt(np.mean((errors / spread) ** 2)))
+        scores = np.abs(errors / spread if normalised else errors)
+        return cls(np.sort(scores[scored]), scale, floor, normalised)
 
     def std(self, std: Floats) -> Floats:
-        """Return standard deviations [B], scaled so that they agree with the errors of the calibration crystals."""
-        return _positive(std) * self.scale
+        """Return standard deviations [B] that agree with the errors of the calibration crystals."""
+        return np.hypot(_positive(std), self.floor) * self.scale
 
     def half_width(self, level: float, std: Floats | None, count: int) -> Floats:
         """Return half the width of the conformal interval of each of ``count`` crystals, infinite where n is too small.
@@ -99,15 +115,19 @@ class TargetCalibration:
             count: B.
         """
         width = conformal_quantile(self.scores, level)
-        if math.isnan(self.scale):
+        if not self.normalised:
             return np.full(count, width)
         assert std is not None
-        return width * _positive(std)
+        return width * np.hypot(_positive(std), self.floor)
 
 
-def _positive(std: Floats) -> Floats:
-    largest = float(np.max(std, initial=0.0))
-    return np.maximum(std, SMALLEST_STD * largest if largest > 0 else SMALLEST_STD)
+def _fit_floor(errors: Floats, std: Floats) -> float:
+    """Return the floor of the largest likelihood of normal errors; the scale follows from it."""
+    typical = float(np.sqrt(np.mean(std**2)))
+    floors = [0.0, *(typical * np.geomspace(1e-3, 1e3, 61))]
+    spreads = [np.hypot(std, floor) for floor in floors]
+    losses = [np.log(spread).mean() + 0.5 * np.log(np.mean((errors / spread) ** 2) + 1e-300) for spread in spreads]
+    return float(floors[int(np.argmin(losses))])
 
 
 @dataclass(frozen=True)
@@ -119,13 +139,19 @@ class Calibration:
     def tensors(self) -> dict[str, Tensor]:
         """Return what a file keeps."""
         scores = {f"scores.{place}": torch.from_numpy(target.scores) for place, target in enumerate(self.targets)}
-        return {"scale": torch.tensor([target.scale for target in self.targets], dtype=torch.float64), **scores}
+        numbers = [[target.scale, target.floor, float(target.normalised)] for target in self.targets]
+        return {"spread": torch.tensor(numbers, dtype=torch.float64), **scores}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Calibration:
         """Return what a file kept."""
-        scale = tensors["scale"].tolist()
-        return cls([TargetCalibration(tensors[f"scores.{i}"].numpy(), value) for i, value in enumerate(scale)])
+        numbers = tensors["spread"].tolist()
+        return cls(
+            [
+                TargetCalibration(tensors[f"scores.{i}"].numpy(), scale, floor, bool(normalised))
+                for i, (scale, floor, normalised) in enumerate(numbers)
+            ]
+        )
 
 
 def check(errors: Floats, std: Floats | None, levels: Sequence[float] = LEVELS, rounds: int = 20) -> dict[str, float]:
@@ -185,6 +211,11 @@ def curves_of(errors: Floats, std: Floats | None, levels: Sequence[float] | Floa
     if std is not None:
         curves |= {"model": reliability(errors, std, levels), "scaled": np.mean(scaled, axis=0)}
     return curves
+
+
+def _positive(std: Floats) -> Floats:
+    largest = float(np.max(std, initial=0.0))
+    return np.maximum(std, SMALLEST_STD * largest if largest > 0 else SMALLEST_STD)
 
 
 def _known(errors: Floats, std: Floats | None) -> tuple[Floats, Floats | None]:
