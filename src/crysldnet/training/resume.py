@@ -127,7 +127,7 @@ class SaveAndStop(Checkpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Let the best epoch's file be found where the run folder is now; Lightning forgets it in a folder that moved."""
+        """Let the best epoch's file be found where the run folder is now; Lightning forgets it where it moved."""
         for state in checkpoint.get("callbacks", {}).values():
             if not isinstance(state, dict) or "best_model_path" not in state:
                 continue
