@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from crysldnet import cli, finetune, pretrain
 from crysldnet.data.sampler import BatchSampler, Budget
@@ -104,6 +105,23 @@ def test_signals_and_the_time_limit_save_and_stop(tmp_path, small, whole, monkey
     assert_equal_runs(whole, run(tmp_path, small, "resume=last"))
 
 
+@pytest.mark.parametrize("every", ["steps=1", "minutes=1e-9"])
+def test_checkpoints_are_saved_by_steps_and_by_time(tmp_path, small, monkeypatch, every):
+    class PowerCut(Exception):
+        pass
+
+    def cut():
+        raise PowerCut
+
+    at_batch(monkeypatch, 4, cut)
+    with pytest.raises(PowerCut):
+        run(tmp_path, small, f"trainer.checkpoint_every_{every}", "trainer.keep_checkpoints=3")
+    folder = tmp_path / "pretrain/run/vae/checkpoints"
+    assert {file.name: verify(file)["step"] for file in folder.iterdir()} == {
+        **{"last.ckpt": 4, "last-1.ckpt": 3, "last-2.ckpt": 2}
+    }
+
+
 def test_a_stage_stopped_after_its_last_step_is_resumed_with_its_metrics(tmp_path, small, whole, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
@@ -116,13 +134,13 @@ def test_a_stage_stopped_after_its_last_step_is_resumed_with_its_metrics(tmp_pat
 
 
 def test_finetuning_stopped_inside_an_epoch_ends_alike_with_the_same_best_epoch(tmp_path, small, monkeypatch):
-    def train(name, *arguments):
+    def train(name, *arguments, path=tmp_path):
         config, values = finetune_config(
-            *[f"runs={tmp_path}", f"name={name}", f"data.path={small}", "epochs=3", "data.batch_size=4"],
+            *[f"runs={path}", f"name={name}", f"data.path={small}", "epochs=3", "data.batch_size=4"],
             *["data.targets=[formation_energy_per_atom]", "trainer.log_every=1", *arguments],
         )
         assert finetune.run(config, values) == 0
-        folder = tmp_path / "finetune" / name
+        folder = path / "finetune" / name
         best = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)["global_step"]
         return checkpoint.read(folder / "model.safetensors", "property_model"), (best, metrics_of(folder))
 
@@ -134,7 +152,10 @@ def test_finetuning_stopped_inside_an_epoch_ends_alike_with_the_same_best_epoch(
         at_batch(patch, 14, send(signal.SIGTERM), finetune.FinetuneModule)
         with pytest.raises(Interrupted):
             train("cut")
-    (_, found), rest_found = train("cut", "resume=last")
+    moved = tmp_path / "moved"
+    (moved / "finetune").mkdir(parents=True)
+    (tmp_path / "finetune/cut").rename(moved / "finetune/cut")
+    (_, found), rest_found = train("cut", "resume=last", path=moved)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert rest_found == rest
 
@@ -330,3 +351,22 @@ def kill_and_resume(folder: Path, kills: int, ranks: int, seed: int = 0) -> dict
     assert found["repeated_with_other_rows"] == 0
     assert found["in_order"], found
     return found
+
+
+def test_ranks_that_torchrun_started_agree_on_a_name(tmp_path, monkeypatch):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": "2"}
+    for name, value in {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(run_folder.NAME_VARIABLE, raising=False)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    names = []
+    for rank in (0, 1):
+        monkeypatch.setattr(rank_zero_only, "rank", rank)
+        names.append(RunFolder(str(tmp_path), "pretrain", None, resume=False).name)
+        monkeypatch.delenv(run_folder.NAME_VARIABLE, raising=False)
+        time.sleep(1.1)  # the name is the time
+    assert names[0] == names[1]
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    with pytest.raises(ConfigError, match="can't agree on a name"):
+        RunFolder(str(tmp_path), "pretrain", None, resume=False)

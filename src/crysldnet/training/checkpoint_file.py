@@ -123,6 +123,10 @@ class CheckpointFile(CheckpointIO):
         there = [file for file in (last, *(_older(last, n) for n in range(1, 100))) if file.exists()]
         damage = []
         for file in there:
+            if file.is_dir():
+                raise CheckpointError(
+                    f"{file}: a folder, as DeepSpeed writes them; it can't be verified or resumed from"
+                )
             try:
                 header = verify(file)
             except DamagedError as error:

@@ -129,6 +129,19 @@ class SaveAndStop(Checkpoint):
         why = self._signal or ("the time limit" if self.limit_minutes is not None else "another process")
         raise Interrupted(f"stopped by {why} {where}; continue with resume=last")
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let the best epoch's file be found where the run folder is now; Lightning forgets it where it moved."""
+        for state in checkpoint.get("callbacks", {}).values():
+            if not isinstance(state, dict) or "best_model_path" not in state:
+                continue
+            old, new = state["dirpath"], str(self.path.parent.absolute())
+            for key, value in state.items():
+                if isinstance(value, str):
+                    state[key] = value.replace(old, new)
+            state["best_k_models"] = {path.replace(old, new): score for path, score in state["best_k_models"].items()}
+
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
