@@ -15,7 +15,6 @@ import yaml
 
 from crysldnet import finetune
 from crysldnet.data.locations import EMBEDDED
-from crysldnet.training import checkpoint
 from tiny import DENOISER, ENCODER, QUIET, finetune_config, subset
 
 EXAMPLES = EMBEDDED / "examples"
