@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import csv
 import importlib.util
 import io
 import json
@@ -39,7 +40,7 @@ WORKER = Path(__file__).parent / "two_processes.py"
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[float]], str]:
     """Every case in two processes that torchrun starts, and the same with one process and two batches a step."""
     folder = tmp_path_factory.mktemp("runs")
-    data = str(subset(folder / "data.parquet", train=48, val=16))
+    data = str(subset(folder / "data.parquet", train=48, val=16, test=8))
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER), str(folder), data]
     source = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(
@@ -105,6 +106,20 @@ def parts_of(file: Path) -> tuple[dict, bytes]:
     return json.loads(content[8 : 8 + length]), content[8 + length :]
 
 
+def test_a_sharded_property_model_is_tested_at_its_best_epoch_and_exported(runs: Any) -> None:
+    folder, _, _ = runs
+    run = folder / "finetune/fsdp2"
+    model, info = checkpoint.load_property_model(run)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["test/mae"] == pytest.approx(info["metrics"]["test/mae"])
+    with (run / "predictions_test.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["material_id"] for row in rows}) == len(rows) == 8
+    errors = [abs(float(row["true"]) - float(row["prediction"])) for row in rows]
+    assert np.mean(errors) == pytest.approx(summary["test/mae"], rel=1e-3)
+    assert all(parameter.ndim == 0 or parameter.numel() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("case", ["ddp", "fsdp2"])
 def test_every_strategy_exports_the_same_file_for_the_same_state(runs: Any, case: str) -> None:
     folder, _, _ = runs
@@ -128,7 +143,8 @@ def test_both_runs_of_a_step_take_the_same_number_of_steps(runs: Any) -> None:
     folder, _, _ = runs
     last = {}
     for name in ("one", "one_accumulating", "ddp", "fsdp2_less_memory"):
-        state = torch.load(folder / f"pretrain/{name}/vae/checkpoints/last.ckpt", weights_only=True)
+        file = max((folder / f"pretrain/{name}/vae/checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+        state = torch.load(file, weights_only=True)
         assert state["global_step"] == 6
         scheduler = state["lr_schedulers"][0]
         assert (scheduler["total_steps"], scheduler["last_epoch"]) == (6, 5)
