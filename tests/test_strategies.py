@@ -134,7 +134,7 @@ def test_the_first_rank_alone_prints_and_the_topology_comes_once_a_stage(runs: A
     _, _, printed = runs
     assert printed.count("masked species found") == len(CASES)
     line = "strategy fsdp2, precision 32-true; at most 16 crystals a step: "
-    assert printed.count(f"{line}8 a process\n") == 3  # fsdp2, and both stages of fsdp2_teacher
+    assert printed.count(f"{line}8 a process\n") == 4  # fsdp2, both stages of fsdp2_teacher, and finetuning
     assert printed.count(f"{line}4 a process in each of 2 batches\n") == 1
 
 
