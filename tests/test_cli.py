@@ -15,7 +15,6 @@ import yaml
 
 from crysldnet import finetune
 from crysldnet.data.locations import EMBEDDED
-from crysldnet.training import checkpoint
 from tiny import DENOISER, ENCODER, QUIET, finetune_config, subset
 
 EXAMPLES = EMBEDDED / "examples"
@@ -65,23 +64,6 @@ def test_pretrain_finetune_predict_from_an_empty_folder(tmp_path, small):
     assert {"code_version", "seed", "data_sha256", "wall_time_s", "peak_memory_mb"} <= set(summary)
     for name in ("config.yaml", "metrics.csv", "model.safetensors", "predictions_test.csv", "checkpoints/last.ckpt"):
         assert (tmp_path / "runs/finetune/latest" / name).exists(), name
-
-
-def test_two_cpu_processes_train_as_one(tmp_path, small):
-    """DDP on two processes: the same batches as one process with two accumulation steps, and one run folder."""
-    common = [*TINY, f"data.path={small}", "data.batch_size=16", "stage=vae", "stages.vae.epochs=2"]
-    two = crysldnet("pretrain", *common, "name=two", "trainer.devices=2", "strategy=ddp", cwd=tmp_path)
-    assert two.returncode == 0, two.stderr
-    assert two.stdout.count("masked species found") == 1
-    assert [p.name for p in (tmp_path / "runs/pretrain").iterdir() if not p.is_symlink()] == ["two"]
-    one = crysldnet("pretrain", *common, "name=one", "trainer.accumulate=2", cwd=tmp_path)
-    assert one.returncode == 0, one.stderr
-    summaries = [json.loads((tmp_path / f"runs/pretrain/{n}/summary.json").read_text())["vae"] for n in ("one", "two")]
-    assert summaries[0]["val/masked_accuracy_baseline"] == pytest.approx(summaries[1]["val/masked_accuracy_baseline"])
-    # Batch statistics of BatchNorm are a process's own in both; what differs is whose running ones are validated.
-    assert summaries[0]["val/loss"] == pytest.approx(summaries[1]["val/loss"], rel=0.2)
-    for name in ("one", "two"):
-        assert checkpoint.load_encoder(tmp_path / f"runs/pretrain/{name}/encoder.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def start(folder: Path) -> tuple[subprocess.Popen, list[int]]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     until = time.monotonic() + 180
-    while not (folder / "runs/pretrain/run/vae/checkpoints/last.ckpt").exists():
+    while not list((folder / "runs/pretrain/run/vae/checkpoints").glob("*.ckpt")):
         assert run.poll() is None, said(folder)
         assert time.monotonic() < until, said(folder)
         time.sleep(0.2)

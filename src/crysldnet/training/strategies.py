@@ -199,7 +199,7 @@ def refusals(name: Name, settings: Settings, accelerator: Literal["cpu", "gpu"])
                 "use strategy=ddp",
                 f"trainer.{key}",
             )
-    if settings.compile and name in ("fsdp", "deepspeed"):
+    if settings.compile and name in ("fsdp", "fsdp2", "deepspeed"):
         yield ConfigError(
             f"strategy={name} can't run a compiled encoder; set trainer.compile=false, or use strategy=ddp",
             "trainer.compile",
