@@ -69,7 +69,7 @@ def export_untrained(folder: Path, data: str, name: str, *arguments: str) -> Non
     crystals = pretrain._make_data(config, model)
     module = pretrain.PretrainModule(model=model, optimizer=build(config.optimizer, "optimizer"))
     trainer = make_trainer(
-        settings, build(config.strategy, "strategy"), folder=folder, epochs=1, seed=0, gradient_clip=None
+        settings, build(config.strategy, "strategy"), folder=folder, epochs=1, seed=0, gradient_clip=None, owner={}
     )
     trainer.validate(module, datamodule=crystals, verbose=False)
     pretrain.export(trainer, {"encoder": config.encoder}, folder / "untrained" / name, "vae")
