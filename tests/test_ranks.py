@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from crysldnet.training.ranks import GONE_S, SEARCH_S, of_a_collective
+from crysldnet.training.ranks import BEAT_S, GONE_S, SEARCH_S, of_a_collective
 from tiny import DENOISER, ENCODER, QUIET, subset
 
 TIMEOUT_S = 10.0
@@ -34,6 +34,7 @@ def start(folder: Path) -> tuple[subprocess.Popen, list[int]]:
         assert run.poll() is None, said(folder)
         assert time.monotonic() < until, said(folder)
         time.sleep(0.2)
+    time.sleep(2 * BEAT_S)  # so that each has told the others where it is
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     return run, [run.pid, *map(int, children)]
 

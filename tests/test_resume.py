@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from crysldnet import cli, finetune, pretrain
 from crysldnet.data.sampler import BatchSampler, Budget
 from crysldnet.errors import CheckpointError, ConfigError, Interrupted
+from crysldnet.finetune.module import FinetuneModule
 from crysldnet.training import checkpoint, resume, run_folder
 from crysldnet.training.checkpoint_file import HEADER, LAST, CheckpointFile, DamagedError, verify
 from crysldnet.training.run_folder import RunFolder
@@ -149,7 +150,7 @@ def test_finetuning_stopped_inside_an_epoch_ends_alike_with_the_same_best_epoch(
 
     (_, expected), rest = train("whole")
     with monkeypatch.context() as patch:
-        at_batch(patch, 14, send(signal.SIGTERM), finetune.FinetuneModule)
+        at_batch(patch, 14, send(signal.SIGTERM), FinetuneModule)
         with pytest.raises(Interrupted):
             train("cut")
     moved = tmp_path / "moved"
