@@ -30,6 +30,7 @@ from crysldnet.predict import predict_crystals
 from crysldnet.training.checkpoint import load_property_model
 from crysldnet.training.pretraining_set import encoder_file, pretraining_overlap
 from crysldnet.training.run_folder import RunFolder, write_atomically
+from crysldnet.training.wandb_run import publish
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,7 @@ def run_fold(run: Run, fold: int) -> None:
         run.config.logger, "logger", folder=folder, name=f"{run.folder.name}-fold_{fold}", config=run.values
     )
     result = train(run.config, run.values, folder, data=fold_data(run, fold), loggers=loggers)
-    for logger in loggers:  # else the next fold would be logged into this one
-        getattr(logger.experiment, "finish", lambda: None)()
+    publish(loggers, folder, encoder_file(run.config.pretrained))
     _keep_predictions(run, fold, result)
 
 
