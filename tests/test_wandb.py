@@ -247,3 +247,29 @@ def test_wandb_itself_reads_the_run(runs: Path) -> None:
         text=True,
     )
     assert file_of(runs / "finetune" / "f").name in done.stdout + done.stderr
+
+
+def panels_of(spec: Any) -> Iterator[dict[str, Any]]:
+    """Every mapping inside a layout that names metrics."""
+    if isinstance(spec, dict):
+        if "metrics" in spec:
+            yield spec
+        for value in spec.values():
+            yield from panels_of(value)
+    elif isinstance(spec, list):
+        for value in spec:
+            yield from panels_of(value)
+
+
+def test_the_dashboard_shows_metrics_that_runs_log(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("wandb_workspaces")
+    from crysldnet.training import dashboard
+
+    assert dashboard.main(["somebody", "tests", "--print"]) == 0
+    pretraining, finetuning = json.loads(capsys.readouterr().out)
+    assert {pretraining["entity"], finetuning["entity"]} == {"somebody"}
+    for layout, run in ((pretraining, "pretrain/p"), (finetuning, "finetune/f")):
+        shown = {metric for panel in panels_of(layout) for metric in panel["metrics"]}
+        logged = {name for name, _, _ in values_in_wandb(file_of(runs / run))}
+        assert len(shown) > 6
+        assert shown <= logged
