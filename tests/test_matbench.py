@@ -35,6 +35,7 @@ from crysldnet.matbench import MatbenchConfig, check_settings, folds, submission
 TASK = "matbench_jdft2d"
 TINY = [
     "epochs=1",
+    "min_steps=0",
     "encoder.width=16",
     "encoder.layers=2",
     "encoder.k=6",

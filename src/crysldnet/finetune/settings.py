@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
 
 import numpy as np
 
-from crysldnet.build import build
+from crysldnet.build import TARGET, build
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.errors import CheckpointError, ConfigError, DataError
@@ -19,21 +19,26 @@ from crysldnet.training.pretraining_set import encoder_file
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How a property model is trained: the keys that all commands which do so share."""
+    """How a property model is trained: the keys that all commands which do so share.
+
+    Those with a value here are newer than some runs that may still be resumed.
+    """
 
     pretrained: str | None
-    mode: Literal["full", "frozen", "gradual"]
+    mode: Literal["full", "frozen", "gradual"] = "full"
     seed: int
     name: str | None
     runs: str
     resume: Literal["last"] | None
-    target_types: dict[str, Literal["number", "non_negative", "log", "two_part", "classes"]]
-    element_references: list[str]
+    target_types: dict[str, Literal["number", "non_negative", "log", "two_part", "classes"]] = field(
+        default_factory=dict
+    )
+    element_references: list[str] = field(default_factory=list)
     epochs: int
-    min_steps: int
-    patience: int | None
+    min_steps: int = 0
+    patience: int | None = None
     loss: Loss
-    layer_decay: float
+    layer_decay: float = 1.0
     gradient_clip: float | None
     data: dict[str, Any]
     encoder: dict[str, Any]
@@ -54,6 +59,9 @@ class TrainingConfig:
             raise ValueError(f"layer_decay must be over 0 and at most 1, not {self.layer_decay}")
         if self.mode != "full" and self.pretrained in (None, "none"):
             raise ValueError(f"mode={self.mode} needs a pretrained encoder; give pretrained=FILE, or mode=full")
+        apart = self.mode != "full" or self.layer_decay != 1
+        if apart and str(self.strategy.get(TARGET)).rpartition(".")[2] not in ("single", "ddp"):
+            raise ValueError("sharding joins layers; set mode=full and layer_decay=1, or choose strategy=ddp")
         if self.mode == "frozen" and self.layer_decay != 1:
             raise ValueError(
                 "layer_decay slows the encoder's layers, and mode=frozen trains none; leave one of them out"
@@ -68,8 +76,8 @@ class TrainingConfig:
 class FinetuneConfig(TrainingConfig):
     """Every key of ``conf/finetune.yaml``."""
 
-    ensemble: int
-    ensemble_by: Literal["seeds", "folds"]
+    ensemble: int = 1
+    ensemble_by: Literal["seeds", "folds"] = "seeds"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -64,9 +64,9 @@ def _check_resumed(folder: RunFolder, values: Mapping[str, Any]) -> None:
     path = folder.path / "config.yaml"
     before = yaml.safe_load(path.read_text()) if path.exists() else values
     for key in FIXED:
-        if before.get(key) != values[key]:
+        if before.get(key) != values.get(key):
             raise ConfigError(
-                f"{folder.path} was begun with {key}={before.get(key)}, not {values[key]}: all folds of a run are "
+                f"{folder.path} was begun with {key}={before.get(key)}, not {values.get(key)}: all folds of a run are "
                 "trained alike; resume it as it was, or choose another name",
                 key,
             )

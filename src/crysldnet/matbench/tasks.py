@@ -65,7 +65,7 @@ def task_metadata(task: str) -> Any:
     reason = (
         "it gives compositions without structures"
         if mbv01_metadata[task].input_type != "structure"
-        else "it is a classification, and property models are regressions"
+        else "it is a classification, which this command doesn't score yet"
     )
     raise ConfigError(f"task={task} can't be run: {reason}; those that can be are: {', '.join(fit)}", "task")
 
