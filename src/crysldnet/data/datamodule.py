@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from typing import Any
@@ -20,6 +20,7 @@ from crysldnet.data.corruption import Corruption, Undo
 from crysldnet.data.crystals import Crystals, concatenate
 from crysldnet.data.exclusion import By, shared_rows
 from crysldnet.data.graph import GraphSpec
+from crysldnet.data.labels import read_target
 from crysldnet.data.locations import open_store
 from crysldnet.data.sampler import BatchRequest, BatchSampler, Budget
 from crysldnet.data.split import SPLITS, Rows, Split
@@ -97,6 +98,7 @@ class CrystalDataModule(pl.LightningDataModule):
         exclude_by: ``formula`` leaves out every crystal of a formula that such a set has, ``structure`` only the same
             structures.
         seed: of order and corruption.
+        target_types: what kind of target a column is, where it isn't plain from its type.
         store, rows: crystals that are open already, and which of them are train, val and test, in place of ``path``.
     """
 
@@ -116,6 +118,7 @@ class CrystalDataModule(pl.LightningDataModule):
         exclude: list[str] | None = None,
         exclude_by: By = "formula",
         seed: Part[int] = 0,
+        target_types: Part[Mapping[str, str] | None] = None,
         store: Part[CrystalStore | None] = None,
         rows: Part[Rows | None] = None,
     ) -> None:
@@ -128,6 +131,9 @@ class CrystalDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.exclude, self.exclude_by = exclude or [], exclude_by
         self._given = (store, rows)
+        self.target_types = target_types or {}
+        self.labels: list[list[str] | None] = []
+        """Names of the classes of each target, None for numbers."""
         self.left_out: dict[str, int] = {}
         """Number of crystals that each rule left out."""
         self.excluded: list[dict[str, Any]] = []
@@ -182,9 +188,9 @@ class CrystalDataModule(pl.LightningDataModule):
     def _read_targets(self) -> NDArray[np.float64] | None:
         if not self.targets:
             return None
-        values = np.stack([self.store.numbers_of(name) for name in self.targets], axis=1)
-        values[~np.isfinite(values)] = np.nan
-        return values
+        read = [read_target(self.store, name, self.target_types.get(name)) for name in self.targets]
+        self.labels = [labels for _, labels in read]
+        return np.stack([values for values, _ in read], axis=1)
 
     def _keep(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         sizes = self.store.crystals.sizes[rows]

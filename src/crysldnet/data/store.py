@@ -101,6 +101,14 @@ class CrystalStore:
             raise DataError(f"{self.name}: column {name!r} holds {column.type}, not numbers")
         return column.cast(pa.float64()).to_numpy(zero_copy_only=False)
 
+    def type_of(self, name: str) -> pa.DataType:
+        """Return the Arrow type of a property or text column.
+
+        Raises:
+            DataError: there is no such column.
+        """
+        return self._column(name).type
+
     def texts_of(self, name: str) -> NDArray[np.object_]:
         """[B] a text column, None where there is no value."""
         return self._column(name).to_numpy(zero_copy_only=False)

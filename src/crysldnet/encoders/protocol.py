@@ -31,6 +31,25 @@ class Encoder(nn.Module, ABC):
         """Compile the encoder for speed, once for all sizes of batches; the results stay the same up to rounding."""
         self.compile(dynamic=True)
 
+    @property
+    def n_layers(self) -> int:
+        """Number of layers that follow one another: the length of the longest list of modules."""
+        return max((len(part) for part in self.children() if isinstance(part, nn.ModuleList)), default=0)
+
+    def layer_of(self, name: str) -> int:
+        """Return the layer that a parameter belongs to, by its name: 0 for what comes before the layers, then 1 … n.
+
+        A member of a list of modules belongs to the layer of its place, and a part that was made after the lists to
+        the last one. An encoder where that isn't so says so itself.
+        """
+        parts = [part for part, _ in self.named_children()]
+        lists = [part for part, module in self.named_children() if isinstance(module, nn.ModuleList)]
+        first, _, rest = name.partition(".")
+        if first in lists:
+            return 1 + int(rest.partition(".")[0] or 0)
+        after = first in parts and bool(lists) and parts.index(first) > parts.index(lists[-1])
+        return self.n_layers if after else 0
+
     @abstractmethod
     def forward(self, batch: CrystalBatch) -> Tensor:
         """Return [N, D] features of the atoms; masked atoms have the atomic number 0."""

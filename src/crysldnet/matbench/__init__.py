@@ -30,7 +30,10 @@ from crysldnet.training.pretraining_set import print_overlap
 from crysldnet.training.run_folder import RunFolder
 from crysldnet.training.trainer import TrainerSettings
 
-FIXED = "task seed pretrained epochs loss gradient_clip validation_fraction data encoder head optimizer trainer".split()
+FIXED = (
+    "task seed pretrained mode target_types element_references epochs min_steps patience loss layer_decay "
+    "gradient_clip validation_fraction data encoder head optimizer trainer"
+).split()
 """Keys that must be the same in all folds of a run, so also when it is resumed."""
 
 

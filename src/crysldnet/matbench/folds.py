@@ -101,7 +101,8 @@ def fold_data(run: Run, fold: int) -> CrystalDataModule:
     store = CrystalStore.from_table(table, f"training part of fold {fold} of {run.config.task}")
     rows = inner_rows(len(store), run.config.validation_fraction, run.config.seed, fold)
     node = {**run.config.data, "targets": [metadata.target]}
-    return build(node, "data", graph=run.graph, seed=run.config.seed, store=store, rows=rows)
+    types = run.config.target_types
+    return build(node, "data", graph=run.graph, seed=run.config.seed, store=store, rows=rows, target_types=types)
 
 
 def predict(model: PropertyModel, crystals: Crystals, batch_size: int, max_atoms: int | None) -> NDArray[np.float64]:

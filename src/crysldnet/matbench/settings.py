@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crysldnet.errors import ConfigError
-from crysldnet.finetune import FinetuneConfig
+from crysldnet.finetune import TrainingConfig
 
 BENCHMARK = "matbench_v0.1"
 FOLDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatbenchConfig(FinetuneConfig):
+class MatbenchConfig(TrainingConfig):
     """Every key of ``conf/matbench.yaml``: those of finetuning, and the benchmark's own."""
 
     task: str

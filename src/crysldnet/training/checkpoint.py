@@ -25,6 +25,7 @@ from crysldnet.data.fingerprint import Fingerprints
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.errors import CheckpointError, ConfigError
 from crysldnet.models.head import PropertyModel
+from crysldnet.models.target import make_target
 
 FORMAT_VERSION = 1
 Kind = Literal["encoder", "pretraining", "property_model"]
@@ -196,15 +197,55 @@ def load_encoder(path: str | os.PathLike[str]) -> tuple[Encoder, dict[str, Any]]
 
 
 def load_property_model(path: str | os.PathLike[str]) -> tuple[PropertyModel, dict[str, Any]]:
-    """Load a finetuned model, and what its file says of it; a run folder stands for its ``model.safetensors``."""
+    """Load a finetuned model, and what its file says of it; a run folder stands for its ``model.safetensors``.
+
+    Raises:
+        CheckpointError: it can't be read, or the folder holds an ensemble.
+    """
     path = Path(path)
+    if path.is_dir() and (members := _members(path)):
+        raise CheckpointError(f"{path}: an ensemble of {len(members)} models; name one of them, as {members[0]}")
     path = path / "model.safetensors" if path.is_dir() else path
     info, state = read(path, "property_model")
     encoder = build_encoder(info, path)
     try:
-        head = build(info["head"], "head", width=encoder.width, outputs=len(info["targets"]))
+        types = [make_target(d) for d in info.get("target_types", [{"type": "number"}] * len(info["targets"]))]
+        head = build(info["head"], "head", width=encoder.width, outputs=sum(kind.outputs for kind in types))
     except (KeyError, ConfigError) as error:
         raise CheckpointError(f"{path}: its head can't be built: {error}") from error
-    model = PropertyModel(encoder=encoder, head=head, targets=info["targets"], units=info["units"])
+    model = PropertyModel(
+        encoder=encoder,
+        head=head,
+        targets=info["targets"],
+        units=info["units"],
+        types=types,
+        referenced=info.get("element_references", []),
+    )
     load_strictly(model, state, path)
     return model.eval(), info
+
+
+def load_property_models(path: str | os.PathLike[str]) -> list[tuple[PropertyModel, dict[str, Any]]]:
+    """Load all members of an ensemble, or the one model of another run folder or file.
+
+    An ensemble is a run folder whose ``summary.json`` lists its ``members``: folders in it, each with a
+    ``model.safetensors``.
+
+    Raises:
+        CheckpointError: one of them can't be read, or they don't predict the same.
+    """
+    loaded = [load_property_model(member) for member in _members(Path(path)) or [Path(path)]]
+    first = loaded[0][1]
+    for _, info in loaded[1:]:
+        if (info["targets"], info["units"]) != (first["targets"], first["units"]):
+            raise CheckpointError(f"{path}: its members predict {first['targets']} and {info['targets']}")
+    return loaded
+
+
+def _members(folder: Path) -> list[Path]:
+    """Return the folders of an ensemble's members; none where this is no ensemble."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return []
+    return [folder / Path(name).name for name in summary.get("members", [])]

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import (
     Callback,
+    EarlyStopping,
     EMAWeightAveraging,
     LearningRateMonitor,
     ModelCheckpoint,
@@ -49,6 +50,8 @@ class TrainerSettings:
         precision: as in Lightning: 32-true, bf16-mixed, 16-mixed, 64-true.
         compile: compile the encoder (torch.compile); the first steps take a minute or more.
         accumulate: batches per optimizer step; ``data.batch_size`` is divided over them.
+        average_last: average the weights of this last share of the steps (SWA), which validates and is exported; null
+            for none.
         ema_decay: keep an exponential moving average of the weights, which validates and is exported; null for none.
         deterministic: refuse operations that aren't reproducible on this device.
         progress_bar: show one.
@@ -62,6 +65,7 @@ class TrainerSettings:
     compile: bool = False
     accumulate: int = 1
     ema_decay: float | None = None
+    average_last: float | None = None
     deterministic: bool = False
     progress_bar: bool = True
     log_every: int = 10
@@ -71,6 +75,10 @@ class TrainerSettings:
             raise ValueError("devices, nodes, accumulate and log_every must be at least 1")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must lie between 0 and 1, not {self.ema_decay}")
+        if self.average_last is not None and not 0.0 < self.average_last < 1.0:
+            raise ValueError(f"average_last must lie between 0 and 1, not {self.average_last}")
+        if self.average_last is not None and self.ema_decay is not None:
+            raise ValueError("ema_decay and average_last both average the weights; set one of them to null")
 
     def check(self, strategy: Strategy | str) -> None:
         """Check that this machine and the strategy can do what is asked, before anything is written.
@@ -84,8 +92,9 @@ class TrainerSettings:
             raise ConfigError(f"{self.world_size} processes need strategy=ddp (or fsdp), not single", "strategy")
         if isinstance(strategy, FSDPStrategy) and accelerator == "cpu":
             raise ConfigError("strategy=fsdp needs GPUs; on CPU use strategy=ddp", "strategy")
-        if isinstance(strategy, FSDPStrategy) and self.ema_decay is not None:
-            raise ConfigError("strategy=fsdp can't average weights; set trainer.ema_decay=null", "trainer.ema_decay")
+        for key in ("ema_decay", "average_last"):
+            if isinstance(strategy, FSDPStrategy) and getattr(self, key) is not None:
+                raise ConfigError(f"strategy=fsdp can't average weights; set trainer.{key}=null", f"trainer.{key}")
 
     @property
     def world_size(self) -> int:
@@ -140,6 +149,28 @@ class SeedEveryBatch(Callback):
         self._seed(trainer, 0, batch_idx)
 
 
+class AverageOfLast(WeightAveraging):
+    """Average the weights of the last steps, each counting alike, after Izmailov et al., arXiv 1803.05407.
+
+    Args:
+        share: of the steps that are averaged over; before them the average is the weights themselves.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__(use_buffers=True, avg_fn=self._average)
+        self.share, self.start = share, 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the first step that counts."""
+        epochs = trainer.max_epochs or 1
+        steps = int(trainer.num_training_batches) // trainer.accumulate_grad_batches * epochs
+        self.start = round((1.0 - self.share) * steps)
+
+    def _average(self, averaged: torch.Tensor, current: torch.Tensor, done: torch.Tensor | int) -> torch.Tensor:
+        counted = max(int(done) - self.start, 0)
+        return averaged + (current - averaged) / (counted + 1)
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep large blocks that are freed, for the next step needs them again.
 
@@ -163,6 +194,8 @@ def make_trainer(
     resume: bool = False,
     loggers: Sequence[Logger] = (),
     monitor: str | None = None,
+    validate_every: int = 1,
+    patience: int | None = None,
 ) -> pl.Trainer:
     """Make the Trainer of one stage.
 
@@ -176,6 +209,8 @@ def make_trainer(
         resume: keep what an earlier part of this run logged up to its last checkpoint.
         loggers: besides the CSV.
         monitor: metric whose lowest value on validation chooses ``best.ckpt``; None keeps the last alone.
+        validate_every: epochs from one validation, and one checkpoint, to the next.
+        patience: validations without a lower value of ``monitor`` after which training stops; None for none.
     """
     accelerator = settings.resolve_accelerator()
     if accelerator == "cpu":
@@ -189,6 +224,10 @@ def make_trainer(
         callbacks.append(
             ModelCheckpoint(checkpoints, filename="best", monitor=monitor, mode="min", enable_version_counter=False)
         )
+    if monitor is not None and patience is not None:
+        callbacks.append(EarlyStopping(monitor, patience=patience, mode="min", check_finite=False))
+    if settings.average_last is not None:
+        callbacks.append(AverageOfLast(settings.average_last))
     if settings.ema_decay is not None:
         callbacks.append(EMAWeightAveraging(decay=settings.ema_decay))
     if settings.progress_bar:
@@ -204,6 +243,7 @@ def make_trainer(
         strategy=strategy,
         precision=settings.precision,
         max_epochs=epochs,
+        check_val_every_n_epoch=validate_every,
         accumulate_grad_batches=settings.accumulate,
         gradient_clip_val=gradient_clip,
         deterministic=settings.deterministic,
@@ -259,7 +299,9 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataM
     start = str(last) if resume and last.exists() else None
     with contextlib.suppress(SystemExit):  # Lightning exits by itself on SIGTERM (with status 0) and on Ctrl-C
         trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
-    if trainer.interrupted or trainer.received_sigterm or trainer.current_epoch < (trainer.max_epochs or 0):
+    enough = any(isinstance(c, EarlyStopping) and c.stopped_epoch for c in trainer.callbacks)  # type: ignore[attr-defined]
+    unfinished = trainer.current_epoch < (trainer.max_epochs or 0) and not enough
+    if trainer.interrupted or trainer.received_sigterm or unfinished:
         raise Interrupted(
             f"stopped after epoch {trainer.current_epoch} of {trainer.max_epochs}; continue with resume=last"
         )

@@ -1,0 +1,130 @@
+"""Train several models as one: with other seeds, or each with another part of the training crystals for validation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from numpy.typing import NDArray
+from rich.console import Console
+
+from crysldnet.build import build
+from crysldnet.data.batch import make_batch
+from crysldnet.data.datamodule import CrystalDataModule
+from crysldnet.data.fingerprint import formulas_of
+from crysldnet.data.sampler import BatchSampler, Budget
+from crysldnet.data.split import Rows
+from crysldnet.errors import ConfigError
+from crysldnet.finetune.settings import FinetuneConfig, make_data, make_encoder
+from crysldnet.finetune.training import Finetuned, Predictions, rows_of, train
+from crysldnet.models.ensemble import combine
+from crysldnet.training.checkpoint import load_property_model
+from crysldnet.training.metrics import TargetMetrics
+from crysldnet.training.run_folder import RunFolder, write_atomically
+
+
+def member_rows(data: CrystalDataModule, config: FinetuneConfig) -> list[Rows]:
+    """Return the rows of each member; the test rows are the same for all.
+
+    By folds, training and validation crystals are divided anew into as many parts as there are members, all crystals
+    of a reduced formula into the same one; each member validates on one and trains on the others.
+
+    Raises:
+        ConfigError: there are fewer formulas than folds.
+    """
+    if config.ensemble_by == "seeds":
+        return [data.rows] * config.ensemble
+    pool = np.sort(np.concatenate([data.rows["train"], data.rows["val"]]))
+    formulas, which = np.unique(formulas_of(data.store.crystals.take(pool)), return_inverse=True)
+    if len(formulas) < config.ensemble:
+        raise ConfigError(
+            f"ensemble={config.ensemble}: there are {len(formulas)} formulas, fewer than folds", "ensemble"
+        )
+    fold = np.random.default_rng([config.seed, 3]).permutation(len(formulas)) % config.ensemble
+    parts: NDArray[np.int64] = fold[which]
+    return [
+        {"train": pool[parts != i], "val": pool[parts == i], "test": data.rows["test"]} for i in range(config.ensemble)
+    ]
+
+
+def train_ensemble(
+    config: FinetuneConfig, values: dict[str, Any], folder: RunFolder, data: CrystalDataModule
+) -> Finetuned:
+    """Train the members that aren't there yet, one after another, and evaluate them together.
+
+    Args:
+        config: the settings.
+        values: the same as plain values.
+        folder: of the run; member i is kept in ``member_i``.
+        data: the crystals.
+    """
+    results = []
+    for i, rows in enumerate(member_rows(data, config)):
+        path = folder.path / f"member_{i}"
+        own = replace(config, seed=config.seed + i)
+        if not (path / "model.safetensors").exists():
+            _train_member(own, {**values, "seed": own.seed}, path, data, rows, f"{folder.name}-member_{i}")
+        info = load_property_model(path)[1]
+        _tell(i, config.ensemble, info["metrics"])
+        results.append(info)
+    return _together(folder.path, results, data)
+
+
+def _train_member(
+    config: FinetuneConfig, values: dict[str, Any], path: Path, data: CrystalDataModule, rows: Rows, name: str
+) -> None:
+    encoder, _, _ = make_encoder(config)
+    own = make_data(config, encoder, store=data.store, rows=rows)
+    path.mkdir(parents=True, exist_ok=True)
+    rank_zero_only(write_atomically)(path / "split.json", own.split_text())
+    loggers = build(config.logger, "logger", folder=path, name=name, config=values)
+    train(config, values, path, data=own, loggers=loggers)
+    for logger in loggers:  # else the next member would be logged into this one
+        getattr(logger.experiment, "finish", lambda: None)()
+
+
+@rank_zero_only
+def _tell(member: int, count: int, metrics: dict[str, float]) -> None:
+    shown = ", ".join(
+        f"{name} {value:.4g}" for name, value in metrics.items() if name.count("/") == 1 and "train" not in name
+    )
+    Console(stderr=True).print(f"member {member + 1} of {count}: {shown}", highlight=False, soft_wrap=True)
+
+
+def _together(folder: Path, infos: list[dict[str, Any]], data: CrystalDataModule) -> Finetuned:
+    """Evaluate the mean prediction on the test split; on validation the members' own figures are averaged."""
+    loaded = [load_property_model(folder / f"member_{i}")[0] for i in range(len(infos))]
+    model, scores = loaded[0], TargetMetrics(loaded[0].targets, loaded[0].types)
+    predictions: Predictions = {}
+    assert data.target_values is not None
+    for rows in _batches(data, data.rows["test"]):
+        batch = make_batch(data.store.crystals.take(rows), model.encoder.graph)
+        with torch.inference_mode():
+            combined = combine([member.predict(batch) for member in loaded])
+        true = torch.from_numpy(data.target_values[rows]).float()
+        scores.update(combined, true, torch.zeros_like(true), model.std)
+        predictions |= rows_of(rows, combined)
+    metrics = {
+        f"{'test_members' if name.startswith('test/') else name.split('/')[0]}/{name.split('/', 1)[1]}": float(
+            np.mean([info["metrics"][name] for info in infos])
+        )
+        for name in infos[0]["metrics"]
+        if "/" in name
+    }
+    if predictions:
+        values = {k: v for k, v in scores.compute().items() if k != "nll" and not k.startswith("normalised")}
+        metrics |= {f"test/{name}": float(value) for name, value in values.items()}
+    return Finetuned(model, infos[0], metrics, data, dict(sorted(predictions.items())))
+
+
+def _batches(data: CrystalDataModule, rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    if len(rows):
+        sizes = data.store.crystals.sizes[rows]
+        atoms = None if data.max_atoms is None else max(data.max_atoms, int(sizes.max()))
+        budget = Budget(crystals=data.batch_size, atoms=atoms)
+        yield from (chosen for chosen, *_ in BatchSampler(rows, sizes, None, budget, shuffle=False))
