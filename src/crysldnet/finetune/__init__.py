@@ -39,7 +39,7 @@ def run(config: FinetuneConfig, values: dict[str, Any]) -> int:
     folder.save_config(values)
     folder.save_split(data.split_text())
     if config.ensemble > 1:
-        result = train_ensemble(config, values, folder, data)
+        result = train_ensemble(config, values, folder.path, folder.name, data)
     else:
         loggers = build(config.logger, "logger", folder=folder.path, name=folder.name, config=values)
         result = train(config, values, folder.path, loggers=loggers)

@@ -11,9 +11,7 @@ import csv
 import io
 import json
 import math
-import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +24,8 @@ import yaml
 from crysldnet.errors import ConfigError
 from crysldnet.report import print_table
 from crysldnet.sweep.proposals import Sweep, Trial, check_parameters, load_sweep, propose
-from crysldnet.training.run_folder import NAME_VARIABLE, RunFolder, write_atomically
+from crysldnet.training.processes import Job, own_command, run_jobs
+from crysldnet.training.run_folder import RunFolder, write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +57,7 @@ def run_trial(sweep: Sweep, folder: Path, number: int, values: dict[str, Any], c
         line.append("resume=last")
     started = time.monotonic()
     if not (own / "summary.json").exists():
-        environment = {key: value for key, value in os.environ.items() if key != NAME_VARIABLE}
-        with (folder / f"{name}.log").open("ab") as log:
-            subprocess.run(
-                [sys.executable, "-m", "crysldnet", sweep.command, *line],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                check=False,
-            )
+        run_jobs([Job(name, own_command(sweep.command, *line), folder / f"{name}.log")], [{}])
     metric, seconds = None, time.monotonic() - started
     if (own / "summary.json").exists():  # a run that ended well has one, and no other
         summary = json.loads((own / "summary.json").read_text())

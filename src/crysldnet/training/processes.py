@@ -1,0 +1,120 @@
+"""Run commands in processes of their own, some at a time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from crysldnet.errors import Interrupted
+from crysldnet.training.run_folder import NAME_VARIABLE
+
+POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command.
+
+    Attributes:
+        name: for messages.
+        command: its words.
+        log: file that its output is appended to.
+    """
+
+    name: str
+    command: list[str]
+    log: Path
+
+
+def own_command(*arguments: str) -> list[str]:
+    """Return the words of a ``crysldnet`` command, for the interpreter that runs this one."""
+    return [sys.executable, "-m", "crysldnet", *arguments]
+
+
+def places(count: int, device: str) -> list[dict[str, str]]:
+    """Return the environments of ``count`` processes that run beside each other.
+
+    On ``cuda`` each sees one GPU, taken in turn; on ``cpu`` each computes on one thread.
+    """
+    if device == "cuda":
+        import torch
+
+        listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = listed.split(",") if listed else [str(i) for i in range(torch.cuda.device_count())]
+        return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(count)]
+    threads = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS", "NUMBA")}
+    return [dict(threads) for _ in range(count)]
+
+
+def run_jobs(
+    jobs: Sequence[Job], environments: Sequence[Mapping[str, str]], ended: Callable[[Job, int], None] = lambda *_: None
+) -> dict[str, int]:
+    """Run jobs to their ends, one at a time in each environment; return the exit status of each.
+
+    Args:
+        jobs: the commands, in the order in which they are begun.
+        environments: what is added to this process's environment; as many jobs as there are run at the same time.
+        ended: called with each job that ends, and its status.
+
+    Raises:
+        Interrupted: this process got SIGTERM; the jobs got it too, and have ended.
+    """
+    waiting, statuses = list(jobs), {}
+    running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
+    with _sigterm_as_error():
+        try:
+            while waiting or running:
+                for place in range(len(environments)):
+                    if place not in running and waiting:
+                        job = waiting.pop(0)
+                        running[place] = job, _start(job, environments[place])
+                time.sleep(POLL_SECONDS)
+                for place, (job, process) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[place]
+                        statuses[job.name] = process.returncode
+                        ended(job, process.returncode)
+        finally:
+            for _, process in running.values():
+                process.terminate()
+            for _, process in running.values():
+                process.wait()
+    return statuses
+
+
+def _start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    inherited = {key: value for key, value in os.environ.items() if key != NAME_VARIABLE}
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with job.log.open("ab") as log:
+        return subprocess.Popen(
+            job.command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**inherited, **environment},
+        )
+
+
+@contextmanager
+def _sigterm_as_error() -> Iterator[None]:
+    """Let SIGTERM end what is running first; elsewhere than in the main thread it stays as it is."""
+
+    def stop(*_: object) -> None:
+        raise Interrupted("stopped by SIGTERM; continue with resume=last")
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
