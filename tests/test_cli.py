@@ -49,7 +49,7 @@ def test_pretrain_finetune_predict_from_an_empty_folder(tmp_path, small):
     assert done.returncode == 0, done.stderr
     assert "masked species found" in done.stdout
     encoder = "runs/pretrain/latest/encoder.safetensors"
-    done = crysldnet("finetune", f"pretrained={encoder}", *QUIET, *short, "epochs=1", cwd=tmp_path)
+    done = crysldnet("finetune", f"pretrained={encoder}", *QUIET, *short, "epochs=1", "min_steps=0", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "MAE (eV/atom)" in done.stdout
     done = crysldnet("predict", "model=runs/finetune/latest", f"files={EXAMPLES}/*.cif", cwd=tmp_path)

@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 CPU = ["trainer.accelerator=cpu", "trainer.log_every=1", "data.batch_size=16"]
 SHORT = {
     "pretrain": ["stages.vae.epochs=1", "stages.diffusion.epochs=1"],
-    "finetune": ["epochs=1"],
+    "finetune": ["epochs=1", "min_steps=0"],
 }
 RUN_ELSEWHERE = {
     "matbench": "test_matbench.py runs all folds",

@@ -36,6 +36,7 @@ from crysldnet.matbench.recipes import make_recipes
 TASK = "matbench_jdft2d"
 TINY = [
     "epochs=1",
+    "min_steps=0",
     "encoder.width=16",
     "encoder.layers=2",
     "encoder.k=6",

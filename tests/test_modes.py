@@ -2,11 +2,15 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -26,7 +30,8 @@ from crysldnet.models.ensemble import combine
 from crysldnet.models.head import Prediction, PropertyModel
 from crysldnet.training import checkpoint
 from crysldnet.training.optimizer import AdamW
-from tiny import finetune_config, pretrain_config, subset
+from crysldnet.training.run_folder import NAME_VARIABLE
+from tiny import QUIET, finetune_config, pretrain_config, subset
 
 
 @pytest.fixture(scope="module")
@@ -210,8 +215,10 @@ def test_the_average_of_the_last_steps_is_what_is_exported(tmp_path, configure, 
     assert not torch.allclose(average, after_step[-1], rtol=1e-4, atol=1e-6)
 
 
-def test_an_ensemble_of_seeds_predicts_the_mean_and_spread_of_its_members(tmp_path, configure):
+def test_an_ensemble_of_seeds_predicts_the_mean_and_spread_of_its_members(tmp_path, configure, capfd):
     folder, summary = run(tmp_path, "seeds", *configure("ensemble=3", "epochs=1"))
+    told = capfd.readouterr().err
+    assert all(f"member {i} of 3: val/mae" in told for i in (1, 2, 3))
     assert summary["members"] == ["member_0", "member_1", "member_2"]
     loaded = checkpoint.load_property_models(folder)
     assert len(loaded) == 3
@@ -315,3 +322,51 @@ def test_a_frozen_epoch_on_hundreds_of_crystals_takes_well_under_a_second(tmp_pa
         patch.setattr(training, "FinetuneModule", Timed)
         finetune.train(config, values, tmp_path / "run")
     assert np.median(np.diff(began)) < 0.5
+
+
+def test_two_processes_train_a_frozen_model_and_score_all_of_its_classes(tmp_path, small, pretrained):
+    """DDP with a frozen encoder, numbers and classes: one run, and the figures of all crystals together."""
+    table = pq.read_table(small)
+    table = table.append_column("is_metal", pa.array(table["band_gap"].to_numpy() == 0))
+    pq.write_table(table, tmp_path / "data.parquet")
+    arguments = [f"data.path={tmp_path}/data.parquet", "data.targets=[is_metal,band_gap]", f"pretrained={pretrained}"]
+    arguments += ["mode=frozen", "epochs=2", "data.batch_size=16", "trainer.devices=2", "strategy=ddp", *QUIET]
+    done = subprocess.run(
+        [sys.executable, "-m", "crysldnet", "finetune", "name=two", "trainer.accelerator=cpu", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != NAME_VARIABLE},
+    )
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "finetune" / "two"
+    summary = json.loads((folder / "summary.json").read_text())
+    with (folder / "predictions_test.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 16
+    right = [row["true"] == row["prediction"] for row in rows if row["target"] == "is_metal"]
+    assert summary["test/accuracy/is_metal"] == pytest.approx(np.mean(right))
+    gaps = [abs(float(row["true"]) - float(row["prediction"])) for row in rows if row["target"] == "band_gap"]
+    assert summary["test/mae/band_gap"] == pytest.approx(np.mean(gaps), rel=1e-3)
+    state, exported = weights(folder), checkpoint.read(pretrained, "encoder")[1]
+    assert all(torch.equal(state[f"encoder.{k}"], v) for k, v in exported.items())
+
+
+@pytest.mark.parametrize("mode", ["frozen", "gradual"])
+def test_a_stopped_run_of_every_mode_resumes_to_the_same_weights(tmp_path, configure, monkeypatch, mode):
+    config, values = configure(f"mode={mode}", "epochs=4", *(["layer_decay=0.5"] if mode == "gradual" else []))
+    whole, _ = run(tmp_path, "whole", config, values)
+    start = FinetuneModule.on_train_epoch_start
+
+    def stop(self):
+        if self.trainer.current_epoch == 2:
+            raise KeyboardInterrupt
+        start(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FinetuneModule, "on_train_epoch_start", stop)
+        with pytest.raises(Interrupted):
+            finetune.run(*finetune_with(tmp_path, "stopped", config, values))
+    assert finetune.run(*finetune_with(tmp_path, "stopped", config, values, resume="last")) == 0
+    one, two = weights(whole), weights(tmp_path / "finetune" / "stopped")
+    assert same(one, two, one)

@@ -493,9 +493,9 @@ def test_a_model_trains_on_a_published_set(
     put(data_folder / "raw" / "jarvis_dft_3d", jarvis_files(rows_of(starter)))
     assert cli.run(["data", "download", "jarvis_dft_3d"]) == 0
     monkeypatch.delenv(NAME_VARIABLE, raising=False)
-    small = ["data.num_workers=0", "data.batch_size=16", "epochs=1", "trainer.accelerator=cpu"]
+    small = ["data.num_workers=0", "data.batch_size=16", "epochs=1", "min_steps=0"]
     arguments = ["finetune", "data=jarvis", "data.targets=[mbj_bandgap]", f"runs={tmp_path / 'runs'}", "name=gap"]
-    assert cli.run([*arguments, *ENCODER, *QUIET, *small]) == 0
+    assert cli.run([*arguments, *ENCODER, *QUIET, *small, "trainer.accelerator=cpu"]) == 0
     summary = json.loads((tmp_path / "runs/finetune/gap/summary.json").read_text())
     assert summary["train_crystals"] == 22
     monkeypatch.delenv(NAME_VARIABLE, raising=False)

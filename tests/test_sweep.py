@@ -25,7 +25,7 @@ if importlib.util.find_spec("sweeps") is None:
     pytest.skip("the sweeps package isn't installed", allow_module_level=True)
 
 TINY = (
-    "data=jdft2d data.targets=[exfoliation_energy] data.split.train_fraction=0.1 epochs=1 encoder.width=16 "
+    "data=jdft2d data.targets=[exfoliation_energy] data.split.train_fraction=0.1 epochs=1 min_steps=0 encoder.width=16 "
     "encoder.layers=2 encoder.k=6 encoder.n_distances=8 encoder.n_basis=16 trainer.progress_bar=false "
     "trainer.accelerator=cpu"
 )

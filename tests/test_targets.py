@@ -11,14 +11,17 @@ import pytest
 import torch
 
 from crysldnet import finetune
+from crysldnet.build import build_dataclass
 from crysldnet.data.batch import make_batch
 from crysldnet.data.crystals import from_lists
 from crysldnet.data.locations import open_store
 from crysldnet.encoders.pddformer import PDDFormer
 from crysldnet.errors import ConfigError, DataError
+from crysldnet.finetune import FinetuneConfig
 from crysldnet.models.head import Prediction, PropertyHead, PropertyModel
 from crysldnet.models.references import fit_references
 from crysldnet.models.target import Classes, Log, NonNegative, Number, TwoPart, make_target
+from crysldnet.training import checkpoint
 from crysldnet.training.checkpoint import load_property_model
 from crysldnet.training.metrics import ClassificationScores, TargetMetrics
 from tiny import finetune_config, subset
@@ -343,3 +346,32 @@ def test_the_best_epoch_is_chosen_by_what_the_targets_are():
     assert TargetMetrics(names, [two, two]).selection == "normalised_log_loss"
     assert TargetMetrics(names, [Number(), two]).selection == "normalised_error"
     assert TargetMetrics(names, [Number("laplace"), two]).selection == "nll"
+
+
+def test_a_run_of_before_there_were_kinds_can_be_resumed():
+    values = finetune_config()[1]
+    new = (
+        "mode",
+        "target_types",
+        "element_references",
+        "min_steps",
+        "patience",
+        "layer_decay",
+        "ensemble",
+        "ensemble_by",
+    )
+    old = build_dataclass(FinetuneConfig, {k: v for k, v in values.items() if k not in new}, "")
+    assert old == build_dataclass(FinetuneConfig, values, "")
+
+
+def test_a_model_of_before_there_were_kinds_is_a_plain_number(tmp_path, small):
+    folder, _, _ = run(tmp_path, "now", f"data.path={small}", "epochs=1")
+    info, state = checkpoint.read(folder / "model.safetensors", "property_model")
+    old = {k: v for k, v in info.items() if k not in ("target_types", "element_references", "format_version", "kind")}
+    checkpoint.write(tmp_path / "old.safetensors", "property_model", state, old)
+    models = [load_property_model(path)[0] for path in (folder, tmp_path / "old.safetensors")]
+    batch = make_batch(open_store(str(small)).crystals.take(np.arange(4)), models[0].encoder.graph)
+    with torch.inference_mode():
+        assert torch.equal(*(model(batch) for model in models))
+    assert models[1].kinds == ["regression"]
+    assert models[1].predict(batch).std is None

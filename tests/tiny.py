@@ -37,5 +37,5 @@ def pretrain_config(*arguments: str, tiny_encoder: Sequence[str] = ENCODER) -> t
 
 def finetune_config(*arguments: str, tiny_encoder: Sequence[str] = ENCODER) -> tuple[FinetuneConfig, dict]:
     """Compose a tiny finetuning run."""
-    composition = compose("finetune", [*tiny_encoder, *QUIET, *arguments])
+    composition = compose("finetune", [*tiny_encoder, *QUIET, "min_steps=0", *arguments])
     return validate(composition, FinetuneConfig), composition.values

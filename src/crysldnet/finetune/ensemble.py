@@ -26,6 +26,7 @@ from crysldnet.models.ensemble import combine
 from crysldnet.training.checkpoint import load_property_model
 from crysldnet.training.metrics import TargetMetrics
 from crysldnet.training.run_folder import write_atomically
+from crysldnet.training.trainer import TrainerSettings
 
 
 def member_rows(data: CrystalDataModule, config: FinetuneConfig) -> list[Rows]:
@@ -73,7 +74,8 @@ def train_ensemble(
         info = load_property_model(path)[1]
         _tell(i, config.ensemble, info["metrics"])
         results.append(info)
-    return _together(folder, results, data)
+    settings: TrainerSettings = build(config.trainer, "trainer")
+    return _together(folder, results, data, "cuda" if settings.resolve_accelerator() == "gpu" else "cpu")
 
 
 def _train_member(
@@ -97,17 +99,18 @@ def _tell(member: int, count: int, metrics: dict[str, float]) -> None:
     Console(stderr=True).print(f"member {member + 1} of {count}: {shown}", highlight=False, soft_wrap=True)
 
 
-def _together(folder: Path, infos: list[dict[str, Any]], data: CrystalDataModule) -> Finetuned:
+def _together(folder: Path, infos: list[dict[str, Any]], data: CrystalDataModule, device: str) -> Finetuned:
     """Evaluate the mean prediction on the test split; on validation the members' own figures are averaged."""
-    loaded = [load_property_model(folder / f"member_{i}")[0] for i in range(len(infos))]
-    model, scores = loaded[0], TargetMetrics(loaded[0].targets, loaded[0].types)
+    loaded = [load_property_model(folder / f"member_{i}")[0].to(device) for i in range(len(infos))]
+    model = loaded[0]
+    scores = TargetMetrics(model.targets, model.types, sync_on_compute=False).to(device)
     predictions: Predictions = {}
     assert data.target_values is not None
     for rows in _batches(data, data.rows["test"]):
-        batch = make_batch(data.store.crystals.take(rows), model.encoder.graph)
+        batch = make_batch(data.store.crystals.take(rows), model.encoder.graph).to(device)
         with torch.inference_mode():
             combined = combine([member.predict(batch) for member in loaded])
-        true = torch.from_numpy(data.target_values[rows]).float()
+        true = torch.from_numpy(data.target_values[rows]).float().to(device)
         scores.update(combined, true, torch.zeros_like(true), model.std)
         predictions |= rows_of(rows, combined)
     metrics = {
@@ -120,7 +123,7 @@ def _together(folder: Path, infos: list[dict[str, Any]], data: CrystalDataModule
     if predictions:
         values = {k: v for k, v in scores.compute().items() if k != "nll" and not k.startswith("normalised")}
         metrics |= {f"test/{name}": float(value) for name, value in values.items()}
-    return Finetuned(model, infos[0], metrics, data, dict(sorted(predictions.items())))
+    return Finetuned(model.cpu(), infos[0], metrics, data, dict(sorted(predictions.items())))
 
 
 def _batches(data: CrystalDataModule, rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -19,21 +19,26 @@ from crysldnet.training.pretraining_set import encoder_file
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How a property model is trained: the keys that all commands which do so share."""
+    """How a property model is trained: the keys that all commands which do so share.
+
+    Those with a value here are newer than some runs that may still be resumed.
+    """
 
     pretrained: str | None
-    mode: Literal["full", "frozen", "gradual"]
+    mode: Literal["full", "frozen", "gradual"] = "full"
     seed: int
     name: str | None
     runs: str
     resume: Literal["last"] | None
-    target_types: dict[str, Literal["number", "non_negative", "log", "two_part", "classes"]]
-    element_references: list[str]
+    target_types: dict[str, Literal["number", "non_negative", "log", "two_part", "classes"]] = field(
+        default_factory=dict
+    )
+    element_references: list[str] = field(default_factory=list)
     epochs: int
-    min_steps: int
-    patience: int | None
+    min_steps: int = 0
+    patience: int | None = None
     loss: Loss
-    layer_decay: float
+    layer_decay: float = 1.0
     gradient_clip: float | None
     data: dict[str, Any]
     encoder: dict[str, Any]
@@ -68,8 +73,8 @@ class TrainingConfig:
 class FinetuneConfig(TrainingConfig):
     """Every key of ``conf/finetune.yaml``."""
 
-    ensemble: int
-    ensemble_by: Literal["seeds", "folds"]
+    ensemble: int = 1
+    ensemble_by: Literal["seeds", "folds"] = "seeds"
 
     def __post_init__(self) -> None:
         super().__post_init__()

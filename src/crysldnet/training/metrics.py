@@ -24,8 +24,8 @@ class Means(Metric):
     sums: Tensor
     counts: Tensor
 
-    def __init__(self, capacity: int = 32) -> None:
-        super().__init__()
+    def __init__(self, capacity: int = 32, *, sync_on_compute: bool = True) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
         self.names: list[str] = []
         self.add_state("sums", torch.zeros(capacity, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("counts", torch.zeros(capacity, dtype=torch.float64), dist_reduce_fx="sum")
@@ -52,8 +52,8 @@ class RegressionErrors(Metric):
     total: Tensor
     total_squared: Tensor
 
-    def __init__(self, targets: list[str]) -> None:
-        super().__init__()
+    def __init__(self, targets: list[str], *, sync_on_compute: bool = True) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
         self.targets = targets
         for name in ("count", "absolute", "squared", "total", "total_squared"):
             self.add_state(name, torch.zeros(len(targets), dtype=torch.float64), dist_reduce_fx="sum")
@@ -101,8 +101,8 @@ class ClassificationScores(Metric):
     probability: list[Tensor]
     true: list[Tensor]
 
-    def __init__(self, classes: int) -> None:
-        super().__init__()
+    def __init__(self, classes: int, *, sync_on_compute: bool = True) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
         self.classes = classes
         self.add_state("probability", [], dist_reduce_fx="cat")
         self.add_state("true", [], dist_reduce_fx="cat")
@@ -141,25 +141,32 @@ class TargetMetrics(nn.Module):
         targets: names of the T targets.
         types: their kinds.
         entropies: [T] of the training classes of classifications; 1 by default.
+        sync_on_compute: put the shares of all ranks together; false where each rank has seen everything.
     """
 
     def __init__(
-        self, targets: Sequence[str], types: Sequence[TargetType], entropies: Sequence[float] | None = None
+        self,
+        targets: Sequence[str],
+        types: Sequence[TargetType],
+        entropies: Sequence[float] | None = None,
+        *,
+        sync_on_compute: bool = True,
     ) -> None:
         super().__init__()
         self.targets, self.types, self.entropies = targets, types, entropies or [1.0] * len(targets)
         self.numbers = [i for i, kind in enumerate(types) if not isinstance(kind, Classes)]
-        self.errors = RegressionErrors([targets[i] for i in self.numbers])
-        self.normalised = RegressionErrors([targets[i] for i in self.numbers])
+        names = [targets[i] for i in self.numbers]
+        self.errors = RegressionErrors(names, sync_on_compute=sync_on_compute)
+        self.normalised = RegressionErrors(names, sync_on_compute=sync_on_compute)
         self.scores = nn.ModuleDict(
             {
-                str(i): ClassificationScores(len(kind.labels))
+                str(i): ClassificationScores(len(kind.labels), sync_on_compute=sync_on_compute)
                 for i, kind in enumerate(types)
                 if isinstance(kind, Classes)
             }
         )
         self.spread = any(isinstance(kind, Number) and kind.spread is not None for kind in types)
-        self.likelihood = Means(1)
+        self.likelihood = Means(1, sync_on_compute=sync_on_compute)
 
     @property
     def selection(self) -> str:

@@ -31,6 +31,7 @@ from torch import nn
 
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.errors import ConfigError, DeviceError, Interrupted
+from crysldnet.training.averaging import AverageOfLast
 
 LAST = "last.ckpt"
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
@@ -149,28 +150,6 @@ class SeedEveryBatch(Callback):
         self._seed(trainer, 0, batch_idx)
 
 
-class AverageOfLast(WeightAveraging):
-    """Average the weights of the last steps, each counting alike, after Izmailov et al., arXiv 1803.05407.
-
-    Args:
-        share: of the steps that are averaged over; before them the average is the weights themselves.
-    """
-
-    def __init__(self, share: float) -> None:
-        super().__init__(use_buffers=True, avg_fn=self._average)
-        self.share, self.start = share, 0
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the first step that counts."""
-        epochs = trainer.max_epochs or 1
-        steps = int(trainer.num_training_batches) // trainer.accumulate_grad_batches * epochs
-        self.start = round((1.0 - self.share) * steps)
-
-    def _average(self, averaged: torch.Tensor, current: torch.Tensor, done: torch.Tensor | int) -> torch.Tensor:
-        counted = max(int(done) - self.start, 0)
-        return averaged + (current - averaged) / (counted + 1)
-
-
 def keep_freed_memory() -> None:
     """Let glibc keep large blocks that are freed, for the next step needs them again.
 
@@ -216,14 +195,13 @@ def make_trainer(
     if accelerator == "cpu":
         keep_freed_memory()
     checkpoints = folder / "checkpoints"
-    callbacks: list[Callback] = [
-        SeedEveryBatch(seed),
-        ModelCheckpoint(checkpoints, filename=LAST.removesuffix(".ckpt"), enable_version_counter=False),
-    ]
+    callbacks: list[Callback] = [SeedEveryBatch(seed)]
     if monitor is not None:
         callbacks.append(
             ModelCheckpoint(checkpoints, filename="best", monitor=monitor, mode="min", enable_version_counter=False)
         )
+    # After the best one, so that it knows of it: a run that is resumed would else forget which epoch was the best.
+    callbacks.append(ModelCheckpoint(checkpoints, filename=LAST.removesuffix(".ckpt"), enable_version_counter=False))
     if monitor is not None and patience is not None:
         callbacks.append(EarlyStopping(monitor, patience=patience, mode="min", check_finite=False))
     if settings.average_last is not None:
