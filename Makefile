@@ -56,8 +56,8 @@ finetune: $(READY) ## train a property model (ENCODER=path or none, GPUS=, ARGS=
 predict: $(READY) ## predict for CIF or POSCAR files (FILES="…", MODEL=, OUT=)
 	$(RUN) crysldnet predict model=$(MODEL) "files=$(FILES)" out=$(OUT) $(ARGS)
 
-matbench: $(READY) ## run a Matbench task and write a submission folder (TASK=, ENCODER=, ARGS=)
-	$(RUN) crysldnet matbench task=$(TASK) pretrained=$(ENCODER) $(ARGS)
+matbench: $(READY) ## run Matbench tasks and write a submission folder (TASK=, ENCODER=, ARGS=)
+	$(RUN) crysldnet matbench tasks=$(TASK) pretrained=$(ENCODER) $(ARGS)
 
 sweep: $(READY) ## run a sweep on W&B, or here without an account (SWEEP=, COUNT=, LOCAL=1, ARGS=; SLURM=1 inside a job)
 	$(if $(SLURM),srun env )$(RUN) crysldnet sweep sweep=$(SWEEP) count=$(COUNT) backend=$(if $(LOCAL),local,wandb) $(ARGS)

@@ -25,8 +25,8 @@ LAYERS = [
 ]
 """From the command line down. A module may import its own layer's package and those below."""
 
-MAY_TURN = {("__main__", "cli"), ("sweep", "config")}
-"""The sweep composes the configurations of its runs; that module imports no command itself."""
+MAY_TURN = {("__main__", "cli"), ("sweep", "config"), ("matbench", "config")}
+"""They compose the configurations of their runs; that module imports no command itself."""
 
 
 def layer_of(name: str) -> int:

@@ -214,7 +214,7 @@ def validate(composition: Composition, schema: type) -> Any:
     return settings
 
 
-MAY_CHANGE = {"name", "runs", "resume", "trainer", "strategy", "logger", "stages", "epochs"}
+MAY_CHANGE = {"name", "runs", "resume", "trainer", "strategy", "logger", "stages", "epochs", "parallel"}
 """What a resumed run may do otherwise than it was begun: how it is executed, and how long."""
 
 

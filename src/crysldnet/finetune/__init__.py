@@ -45,7 +45,7 @@ def run(config: FinetuneConfig, values: dict[str, Any]) -> int:
     folder.save_split(data.split_text())
     loggers: list[Logger] = []
     if config.ensemble > 1:
-        result = train_ensemble(config, values, folder, data)
+        result = train_ensemble(config, values, folder.path, folder.name, data)
     else:
         about = values | describe_data(data)
         loggers = build(config.logger, "logger", folder=folder.path, name=folder.name, config=about)

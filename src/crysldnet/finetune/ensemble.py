@@ -27,7 +27,7 @@ from crysldnet.training.checkpoint import load_property_model
 from crysldnet.training.loggers import describe_data
 from crysldnet.training.metrics import TargetMetrics
 from crysldnet.training.pretraining_set import encoder_file
-from crysldnet.training.run_folder import RunFolder, write_atomically
+from crysldnet.training.run_folder import write_atomically
 from crysldnet.training.trainer import TrainerSettings
 from crysldnet.training.wandb_run import publish
 
@@ -57,27 +57,28 @@ def member_rows(data: CrystalDataModule, config: FinetuneConfig) -> list[Rows]:
 
 
 def train_ensemble(
-    config: FinetuneConfig, values: dict[str, Any], folder: RunFolder, data: CrystalDataModule
+    config: FinetuneConfig, values: dict[str, Any], folder: Path, name: str, data: CrystalDataModule
 ) -> Finetuned:
     """Train the members that aren't there yet, one after another, and evaluate them together.
 
     Args:
         config: the settings.
         values: the same as plain values.
-        folder: of the run; member i is kept in ``member_i``.
+        folder: member i is kept in its ``member_i``.
+        name: of the run, for loggers.
         data: the crystals.
     """
     results = []
     for i, rows in enumerate(member_rows(data, config)):
-        path = folder.path / f"member_{i}"
+        path = folder / f"member_{i}"
         own = replace(config, seed=config.seed + i)
         if not (path / "model.safetensors").exists():
-            _train_member(own, {**values, "seed": own.seed}, path, data, rows, f"{folder.name}-member_{i}")
+            _train_member(own, {**values, "seed": own.seed}, path, data, rows, f"{name}-member_{i}")
         info = load_property_model(path)[1]
         _tell(i, config.ensemble, info["metrics"])
         results.append(info)
     settings: TrainerSettings = build(config.trainer, "trainer")
-    return _together(folder.path, results, data, "cuda" if settings.resolve_accelerator() == "gpu" else "cpu")
+    return _together(folder, results, data, "cuda" if settings.resolve_accelerator() == "gpu" else "cpu")
 
 
 def _train_member(

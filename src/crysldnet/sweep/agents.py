@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,8 +14,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from crysldnet.errors import ConfigError
 from crysldnet.report import print_table
 from crysldnet.sweep.proposals import ARGUMENTS, Sweep
-from crysldnet.training.processes import end, sigterm_as_error
-from crysldnet.training.run_folder import NAME_VARIABLE, write_atomically
+from crysldnet.training.processes import Environment, Job, run_jobs
+from crysldnet.training.run_folder import write_atomically
 
 RUNS_VARIABLE = "CRYSLDNET_SWEEP_RUNS"
 WAIT_SECONDS = 300.0
@@ -34,10 +33,10 @@ def online_config(sweep: Sweep, common: Sequence[str], count: int) -> dict[str, 
     return {**sweep.config, "command": words, "run_cap": count}
 
 
-def agent_environment(environment: Mapping[str, str], runs: Path) -> dict[str, str]:
+def agent_environment(environment: Mapping[str, str], runs: Path) -> Environment:
     """Return the environment of an agent. Its runs are one process each, so nothing of SLURM's tasks may reach them."""
-    inherited = {k: v for k, v in os.environ.items() if k != NAME_VARIABLE and not k.startswith("SLURM_")}
-    return {**inherited, **environment, RUNS_VARIABLE: str(runs)}
+    slurm = dict.fromkeys((name for name in os.environ if name.startswith("SLURM_")), None)
+    return {**slurm, **environment, RUNS_VARIABLE: str(runs)}
 
 
 def sweep_id(sweep: Sweep, folder: Path, common: Sequence[str], count: int, entity: str | None) -> str:
@@ -77,28 +76,13 @@ def run_agents(name: str, folder: Path, environments: Sequence[Mapping[str, str]
         environments: one for each agent.
     """
     rank = getattr(rank_zero_only, "rank", 0)
-    processes = []
-    with sigterm_as_error():
-        try:
-            for number, environment in enumerate(environments):
-                own = folder / f"agent_{rank}_{number}"
-                own.mkdir(parents=True, exist_ok=True)
-                with (own / "agent.log").open("ab") as log:
-                    processes.append(
-                        subprocess.Popen(
-                            [sys.executable, "-m", "wandb", "agent", name],
-                            stdin=subprocess.DEVNULL,
-                            stdout=log,
-                            stderr=subprocess.STDOUT,
-                            env=agent_environment(environment, own),
-                        )
-                    )
-            statuses = [process.wait() for process in processes]
-        finally:
-            end([process for process in processes if process.poll() is None])
-    rows = [
-        [f"agent {i}", f"status {status}", str(folder / f"agent_{rank}_{i}" / "agent.log")]
-        for i, status in enumerate(statuses)
-    ]
+    folders = [folder / f"agent_{rank}_{number}" for number in range(len(environments))]
+    for own in folders:
+        own.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "wandb", "agent", name]
+    jobs = [Job(own.name, command, own / "agent.log") for own in folders]
+    places = [agent_environment(environment, own) for environment, own in zip(environments, folders, strict=True)]
+    statuses = run_jobs(jobs, places)
+    rows = [[job.name, f"status {statuses[job.name]}", str(job.log)] for job in jobs]
     print_table(f"agents of {name}", ["", "", ""], rows)
-    return 1 if any(statuses) else 0
+    return 1 if any(statuses.values()) else 0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from crysldnet.sweep.proposals import Sweep, Trial, propose, to_stop
-from crysldnet.training.processes import Job, end, sigterm_as_error, start
+from crysldnet.training.processes import Environment, Job, end, own_command, sigterm_as_error, start
 from crysldnet.training.run_folder import write_atomically
 
 POLL_SECONDS = 0.2
@@ -81,7 +81,7 @@ class LocalRuns:
         folder: Path,
         common: Sequence[str],
         seed: int,
-        environments: Sequence[Mapping[str, str]],
+        environments: Sequence[Environment],
         changed: Callable[[Trial], None],
     ) -> None:
         self.sweep, self.folder, self.common, self.seed = sweep, folder, common, seed
@@ -123,7 +123,7 @@ class LocalRuns:
             arguments = [*self.sweep.line(trial.values, self.common), f"name={trial.name}", f"runs={self.folder}"]
             if (self.own_folder(trial.name) / "config.yaml").exists():
                 arguments.append("resume=last")
-            job = Job(trial.name, [self.sweep.command, *arguments], self.folder / f"{trial.name}.log")
+            job = Job(trial.name, own_command(self.sweep.command, *arguments), self.folder / f"{trial.name}.log")
             self.running[place] = Running(trial.name, start(job, self.environments[place]), time.monotonic())
         return bool(self.running)
 

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from crysldnet.data.batch import CrystalBatch
 
 
-def gradient_norm(model: nn.Module) -> Tensor:
-    """Return the norm of all gradients as a scalar tensor on their device, without waiting for it; 0 where none is."""
+def gradient_norm(model: nn.Module) -> Tensor | None:
+    """Return the norm of all gradients as a scalar tensor on their device, without waiting for it.
+
+    None where there are none: a strategy may keep them elsewhere.
+    """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if not gradients:
-        return torch.zeros(())
+        return None
     norm = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded tensors know only their part
 
@@ -58,8 +61,10 @@ class Diagnostics(Callback):
             return
         norm = gradient_norm(pl_module)
         if isinstance(trainer.strategy, FSDPStrategy):  # each rank has the gradients of its own shard
-            norm = trainer.strategy.reduce(norm.square().to(pl_module.device), reduce_op="sum").sqrt()
-        pl_module.log("train/grad_norm", norm)
+            own = torch.zeros(()) if norm is None else norm.square()
+            norm = trainer.strategy.reduce(own.to(pl_module.device), reduce_op="sum").sqrt()
+        if norm is not None:
+            pl_module.log("train/grad_norm", norm)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: CrystalBatch, batch_idx: int

@@ -1,4 +1,4 @@
-"""Run commands of this package in processes of their own, some at a time."""
+"""Run commands in processes of their own, some at a time."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from crysldnet.training.run_folder import NAME_VARIABLE
 
 POLL_SECONDS = 0.05
 PROGRAM = [sys.executable, "-m", "crysldnet"]
+Environment = Mapping[str, str | None]
+"""What is added to this process's environment, or taken from it where it is None."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,18 @@ class Job:
 
     Attributes:
         name: for messages.
-        arguments: of ``crysldnet``.
+        command: its words.
         log: file that its output is appended to.
     """
 
     name: str
-    arguments: list[str]
+    command: list[str]
     log: Path
+
+
+def own_command(*arguments: str) -> list[str]:
+    """Return the words of a ``crysldnet`` command, for the interpreter that runs this one."""
+    return [*PROGRAM, *arguments]
 
 
 def places(count: int, device: str) -> list[dict[str, str]]:
@@ -55,7 +62,7 @@ def visible_gpus() -> list[str]:
 
 
 def run_jobs(
-    jobs: Sequence[Job], environments: Sequence[Mapping[str, str]], ended: Callable[[Job, int], None] = lambda *_: None
+    jobs: Sequence[Job], environments: Sequence[Environment], ended: Callable[[Job, int], None] = lambda *_: None
 ) -> dict[str, int]:
     """Run jobs to their ends, one at a time in each environment; return the exit status of each.
 
@@ -87,17 +94,17 @@ def run_jobs(
     return statuses
 
 
-def start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start a job; ``environment`` is added to that of this process."""
-    inherited = {key: value for key, value in os.environ.items() if key != NAME_VARIABLE}
+def start(job: Job, environment: Environment) -> subprocess.Popen[bytes]:
+    """Start a job."""
+    whole = {**os.environ, NAME_VARIABLE: None, **environment}
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
         return subprocess.Popen(
-            [*PROGRAM, *job.arguments],
+            job.command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**inherited, **environment},
+            env={key: value for key, value in whole.items() if value is not None},
         )
 
 
