@@ -3,7 +3,7 @@
 python experiments/matbench/run.py --data FOLDER [--parallel N] [--epochs N] [--members N]
 python experiments/matbench/run.py --pretrained ENCODER [--parallel N] …
 
-FOLDER holds mp_cgcnn_train.parquet and mp_cgcnn_val.parquet, to pretrain on. ENCODER is an encoder.safetensors that was
+FOLDER holds mp_cgcnn_train.parquet, mp_cgcnn_val.parquet and mp_cgcnn_test.parquet; the first is pretrained on. ENCODER is an encoder.safetensors that was
 pretrained before; it is refused where its pretraining set has a formula of either task. Runs that are complete are not
 run again, so an interrupted study goes on where it stopped. Any key=value is given to both arms.
 """
@@ -49,8 +49,7 @@ PRETRAINING = [
 
 def pretrain(runs: Path, data: Path, encoder: str, further: list[str]) -> Path:
     """Pretrain without any formula of either task; return the encoder's file."""
-    paths = {split: str(data / f"mp_cgcnn_{split}.parquet") for split in ("train", "val")}
-    paths["test"] = paths["val"]
+    paths = {split: str(data / f"mp_cgcnn_{split}.parquet") for split in ("train", "val", "test")}
     arguments = ["data=custom", f"data.path={json.dumps(paths)}", f"encoder={encoder}", *PRETRAINING, *further]
     evidence.launch(runs, "pretrain", "without_tasks", *arguments)
     return runs / "pretrain" / "without_tasks" / "encoder.safetensors"
