@@ -433,3 +433,20 @@ def test_make_sweep_runs_on_wandb_or_here(given: str, expected: str) -> None:
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MAKEFLAGS")}
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert expected in done.stdout.replace("PYTHONPATH=src ", "")
+
+
+def test_the_matbench_sweep_sees_no_test_crystal_of_its_fold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from crysldnet.data.locations import open_store
+
+    page = (ROOT / "docs" / "sweep.md").read_text()
+    (script,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(script, {})
+    parts = json.loads((tmp_path / "fold_0.json").read_text())
+    store = open_store("embedded:matbench_jdft2d")
+    tested = set(store.ids_at((store.numbers_of("matbench_test_fold") == 0).nonzero()[0]))
+    assert len(parts["train"]) > 8 * len(parts["val"]) > 100
+    assert parts["test"] == []
+    assert not tested & {*parts["train"], *parts["val"]}
+    assert len(tested) + len(parts["train"]) + len(parts["val"]) == len(store)
+    assert "data.split.file=fold_0.json" in sweep.load_sweep("matbench").arguments
