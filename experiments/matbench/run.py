@@ -3,9 +3,10 @@
 python experiments/matbench/run.py --data FOLDER [--parallel N] [--epochs N] [--members N]
 python experiments/matbench/run.py --pretrained ENCODER [--parallel N] …
 
-FOLDER holds mp_cgcnn_train.parquet, mp_cgcnn_val.parquet and mp_cgcnn_test.parquet; the first is pretrained on. ENCODER is an encoder.safetensors that was
-pretrained before; it is refused where its pretraining set has a formula of either task. Runs that are complete are not
-run again, so an interrupted study goes on where it stopped. Any key=value is given to both arms.
+FOLDER holds mp_cgcnn_train.parquet, which is pretrained on, mp_cgcnn_val.parquet and mp_cgcnn_test.parquet. ENCODER is
+an encoder.safetensors that was pretrained before; it is refused where its pretraining set has a formula of either task.
+Runs that are complete are not run again, so an interrupted study goes on where it stopped. Any key=value is given to
+both arms.
 """
 
 from __future__ import annotations
