@@ -46,7 +46,8 @@ RUN_ELSEWHERE = {
     "matbench": "test_matbench.py runs all folds",
     "sweep": "test_sweep.py runs a sweep",
     "strategy=ddp": "test_cli.py runs two processes",
-    "logger=wandb": "test_cli.py writes an offline run",
+    "logger=wandb": "test_wandb.py reads an offline run",
+    "logger=[csv,wandb]": "test_wandb.py reads an offline run",
     "trainer.compile=true": "test_speed.py compiles",
     "data=jarvis": "test_published.py fetches, converts and trains",
     "resume=last": "test_cli.py stops a run and resumes it",
@@ -189,6 +190,13 @@ class Reader:
                 assert module in ("crysldnet", "pytest", "ruff", "mypy")
                 if module == "crysldnet":
                     self.take_command(arguments)
+        elif rest[:1] == ["-m"]:
+            assert first == "python"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", rest[1:])
+                with pytest.raises(SystemExit) as ended:
+                    runpy.run_module(rest[1], run_name="__main__")
+            assert not ended.value.code
         elif first == "python":
             script, *arguments = rest
             assert Path(script).is_file(), f"no block is {script}"

@@ -21,7 +21,7 @@ LAYERS = [
     {"encoders"},
     {"data"},
     {"geometry", "build"},
-    {"errors", "report", "evidence", "__init__"},
+    {"errors", "report", "page", "evidence", "__init__"},
 ]
 """From the command line down. A module may import its own layer's package and those below."""
 

@@ -136,6 +136,7 @@ def test_classes_and_gaps_are_learned_by_heart(tmp_path, small):
         (["mode=frozen"], ConfigError, "needs a pretrained encoder"),
         (["layer_decay=0"], ConfigError, "layer_decay"),
         (["patience=0"], ConfigError, "patience"),
+        (["layer_decay=0.5", "strategy=fsdp"], ConfigError, "sharding joins layers"),
         (["data.targets=[is_metal]", "ensemble=500", "ensemble_by=folds"], ConfigError, "fewer than folds"),
     ],
 )

@@ -92,7 +92,7 @@ def run(arguments: Sequence[str]) -> int:
         from crysldnet.data.commands import main as data_main
 
         return data_main(rest)
-    if (command, rest[:1] and rest[0]) in PARTS:
+    if (command, *rest[:1]) in PARTS:
         _quieten_libraries()
         return importlib.import_module(PARTS[command, rest[0]]).main(rest[1:])
     if command not in COMMANDS:

@@ -24,9 +24,12 @@ from crysldnet.finetune.settings import FinetuneConfig, make_data, make_encoder
 from crysldnet.finetune.training import Finetuned, Predictions, rows_of, train
 from crysldnet.models.ensemble import combine
 from crysldnet.training.checkpoint import load_property_model
+from crysldnet.training.loggers import describe_data
 from crysldnet.training.metrics import TargetMetrics
+from crysldnet.training.pretraining_set import encoder_file
 from crysldnet.training.run_folder import write_atomically
 from crysldnet.training.trainer import TrainerSettings
+from crysldnet.training.wandb_run import publish
 
 
 def member_rows(data: CrystalDataModule, config: FinetuneConfig) -> list[Rows]:
@@ -85,10 +88,9 @@ def _train_member(
     own = make_data(config, encoder, store=data.store, rows=rows)
     path.mkdir(parents=True, exist_ok=True)
     rank_zero_only(write_atomically)(path / "split.json", own.split_text())
-    loggers = build(config.logger, "logger", folder=path, name=name, config=values)
+    loggers = build(config.logger, "logger", folder=path, name=name, config=values | describe_data(own))
     train(config, values, path, data=own, loggers=loggers)
-    for logger in loggers:  # else the next member would be logged into this one
-        getattr(logger.experiment, "finish", lambda: None)()
+    publish(loggers, path, encoder_file(config.pretrained))
 
 
 @rank_zero_only

@@ -62,9 +62,10 @@ class FinetuneModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return AdamW and its schedule over all steps of the run."""
-        return self.optimizer.build(
-            self.model, total_steps(self.trainer), lambda name: self.layer_decay ** self.model.depth_of(name)
-        )
+        steps = total_steps(self.trainer)
+        if self.layer_decay == 1:
+            return self.optimizer.build(self.model, steps)
+        return self.optimizer.build(self.model, steps, lambda name: self.layer_decay ** self.model.depth_of(name))
 
     def on_fit_start(self) -> None:
         """Compute the features that a frozen encoder will always give."""

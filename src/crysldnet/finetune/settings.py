@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from crysldnet.build import build
+from crysldnet.build import TARGET, build
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.errors import CheckpointError, ConfigError, DataError
@@ -59,6 +59,9 @@ class TrainingConfig:
             raise ValueError(f"layer_decay must be over 0 and at most 1, not {self.layer_decay}")
         if self.mode != "full" and self.pretrained in (None, "none"):
             raise ValueError(f"mode={self.mode} needs a pretrained encoder; give pretrained=FILE, or mode=full")
+        apart = self.mode != "full" or self.layer_decay != 1
+        if apart and str(self.strategy.get(TARGET)).rpartition(".")[2] not in ("single", "ddp"):
+            raise ValueError("sharding joins layers; set mode=full and layer_decay=1, or choose strategy=ddp")
         if self.mode == "frozen" and self.layer_decay != 1:
             raise ValueError(
                 "layer_decay slows the encoder's layers, and mode=frozen trains none; leave one of them out"

@@ -33,8 +33,10 @@ from crysldnet.matbench.tasks import Source, crystals_of, file_hash, target_valu
 from crysldnet.models.ensemble import combine
 from crysldnet.models.head import PropertyModel
 from crysldnet.training.checkpoint import load_property_model
+from crysldnet.training.loggers import describe_data
 from crysldnet.training.pretraining_set import encoder_file, pretraining_overlap
 from crysldnet.training.run_folder import RunFolder, write_atomically
+from crysldnet.training.wandb_run import publish
 
 
 @dataclass(frozen=True)
@@ -186,11 +188,10 @@ def _train(run: TaskRun, recipe: Recipe, fold: int, folder: Path) -> Path:
     if (path / "model.safetensors").exists():
         return path
     name = f"{run.folder.name}-{path.relative_to(run.folder.path).as_posix().replace('/', '-')}"
-    loggers = build(recipe.config.logger, "logger", folder=path, name=name, config=recipe.values)
     data = fold_data(run, fold, recipe)
+    loggers = build(recipe.config.logger, "logger", folder=path, name=name, config=recipe.values | describe_data(data))
     train(_of_task(run, recipe.config), recipe.values, path, data=data, loggers=loggers)
-    for logger in loggers:  # else the next fold would be logged into this one
-        getattr(logger.experiment, "finish", lambda: None)()
+    publish(loggers, path, encoder_file(recipe.config.pretrained))
     return path
 
 

@@ -16,6 +16,9 @@ from crysldnet.errors import Interrupted
 from crysldnet.training.run_folder import NAME_VARIABLE
 
 POLL_SECONDS = 0.05
+PROGRAM = [sys.executable, "-m", "crysldnet"]
+Environment = Mapping[str, str | None]
+"""What is added to this process's environment, or taken from it where it is None."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Job:
 
 def own_command(*arguments: str) -> list[str]:
     """Return the words of a ``crysldnet`` command, for the interpreter that runs this one."""
-    return [sys.executable, "-m", "crysldnet", *arguments]
+    return [*PROGRAM, *arguments]
 
 
 def places(count: int, device: str) -> list[dict[str, str]]:
@@ -44,17 +47,22 @@ def places(count: int, device: str) -> list[dict[str, str]]:
     On ``cuda`` each sees one GPU, taken in turn; on ``cpu`` each computes on one thread.
     """
     if device == "cuda":
-        import torch
-
-        listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = listed.split(",") if listed else [str(i) for i in range(torch.cuda.device_count())]
+        gpus = visible_gpus()
         return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(count)]
     threads = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS", "NUMBA")}
     return [dict(threads) for _ in range(count)]
 
 
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return listed.split(",") if listed else [str(i) for i in range(torch.cuda.device_count())]
+
+
 def run_jobs(
-    jobs: Sequence[Job], environments: Sequence[Mapping[str, str]], ended: Callable[[Job, int], None] = lambda *_: None
+    jobs: Sequence[Job], environments: Sequence[Environment], ended: Callable[[Job, int], None] = lambda *_: None
 ) -> dict[str, int]:
     """Run jobs to their ends, one at a time in each environment; return the exit status of each.
 
@@ -68,13 +76,13 @@ def run_jobs(
     """
     waiting, statuses = list(jobs), {}
     running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
-    with _sigterm_as_error():
+    with sigterm_as_error():
         try:
             while waiting or running:
                 for place in range(len(environments)):
                     if place not in running and waiting:
                         job = waiting.pop(0)
-                        running[place] = job, _start(job, environments[place])
+                        running[place] = job, start(job, environments[place])
                 time.sleep(POLL_SECONDS)
                 for place, (job, process) in list(running.items()):
                     if process.poll() is not None:
@@ -82,15 +90,13 @@ def run_jobs(
                         statuses[job.name] = process.returncode
                         ended(job, process.returncode)
         finally:
-            for _, process in running.values():
-                process.terminate()
-            for _, process in running.values():
-                process.wait()
+            end([process for _, process in running.values()])
     return statuses
 
 
-def _start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    inherited = {key: value for key, value in os.environ.items() if key != NAME_VARIABLE}
+def start(job: Job, environment: Environment) -> subprocess.Popen[bytes]:
+    """Start a job."""
+    whole = {**os.environ, NAME_VARIABLE: None, **environment}
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
         return subprocess.Popen(
@@ -98,12 +104,20 @@ def _start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**inherited, **environment},
+            env={key: value for key, value in whole.items() if value is not None},
         )
 
 
+def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask processes to end, and wait until they have."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.wait()
+
+
 @contextmanager
-def _sigterm_as_error() -> Iterator[None]:
+def sigterm_as_error() -> Iterator[None]:
     """Let SIGTERM end what is running first; elsewhere than in the main thread it stays as it is."""
 
     def stop(*_: object) -> None:

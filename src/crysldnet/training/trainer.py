@@ -32,6 +32,7 @@ from torch import nn
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.errors import ConfigError, DeviceError, Interrupted
 from crysldnet.training.averaging import AverageOfLast
+from crysldnet.training.diagnostics import Diagnostics
 
 LAST = "last.ckpt"
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
@@ -210,10 +211,10 @@ def make_trainer(
         callbacks.append(EMAWeightAveraging(decay=settings.ema_decay))
     if settings.progress_bar:
         callbacks.append(RichProgressBar(leave=False))
-    csv = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=50)
+    csv = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
     if resume:
         _keep_earlier_metrics(csv, folder / "metrics.csv", checkpoints / LAST)
-    callbacks.append(LearningRateMonitor(logging_interval="epoch"))
+    callbacks += [LearningRateMonitor(logging_interval="epoch"), Diagnostics()]
     return pl.Trainer(
         accelerator=accelerator,
         devices=settings.devices,
