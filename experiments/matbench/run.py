@@ -21,6 +21,7 @@ import numpy as np
 import yaml
 
 from crysldnet import evidence
+from crysldnet.config import choices, conf_folder
 from crysldnet.data.fingerprint import Fingerprints
 from crysldnet.data.locations import open_store
 from crysldnet.matbench.leaderboard import load_leaderboard, ranking
@@ -65,10 +66,18 @@ def audit(encoder: Path) -> None:
         print(f"{task}: none of {counts['pretraining_crystals']:,} pretraining crystals has one of its formulas")
 
 
+def encoder_choice(config: dict[str, Any], path: Path) -> str:
+    """Return the name of an encoder's configuration, or write it to a file where it has none."""
+    for name in choices("encoder"):
+        if yaml.safe_load((conf_folder() / "encoder" / f"{name}.yaml").read_text()) == config:
+            return name
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
 def study(runs: Path, encoder: Path, settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Run both arms with the same encoder configuration, recipes and seed; return their summaries."""
-    same = runs / "encoder.yaml"
-    same.write_text(yaml.safe_dump(checkpoint.read(encoder, "encoder")[0]["encoder"]))
+    same = encoder_choice(checkpoint.read(encoder, "encoder")[0]["encoder"], runs / "encoder.yaml")
     common = [
         f"tasks={json.dumps(TASKS)}",
         f"recipes={json.dumps(RECIPES)}",
