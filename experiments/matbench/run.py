@@ -127,7 +127,7 @@ def records_of(summaries: dict[str, dict[str, Any]], settings: argparse.Namespac
             place = next(place for place in ranking(arm, scores) if place.own)
             record(f"{task}, {arm}", "MAE", folds, scores.unit, task)
             entries = len(load_leaderboard()["tasks"][task]["entries"])
-            record(f"{task}, {arm}", f"rank among {entries} entries of the leaderboard", [place.rank], "1", task)
+            record(f"{task}, {arm}", f"rank, beside {entries} entries", [place.rank], "1", task)
         gain = [
             100 * (1 - errors["pretrained"].folds[fold]["mae"] / errors["scratch"].folds[fold]["mae"])
             for fold in sorted(errors["scratch"].folds)
