@@ -5,10 +5,9 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -17,14 +16,14 @@ from scipy.stats import rankdata
 
 from crysldnet import cli
 from crysldnet.data.store import CrystalStore
-from crysldnet.errors import ConfigError, CrysldnetError
+from crysldnet.errors import ConfigError, CrysldnetError, Interrupted
 from crysldnet.training.processes import Job, places, run_jobs
 from crysldnet.training.run_folder import NAME_VARIABLE
 
 if importlib.util.find_spec("matbench") is None:
     pytest.skip("matbench isn't installed", allow_module_level=True)
 
-from crysldnet.matbench import tasks
+from crysldnet.matbench import parallel, tasks
 
 N = 60
 TINY = [
@@ -190,14 +189,16 @@ def test_folds_beside_each_other_give_what_one_after_the_other_gives(tmp_path: P
     assert scores[0] == pytest.approx(scores[1], rel=1e-5)
 
 
-def test_a_fold_that_fails_is_named_with_its_log(
-    small: dict[str, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The other process doesn't know that the task was made smaller, and refuses its file."""
-    log = tmp_path / "matbench" / "a" / "matbench_mp_gap" / "fold_2" / "log.txt"
-    with pytest.raises(CrysldnetError, match=r"1 of 1 folds failed: matbench_mp_gap fold 2, see .*log\.txt"):
-        run(tmp_path, "tasks=matbench_mp_gap", "folds=[2]", "parallel=2")
-    assert f"it has {N} crystals, matbench_mp_gap has 106113" in log.read_text().replace("\n", " ")
+def test_folds_that_fail_are_named_with_their_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = ["sh", "-c", "test $4 = 2 && exit 2; mkdir -p $2/$3/fold_$4; exit 0"]
+    monkeypatch.setattr(parallel, "own_command", lambda *words: [*failing, *words])
+    with pytest.raises(CrysldnetError, match=r"1 of 2 folds failed: matbench_jdft2d fold 2, see .*log\.txt"):
+        run(tmp_path, "folds=[2,4]", "parallel=2")
+
+
+def test_a_fold_of_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run was begun there"):
+        cli.run(["matbench", "fold", str(tmp_path), "matbench_jdft2d", "0"])
 
 
 def test_each_process_has_a_place_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,19 +207,21 @@ def test_each_process_has_a_place_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
     assert all(p["OMP_NUM_THREADS"] == "1" for p in places(2, "cpu"))
 
 
-def test_jobs_end_with_the_process_that_started_them(tmp_path: Path) -> None:
-    script = (
-        "from pathlib import Path; from crysldnet.training.processes import Job, run_jobs\n"
-        f"run_jobs([Job('a', ['sh', '-c', 'echo $$; exec sleep 60'], Path({str(tmp_path / 'log')!r}))], [{{}}])"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE)
-    while parent.poll() is None and not ((tmp_path / "log").exists() and (tmp_path / "log").read_text()):
-        time.sleep(0.05)
-    parent.send_signal(signal.SIGTERM)
-    _, errors = parent.communicate(timeout=60)
-    assert b"stopped by SIGTERM" in errors
+def test_jobs_end_when_the_process_that_started_them_is_told_to(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    def stop() -> None:
+        while not (log.exists() and log.read_text()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    Thread(target=stop).start()
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+        run_jobs([Job("a", ["sh", "-c", "echo $$; exec sleep 60"], log)], [{}])
     with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "log").read_text()), 0)
+        os.kill(int(log.read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_jobs_run_as_many_at_a_time_as_there_are_places(tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 python experiments/matbench/run.py --data FOLDER [--parallel N] [--epochs N] [--members N]
 python experiments/matbench/run.py --pretrained ENCODER [--parallel N] …
 
-FOLDER holds mp_cgcnn_train.parquet, mp_cgcnn_val.parquet and mp_cgcnn_test.parquet; the first is pretrained on. ENCODER is an encoder.safetensors that was
-pretrained before; it is refused where its pretraining set has a formula of either task. Runs that are complete are not
-run again, so an interrupted study goes on where it stopped. Any key=value is given to both arms.
+FOLDER holds mp_cgcnn_train.parquet, which is pretrained on, mp_cgcnn_val.parquet and mp_cgcnn_test.parquet. ENCODER is
+an encoder.safetensors that was pretrained before; it is refused where its pretraining set has a formula of either task.
+Runs that are complete are not run again, so an interrupted study goes on where it stopped. Any key=value is given to
+both arms.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import yaml
 
 from crysldnet import evidence
+from crysldnet.config import choices, conf_folder
 from crysldnet.data.fingerprint import Fingerprints
 from crysldnet.data.locations import open_store
 from crysldnet.matbench.leaderboard import load_leaderboard, ranking
@@ -64,10 +66,18 @@ def audit(encoder: Path) -> None:
         print(f"{task}: none of {counts['pretraining_crystals']:,} pretraining crystals has one of its formulas")
 
 
+def encoder_choice(config: dict[str, Any], path: Path) -> str:
+    """Return the name of an encoder's configuration, or write it to a file where it has none."""
+    for name in choices("encoder"):
+        if yaml.safe_load((conf_folder() / "encoder" / f"{name}.yaml").read_text()) == config:
+            return name
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
 def study(runs: Path, encoder: Path, settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Run both arms with the same encoder configuration, recipes and seed; return their summaries."""
-    same = runs / "encoder.yaml"
-    same.write_text(yaml.safe_dump(checkpoint.read(encoder, "encoder")[0]["encoder"]))
+    same = encoder_choice(checkpoint.read(encoder, "encoder")[0]["encoder"], runs / "encoder.yaml")
     common = [
         f"tasks={json.dumps(TASKS)}",
         f"recipes={json.dumps(RECIPES)}",
@@ -117,7 +127,7 @@ def records_of(summaries: dict[str, dict[str, Any]], settings: argparse.Namespac
             place = next(place for place in ranking(arm, scores) if place.own)
             record(f"{task}, {arm}", "MAE", folds, scores.unit, task)
             entries = len(load_leaderboard()["tasks"][task]["entries"])
-            record(f"{task}, {arm}", f"rank among {entries} entries of the leaderboard", [place.rank], "1", task)
+            record(f"{task}, {arm}", f"rank, beside {entries} entries", [place.rank], "1", task)
         gain = [
             100 * (1 - errors["pretrained"].folds[fold]["mae"] / errors["scratch"].folds[fold]["mae"])
             for fold in sorted(errors["scratch"].folds)

@@ -99,9 +99,10 @@ class LocalRuns:
             Interrupted: this process got SIGTERM; the runs got it too, and have ended.
         """
         again = [t for t in self.trials.values() if t.state not in ("finished", "stopped")]
-        with sigterm_as_error():
+        with sigterm_as_error() as stop_if_told:
             try:
                 while self._begin(again, count):
+                    stop_if_told()
                     time.sleep(POLL_SECONDS)
                     self._look()
             finally:

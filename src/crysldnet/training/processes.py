@@ -76,9 +76,10 @@ def run_jobs(
     """
     waiting, statuses = list(jobs), {}
     running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
-    with sigterm_as_error():
+    with sigterm_as_error() as stop_if_told:
         try:
             while waiting or running:
+                stop_if_told()
                 for place in range(len(environments)):
                     if place not in running and waiting:
                         job = waiting.pop(0)
@@ -117,18 +118,24 @@ def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 @contextmanager
-def sigterm_as_error() -> Iterator[None]:
-    """Let SIGTERM end what is running first; elsewhere than in the main thread it stays as it is."""
+def sigterm_as_error() -> Iterator[Callable[[], None]]:
+    """Give a function that raises ``Interrupted`` where this process got SIGTERM meanwhile.
 
-    def stop(*_: object) -> None:
-        raise Interrupted("stopped by SIGTERM; continue with resume=last")
+    Raising where the signal arrives could lose a process that has just been started. Elsewhere than in the main thread
+    the signal's effect stays as it is.
+    """
+    told: list[int] = []
+
+    def stop_if_told() -> None:
+        if told:
+            raise Interrupted("stopped by SIGTERM; continue with resume=last")
 
     try:
-        before = signal.signal(signal.SIGTERM, stop)
+        before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
     except ValueError:
-        yield
+        yield stop_if_told
         return
     try:
-        yield
+        yield stop_if_told
     finally:
         signal.signal(signal.SIGTERM, before)
