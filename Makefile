@@ -10,6 +10,8 @@ MODEL ?= runs/finetune/latest
 OUT ?= predictions.csv
 TASK ?= matbench_jdft2d
 SWEEP ?= finetune
+COUNT ?= 4
+LOCAL ?=
 ARGS ?=
 SLURM ?=
 RUNS ?= runs
@@ -51,6 +53,7 @@ help: ## list the targets
 	@echo '  make pretrain ARGS="encoder=pddformer stages.vae.epochs=50"'
 	@echo '  make finetune ENCODER=none                from scratch'
 	@echo '  make predict FILES="my_cifs/*.cif"        with the model just finetuned, or MODEL=runs/finetune/NAME'
+	@echo '  make sweep SWEEP=finetune COUNT=20 LOCAL=1'
 	@echo '  make … PYTHON=python3.12 VENV=none        use an environment that has torch already'
 
 install: $(READY) ## make .venv with the exact versions of constraints.txt
@@ -74,11 +77,11 @@ slurm-script: ## print the script that make pretrain SLURM=1 would submit (GPUS=
 predict: $(READY) ## predict for CIF or POSCAR files (FILES="…", MODEL=, OUT=)
 	$(RUN) crysldnet predict model=$(MODEL) "files=$(FILES)" out=$(OUT) $(ARGS)
 
-matbench: $(READY) ## run a Matbench task and write a submission folder (TASK=, ENCODER=, ARGS=)
-	$(RUN) crysldnet matbench task=$(TASK) pretrained=$(ENCODER) $(ARGS)
+matbench: $(READY) ## run Matbench tasks and write a submission folder (TASK=, ENCODER=, ARGS=)
+	$(RUN) crysldnet matbench tasks=$(TASK) pretrained=$(ENCODER) $(ARGS)
 
-sweep: $(READY) ## run a sweep on this machine (SWEEP=, ARGS=)
-	$(RUN) crysldnet sweep sweep=$(SWEEP) $(ARGS)
+sweep: $(READY) ## run a sweep on W&B, or here without an account (SWEEP=, COUNT=, LOCAL=1, ARGS=; SLURM=1 inside a job)
+	$(if $(SLURM),srun env )$(RUN) crysldnet sweep sweep=$(SWEEP) count=$(COUNT) backend=$(if $(LOCAL),local,wandb) $(ARGS)
 
 bench: $(READY) ## measure speed: graphs, loading, encoders, waiting for data, scaling (minutes, on a quiet machine)
 	for part in data encoders epoch scaling import/run; do $(RUN:-m=) benchmarks/$$part.py || exit 1; done

@@ -25,7 +25,7 @@ from crysldnet import cli, pretrain
 from crysldnet.training import checkpoint
 from crysldnet.training.checkpoint_file import verify
 from crysldnet.training.run_folder import NAME_VARIABLE
-from tiny import DENOISER, ENCODER, QUIET
+from tiny import DENOISER, ENCODER, QUIET, repeatable
 
 RUN = [
     *ENCODER,
@@ -172,8 +172,8 @@ def seen_once(audit: Path, crystals: int, ranks: int) -> dict[str, Any]:
     }
 
 
-def metric_rows(run: Path, stage: str) -> list[str]:
-    return (run / stage / "metrics.csv").read_text().splitlines()
+def metric_rows(run: Path, stage: str) -> list[dict[str, str]]:
+    return repeatable(run / stage / "metrics.csv")
 
 
 def main(folder: Path, data: Path, kills: int, ranks: int, seed: int) -> dict[str, Any]:

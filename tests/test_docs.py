@@ -47,7 +47,8 @@ RUN_ELSEWHERE = {
     "sweep": "test_sweep.py runs a sweep",
     "strategy=ddp": "test_strategies.py runs two processes",
     "strategy=fsdp2": "test_strategies.py runs two processes",
-    "logger=wandb": "test_cli.py writes an offline run",
+    "logger=wandb": "test_wandb.py reads an offline run",
+    "logger=[csv,wandb]": "test_wandb.py reads an offline run",
     "trainer.compile=true": "test_speed.py compiles",
     "data=jarvis": "test_published.py fetches, converts and trains",
     "resume=last": "test_cli.py stops a run and resumes it",
@@ -190,6 +191,13 @@ class Reader:
                 assert module in ("crysldnet", "pytest", "ruff", "mypy")
                 if module == "crysldnet":
                     self.take_command(arguments)
+        elif rest[:1] == ["-m"]:
+            assert first == "python"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", rest[1:])
+                with pytest.raises(SystemExit) as ended:
+                    runpy.run_module(rest[1], run_name="__main__")
+            assert not ended.value.code
         elif first == "python":
             script, *arguments = rest
             assert Path(script).is_file(), f"no block is {script}"
@@ -207,6 +215,10 @@ class Reader:
         line = " ".join(arguments)
         if arguments[:2] == ["data", "download"] and arguments[2:] and "--info" not in arguments:
             definition_of(arguments[2])
+            self.checked.append(line)
+            return
+        if tuple(arguments[:2]) in cli.PARTS:
+            assert command in RUN_ELSEWHERE
             self.checked.append(line)
             return
         if command == "data" or "--help" in arguments or "--print-config" in arguments:

@@ -22,13 +22,13 @@ LAYERS = [
     {"encoders"},
     {"data"},
     {"geometry", "build"},
-    {"errors", "report", "evidence", "__init__"},
+    {"errors", "report", "page", "evidence", "__init__"},
 ]
 """From the command line down. A module may import its own layer's package and those below."""
 
-MAY_TURN = {("__main__", "cli"), ("sweep", "config"), ("__init__", "inference")}
-"""The sweep composes the configurations of its runs; that module imports no command itself. The package offers what
-loads models, and imports it when it is asked for."""
+MAY_TURN = {("__main__", "cli"), ("sweep", "config"), ("matbench", "config"), ("__init__", "inference")}
+"""Sweeps and Matbench compose the configurations of their runs; that module imports no command itself. The package
+offers what loads models, and imports it when it is asked for."""
 
 
 def layer_of(name: str) -> int:

@@ -17,10 +17,16 @@ COMMANDS = {
     "finetune": ("crysldnet.finetune", "FinetuneConfig", "train a property model, pretrained or from scratch"),
     "predict": ("crysldnet.predict", "PredictConfig", "predict properties of crystals in files, tables or stores"),
     "embed": ("crysldnet.embed", "EmbedConfig", "write an encoder's features of crystals or atoms"),
-    "matbench": ("crysldnet.matbench", "MatbenchConfig", "run a Matbench task and write a submission folder"),
+    "matbench": ("crysldnet.matbench", "MatbenchConfig", "run Matbench tasks and write a submission folder"),
     "sweep": ("crysldnet.sweep", "SweepCommandConfig", "run a W&B sweep configuration on this machine"),
 }
 """Command to the module that runs it, its configuration and a line of help."""
+
+PARTS = {
+    ("matbench", "validate"): "crysldnet.matbench.validation",
+    ("matbench", "fold"): "crysldnet.matbench.parallel",
+}
+"""Commands of two words to the module whose ``main`` runs them."""
 
 USAGE_ERROR = 2
 UNFINISHED = 75
@@ -91,6 +97,9 @@ def run(arguments: Sequence[str]) -> int:
         from crysldnet.data.commands import main as data_main
 
         return data_main(rest)
+    if (command, *rest[:1]) in PARTS:
+        _quieten_libraries()
+        return importlib.import_module(PARTS[command, rest[0]]).main(rest[1:])
     if command not in COMMANDS:
         raise CrysldnetError(f"no command {command!r}; there are: {', '.join([*COMMANDS, 'data'])}")
     return _run_command(command, rest)

@@ -1,9 +1,10 @@
 """Compose, override and check the configuration of a command.
 
 ``conf/COMMAND.yaml`` names a default for each group under ``defaults`` and holds the command's own keys. A group's
-choice is a file ``conf/GROUP/CHOICE.yaml``. On the command line ``group=choice`` chooses, ``key.path=value`` overrides
-and ``preset=NAME`` applies ``conf/preset/NAME.yaml`` before that. Every key is checked against the signature of what
-it configures, so an unknown one stops the run.
+choice is a file ``conf/GROUP/CHOICE.yaml``, or several as ``[a,b]``, the later ones over the earlier ones. On the
+command line ``group=choice`` chooses, ``key.path=value`` overrides and ``preset=NAME`` applies
+``conf/preset/NAME.yaml`` before that. Every key is checked against the signature of what it configures, so an unknown
+one stops the run.
 """
 
 from __future__ import annotations
@@ -96,6 +97,13 @@ def _group_file(group: str, choice: str) -> Path:
     return path
 
 
+def _choices_in(choice: str) -> list[str]:
+    """Return the choices of a group: one, or those of a list in brackets."""
+    if not (choice.startswith("[") and choice.endswith("]")):
+        return [choice]
+    return [name.strip() for name in choice[1:-1].split(",")]
+
+
 def _split(arguments: Sequence[str]) -> list[tuple[str, str]]:
     pairs = []
     for argument in arguments:
@@ -154,10 +162,12 @@ def compose(command: str, arguments: Sequence[str] = (), saved: Path | None = No
         groups = {key: value for key, value in groups.items() if key in [given for given, _ in pairs]}
         layers[0][1].update({group: {} for group in groups})
     for group, choice in groups.items():
-        file = _group_file(group, choice)
-        node = load_yaml(file)
-        _note(origin, OmegaConf.to_container(node), group, str(file))
-        merged[group] = node
+        merged[group] = {}
+        for name in _choices_in(choice):
+            file = _group_file(group, name)
+            node = load_yaml(file)
+            _note(origin, OmegaConf.to_container(node), group, str(file))
+            merged[group] = OmegaConf.merge(merged[group], node)
     for source, layer in layers:
         _note(origin, OmegaConf.to_container(layer), "", source)
         merged = OmegaConf.merge(merged, layer)
@@ -204,7 +214,7 @@ def validate(composition: Composition, schema: type) -> Any:
     return settings
 
 
-MAY_CHANGE = {"name", "runs", "resume", "trainer", "strategy", "logger", "stages", "epochs"}
+MAY_CHANGE = {"name", "runs", "resume", "trainer", "strategy", "logger", "stages", "epochs", "parallel"}
 """What a resumed run may do otherwise than it was begun: how it is executed, and how long."""
 
 

@@ -24,10 +24,13 @@ from crysldnet.models.latent import LatentStatistics
 from crysldnet.models.pretraining import PretrainingModel
 from crysldnet.report import print_table
 from crysldnet.training import checkpoint, plots
+from crysldnet.training.diagnostics import OF_THE_MACHINE
+from crysldnet.training.loggers import describe_data
 from crysldnet.training.metrics import Means
 from crysldnet.training.optimizer import AdamW
 from crysldnet.training.run_folder import RunFolder, code_version
 from crysldnet.training.trainer import TrainerSettings, announce, fit, make_trainer
+from crysldnet.training.wandb_run import begin_stage, publish
 
 Stage = Literal["vae", "diffusion"]
 
@@ -222,7 +225,8 @@ def run(config: PretrainConfig, values: dict[str, Any]) -> int:
     folder = RunFolder(config.runs, "pretrain", config.name, resume=config.resume is not None)
     folder.save_config(values)
     folder.save_split(data.split_text())
-    loggers = build(config.logger, "logger", folder=folder.path, name=folder.name, config=values)
+    about = values | describe_data(data)
+    loggers = build(config.logger, "logger", folder=folder.path, name=folder.name, config=about)
     previous = Path(config.init) if config.init is not None else None
     summary: dict[str, Any] = {"command": "pretrain", "seed": config.seed}
     for stage in stages:
@@ -240,6 +244,7 @@ def run(config: PretrainConfig, values: dict[str, Any]) -> int:
         "collapsed": has_collapsed(summary),
     }
     _finish(folder, summary, stages)
+    publish(loggers, folder.path)
     return 0
 
 
@@ -295,7 +300,12 @@ def _run_stage(
         loggers=loggers,
     )
     announce(stage, trainer, model, data)
-    metrics = {name: value for name, value in fit(trainer, module, data).items() if name.startswith(("val/", "train/"))}
+    begin_stage(loggers, stage)
+    metrics = {
+        name: value
+        for name, value in fit(trainer, module, data).items()
+        if name.startswith(("val/", "train/")) and name not in OF_THE_MACHINE
+    }
     provenance = {
         "data": data.store.metadata.get("dataset", data.store.name),
         "data_sha256": data.store.hash,

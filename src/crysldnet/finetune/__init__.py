@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch.loggers import Logger
+
 from crysldnet.build import build
 from crysldnet.finetune.ensemble import member_rows, train_ensemble
 from crysldnet.finetune.results import finish
 from crysldnet.finetune.settings import FinetuneConfig, TrainingConfig, make_data, make_encoder, make_types
 from crysldnet.finetune.training import Finetuned, make_model, train
+from crysldnet.training.loggers import describe_data
+from crysldnet.training.pretraining_set import encoder_file
 from crysldnet.training.run_folder import RunFolder
 from crysldnet.training.trainer import TrainerSettings
+from crysldnet.training.wandb_run import publish
 
 __all__ = ["FinetuneConfig", "Finetuned", "TrainingConfig", "make_encoder", "run", "train"]
 
@@ -38,10 +43,13 @@ def run(config: FinetuneConfig, values: dict[str, Any]) -> int:
     values = {**values, "encoder": encoder_config}
     folder.save_config(values)
     folder.save_split(data.split_text())
+    loggers: list[Logger] = []
     if config.ensemble > 1:
-        result = train_ensemble(config, values, folder, data)
+        result = train_ensemble(config, values, folder.path, folder.name, data)
     else:
-        loggers = build(config.logger, "logger", folder=folder.path, name=folder.name, config=values)
+        about = values | describe_data(data)
+        loggers = build(config.logger, "logger", folder=folder.path, name=folder.name, config=about)
         result = train(config, values, folder.path, loggers=loggers)
     finish(folder, result, config)
+    publish(loggers, folder.path, encoder_file(config.pretrained))
     return 0

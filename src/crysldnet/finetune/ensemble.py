@@ -26,9 +26,11 @@ from crysldnet.models.ensemble import combine
 from crysldnet.training.atomic import write_atomically
 from crysldnet.training.calibrate import calibrate
 from crysldnet.training.checkpoint import load_property_model
+from crysldnet.training.loggers import describe_data
 from crysldnet.training.metrics import TargetMetrics
-from crysldnet.training.run_folder import RunFolder
+from crysldnet.training.pretraining_set import encoder_file
 from crysldnet.training.trainer import TrainerSettings
+from crysldnet.training.wandb_run import publish
 
 
 def member_rows(data: CrystalDataModule, config: FinetuneConfig) -> list[Rows]:
@@ -56,30 +58,31 @@ def member_rows(data: CrystalDataModule, config: FinetuneConfig) -> list[Rows]:
 
 
 def train_ensemble(
-    config: FinetuneConfig, values: dict[str, Any], folder: RunFolder, data: CrystalDataModule
+    config: FinetuneConfig, values: dict[str, Any], folder: Path, name: str, data: CrystalDataModule
 ) -> Finetuned:
     """Train the members that aren't there yet, one after another, and evaluate them together.
 
     Args:
         config: the settings.
         values: the same as plain values.
-        folder: of the run; member i is kept in ``member_i``.
+        folder: member i is kept in its ``member_i``.
+        name: of the run, for loggers.
         data: the crystals.
     """
     results, parts = [], member_rows(data, config)
     for i, rows in enumerate(parts):
-        path = folder.path / f"member_{i}"
+        path = folder / f"member_{i}"
         own = replace(config, seed=config.seed + i)
         if not (path / "model.safetensors").exists():
-            _train_member(own, {**values, "seed": own.seed}, path, data, rows, f"{folder.name}-member_{i}")
+            _train_member(own, {**values, "seed": own.seed}, path, data, rows, f"{name}-member_{i}")
         info = load_property_model(path)[1]
         _tell(i, config.ensemble, info["metrics"])
         results.append(info)
     settings: TrainerSettings = build(config.trainer, "trainer")
     device = "cuda" if settings.resolve_accelerator() == "gpu" else "cpu"
-    together = _together(folder.path, results, data, device)
+    together = _together(folder, results, data, device)
     apart = config.ensemble_by == "folds" and not data.calibration_fraction
-    _calibrate(folder.path, together, [rows["val"] for rows in parts] if apart else None, device)
+    _calibrate(folder, together, [rows["val"] for rows in parts] if apart else None, device)
     return together
 
 
@@ -98,10 +101,9 @@ def _train_member(
     own = make_data(config, encoder, store=data.store, rows=rows)
     path.mkdir(parents=True, exist_ok=True)
     rank_zero_only(write_atomically)(path / "split.json", own.split_text())
-    loggers = build(config.logger, "logger", folder=path, name=name, config=values)
+    loggers = build(config.logger, "logger", folder=path, name=name, config=values | describe_data(own))
     train(config, values, path, data=own, loggers=loggers)
-    for logger in loggers:  # else the next member would be logged into this one
-        getattr(logger.experiment, "finish", lambda: None)()
+    publish(loggers, path, encoder_file(config.pretrained))
 
 
 @rank_zero_only

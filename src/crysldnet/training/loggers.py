@@ -9,12 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from crysldnet.build import Part
+from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.errors import ConfigError, DataError
 from crysldnet.training.atomic import write_atomically
+from crysldnet.training.run_folder import code_version
+from crysldnet.training.wandb_run import WandbRun
 
 
 class MetricsFile(Logger):
@@ -112,6 +115,11 @@ def _run_id(folder: Path) -> str:
     return new
 
 
+def describe_data(data: CrystalDataModule) -> dict[str, Any]:
+    """Return what a logger keeps of the data: its hash, and the units of its targets."""
+    return {"data_sha256": data.store.hash, "target_units": dict(zip(data.targets, data.units, strict=True))}
+
+
 def csv(*, folder: Part[Path], name: Part[str], config: Part[dict[str, Any]]) -> list[Logger]:
     """Log to the run folder's ``metrics.csv`` alone, which every run writes."""
     del folder, name, config
@@ -127,13 +135,15 @@ def wandb(
     entity: str | None = None,
     group: str | None = None,
     tags: list[str] | None = None,
+    notes: str | None = None,
     mode: Literal["online", "offline", "disabled"] | None = None,
 ) -> list[Logger]:
     """Log to Weights & Biases too, a run that is resumed under the id that ``wandb_id`` in its folder has.
 
     Args:
-        folder, name, config: of the run.
-        project, entity, group, tags: as in W&B.
+        folder, name: of the run.
+        config: of the run, with whatever else is to be kept beside it; ``target_units`` are the units of the errors.
+        project, entity, group, tags, notes: as in W&B.
         mode: ``offline`` needs no account and no network (``wandb sync`` later); by default WANDB_MODE decides.
 
     Raises:
@@ -143,8 +153,8 @@ def wandb(
         import wandb as library
     except ImportError:
         raise ConfigError("logger=wandb needs the wandb package: pip install 'crysldnet[wandb]'", "logger") from None
-    settings = library.Settings(console="off")
-    logger = WandbLogger(
+    logger = WandbRun(
+        target_units=config.get("target_units", {}),
         name=name,
         id=_run_id(folder),
         resume="allow",
@@ -153,8 +163,9 @@ def wandb(
         entity=entity,
         group=group,
         tags=tags,
+        notes=notes,
         mode=mode,
-        settings=settings,
+        settings=library.Settings(console="off"),
     )
-    logger.log_hyperparams(config)
+    logger.log_hyperparams({**config, "code_version": code_version()})
     return [logger]

@@ -31,6 +31,7 @@ from crysldnet.errors import DataError, DeviceError, Interrupted
 from crysldnet.report import note
 from crysldnet.training.averaging import AverageOfLast, moving_average
 from crysldnet.training.checkpoint_file import CheckpointFile
+from crysldnet.training.diagnostics import Diagnostics
 from crysldnet.training.finite import RefuseNonFinite
 from crysldnet.training.loggers import MetricsFile
 from crysldnet.training.ranks import RankWatch
@@ -231,7 +232,7 @@ def make_trainer(
         callbacks.append(moving_average(settings.ema_decay))
     if settings.progress_bar:
         callbacks.append(RichProgressBar(leave=False))
-    callbacks.append(LearningRateMonitor(logging_interval="epoch"))
+    callbacks += [LearningRateMonitor(logging_interval="epoch"), Diagnostics()]
     if monitor is not None:
         callbacks.append(
             ModelCheckpoint(checkpoints, filename="best", monitor=monitor, mode="min", enable_version_counter=False)
