@@ -15,8 +15,9 @@ from conftest import cell, cells_of, put_together
 from crysldnet import cli
 from crysldnet.data.crystals import Crystals
 from crysldnet.data.describe import Histogram, as_text, describe, find_suspicious
-from crysldnet.data.description_page import _place, page
+from crysldnet.data.description_page import page
 from crysldnet.data.elements import SYMBOLS
+from crysldnet.data.periodic_table import place_of
 from crysldnet.data.schema import table_from_crystals
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
@@ -137,7 +138,7 @@ def test_markup_in_a_name_stays_text(tmp_path: Path, starter: CrystalStore) -> N
 def test_every_element_has_a_place_of_its_own_in_the_periodic_table() -> None:
     from pymatgen.core import Element
 
-    places = {z: _place(z) for z in range(1, 119)}
+    places = {z: place_of(z) for z in range(1, 119)}
     assert len(set(places.values())) == 118
     for z, (row, column) in places.items():
         element = Element.from_Z(z)

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "crysldnet"
 LAYERS = [
     {"cli", "__main__"},
     {"config"},
-    {"sweep", "matbench"},
+    {"sweep", "matbench", "reports"},
     {"predict"},
     {"finetune"},
     {"pretrain"},
@@ -21,7 +21,7 @@ LAYERS = [
     {"encoders"},
     {"data"},
     {"geometry", "build"},
-    {"errors", "report", "evidence", "__init__"},
+    {"errors", "report", "page", "evidence", "__init__"},
 ]
 """From the command line down. A module may import its own layer's package and those below."""
 
