@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import os
 import sys
@@ -11,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 
 from crysldnet import __version__
-from crysldnet.errors import ConfigError, CrysldnetError, Interrupted
+from crysldnet.errors import CrysldnetError, Interrupted
 
 COMMANDS = {
     "pretrain": ("crysldnet.pretrain", "PretrainConfig", "pretrain an encoder without labels"),
@@ -22,9 +21,6 @@ COMMANDS = {
     "report": ("crysldnet.reports", "ReportConfig", "write a page about finished runs, and compare them"),
 }
 """Command to the module that runs it, its configuration and a line of help."""
-
-PLAIN_WORDS = {"report": "runs"}
-"""Command to the key that lists the words of its line that aren't key=value."""
 
 USAGE_ERROR = 2
 UNFINISHED = 75
@@ -51,21 +47,6 @@ def usage() -> str:
     return "\n".join(lines)
 
 
-def gather_words(arguments: Sequence[str], key: str) -> list[str]:
-    """Put the plain words of a command line into one ``key=[…]``; a word with a slash before its = is plain too.
-
-    Raises:
-        ConfigError: the key is given as well.
-    """
-    words = [a for a in arguments if not a.startswith("--") and ("=" not in a or "/" in a.partition("=")[0])]
-    rest = [a for a in arguments if a not in words]
-    if not words:
-        return rest
-    if given := [a for a in rest if a.lstrip("-").partition("=")[0].strip() == key]:
-        raise ConfigError(f"{given[0]} and {words[0]}: give {key} either as plain words or as {key}=[…]", key)
-    return [f"{key}={json.dumps(words, ensure_ascii=False)}", *rest]
-
-
 def _run_command(name: str, arguments: Sequence[str]) -> int:
     from crysldnet.config import compose, help_text, refuse_changed, refuse_unused, to_yaml, validate
 
@@ -76,8 +57,6 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
         return 0
     show = "--print-config" in arguments
     arguments = [a for a in arguments if a != "--print-config"]
-    if name in PLAIN_WORDS:
-        arguments = gather_words(arguments, PLAIN_WORDS[name])
     composition = compose(name, arguments)
     if composition.groups and composition.values.get("resume") == "last":
         from crysldnet.training.run_folder import saved_config

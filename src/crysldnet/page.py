@@ -32,14 +32,14 @@ h1 { font-size: 1.5rem; margin: 0.5rem 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.1rem; margin: 1.75rem 0 0.5rem; overflow-wrap: anywhere; }
 h3 { font-size: 0.95rem; margin: 1.25rem 0 0.4rem; overflow-wrap: anywhere; }
 .facts, .charts, .cards { display: grid; gap: 0.75rem; }
-.facts { grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); }
+.facts { grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); }
 .charts { grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
 .cards { grid-template-columns: repeat(auto-fill, minmax(min(100%, 10rem), 1fr)); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 0.6rem 0.75rem;
   min-width: 0; }
 .fact { overflow-wrap: anywhere; }
 .facts + .charts { margin-top: 0.75rem; }
-.fact b { display: block; font-size: 1.35rem; line-height: 1.3; }
+.fact b { display: block; font-size: 1.2rem; line-height: 1.3; }
 .card h3 { margin: 0; }
 .soft, figcaption { color: var(--soft); font-size: 0.85rem; }
 figure { margin: 0; }
@@ -47,17 +47,18 @@ svg { display: block; width: 100%; }
 svg.bars { height: 7rem; }
 svg.bars rect { fill: var(--bar); }
 .axis { display: flex; justify-content: space-between; border-top: 1px solid var(--line); font-size: 0.8rem; }
-.elements { min-width: 36rem; display: grid; grid-template-columns: repeat(18, 1fr); gap: 2px; }
+.elements { min-width: 40rem; display: grid; grid-template-columns: repeat(18, 1fr); gap: 2px; }
 .elements span { aspect-ratio: 1; min-width: 0; display: flex; flex-direction: column; align-items: center;
   justify-content: center; border: 1px solid var(--line); border-radius: 3px; font-size: clamp(11px, 1.9vw, 16px);
   line-height: 1.1; }
-.elements small { font-size: 0.6em; color: inherit; }
+.elements small { font-size: max(9px, 0.6em); color: inherit; }
 .elements .none { opacity: 0.35; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 0.9rem; }
 th, td { text-align: left; padding: 0.25rem 0.75rem 0.25rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; }
-td { overflow-wrap: anywhere; }
+td { overflow-wrap: anywhere; min-width: 5.5rem; }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--back); min-width: 7rem; }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 dl { display: grid; grid-template-columns: minmax(5rem, max-content) 1fr; gap: 0.25rem 1rem; margin: 0; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }

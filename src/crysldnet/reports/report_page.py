@@ -28,6 +28,7 @@ IN_DRAWING = 3
 """Up to so many lines are named inside the drawing, more above it."""
 STYLE = """
 svg.plot { max-width: 34rem; margin: 0 auto; }
+svg.plot text { fill: var(--text); }
 svg.structure { max-width: 11rem; margin: 0 auto; }
 svg.structure circle { stroke: #00000066; stroke-width: 0.5; }
 svg.structure line { stroke: var(--soft); stroke-width: 0.6; }
@@ -193,6 +194,7 @@ class Report:
         if crystals is not None:
             yield f"<h3>Error by element: {escape(p.measure + p.suffix)} of the crystals that have it</h3>"
             yield _element_table(p, crystals)
+            yield '<p class="soft">Point at an element to see of how many crystals; few say little.</p>'
         yield f"<h3>{min(self.worst, known)} worst predictions</h3>" if self.worst else ""
         yield _worst(p, crystals, self.worst)
 

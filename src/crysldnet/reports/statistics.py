@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from crysldnet.build import TARGET
 from crysldnet.data.crystals import Crystals
 from crysldnet.data.elements import SYMBOLS
 from crysldnet.errors import DataError
@@ -281,10 +282,16 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
         for key in ("code_version", "data_sha256"):
             if key in run.summary:
                 own[key] = str(run.summary[key])[:32]
-        settings.append({key: "null" if value is None else str(value) for key, value in own.items()})
+        settings.append({key: _as_text(key, value) for key, value in own.items()})
     keys = dict.fromkeys(key for own in settings for key in own)
     table = {key: [own.get(key, "–") for own in settings] for key in keys}
     return {key: values for key, values in table.items() if len(set(values)) > 1}
+
+
+def _as_text(key: str, value: Any) -> str:
+    if key.endswith(TARGET):
+        return str(value).rpartition(".")[2]
+    return "null" if value is None else str(value)
 
 
 def same_but_seed(runs: Sequence[Run]) -> list[list[int]]:

@@ -83,8 +83,8 @@ def comparison_table(c: statistics.Comparison, names: Sequence[str], resamples: 
                 names[r.run],
                 f"{r.mean:.4g}",
                 f"{r.interval[0]:.4g} to {r.interval[1]:.4g}",
-                f"{r.difference:+.4g}" if differs else "",
-                f"{low:+.4g} to {high:+.4g}" if differs else "the others are compared with it",
+                f"{r.difference:+.3g}" if differs else "reference",
+                f"{low:+.3g} to {high:+.3g}" if differs else "",
                 _share(r.other_sign, resamples) if differs else "",
             ]
         )

@@ -58,6 +58,7 @@ def draw_curves(
     if legend and axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False, fontsize="small")
     axis.set(xlabel="epoch")
+    axis.locator_params(axis="x", integer=True)
     axis.spines[["top", "right"]].set_visible(False)
 
 
