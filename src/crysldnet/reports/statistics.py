@@ -282,16 +282,17 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
         for key in ("code_version", "data_sha256"):
             if key in run.summary:
                 own[key] = str(run.summary[key])[:32]
-        settings.append({key: _as_text(key, value) for key, value in own.items()})
+        settings.append(dict(_as_text(key, value) for key, value in own.items()))
     keys = dict.fromkeys(key for own in settings for key in own)
     table = {key: [own.get(key, "–") for own in settings] for key in keys}
     return {key: values for key, values in table.items() if len(set(values)) > 1}
 
 
-def _as_text(key: str, value: Any) -> str:
-    if key.endswith(TARGET):
-        return str(value).rpartition(".")[2]
-    return "null" if value is None else str(value)
+def _as_text(key: str, value: Any) -> tuple[str, str]:
+    """Return key and value as they are read, of a part its class."""
+    if key.endswith(f".{TARGET}"):
+        return key.removesuffix(f".{TARGET}"), str(value).rpartition(".")[2]
+    return key, "null" if value is None else str(value)
 
 
 def same_but_seed(runs: Sequence[Run]) -> list[list[int]]:
