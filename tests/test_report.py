@@ -359,3 +359,19 @@ def test_a_report_needs_no_torch(folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_members_of_an_ensemble_are_drawn_together(folder: Path) -> None:
+    run = Path("runs/finetune/seed0")
+    for i in (0, 1):
+        (run / f"member_{i}").mkdir()
+        shutil.copy(run / "metrics.csv", run / f"member_{i}" / "metrics.csv")
+    (run / "metrics.csv").unlink()
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "members": ["member_0", "member_1"]}))
+    text = report(str(run), "worst=0")
+    assert text.count("<h2>Learning curves</h2>") == 1
+    assert text.count(">member 0</text>") == text.count(">member 1</text>") == 2  # in the drawing of each metric
+    (run / "member_1" / "metrics.csv").unlink()
+    with pytest.raises(DataError, match=r"member_1/metrics\.csv: missing"):
+        report(str(run))

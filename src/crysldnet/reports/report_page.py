@@ -113,22 +113,18 @@ class Report:
         yield settings_table(self.runs, self.names)
 
     def _curves(self) -> Iterator[str]:
+        commands = {run.command for run in self.runs}
         for command, part in dict.fromkeys((run.command, part) for run in self.runs for part in run.curves):
             lines = {
-                name: run.curves[part]
+                " ".join(filter(None, [name if len(self.runs) > 1 else "", line])): curves
                 for run, name in zip(self.runs, self.names, strict=True)
-                if run.command == command and part in run.curves
+                if run.command == command
+                for line, curves in run.curves.get(part, {}).items()
             }
-            if command == "matbench":  # the folds of a run stand together
-                continue
-            of = [f" of {part}"] if part else []
-            of += [f" ({command})"] if len({run.command for run in self.runs}) > 1 else []
+            of = [f" of {escape(part)}"] if part else []
+            of += [f" ({command})"] if len(commands) > 1 else []
             yield f"<h2>Learning curves{''.join(of)}</h2>"
             yield self._curve_charts(lines, f"{command}_{part}" if part else command)
-        for run, name in zip(self.runs, self.names, strict=True):
-            if run.command == "matbench":
-                yield f"<h2>Learning curves of the folds of {escape(name)}</h2>"
-                yield self._curve_charts(run.curves, f"folds_{name}")
 
     def _curve_charts(self, lines: dict[str, figures.Curves], name: str) -> str:
         metrics = [
@@ -195,8 +191,9 @@ class Report:
             yield f"<h3>Error by element: {escape(p.measure + p.suffix)} of the crystals that have it</h3>"
             yield _element_table(p, crystals)
             yield '<p class="soft">Point at an element to see of how many crystals; few say little.</p>'
-        yield f"<h3>{min(self.worst, known)} worst predictions</h3>" if self.worst else ""
-        yield _worst(p, crystals, self.worst)
+        if worst := _worst_places(p, self.worst):
+            yield f"<h3>{len(worst)} worst predictions</h3>"
+            yield _worst_cards(p, crystals, worst)
 
     def _calibration(self, found: statistics.CalibrationOfRun, p: Predictions, name: str) -> str:
         covered = ", ".join(f"{100 * share:.1f} % in {100 * level:g} %" for level, share in found.coverage.items())
@@ -231,10 +228,14 @@ def _element_table(p: Predictions, crystals: Crystals) -> str:
     return periodic_table(cells, "in no test crystal")
 
 
-def _worst(p: Predictions, crystals: Crystals | None, count: int) -> str:
-    order = [int(i) for i in np.argsort(-np.nan_to_num(p.errors, nan=-1.0), kind="stable") if p.errors[i] > 0][:count]
+def _worst_places(p: Predictions, count: int) -> list[int]:
+    """Return which predictions are the farthest off, the worst first; none that is right or can't be judged."""
+    return [int(i) for i in np.argsort(-np.nan_to_num(p.errors, nan=-1.0), kind="stable") if p.errors[i] > 0][:count]
+
+
+def _worst_cards(p: Predictions, crystals: Crystals | None, places: Sequence[int]) -> str:
     cards = []
-    for i in order:
+    for i in places:
         lines = [] if crystals is None else _structure_lines(crystals, i)
         true, predicted = (_value(p, values[i]) for values in (p.true, p.predicted))
         std = f" ± {p.std[i]:.4g}" if p.std is not None and not np.isnan(p.std[i]) else ""

@@ -70,7 +70,8 @@ class Run:
         name: of the run.
         config: as it was resolved.
         summary: what it wrote last.
-        curves: of each part (stage, fold or member; "" where there is one), name to epochs and values.
+        curves: of each part (a stage or a task; "" where there is one), title of a line (a fold or member; "" where
+            there is one) to its metrics.
         predictions: of each target.
     """
 
@@ -78,7 +79,7 @@ class Run:
     name: str
     config: dict[str, Any]
     summary: dict[str, Any]
-    curves: dict[str, Curves]
+    curves: dict[str, dict[str, Curves]]
     predictions: dict[str, Predictions] = field(default_factory=dict)
 
     @property
@@ -100,8 +101,10 @@ def read_run(path: Path) -> Run:
         raise DataError(f"{path}: not the folder of a run (no config.yaml); name one, as runs/finetune/latest")
     config = _read_config(path / "config.yaml")
     summary = _read_summary(path)
-    folders = _parts(path, summary)
-    curves = {part: _read_metrics(folder / "metrics.csv", path) for part, folder in folders.items()}
+    curves = {
+        part: {line: _read_metrics(folder / "metrics.csv", path) for line, folder in lines.items()}
+        for part, lines in _parts(path, summary).items()
+    }
     predictions = {}
     if summary["command"] == "finetune":
         predictions = _read_tested(path, config, summary)
@@ -137,14 +140,28 @@ def _read_summary(path: Path) -> dict[str, Any]:
     return summary
 
 
-def _parts(path: Path, summary: Mapping[str, Any]) -> dict[str, Path]:
-    """Return the folders that have a metrics.csv, which must be there."""
+def matbench_tasks(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what a Matbench run's summary says of each task."""
+    tasks = summary.get("tasks") or {str(summary.get("task")): summary}
+    return {name: dict(told) for name, told in tasks.items() if isinstance(told.get("scores"), dict)}
+
+
+def _parts(path: Path, summary: Mapping[str, Any]) -> dict[str, dict[str, Path]]:
+    """Return the folders that have a metrics.csv, which must be there, by part and line."""
     command = summary["command"]
     if command == "pretrain":
-        return {stage: path / stage for stage in ("vae", "diffusion") if summary.get(stage)}
+        return {stage: {"": path / stage} for stage in ("vae", "diffusion") if summary.get(stage)}
     if command == "matbench":
-        return {fold.replace("_", " "): path / fold for fold in summary.get("scores", {})}
-    return {member.replace("_", " "): path / member for member in summary.get("members", [])} or {"": path}
+        return {
+            task: {
+                folder.relative_to(base).as_posix().replace("_", " ").replace("/", ", "): folder
+                for fold in told["scores"]
+                for base in [path / task if (path / task).is_dir() else path]
+                for folder in sorted((base / fold).glob("member_*")) or [base / fold]
+            }
+            for task, told in matbench_tasks(summary).items()
+        }
+    return {"": {member.replace("_", " "): path / member for member in summary.get("members", [])} or {"": path}}
 
 
 def _read_metrics(file: Path, run: Path) -> Curves:

@@ -10,7 +10,7 @@ import numpy as np
 
 from crysldnet import page as html
 from crysldnet.reports import statistics
-from crysldnet.reports.run_files import Run
+from crysldnet.reports.run_files import Run, matbench_tasks
 
 SUMMARY_NAMES = {"train_crystals": "training crystals", "pretrained": "pretrained", "seed": "seed"}
 
@@ -40,8 +40,9 @@ def _facts(run: Run) -> dict[str, str]:
         if isinstance(s.get(stage), dict):
             value = s[stage].get("val/masked_accuracy")
             found[f"{stage}: masked species found"] = f"{100 * value:.1f} %" if isinstance(value, float) else ""
-    if isinstance(s.get("mae_mean"), float):
-        found["MAE of the folds"] = f"{s['mae_mean']:.4g} ± {s['mae_std']:.4g} {s.get('unit', '')}"
+    for task, told in matbench_tasks(s).items():
+        for key in (key.removesuffix("_mean") for key in told if key.endswith("_mean")):
+            found[f"{key} {task}"] = f"{told[f'{key}_mean']:.4g} ± {told[f'{key}_std']:.4g} {told.get('unit') or ''}"
     for target, p in run.predictions.items():
         value = statistics.metrics(p).get("MAE")
         if value is not None:
@@ -61,14 +62,14 @@ def _duration(seconds: Any) -> str:
 
 def _scores(run: Run) -> str:
     """Return the scores of a Matbench run's folds."""
-    scores = run.summary.get("scores")
-    if run.command != "matbench" or not isinstance(scores, dict) or not scores:
-        return ""
-    columns = list(dict.fromkeys(key for fold in scores.values() for key in fold))
-    rows = []
-    for fold, own in scores.items():
-        rows.append([fold.replace("_", " "), *(f"{own[key]:.4g}" if key in own else "" for key in columns)])
-    return f"<h2>Folds of {escape(run.name)}</h2>" + html.table(["", *columns], rows, numbers=True)
+    text = ""
+    for task, told in matbench_tasks(run.summary).items():
+        columns = list(dict.fromkeys(key for fold in told["scores"].values() for key in fold))
+        rows = []
+        for fold, own in told["scores"].items():
+            rows.append([fold.replace("_", " "), *(f"{own[key]:.4g}" if key in own else "" for key in columns)])
+        text += f"<h2>Folds of {escape(task)}, {escape(run.name)}</h2>" + html.table(["", *columns], rows, numbers=True)
+    return text
 
 
 def comparison_table(c: statistics.Comparison, names: Sequence[str], resamples: int) -> str:
