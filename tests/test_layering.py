@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "crysldnet"
 LAYERS = [
     {"cli", "__main__"},
     {"config"},
-    {"sweep", "matbench"},
+    {"sweep", "matbench", "reports"},
     {"predict", "embed"},
     {"inference"},
     {"finetune"},

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from crysldnet.data.locations import EMBEDDED
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import ConfigError, DataError
 from crysldnet.finetune import make_encoder
+from crysldnet.reports.run_files import matbench_tasks
 from crysldnet.training.checkpoint import load_property_model
 from crysldnet.training.run_folder import NAME_VARIABLE, RunFolder
 from tiny import pretrain_config
@@ -450,3 +452,15 @@ def test_the_notes_count_the_crystals_that_pretraining_saw(opened: tuple[Any, ta
     assert pretrained.overlap["formulas"] >= pretrained.overlap["similar"] >= 90
     scratch = in_memory(opened, tmp_path / "two")
     assert scratch.overlap is None
+    assert "by id" not in submission._notes(scratch)
+
+
+def test_a_report_shows_the_scores_of_each_fold(whole: Whole, tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    assert cli.run(["report", str(whole.folder), f"out={out}"]) == 0
+    text = out.read_text()
+    for fold, scores in matbench_tasks(whole.summary)[TASK]["scores"].items():
+        row = re.search(rf"<tr><td>{fold.replace('_', ' ')}</td>(.*?)</tr>", text)
+        assert row is not None
+        assert re.findall(r">([^<]+)<", row[1]) == [f"{value:.4g}" for value in scores.values()]
+    assert f"<h2>Learning curves of {TASK}</h2>" in text

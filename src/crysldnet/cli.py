@@ -19,6 +19,7 @@ COMMANDS = {
     "embed": ("crysldnet.embed", "EmbedConfig", "write an encoder's features of crystals or atoms"),
     "matbench": ("crysldnet.matbench", "MatbenchConfig", "run Matbench tasks and write a submission folder"),
     "sweep": ("crysldnet.sweep", "SweepCommandConfig", "run a W&B sweep configuration on this machine"),
+    "report": ("crysldnet.reports", "ReportConfig", "write a page about finished runs, and compare them"),
 }
 """Command to the module that runs it, its configuration and a line of help."""
 
@@ -48,6 +49,7 @@ def usage() -> str:
         "  crysldnet pretrain",
         "  crysldnet finetune pretrained=runs/pretrain/latest/encoder.safetensors",
         '  crysldnet predict model=runs/finetune/latest files="my_cifs/*.cif"',
+        "  crysldnet report runs/finetune/latest",
     ]
     return "\n".join(lines)
 

@@ -9,6 +9,7 @@ one stops the run.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -23,6 +24,8 @@ from crysldnet.build import TARGET, build_dataclass, check
 from crysldnet.errors import ConfigError
 
 COMMAND_LINE = "on the command line"
+PLAIN_WORDS = {"report": "runs"}
+"""Command to the key that lists the words of its line which aren't key=value."""
 
 
 def conf_folder() -> Path:
@@ -104,15 +107,21 @@ def _choices_in(choice: str) -> list[str]:
     return [name.strip() for name in choice[1:-1].split(",")]
 
 
-def _split(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    pairs = []
+def _split(arguments: Sequence[str], plain: str | None) -> list[tuple[str, str]]:
+    """Return keys and values; plain words, which may have an = after a slash, are gathered under the key ``plain``."""
+    pairs, words = [], []
     for argument in arguments:
         key, equals, value = argument.partition("=")
+        if plain is not None and not argument.startswith("--") and (not equals or "/" in key):
+            words.append(argument)
+            continue
         key = key.strip().lstrip("-") if argument.startswith("--") else key.strip()
         if not equals or not key:
             raise ConfigError(f"{argument!r}: expected group=name or key=value")
         pairs.append((key, value))
-    return pairs
+    if words and plain in dict(pairs):
+        raise ConfigError(f"{words[0]}: give {plain} either as plain words or as {plain}=[…]", plain)
+    return [*pairs, (plain, json.dumps(words, ensure_ascii=False))] if plain is not None and words else pairs
 
 
 def _parse(value: str) -> Any:
@@ -130,13 +139,14 @@ def compose(command: str, arguments: Sequence[str] = (), saved: Path | None = No
 
     Args:
         command: the name of a file in ``conf/``.
-        arguments: ``group=name`` and ``key=value``; a leading ``--`` is allowed.
+        arguments: ``group=name`` and ``key=value``; a leading ``--`` is allowed. Of the commands in ``PLAIN_WORDS``
+            also plain words.
         saved: the resolved configuration of a run that is resumed, in place of the defaults and presets.
 
     Raises:
         ConfigError: a file, group or choice is unknown, a value is missing or can't be parsed.
     """
-    pairs = _split(arguments)
+    pairs = _split(arguments, PLAIN_WORDS.get(command))
     root_file = conf_folder() / f"{command}.yaml"
     layers = [(str(root_file), load_yaml(root_file))]
     for key, value in pairs:
@@ -260,7 +270,8 @@ def help_text(command: str, description: str) -> str:
     """Return what ``--help`` prints: usage, groups with their choices, every key with its comment."""
     root_file = conf_folder() / f"{command}.yaml"
     defaults = load_yaml(root_file).get("defaults") or {}
-    lines = [f"usage: crysldnet {command} [group=name …] [key=value …] [--print-config]", "", description, ""]
+    first = f"{PLAIN_WORDS[command].upper()} …" if command in PLAIN_WORDS else "[group=name …]"
+    lines = [f"usage: crysldnet {command} {first} [key=value …] [--print-config]", "", description, ""]
     if defaults:
         lines.append("groups (group=name; the default in brackets)")
         lines += [f"  {group:<10} {', '.join(choices(str(group)))}  [{default}]" for group, default in defaults.items()]

@@ -57,8 +57,8 @@ svg.bars rect { fill: var(--bar); }
 table { border-collapse: collapse; width: 100%; font-size: 0.9rem; }
 th, td { text-align: left; padding: 0.25rem 0.75rem 0.25rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; }
-td { overflow-wrap: anywhere; min-width: 5.5rem; }
-th:first-child, td:first-child { position: sticky; left: 0; background: var(--back); min-width: 7rem; }
+th, td { overflow-wrap: anywhere; min-width: 6.75rem; }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--back); min-width: 7.5rem; }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 dl { display: grid; grid-template-columns: minmax(5rem, max-content) 1fr; gap: 0.25rem 1rem; margin: 0; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
