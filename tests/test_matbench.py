@@ -452,7 +452,6 @@ def test_the_notes_count_the_crystals_that_pretraining_saw(opened: tuple[Any, ta
     assert pretrained.overlap["formulas"] >= pretrained.overlap["similar"] >= 90
     scratch = in_memory(opened, tmp_path / "two")
     assert scratch.overlap is None
-    assert "by id" not in submission._notes(scratch)
 
 
 def test_a_report_shows_the_scores_of_each_fold(whole: Whole, tmp_path: Path) -> None:

@@ -74,6 +74,6 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"{path}: {arguments.task} isn't one of its tasks, {', '.join(config.names)}", "task")
     if not is_done(path, arguments.task, arguments.fold):
         config = replace(config, name=path.name, runs=str(path.parents[1]), resume="last")
-        folder = RunFolder(config.runs, "matbench", config.name, resume=True)
+        folder = RunFolder(config.runs, "matbench", config.name, resume=True, lock=False)
         run_fold(open_task(Begun.of(config, composition.values, folder), arguments.task), arguments.fold)
     return 0

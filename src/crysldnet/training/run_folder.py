@@ -31,7 +31,7 @@ from crysldnet.training.atomic import write_atomically
 from crysldnet.training.resume import started
 
 NAME_VARIABLE = "CRYSLDNET_RUN_NAME"
-"""Carries the run's name to the processes that the first one starts; the first never reads it."""
+"""Carries the first process's id and the run's name, as ID:NAME, to the processes that it starts."""
 
 
 def code_version() -> str:
@@ -84,8 +84,12 @@ def find_run(root: str, command: str, name: str | None) -> Path | None:
 
 
 def _given_name() -> str | None:
-    """Return the name that the first process gave to this one, which it started."""
-    return os.environ.get(NAME_VARIABLE) if _rank() else None
+    """Return the name that the first process gave to this one, where that started it.
+
+    A name that was given to some other process, which started this one's rank 0 too, says nothing.
+    """
+    parent, _, name = os.environ.get(NAME_VARIABLE, "").partition(":")
+    return name if _rank() and name and parent == str(os.getppid()) else None
 
 
 def _rank() -> int:
@@ -124,13 +128,14 @@ class RunFolder:
         command: pretrain or finetune.
         name: of the run; by default the name given by the process that started this one, the SLURM job, or the time.
         resume: continue the run of that name, or without a name the newest one that isn't complete.
+        lock: keep others out of the folder; not for a part of a run whose first process does that.
 
     Raises:
         ConfigError: the name is taken, there is nothing to resume, another process works in the folder, or it can't be
             written.
     """
 
-    def __init__(self, root: str, command: str, name: str | None, *, resume: bool) -> None:
+    def __init__(self, root: str, command: str, name: str | None, *, resume: bool, lock: bool = True) -> None:
         base = Path(root) / command
         given = _given_name() or name
         if given is None and resume:
@@ -147,10 +152,10 @@ class RunFolder:
         if Path(self.name).name != self.name:
             raise ConfigError(f"name={name}: a run's name can't hold a path", "name")
         if _rank() == 0:
-            self._claim(resume)
-            os.environ[NAME_VARIABLE] = self.name
+            self._claim(resume, lock)
+            os.environ[NAME_VARIABLE] = f"{os.getpid()}:{self.name}"
 
-    def _claim(self, resume: bool) -> None:
+    def _claim(self, resume: bool, lock: bool) -> None:
         exists = (self.path / "config.yaml").exists()
         if resume and not exists:
             raise ConfigError(f"{self.path}: there is no run to resume", "resume")
@@ -161,7 +166,8 @@ class RunFolder:
             self._lock = (self.path / ".lock").open("a+")
         except OSError as error:
             raise ConfigError(f"can't make the run folder {self.path}: {error.strerror}", "runs") from error
-        self._take_lock()
+        if lock:
+            self._take_lock()
         if exists and not resume:
             raise ConfigError(
                 f"{self.path}: this run exists; continue it with resume=last or choose another name", "name"
