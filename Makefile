@@ -10,7 +10,14 @@ MODEL ?= runs/finetune/latest
 OUT ?= predictions.csv
 TASK ?= matbench_jdft2d
 SWEEP ?= finetune
+COUNT ?= 4
+LOCAL ?=
 ARGS ?=
+SLURM ?=
+RUNS ?= runs
+TIME ?= 24:00:00
+CPUS ?= 8
+SBATCH ?=
 
 ifeq ($(VENV),none)
 # A machine that brings its own torch: use PYTHON as it is, from the source tree.
@@ -23,16 +30,30 @@ endif
 
 PARALLEL := $(if $(filter-out 1,$(GPUS) $(NODES)),trainer.devices=$(GPUS) trainer.nodes=$(NODES) strategy=ddp)
 
+# A value as the replacement of a sed command in single quotes.
+quoted = $(subst ','\'',$(subst |,\|,$(subst &,\&,$(subst \,\\,$(1)))))
+fill = -e 's|@$(1)@|$(call quoted,$(2))|g'
+# The script of a job, for a command and its arguments.
+slurm_script = sed $(call fill,NODES,$(NODES)) $(call fill,GPUS,$(GPUS)) $(call fill,CPUS,$(CPUS)) $(call fill,TIME,$(TIME)) \
+	$(call fill,RUNS,$(RUNS)) $(call fill,RUN,$(RUN)) $(call fill,COMMAND,$(1)) $(call fill,ARGS,$(2)) conf/slurm.sh
+submit = command -v sbatch >/dev/null || { echo "sbatch isn't here: run this on a login node of a SLURM cluster, or leave SLURM out" >&2; exit 1; }; \
+	mkdir -p $(RUNS)/slurm && script=$(RUNS)/slurm/$$(date +%Y-%m-%d_%H-%M-%S)-$$$$.sh && $(call slurm_script,$(1),$(2)) >$$script && \
+	echo "sbatch $(SBATCH) $$script; its log will be in $(RUNS)/slurm/" && sbatch $(SBATCH) $$script
+PRETRAIN := $(PARALLEL) $(ARGS)
+FINETUNE := pretrained=$(ENCODER) $(PARALLEL) $(ARGS)
+
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain finetune predict matbench sweep bench test lint types clean
+.PHONY: help install slurm-script pretrain finetune predict matbench sweep bench test test-slow lint types clean
 
 help: ## list the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo '  make pretrain GPUS=8                      one process a GPU; without GPUS, CPU processes'
+	@echo '  make pretrain GPUS=8 NODES=4 SLURM=1 SBATCH="--partition=gpu --account=me"'
 	@echo '  make pretrain ARGS="encoder=pddformer stages.vae.epochs=50"'
 	@echo '  make finetune ENCODER=none                from scratch'
 	@echo '  make predict FILES="my_cifs/*.cif"        with the model just finetuned, or MODEL=runs/finetune/NAME'
+	@echo '  make sweep SWEEP=finetune COUNT=20 LOCAL=1'
 	@echo '  make … PYTHON=python3.12 VENV=none        use an environment that has torch already'
 
 install: $(READY) ## make .venv with the exact versions of constraints.txt
@@ -44,26 +65,32 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps matbench==0.6
 	@touch $@
 
-pretrain: $(READY) ## pretrain an encoder on the embedded crystals (GPUS=, NODES=, ARGS=)
-	$(RUN) crysldnet pretrain $(PARALLEL) $(ARGS)
+pretrain: $(READY) ## pretrain an encoder on the embedded crystals (GPUS=, NODES=, ARGS=; SLURM=1 submits a job)
+	$(if $(SLURM),@$(call submit,pretrain,$(PRETRAIN)),$(RUN) crysldnet pretrain $(PRETRAIN))
 
-finetune: $(READY) ## train a property model (ENCODER=path or none, GPUS=, ARGS=)
-	$(RUN) crysldnet finetune pretrained=$(ENCODER) $(PARALLEL) $(ARGS)
+finetune: $(READY) ## train a property model (ENCODER=path or none, GPUS=, ARGS=; SLURM=1 submits a job)
+	$(if $(SLURM),@$(call submit,finetune,$(FINETUNE)),$(RUN) crysldnet finetune $(FINETUNE))
+
+slurm-script: ## print the script that make pretrain SLURM=1 would submit (GPUS=, NODES=, TIME=, CPUS=, ARGS=)
+	@$(call slurm_script,pretrain,$(PRETRAIN))
 
 predict: $(READY) ## predict for CIF or POSCAR files (FILES="…", MODEL=, OUT=)
 	$(RUN) crysldnet predict model=$(MODEL) "files=$(FILES)" out=$(OUT) $(ARGS)
 
-matbench: $(READY) ## run a Matbench task and write a submission folder (TASK=, ENCODER=, ARGS=)
-	$(RUN) crysldnet matbench task=$(TASK) pretrained=$(ENCODER) $(ARGS)
+matbench: $(READY) ## run Matbench tasks and write a submission folder (TASK=, ENCODER=, ARGS=)
+	$(RUN) crysldnet matbench tasks=$(TASK) pretrained=$(ENCODER) $(ARGS)
 
-sweep: $(READY) ## run a sweep on this machine (SWEEP=, ARGS=)
-	$(RUN) crysldnet sweep sweep=$(SWEEP) $(ARGS)
+sweep: $(READY) ## run a sweep on W&B, or here without an account (SWEEP=, COUNT=, LOCAL=1, ARGS=; SLURM=1 inside a job)
+	$(if $(SLURM),srun env )$(RUN) crysldnet sweep sweep=$(SWEEP) count=$(COUNT) backend=$(if $(LOCAL),local,wandb) $(ARGS)
 
 bench: $(READY) ## measure speed: graphs, loading, encoders, waiting for data, scaling (minutes, on a quiet machine)
 	for part in data encoders epoch scaling import/run; do $(RUN:-m=) benchmarks/$$part.py || exit 1; done
 
 test: $(READY) ## run the tests
 	$(RUN) pytest -n auto --dist loadfile $(ARGS)
+
+test-slow: $(READY) ## run the tests that take many minutes: runs killed dozens of times
+	$(RUN) pytest -m slow $(ARGS)
 
 lint: $(READY) ## check style and format
 	$(RUN) ruff check .

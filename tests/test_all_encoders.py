@@ -35,7 +35,7 @@ def test_encoder_goes_the_whole_way(name: str, few: Path, tmp_path: Path) -> Non
     info, before = checkpoint.read(encoder, "encoder")
     assert info["encoder"]["_target_"].endswith(f".{CLASSES[name].__name__}")
 
-    assert run(["finetune", f"pretrained={encoder}", "epochs=1", "optimizer.lr=1e-9", *common]) == 0
+    assert run(["finetune", f"pretrained={encoder}", "epochs=1", "min_steps=0", "optimizer.lr=1e-9", *common]) == 0
     _, after = checkpoint.read(tmp_path / "finetune" / "a" / "model.safetensors", "property_model")
     for key, weight in before.items():
         if "running_" not in key and "num_batches" not in key:

@@ -1,5 +1,6 @@
 """Configuration: every file composes, every key is known, errors name key, file and mend."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,10 @@ def test_every_choice_builds(tmp_path):
             extra = ["data.path=somewhere.parquet"] if choice == "custom" else []
             extra += ["logger.mode=disabled"] if choice == "wandb" else []
             node = compose(command, [f"{group}={choice}", *extra]).values[group]
+            if choice == "deepspeed" and find_spec("deepspeed") is None:
+                with pytest.raises(ConfigError, match="isn't installed"):
+                    build(node, group)
+                continue
             assert build(node, group, **parts.get(group, {})) is not None, (group, choice)
 
 

@@ -40,13 +40,15 @@ ROOT = Path(__file__).parents[1]
 CPU = ["trainer.accelerator=cpu", "trainer.log_every=1", "data.batch_size=16"]
 SHORT = {
     "pretrain": ["stages.vae.epochs=1", "stages.diffusion.epochs=1"],
-    "finetune": ["epochs=1"],
+    "finetune": ["epochs=1", "min_steps=0"],
 }
 RUN_ELSEWHERE = {
     "matbench": "test_matbench.py runs all folds",
     "sweep": "test_sweep.py runs a sweep",
-    "strategy=ddp": "test_cli.py runs two processes",
-    "logger=wandb": "test_cli.py writes an offline run",
+    "strategy=ddp": "test_strategies.py runs two processes",
+    "strategy=fsdp2": "test_strategies.py runs two processes",
+    "logger=wandb": "test_wandb.py reads an offline run",
+    "logger=[csv,wandb]": "test_wandb.py reads an offline run",
     "trainer.compile=true": "test_speed.py compiles",
     "data=jarvis": "test_published.py fetches, converts and trains",
     "resume=last": "test_cli.py stops a run and resumes it",
@@ -189,6 +191,13 @@ class Reader:
                 assert module in ("crysldnet", "pytest", "ruff", "mypy")
                 if module == "crysldnet":
                     self.take_command(arguments)
+        elif rest[:1] == ["-m"]:
+            assert first == "python"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", rest[1:])
+                with pytest.raises(SystemExit) as ended:
+                    runpy.run_module(rest[1], run_name="__main__")
+            assert not ended.value.code
         elif first == "python":
             script, *arguments = rest
             assert Path(script).is_file(), f"no block is {script}"
@@ -206,6 +215,10 @@ class Reader:
         line = " ".join(arguments)
         if arguments[:2] == ["data", "download"] and arguments[2:] and "--info" not in arguments:
             definition_of(arguments[2])
+            self.checked.append(line)
+            return
+        if tuple(arguments[:2]) in cli.PARTS:
+            assert command in RUN_ELSEWHERE
             self.checked.append(line)
             return
         if command == "data" or "--help" in arguments or "--print-config" in arguments:
@@ -316,7 +329,11 @@ def test_the_readme_works_from_top_to_bottom_in_an_empty_folder(reader: Reader) 
 @needs_make
 @pytest.mark.parametrize("page", PAGES[1:])
 def test_the_examples_of_a_page_work(page: str, reader: Reader, started: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for draw in ("learning_curves", "parity"):  # they take longer than a tiny run; the README's runs draw them
+    for draw in (
+        "learning_curves",
+        "parity",
+        "reliability",
+    ):  # they take longer than a tiny run; the README's runs draw them
         monkeypatch.setattr(plots, draw, lambda *_: None)
     shutil.copytree(started, reader.folder / "runs", symlinks=True)
     reader.follow(page)
@@ -469,7 +486,7 @@ def test_files_metrics_and_summary_of_a_run_are_on_its_page(started: Path) -> No
     summary_fields = {name for row in table_rows(section("docs/run_folder.md", "## summary.json")) for name in row}
     for run in (started / "pretrain" / "begun", started / "finetune" / "begun"):
         for file in (path for path in run.rglob("*") if path.is_file()):
-            name = re.sub(r"parity_\w+\.png", "parity_TARGET.png", file.relative_to(run).as_posix())
+            name = re.sub(r"(parity|reliability)_\w+\.png", r"\1_TARGET.png", file.relative_to(run).as_posix())
             assert name in names, name
         for file in run.rglob("metrics.csv"):
             columns = file.read_text().split("\n", 1)[0].split(",")

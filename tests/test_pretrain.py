@@ -259,7 +259,7 @@ def test_resuming_what_is_complete_or_absent_is_refused(tmp_path, small):
         (["name=done"], "complete"),
         (["name=done", "resume=last"], "complete"),
         (["name=nothing", "resume=last"], "no run to resume"),
-        (["name=null", "resume=last"], "unfinished"),
+        (["name=null", "resume=last"], "complete"),
     ):
         config, values = pretrain_config(f"runs={tmp_path}", f"data.path={small}", *arguments)
         with pytest.raises(ConfigError, match=says):

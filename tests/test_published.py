@@ -4,8 +4,10 @@ import csv
 import gzip
 import io
 import json
+import multiprocessing
 import random
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +48,7 @@ class Server:
         self.files: dict[str, bytes] = {}
         self.requests: list[tuple[str, str | None]] = []
         self.cut_after: int | None = None
+        self.delay_s = 0.0
         self.tag = '"one"'
         outer = self
 
@@ -62,6 +65,7 @@ class Server:
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         name, wanted = handler.path.lstrip("/"), handler.headers.get("Range")
         self.requests.append((name, wanted))
+        time.sleep(self.delay_s)
         if name not in self.files:
             handler.send_error(404, "Not Found")
             return
@@ -101,6 +105,23 @@ def served_from(server: Server, monkeypatch: pytest.MonkeyPatch, name: str) -> I
     with monkeypatch.context() as patch:
         patch.setitem(catalog.PUBLISHED, name, replace(definition, files=files))
         yield catalog.PUBLISHED[name]
+
+
+def test_two_processes_that_want_a_set_at_once_fetch_and_convert_it_once(
+    server: Server, monkeypatch: pytest.MonkeyPatch, starter: CrystalStore
+) -> None:
+    server.files = jarvis_files(rows_of(starter))
+    server.delay_s = 1.0  # so that the second begins before the first has its files
+    fork = multiprocessing.get_context("fork")
+    with served_from(server, monkeypatch, "jarvis_dft_3d") as definition:
+        both = [fork.Process(target=cli.run, args=(["data", "download", "jarvis_dft_3d"],)) for _ in range(2)]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert sorted(name for name, _ in server.requests) == sorted(file.name for file in definition.files)
+    assert len(open_store("published:jarvis_dft_3d")) == COUNT
 
 
 # --- real crystals in the formats of others ---
@@ -493,9 +514,9 @@ def test_a_model_trains_on_a_published_set(
     put(data_folder / "raw" / "jarvis_dft_3d", jarvis_files(rows_of(starter)))
     assert cli.run(["data", "download", "jarvis_dft_3d"]) == 0
     monkeypatch.delenv(NAME_VARIABLE, raising=False)
-    small = ["data.num_workers=0", "data.batch_size=16", "epochs=1", "trainer.accelerator=cpu"]
+    small = ["data.num_workers=0", "data.batch_size=16", "epochs=1", "min_steps=0"]
     arguments = ["finetune", "data=jarvis", "data.targets=[mbj_bandgap]", f"runs={tmp_path / 'runs'}", "name=gap"]
-    assert cli.run([*arguments, *ENCODER, *QUIET, *small]) == 0
+    assert cli.run([*arguments, *ENCODER, *QUIET, *small, "trainer.accelerator=cpu"]) == 0
     summary = json.loads((tmp_path / "runs/finetune/gap/summary.json").read_text())
     assert summary["train_crystals"] == 22
     monkeypatch.delenv(NAME_VARIABLE, raising=False)

@@ -4,12 +4,15 @@ import csv
 import importlib.util
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,14 +21,20 @@ import yaml
 from crysldnet import cli, sweep
 from crysldnet.config import choices
 from crysldnet.errors import ConfigError
-from crysldnet.sweep.proposals import import_sweeps
+from crysldnet.sweep import agents
+from crysldnet.sweep.parallel_coordinates import make_axis
+from crysldnet.sweep.proposals import ARGUMENTS, Trial, import_sweeps, to_stop
+from crysldnet.sweep.results import best_first, write_results
+from crysldnet.sweep.trials import find_metric, read_history
+from crysldnet.training import processes
 from crysldnet.training.run_folder import NAME_VARIABLE
 
 if importlib.util.find_spec("sweeps") is None:
     pytest.skip("the sweeps package isn't installed", allow_module_level=True)
 
+ROOT = Path(__file__).parents[1]
 TINY = (
-    "data=jdft2d data.targets=[exfoliation_energy] data.split.train_fraction=0.1 epochs=1 encoder.width=16 "
+    "data=jdft2d data.targets=[exfoliation_energy] data.split.train_fraction=0.1 epochs=1 min_steps=0 encoder.width=16 "
     "encoder.layers=2 encoder.k=6 encoder.n_distances=8 encoder.n_basis=16 trainer.progress_bar=false "
     "trainer.accelerator=cpu"
 )
@@ -37,6 +46,30 @@ GRID: dict[str, Any] = {
     "parameters": {"optimizer.lr": {"values": [1.0e-3, -1.0]}},
 }
 THREE = {"optimizer.lr": {"values": [1.0e-3, -1.0, 1.0e-5]}}
+RUN = """
+import csv, json, os, signal, sys, time
+from pathlib import Path
+words = dict(word.split("=", 1) for word in sys.argv[2:])
+folder = Path(words["runs"]) / sys.argv[1] / words["name"]
+folder.mkdir(parents=True, exist_ok=True)
+plan = json.loads(Path(os.environ["PLAN"]).read_text())[words["optimizer.lr"]]
+with open(os.environ["PLAN"] + ".log", "a") as log:
+    log.write(json.dumps({"line": sys.argv[1:], "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "time": time.time(),
+                          "named": "CRYSLDNET_RUN_NAME" in os.environ}) + "\\n")
+(folder / "config.yaml").touch()
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+with open(folder / "metrics.csv", "w") as file:
+    print("step,val/mae", file=file, flush=True)
+    for step, value in enumerate(plan["values"]):
+        print(f"{step},{value}", file=file, flush=True)
+        time.sleep(plan.get("pause", 0.0))
+if plan.get("end", True):
+    metric = plan["values"][-1]
+    (folder / "summary.json").write_text(json.dumps({"wall_time_s": 1.5, "val/mae": metric}))
+else:
+    sys.exit(1)
+"""
+"""A program that logs and ends as it is told, in place of a training that takes minutes."""
 
 
 @pytest.fixture(autouse=True)
@@ -58,27 +91,29 @@ def write(tmp_path: Path) -> Any:
     return write
 
 
-class FakeRuns:
-    """Stands in for the processes: writes a summary with the metric of a run, or none."""
+class Program:
+    """Stands in for crysldnet in the processes of a sweep."""
 
-    def __init__(self, metrics: list[float | None]) -> None:
-        self.metrics, self.lines, self.environments = list(metrics), [], []
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.plan, script = folder / "plan.json", folder / "program.py"
+        script.write_text(RUN)
+        monkeypatch.setattr(processes, "PROGRAM", [sys.executable, "-S", str(script)])
+        monkeypatch.setenv("PLAN", str(self.plan))
 
-    def __call__(self, line: list[str], env: dict[str, str], **_: Any) -> SimpleNamespace:
-        self.lines.append(line)
-        self.environments.append(env)
-        words = dict(word.split("=", 1) for word in line if "=" in word)
-        metric = self.metrics.pop(0)
-        if metric is not None:
-            folder = Path(words["runs"]) / "finetune" / words["name"]
-            folder.mkdir(parents=True)
-            (folder / "config.yaml").touch()
-            (folder / "summary.json").write_text(json.dumps({"wall_time_s": 1.5, "val/mae": metric}))
-        return SimpleNamespace(returncode=0 if metric is not None else 1)
+    def does(self, **plans: Any) -> None:
+        """Say what runs do, by their learning rate: the values they log, and whether they end well."""
+        self.plan.write_text(json.dumps({key.removeprefix("lr"): plan for key, plan in plans.items()}))
 
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        constants = {"DEVNULL": subprocess.DEVNULL, "STDOUT": subprocess.STDOUT}
-        monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=self, **constants))
+    @property
+    def runs(self) -> list[dict[str, Any]]:
+        """What was run, in the order in which it began."""
+        log = Path(f"{self.plan}.log")
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
+    return Program(tmp_path, monkeypatch)
 
 
 def results(folder: Path) -> list[dict[str, str]]:
@@ -118,6 +153,7 @@ def test_every_listed_value_is_checked_before_the_first_run(write: Any, tmp_path
         ({"parameters": {"name": {"value": "x"}}}, "name is set by the sweep itself"),
         ({"command": ["${env}", "python", "train.py", "${args}"]}, "its command must be"),
         ({"command": [*GRID["command"][:4], "matbench", "${args_no_hyphens}"]}, "its command must be"),
+        ({"command": [*GRID["command"][:4], "pretrain", ARGUMENTS]}, "begin it with the stage that it is of, vae/"),
     ],
 )
 def test_what_is_no_sweep_is_refused(write: Any, changes: dict[str, Any], message: str) -> None:
@@ -126,7 +162,7 @@ def test_what_is_no_sweep_is_refused(write: Any, changes: dict[str, Any], messag
 
 
 def test_a_sweep_that_is_not_there_is_refused_with_those_that_are() -> None:
-    with pytest.raises(ConfigError, match=r"no such sweep; there are: finetune, pretrain"):
+    with pytest.raises(ConfigError, match=r"no such sweep; there are: finetune, matbench, pretrain"):
         sweep.load_sweep("fintune")
 
 
@@ -156,53 +192,100 @@ def test_a_local_sweep_runs_to_its_end_and_records_a_failed_run(
     assert printed.index("run_001") < printed.index("run_002")
 
 
-def test_a_sweep_whose_runs_all_fail_says_so(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    FakeRuns([None, None]).install(monkeypatch)
-    assert cli.run(["sweep", f"sweep={write()}", "name=none", f"runs={tmp_path}"]) == 1
-    assert [row["state"] for row in results(tmp_path / "sweep" / "none")] == ["failed"] * 2
+def grid(*rates: float) -> dict[str, Any]:
+    return {"optimizer.lr": {"values": list(rates)}}
+
+
+def test_a_sweep_whose_runs_all_fail_says_so(write: Any, tmp_path: Path, program: Program) -> None:
+    path = write(parameters=grid(*(i / 10 for i in range(1, 9))))
+    program.does(**{f"lr{i / 10}": {"values": [1.0], "end": False} for i in range(1, 9)})
+    assert cli.run(["sweep", f"sweep={path}", "count=8", "name=none", f"runs={tmp_path}"]) == 1
+    assert [row["state"] for row in results(tmp_path / "sweep" / "none")] == ["failed"] * 5  # then it gives up
     assert not (tmp_path / "sweep" / "none" / "summary.json").exists()
 
 
 def test_a_run_is_this_interpreter_with_a_name_of_its_own(
     write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = FakeRuns([3.0])
-    runs.install(monkeypatch)
+    assert [sys.executable, "-m", "crysldnet"] == processes.PROGRAM
+    program = Program(tmp_path, monkeypatch)
+    program.does(**{"lr0.001": {"values": [3.0]}})
     assert cli.run(["sweep", f"sweep={write()}", "count=1", "name=one", f"runs={tmp_path}", "args=epochs=1"]) == 0
-    assert len(runs.lines) == 1
-    assert runs.lines[0][:4] == [sys.executable, "-m", "crysldnet", "finetune"]
-    assert runs.lines[0][4:] == [
-        "logger=wandb",
-        "optimizer.lr=0.001",
-        "logger=csv",
-        "epochs=1",
-        "name=run_001",
-        f"runs={tmp_path / 'sweep' / 'one'}",
-    ]
-    assert all(NAME_VARIABLE not in environment for environment in runs.environments)
+    (run,) = program.runs
+    own = ["name=run_001", f"runs={tmp_path / 'sweep' / 'one'}"]
+    assert run["line"] == ["finetune", "logger=wandb", "optimizer.lr=0.001", "logger=csv", "epochs=1", *own]
+    assert not run["named"]
 
 
-def test_a_stopped_sweep_keeps_its_finished_runs(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = ["sweep", f"sweep={write(parameters=THREE)}", "name=stopped", f"runs={tmp_path}"]
-
-    class Stopped(FakeRuns):
-        def __call__(self, *args: Any, **kwargs: Any) -> SimpleNamespace:
-            if not self.metrics:
-                raise KeyboardInterrupt
-            return super().__call__(*args, **kwargs)
-
-    Stopped([3.0]).install(monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        cli.run(line)
-    os.environ.pop(NAME_VARIABLE)
+def test_a_stopped_sweep_keeps_its_finished_runs(write: Any, tmp_path: Path, program: Program) -> None:
+    line = ["sweep", f"sweep={write(parameters=grid(0.1, 0.2, 0.3))}", "name=stopped", f"runs={tmp_path}"]
+    program.does(**{"lr0.1": {"values": [3.0]}, "lr0.2": {"values": [2.0] * 100, "pause": 0.2}})
+    plan = json.loads(program.plan.read_text())
+    code = f"from crysldnet.training import processes as p; p.PROGRAM = {processes.PROGRAM!r}"
+    code += "; from crysldnet.cli import main; main()"
+    process = subprocess.Popen([sys.executable, "-c", code, *line], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while len(program.runs) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    assert process.stderr is not None
+    assert "stopped by SIGTERM; continue with resume=last" in process.stderr.read()
     with pytest.raises(ConfigError, match="begun with another seed"):
         cli.run([*line, "resume=last", "seed=1"])
-    os.environ.pop(NAME_VARIABLE)
-    rest = FakeRuns([2.0, 1.0])
-    rest.install(monkeypatch)
+    os.environ.pop(NAME_VARIABLE, None)
+    program.plan.write_text(json.dumps({**plan, "0.2": {"values": [2.0]}, "0.3": {"values": [1.0]}}))
     assert cli.run([*line, "resume=last"]) == 0
     assert [float(row["val/mae"]) for row in results(tmp_path / "sweep" / "stopped")] == [3.0, 2.0, 1.0]
-    assert len(rest.lines) == 2
+    begun = [next(word for word in run["line"] if word.startswith("name=")) for run in program.runs]
+    assert begun == ["name=run_001", "name=run_002", "name=run_002", "name=run_003"]
+    assert program.runs[2]["line"][-1] == "resume=last"
+
+
+def test_runs_go_on_at_the_same_time_each_with_a_gpu_of_its_own(
+    write: Any, tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    path = write(parameters=grid(0.1, 0.2, 0.3, 0.4))
+    program.does(**{f"lr{rate}": {"values": [rate], "pause": 0.5} for rate in (0.1, 0.2, 0.3, 0.4)})
+    assert cli.run(["sweep", f"sweep={path}", "count=4", "name=two", f"runs={tmp_path}"]) == 0
+    runs = program.runs
+    assert {run["gpu"] for run in runs[:2]} == {run["gpu"] for run in runs[2:]} == {"4", "7"}
+    assert runs[1]["time"] - runs[0]["time"] < 0.5 <= runs[2]["time"] - runs[0]["time"]
+    assert len({row["optimizer.lr"] for row in results(tmp_path / "sweep" / "two")}) == 4
+
+
+HYPERBAND = {"type": "hyperband", "min_iter": 2, "eta": 2}
+
+
+def test_a_run_that_hyperband_gives_up_is_stopped_and_recorded(write: Any, tmp_path: Path, program: Program) -> None:
+    path = write(parameters=grid(0.1, 0.2, 0.3), early_terminate=HYPERBAND)
+    program.does(
+        **{
+            "lr0.1": {"values": [5.0, 3.0, *[1.0] * 200]},
+            "lr0.2": {"values": [4.0, 2.0, *[0.5] * 200]},
+            "lr0.3": {"values": [9.0] * 200, "pause": 0.2},
+        }
+    )
+    assert cli.run(["sweep", f"sweep={path}", "name=early", f"runs={tmp_path}"]) == 0
+    rows = results(tmp_path / "sweep" / "early")
+    assert [row["state"] for row in rows] == ["finished", "finished", "stopped"]
+    assert float(rows[2]["val/mae"]) == 9.0
+    summary = json.loads((tmp_path / "sweep" / "early" / "summary.json").read_text())
+    assert (summary["finished"], summary["stopped"], summary["failed"]) == (2, 1, 0)
+    assert summary["best"]["run"] == "run_002"
+
+
+def test_hyperband_stops_by_its_thresholds_and_only_what_runs(write: Any) -> None:
+    loaded = sweep.load_sweep(write(parameters=THREE, early_terminate=HYPERBAND))
+    good = Trial("good", {"optimizer.lr": 1.0e-3}, "finished", 1.0, 1.0, (3.0, 2.0, 1.0))
+    better = replace(good, name="better", history=(3.0, 1.0, 0.8))
+    bad = Trial("bad", {"optimizer.lr": -1.0}, "running", None, 1.0, (9.0, 8.0, 7.0))
+    assert to_stop(loaded, [good, better, bad]) == {"bad"}
+    assert to_stop(loaded, [good, better, replace(bad, history=(9.0, 8.0))]) == set()  # too early to say
+    assert to_stop(loaded, [good, better, replace(bad, history=(3.0, 2.0, 0.9))]) == set()
+    assert to_stop(loaded, [good, better, replace(bad, state="failed")]) == set()
+    assert to_stop(sweep.load_sweep(write(parameters=THREE)), [good, better, bad]) == set()
 
 
 def test_the_metric_of_earlier_runs_is_fed_back(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,46 +295,158 @@ def test_the_metric_of_earlier_runs_is_fed_back(write: Any, monkeypatch: pytest.
     original = package.next_run
     monkeypatch.setattr(package, "next_run", lambda config, runs: seen.append(runs) or original(config, runs))
     first = sweep.propose(loaded, [], 0)
-    trials = [sweep.Trial("a", first, 2.5, 1.0), sweep.Trial("b", {"optimizer.lr": -1.0}, None, 1.0)]
+    assert first is not None
+    trials = [Trial("a", first, "finished", 2.5, 1.0), Trial("b", {"optimizer.lr": -1.0}, "failed", None, 1.0)]
     assert sweep.propose(loaded, trials, 0) == {"optimizer.lr": 1.0e-5}
     assert [run.state for run in seen[1]] == ["finished", "failed"]
     assert seen[1][0].summary_metric("val/mae") == 2.5
-    assert sweep.propose(loaded, [*trials, sweep.Trial("c", {"optimizer.lr": 1.0e-5}, 1.0, 1.0)], 0) is None
+    third = Trial("c", {"optimizer.lr": 1.0e-5}, "running", None, 1.0)
+    assert sweep.propose(loaded, [*trials, third], 0) is None
 
 
-@pytest.mark.parametrize("name", ["finetune", "pretrain"])
+@pytest.mark.parametrize("name", choices("sweep"))
 def test_proposals_repeat_with_the_seed(name: str) -> None:
     loaded = sweep.load_sweep(name)
     sequences = []
     for seed in (0, 0, 1):
-        trials: list[sweep.Trial] = []
+        trials: list[Trial] = []
         for number in range(4):
             values = sweep.propose(loaded, trials, seed)
             assert values is not None
-            trials.append(sweep.Trial(f"run_{number}", values, 0.1 * number, 1.0))
+            trials.append(Trial(f"run_{number}", values, "finished", 0.1 * number, 1.0))
         sequences.append([trial.values for trial in trials])
     assert sequences[0] == sequences[1]
     assert sequences[0] != sequences[2]
     assert sequences[0][0] != sequences[0][1]
 
 
-def test_the_best_run_comes_first_and_failed_ones_last(write: Any) -> None:
+def test_the_best_run_comes_first_then_stopped_and_failed_ones(write: Any) -> None:
     loaded = sweep.load_sweep(write())
-    trials = [sweep.Trial(name, {}, metric, 1.0) for name, metric in (("a", 2.0), ("b", None), ("c", 1.0))]
-    assert [t.name for t in sweep.best_first(loaded, trials)] == ["c", "a", "b"]
-    assert [t.name for t in sweep.best_first(replace(loaded, maximize=True), trials)] == ["a", "c", "b"]
+    trials = [Trial(name, {}, "finished", metric, 1.0) for name, metric in (("a", 2.0), ("b", 1.0))]
+    trials += [Trial("c", {}, "failed", None, 1.0), Trial("d", {}, "stopped", 0.5, 1.0)]
+    assert [t.name for t in best_first(loaded, trials)] == ["b", "a", "d", "c"]
+    assert [t.name for t in best_first(replace(loaded, maximize=True), trials)] == ["a", "b", "d", "c"]
 
 
-def test_the_metric_of_pretraining_is_that_of_its_last_stage() -> None:
+def test_the_metric_of_pretraining_is_that_of_the_stage_it_names(tmp_path: Path) -> None:
     summary = {"seed": 0, "vae": {"val/masked_accuracy": 0.2, "val/x": 1}, "diffusion": {"val/masked_accuracy": 0.3}}
-    assert sweep.find_metric(summary, "val/masked_accuracy") == 0.3
-    assert sweep.find_metric(summary, "val/x") == 1.0
-    assert sweep.find_metric({"val/mae": float("nan")}, "val/mae") is None
-    assert sweep.find_metric(summary, "val/mae") is None
+    assert find_metric(summary, "vae/val/masked_accuracy") == 0.2
+    assert find_metric(summary, "diffusion/val/masked_accuracy") == 0.3
+    assert find_metric(summary, "diffusion/val/x") is None
+    assert find_metric({"val/mae": float("nan")}, "val/mae") is None
+    assert find_metric({"val/mae/gap": 2.0}, "val/mae/gap") == 2.0
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "metrics.csv").write_text("step,val/x\n1,0.5\n2,\n3,0.25\n")
+    assert read_history(tmp_path, "vae/val/x") == (0.5, 0.25)
+    assert read_history(tmp_path, "diffusion/val/x") == ()
 
 
-def test_a_sweep_ends_when_its_target_is_reached(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    FakeRuns([3.0, 0.5, 1.0]).install(monkeypatch)
-    path = write(metric={"name": "val/mae", "goal": "minimize", "target": 1.0}, parameters=THREE)
+def test_a_sweep_ends_when_its_target_is_reached(write: Any, tmp_path: Path, program: Program) -> None:
+    program.does(**{f"lr{rate}": {"values": [value]} for rate, value in ((0.1, 3.0), (0.2, 0.5), (0.3, 1.0))})
+    metric = {"name": "val/mae", "goal": "minimize", "target": 1.0}
+    path = write(metric=metric, parameters=grid(0.1, 0.2, 0.3))
     assert cli.run(["sweep", f"sweep={path}", "name=target", f"runs={tmp_path}"]) == 0
     assert [float(row["val/mae"]) for row in results(tmp_path / "sweep" / "target")] == [3.0, 0.5]
+
+
+def some_trials(loaded: Any, metrics: Sequence[float | None]) -> list[Trial]:
+    trials: list[Trial] = []
+    for i, metric in enumerate(metrics):
+        values = sweep.propose(loaded, trials, 0)
+        assert values is not None
+        state = "failed" if metric is None else "stopped" if i % 3 == 2 else "finished"
+        history = () if metric is None else (metric + 1, metric)
+        trials.append(Trial(f"run_{i + 1:03d}", values, state, metric, 10.0, history))  # type: ignore[arg-type]
+    return trials
+
+
+def test_the_page_shows_every_run_and_needs_no_network(tmp_path: Path) -> None:
+    loaded = sweep.load_sweep("finetune")
+    trials = some_trials(loaded, [50.0, 41.5, 60.0, None, 45.0])
+    write_results(tmp_path, loaded, trials)
+    text = (tmp_path / "sweep.html").read_text()
+    first_chart = text.split("<svg", 2)[1].split("</svg>")[0]
+    lines = re.findall(r'<polyline class="run (\w+)" data-run="(run_\d+)" points="([^"]+)"', first_chart)
+    assert {name for _, name, _ in lines} == {t.name for t in trials}
+    points = {name: where.split() for _, name, where in lines}
+    axes = len(loaded.parameters) + 1
+    assert [len(points[t.name]) for t in trials] == [axes, axes, axes, axes - 1, axes]  # a failed run has no metric
+    heights = {t.name: float(points[t.name][-1].split(",")[1]) for t in trials if t.metric is not None}
+    assert min(heights, key=heights.__getitem__) == "run_002"  # the best is at the top
+    assert {name for state, name, _ in lines if state == "stopped"} == {"run_003"}
+    assert "41.5" in text
+    assert not re.search(r"https?://|src=|@import|url\(", text)
+
+
+def test_an_axis_is_logarithmic_where_the_parameter_is(write: Any) -> None:
+    assert make_axis("lr", [1e-5, 1e-3, 1e-1], logarithmic=True).place(1e-3) == pytest.approx(0.5)
+    assert make_axis("lr", [0.0, 1.0, 4.0]).place(1.0) == pytest.approx(0.25)
+    assert make_axis("head", ["mean", "sum"]).ticks == [(0.25, "mean"), (0.75, "sum")]
+    assert sweep.load_sweep("finetune").is_logarithmic("optimizer.lr")
+    assert not sweep.load_sweep("finetune").is_logarithmic("epochs")
+
+
+def test_the_sweep_that_goes_online_has_this_interpreter_and_a_folder_for_each_agent(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    loaded = sweep.load_sweep("finetune")
+    online = agents.online_config(loaded, ["epochs=2"], 20)
+    known = {key: value for key, value in online.items() if key != "run_cap"}  # newer than the package
+    assert import_sweeps().schema_violations_from_proposed_config(known) == []
+    assert online["run_cap"] == 20
+    assert online["command"][:5] == ["${env}", sys.executable, "-m", "crysldnet", "finetune"]
+    assert online["command"][-3:] == [ARGUMENTS, "epochs=2", "runs=${envvar:CRYSLDNET_SWEEP_RUNS}"]
+    assert loaded.config["command"][1] == "python"
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    environment = agents.agent_environment({"CUDA_VISIBLE_DEVICES": "3"}, tmp_path)
+    assert environment["CUDA_VISIBLE_DEVICES"] == "3"
+    assert environment["SLURM_NTASKS"] is None  # it is taken out
+    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
+    monkeypatch.setenv("CRYSLDNET_SWEEP_RUNS", str(tmp_path))
+    filled = utils.create_sweep_command(list(online["command"]))  # W&B's agent fills the macro in
+    assert filled[-1] == f"runs={tmp_path}"
+
+
+def test_without_an_account_the_online_sweep_says_what_to_do(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    if wandb.api.api_key is not None:
+        pytest.skip("this machine has an account")
+    with pytest.raises(ConfigError, match=r"needs an account: wandb login; backend=local"):
+        cli.run(["sweep", f"sweep={write()}", "backend=wandb", f"runs={tmp_path}"])
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make isn't installed")
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("SWEEP=finetune COUNT=20", "crysldnet sweep sweep=finetune count=20 backend=wandb"),
+        ("SWEEP=pretrain LOCAL=1", "crysldnet sweep sweep=pretrain count=4 backend=local"),
+        ("COUNT=8 SLURM=1", "srun env python -m crysldnet sweep sweep=finetune count=8 backend=wandb"),
+    ],
+)
+def test_make_sweep_runs_on_wandb_or_here(given: str, expected: str) -> None:
+    line = ["make", "-n", "sweep", *given.split(), "VENV=none", "PYTHON=python"]
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MAKEFLAGS")}
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert expected in done.stdout.replace("PYTHONPATH=src ", "")
+
+
+def test_the_matbench_sweep_sees_no_test_crystal_of_its_fold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from crysldnet.data.locations import open_store
+
+    page = (ROOT / "docs" / "sweep.md").read_text()
+    (script,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(script, {})
+    parts = json.loads((tmp_path / "fold_0.json").read_text())
+    store = open_store("embedded:matbench_jdft2d")
+    tested = set(store.ids_at((store.numbers_of("matbench_test_fold") == 0).nonzero()[0]))
+    assert len(parts["train"]) > 8 * len(parts["val"]) > 100
+    assert parts["test"] == []
+    assert not tested & {*parts["train"], *parts["val"]}
+    assert len(tested) + len(parts["train"]) + len(parts["val"]) == len(store)
+    assert "data.split.file=fold_0.json" in sweep.load_sweep("matbench").arguments

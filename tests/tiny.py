@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from crysldnet.config import compose, validate
 from crysldnet.data.locations import EMBEDDED
 from crysldnet.finetune import FinetuneConfig
 from crysldnet.pretrain import PretrainConfig
+from crysldnet.training.diagnostics import OF_THE_MACHINE
 
 ENCODER = ["encoder.width=32", "encoder.layers=2", "encoder.k=8", "encoder.n_distances=12", "encoder.n_basis=32"]
 DENOISER = ["denoiser.width=32", "denoiser.layers=1", "denoiser.heads=2"]
@@ -37,5 +39,13 @@ def pretrain_config(*arguments: str, tiny_encoder: Sequence[str] = ENCODER) -> t
 
 def finetune_config(*arguments: str, tiny_encoder: Sequence[str] = ENCODER) -> tuple[FinetuneConfig, dict]:
     """Compose a tiny finetuning run."""
-    composition = compose("finetune", [*tiny_encoder, *QUIET, *arguments])
+    composition = compose("finetune", [*tiny_encoder, *QUIET, "min_steps=0", *arguments])
     return validate(composition, FinetuneConfig), composition.values
+
+
+def repeatable(metrics: Path) -> list[dict[str, str]]:
+    """Return the rows of a ``metrics.csv`` without what the machine decides."""
+    with metrics.open(newline="") as file:
+        rows = [{name: v for name, v in row.items() if name not in OF_THE_MACHINE} for row in csv.DictReader(file)]
+    assert rows
+    return rows

@@ -48,6 +48,8 @@ ALLOWED = {
     "crysldnet.training.strategies.single",
     "crysldnet.training.strategies.ddp",
     "crysldnet.training.strategies.fsdp",
+    "crysldnet.training.strategies.fsdp2",
+    "crysldnet.training.strategies.deepspeed",
     "crysldnet.training.trainer.TrainerSettings",
     "crysldnet.training.loggers.csv",
     "crysldnet.training.loggers.wandb",

@@ -15,11 +15,19 @@ from crysldnet.errors import CrysldnetError, Interrupted
 COMMANDS = {
     "pretrain": ("crysldnet.pretrain", "PretrainConfig", "pretrain an encoder without labels"),
     "finetune": ("crysldnet.finetune", "FinetuneConfig", "train a property model, pretrained or from scratch"),
-    "predict": ("crysldnet.predict", "PredictConfig", "predict properties of CIF or POSCAR files"),
-    "matbench": ("crysldnet.matbench", "MatbenchConfig", "run a Matbench task and write a submission folder"),
+    "predict": ("crysldnet.predict", "PredictConfig", "predict properties of crystals in files, tables or stores"),
+    "embed": ("crysldnet.embed", "EmbedConfig", "write an encoder's features of crystals or atoms"),
+    "matbench": ("crysldnet.matbench", "MatbenchConfig", "run Matbench tasks and write a submission folder"),
     "sweep": ("crysldnet.sweep", "SweepCommandConfig", "run a W&B sweep configuration on this machine"),
+    "report": ("crysldnet.reports", "ReportConfig", "write a page about finished runs, and compare them"),
 }
 """Command to the module that runs it, its configuration and a line of help."""
+
+PARTS = {
+    ("matbench", "validate"): "crysldnet.matbench.validation",
+    ("matbench", "fold"): "crysldnet.matbench.parallel",
+}
+"""Commands of two words to the module whose ``main`` runs them."""
 
 USAGE_ERROR = 2
 UNFINISHED = 75
@@ -41,6 +49,7 @@ def usage() -> str:
         "  crysldnet pretrain",
         "  crysldnet finetune pretrained=runs/pretrain/latest/encoder.safetensors",
         '  crysldnet predict model=runs/finetune/latest files="my_cifs/*.cif"',
+        "  crysldnet report runs/finetune/latest",
     ]
     return "\n".join(lines)
 
@@ -57,12 +66,16 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
     arguments = [a for a in arguments if a != "--print-config"]
     composition = compose(name, arguments)
     if composition.groups and composition.values.get("resume") == "last":
-        from crysldnet.training.run_folder import saved_config
+        from crysldnet.training.run_folder import find_run, is_complete
 
-        saved = saved_config(composition.values["runs"], name, composition.values["name"])
-        if saved is not None:
+        earlier = find_run(composition.values["runs"], name, composition.values["name"])
+        if earlier is not None:
+            saved = earlier / "config.yaml"
             composition = compose(name, arguments, saved)
             refuse_changed(composition, saved)
+            if is_complete(earlier):
+                print(f"{earlier}: this run is complete", file=sys.stderr)
+                return 0
     refuse_unused(composition)
     module = importlib.import_module(module_name)
     settings = validate(composition, getattr(module, schema_name))
@@ -86,6 +99,9 @@ def run(arguments: Sequence[str]) -> int:
         from crysldnet.data.commands import main as data_main
 
         return data_main(rest)
+    if (command, *rest[:1]) in PARTS:
+        _quieten_libraries()
+        return importlib.import_module(PARTS[command, rest[0]]).main(rest[1:])
     if command not in COMMANDS:
         raise CrysldnetError(f"no command {command!r}; there are: {', '.join([*COMMANDS, 'data'])}")
     return _run_command(command, rest)
@@ -95,12 +111,14 @@ def _quieten_libraries() -> None:
     """Keep Lightning's notices that a user can do nothing about off the screen; its warnings stay."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.strategies.launchers").setLevel(logging.INFO)  # names a rank that ended
     for message in (
         ".*LeafSpec.*",
         ".*does not have many workers.*",
         ".*exists and is not empty.*",
         ".*smaller than the logging interval.*",
         ".*Total length of `list` across ranks is zero.*",
+        ".*dataloader is not resumable.*",  # the sampler begins where the run stopped
         ".*sync_dist.*",  # metrics are summed over ranks by torchmetrics already
     ):
         warnings.filterwarnings("ignore", message)
@@ -111,8 +129,13 @@ def main() -> None:
     try:
         status = run(sys.argv[1:])
     except Interrupted as error:
-        print(f"unfinished: {error}", file=sys.stderr)
-        status = UNFINISHED
+        from crysldnet.training.run_folder import started_by_the_first
+
+        if started_by_the_first():
+            status = 0  # the first process tells what became of all; Lightning kills it where another one fails
+        else:
+            print(f"unfinished: {error}", file=sys.stderr)
+            status = UNFINISHED
     except CrysldnetError as error:
         print(f"error: {error}", file=sys.stderr)
         status = USAGE_ERROR

@@ -1,13 +1,15 @@
 """Compose, override and check the configuration of a command.
 
 ``conf/COMMAND.yaml`` names a default for each group under ``defaults`` and holds the command's own keys. A group's
-choice is a file ``conf/GROUP/CHOICE.yaml``. On the command line ``group=choice`` chooses, ``key.path=value`` overrides
-and ``preset=NAME`` applies ``conf/preset/NAME.yaml`` before that. Every key is checked against the signature of what
-it configures, so an unknown one stops the run.
+choice is a file ``conf/GROUP/CHOICE.yaml``, or several as ``[a,b]``, the later ones over the earlier ones. On the
+command line ``group=choice`` chooses, ``key.path=value`` overrides and ``preset=NAME`` applies
+``conf/preset/NAME.yaml`` before that. Every key is checked against the signature of what it configures, so an unknown
+one stops the run.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -22,6 +24,8 @@ from crysldnet.build import TARGET, build_dataclass, check
 from crysldnet.errors import ConfigError
 
 COMMAND_LINE = "on the command line"
+PLAIN_WORDS = {"report": "runs"}
+"""Command to the key that lists the words of its line which aren't key=value."""
 
 
 def conf_folder() -> Path:
@@ -96,15 +100,28 @@ def _group_file(group: str, choice: str) -> Path:
     return path
 
 
-def _split(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    pairs = []
+def _choices_in(choice: str) -> list[str]:
+    """Return the choices of a group: one, or those of a list in brackets."""
+    if not (choice.startswith("[") and choice.endswith("]")):
+        return [choice]
+    return [name.strip() for name in choice[1:-1].split(",")]
+
+
+def _split(arguments: Sequence[str], plain: str | None) -> list[tuple[str, str]]:
+    """Return keys and values; plain words, which may have an = after a slash, are gathered under the key ``plain``."""
+    pairs, words = [], []
     for argument in arguments:
         key, equals, value = argument.partition("=")
+        if plain is not None and not argument.startswith("--") and (not equals or "/" in key):
+            words.append(argument)
+            continue
         key = key.strip().lstrip("-") if argument.startswith("--") else key.strip()
         if not equals or not key:
             raise ConfigError(f"{argument!r}: expected group=name or key=value")
         pairs.append((key, value))
-    return pairs
+    if words and plain in dict(pairs):
+        raise ConfigError(f"{words[0]}: give {plain} either as plain words or as {plain}=[…]", plain)
+    return [*pairs, (plain, json.dumps(words, ensure_ascii=False))] if plain is not None and words else pairs
 
 
 def _parse(value: str) -> Any:
@@ -122,13 +139,14 @@ def compose(command: str, arguments: Sequence[str] = (), saved: Path | None = No
 
     Args:
         command: the name of a file in ``conf/``.
-        arguments: ``group=name`` and ``key=value``; a leading ``--`` is allowed.
+        arguments: ``group=name`` and ``key=value``; a leading ``--`` is allowed. Of the commands in ``PLAIN_WORDS``
+            also plain words.
         saved: the resolved configuration of a run that is resumed, in place of the defaults and presets.
 
     Raises:
         ConfigError: a file, group or choice is unknown, a value is missing or can't be parsed.
     """
-    pairs = _split(arguments)
+    pairs = _split(arguments, PLAIN_WORDS.get(command))
     root_file = conf_folder() / f"{command}.yaml"
     layers = [(str(root_file), load_yaml(root_file))]
     for key, value in pairs:
@@ -154,10 +172,12 @@ def compose(command: str, arguments: Sequence[str] = (), saved: Path | None = No
         groups = {key: value for key, value in groups.items() if key in [given for given, _ in pairs]}
         layers[0][1].update({group: {} for group in groups})
     for group, choice in groups.items():
-        file = _group_file(group, choice)
-        node = load_yaml(file)
-        _note(origin, OmegaConf.to_container(node), group, str(file))
-        merged[group] = node
+        merged[group] = {}
+        for name in _choices_in(choice):
+            file = _group_file(group, name)
+            node = load_yaml(file)
+            _note(origin, OmegaConf.to_container(node), group, str(file))
+            merged[group] = OmegaConf.merge(merged[group], node)
     for source, layer in layers:
         _note(origin, OmegaConf.to_container(layer), "", source)
         merged = OmegaConf.merge(merged, layer)
@@ -204,7 +224,7 @@ def validate(composition: Composition, schema: type) -> Any:
     return settings
 
 
-MAY_CHANGE = {"name", "runs", "resume", "trainer", "strategy", "logger", "stages", "epochs"}
+MAY_CHANGE = {"name", "runs", "resume", "trainer", "strategy", "logger", "stages", "epochs", "parallel"}
 """What a resumed run may do otherwise than it was begun: how it is executed, and how long."""
 
 
@@ -250,7 +270,8 @@ def help_text(command: str, description: str) -> str:
     """Return what ``--help`` prints: usage, groups with their choices, every key with its comment."""
     root_file = conf_folder() / f"{command}.yaml"
     defaults = load_yaml(root_file).get("defaults") or {}
-    lines = [f"usage: crysldnet {command} [group=name …] [key=value …] [--print-config]", "", description, ""]
+    first = f"{PLAIN_WORDS[command].upper()} …" if command in PLAIN_WORDS else "[group=name …]"
+    lines = [f"usage: crysldnet {command} {first} [key=value …] [--print-config]", "", description, ""]
     if defaults:
         lines.append("groups (group=name; the default in brackets)")
         lines += [f"  {group:<10} {', '.join(choices(str(group)))}  [{default}]" for group, default in defaults.items()]

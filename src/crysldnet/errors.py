@@ -32,3 +32,7 @@ class DeviceError(CrysldnetError):
 
 class Interrupted(CrysldnetError):
     """A run was stopped before its end; it can be resumed."""
+
+
+class DivergedError(CrysldnetError):
+    """A loss or a gradient isn't finite."""

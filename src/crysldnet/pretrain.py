@@ -24,12 +24,18 @@ from crysldnet.models.latent import LatentStatistics
 from crysldnet.models.pretraining import PretrainingModel
 from crysldnet.report import print_table
 from crysldnet.training import checkpoint, plots
+from crysldnet.training.diagnostics import OF_THE_MACHINE
+from crysldnet.training.loggers import describe_data
 from crysldnet.training.metrics import Means
 from crysldnet.training.optimizer import AdamW
 from crysldnet.training.run_folder import RunFolder, code_version
 from crysldnet.training.trainer import TrainerSettings, announce, fit, make_trainer
+from crysldnet.training.wandb_run import begin_stage, publish
 
 Stage = Literal["vae", "diffusion"]
+
+MODEL_KEYS = ("encoder", "objective", "denoiser", "model", "diffusion")
+"""What of the configuration a checkpoint has to be resumed with."""
 
 PLOTTED = (
     "train/loss",
@@ -96,6 +102,10 @@ class PretrainModule(pl.LightningModule):
     def training_step(self, batch: CrystalBatch, batch_idx: int) -> Tensor:
         """Return the loss."""
         return self._step(batch, "train")
+
+    def on_train_start(self) -> None:
+        """Know which steps a resumed run has behind it."""
+        self._teacher_step = self.trainer.global_step
 
     def on_train_batch_end(self, outputs: Any, batch: CrystalBatch, batch_idx: int) -> None:
         """Move the teacher, where there is one."""
@@ -215,7 +225,8 @@ def run(config: PretrainConfig, values: dict[str, Any]) -> int:
     folder = RunFolder(config.runs, "pretrain", config.name, resume=config.resume is not None)
     folder.save_config(values)
     folder.save_split(data.split_text())
-    loggers = build(config.logger, "logger", folder=folder.path, name=folder.name, config=values)
+    about = values | describe_data(data)
+    loggers = build(config.logger, "logger", folder=folder.path, name=folder.name, config=about)
     previous = Path(config.init) if config.init is not None else None
     summary: dict[str, Any] = {"command": "pretrain", "seed": config.seed}
     for stage in stages:
@@ -233,6 +244,7 @@ def run(config: PretrainConfig, values: dict[str, Any]) -> int:
         "collapsed": has_collapsed(summary),
     }
     _finish(folder, summary, stages)
+    publish(loggers, folder.path)
     return 0
 
 
@@ -265,6 +277,8 @@ def _run_stage(
     model.start_teacher()
     if settings.compile:
         model.encoder.compile_layers()
+    if settings.activation_checkpointing:
+        model.encoder.checkpoint_layers()
     data = _make_data(config, model)
     data.setup()
     pace: StageSettings = getattr(config.stages, stage)
@@ -281,13 +295,16 @@ def _run_stage(
         epochs=pace.epochs,
         seed=config.seed,
         gradient_clip=pace.gradient_clip,
+        owner={"command": "pretrain", "stage": stage, "model": {key: values[key] for key in MODEL_KEYS}},
         resume=config.resume is not None,
         loggers=loggers,
     )
     announce(stage, trainer, model, data)
-    fit(trainer, module, data, resume=config.resume is not None)
+    begin_stage(loggers, stage)
     metrics = {
-        name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(("val/", "train/"))
+        name: value
+        for name, value in fit(trainer, module, data).items()
+        if name.startswith(("val/", "train/")) and name not in OF_THE_MACHINE
     }
     provenance = {
         "data": data.store.metadata.get("dataset", data.store.name),

@@ -1,4 +1,4 @@
-"""What a run prints at its end."""
+"""What a run prints."""
 
 from __future__ import annotations
 
@@ -16,3 +16,8 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def note(text: str) -> None:
+    """Print a line to standard error."""
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True, markup=False)

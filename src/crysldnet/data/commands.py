@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from crysldnet.data.elements import SYMBOLS
-from crysldnet.data.importer import ParquetOutput, import_crystals
+from crysldnet.data.importer import import_crystals
+from crysldnet.data.output import ParquetOutput
 from crysldnet.data.sources import KNOWN_FILES
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError

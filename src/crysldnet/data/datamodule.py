@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from typing import Any
@@ -20,6 +20,7 @@ from crysldnet.data.corruption import Corruption, Undo
 from crysldnet.data.crystals import Crystals, concatenate
 from crysldnet.data.exclusion import By, shared_rows
 from crysldnet.data.graph import GraphSpec
+from crysldnet.data.labels import read_target
 from crysldnet.data.locations import open_store
 from crysldnet.data.sampler import BatchRequest, BatchSampler, Budget
 from crysldnet.data.split import SPLITS, Rows, Split
@@ -85,6 +86,7 @@ class CrystalDataModule(pl.LightningDataModule):
             train, val and test.
         graph: the graph that the encoder needs.
         targets: columns to predict; rows without any of them are left out. None or empty for no targets.
+        calibration_fraction: share of the validation crystals that is kept out of validation, for calibration alone.
         split: how to split (not where ``path`` names a file for each).
         corruption: what pretraining does to the crystals.
         batch_size: crystals in a global batch: of all devices and accumulation steps together.
@@ -97,6 +99,7 @@ class CrystalDataModule(pl.LightningDataModule):
         exclude_by: ``formula`` leaves out every crystal of a formula that such a set has, ``structure`` only the same
             structures.
         seed: of order and corruption.
+        target_types: what kind of target a column is, where it isn't plain from its type.
         store, rows: crystals that are open already, and which of them are train, val and test, in place of ``path``.
     """
 
@@ -115,7 +118,9 @@ class CrystalDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         exclude: list[str] | None = None,
         exclude_by: By = "formula",
+        calibration_fraction: float = 0.0,
         seed: Part[int] = 0,
+        target_types: Part[Mapping[str, str] | None] = None,
         store: Part[CrystalStore | None] = None,
         rows: Part[Rows | None] = None,
     ) -> None:
@@ -127,11 +132,19 @@ class CrystalDataModule(pl.LightningDataModule):
         self.max_atoms, self.max_edges, self.max_crystal_atoms = max_atoms, max_edges, max_crystal_atoms
         self.num_workers = num_workers
         self.exclude, self.exclude_by = exclude or [], exclude_by
+        if not 0.0 <= calibration_fraction < 1.0:
+            raise ValueError(f"calibration_fraction must be 0 or more and below 1, not {calibration_fraction}")
+        self.calibration_fraction = calibration_fraction
         self._given = (store, rows)
+        self.target_types = target_types or {}
+        self.labels: list[list[str] | None] = []
+        """Names of the classes of each target, None for numbers."""
         self.left_out: dict[str, int] = {}
         """Number of crystals that each rule left out."""
         self.excluded: list[dict[str, Any]] = []
         """Of each set in ``exclude``: its name, its sha256, the rule, and how many crystals it took."""
+        self.start = (0, 0)
+        """Epoch with which training begins, and how many batches of it each rank has done."""
         self._loaded = False
         self._commonest: int | None = None
 
@@ -146,6 +159,7 @@ class CrystalDataModule(pl.LightningDataModule):
         self.rows = {name: self._keep(rows) for name, rows in self.rows.items()}
         if not len(self.rows["train"]):
             raise DataError(f"{self.store.name}: no crystal is left to train on ({self.left_out or 'empty split'})")
+        self.rows["val"], self.calibration_rows = self._keep_for_calibration(self.rows["val"])
         self._loaded = True
 
     def _open(self) -> tuple[CrystalStore, Rows]:
@@ -182,9 +196,9 @@ class CrystalDataModule(pl.LightningDataModule):
     def _read_targets(self) -> NDArray[np.float64] | None:
         if not self.targets:
             return None
-        values = np.stack([self.store.numbers_of(name) for name in self.targets], axis=1)
-        values[~np.isfinite(values)] = np.nan
-        return values
+        read = [read_target(self.store, name, self.target_types.get(name)) for name in self.targets]
+        self.labels = [labels for _, labels in read]
+        return np.stack([values for values, _ in read], axis=1)
 
     def _keep(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         sizes = self.store.crystals.sizes[rows]
@@ -200,6 +214,17 @@ class CrystalDataModule(pl.LightningDataModule):
                 self.left_out[reason] = self.left_out.get(reason, 0) + int((bad & ~gone).sum())
             gone = gone | bad
         return rows[~gone]
+
+    def _keep_for_calibration(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the validation and the calibration rows, which are the same unless a share is kept apart.
+
+        Rows that were given are used as they are.
+        """
+        if not self.calibration_fraction or self._given[1] is not None:
+            return rows, rows
+        count = round(self.calibration_fraction * len(rows))
+        order = np.random.default_rng([self.split.seed, 2]).permutation(rows)
+        return np.sort(order[count:]), np.sort(order[:count])
 
     def split_text(self) -> str:
         """Return the file of the split as it is used, after every rule that leaves crystals out."""
@@ -246,6 +271,7 @@ class CrystalDataModule(pl.LightningDataModule):
             rank=rank,
             world_size=world_size,
             multiple=parts if train else world_size,
+            start=self.start if train else (0, 0),
         )
 
     def _edge_counts(self, name: str) -> NDArray[np.int64]:

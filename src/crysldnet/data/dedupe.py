@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crysldnet.data.exclusion import shared_rows
-from crysldnet.data.importer import ParquetOutput
 from crysldnet.data.locations import open_part
 from crysldnet.data.matching import duplicates
+from crysldnet.data.output import ParquetOutput
 from crysldnet.data.store import CrystalStore, StoreWriter
 from crysldnet.errors import DataError
 

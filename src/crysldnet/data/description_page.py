@@ -5,44 +5,11 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
+from crysldnet import page as html
 from crysldnet.data.describe import Description, Histogram
-from crysldnet.data.elements import SYMBOLS
+from crysldnet.data.periodic_table import ElementCell, periodic_table
 
 _SUSPICIOUS_SHOWN = 200
-_STYLE = """
-:root { color-scheme: light dark; --text: #1c2430; --soft: #5b6675; --line: #d8dee6; --back: #ffffff; --card: #f6f8fa;
-  --bar: #2f6db3; --tint: 47, 109, 179; }
-@media (prefers-color-scheme: dark) { :root { --text: #e6eaf0; --soft: #9aa6b5; --line: #364150; --back: #12171e;
-  --card: #1a212b; --bar: #6fa8e8; --tint: 111, 168, 232; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1200px; padding: 1rem; background: var(--back); color: var(--text);
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0.5rem 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.1rem; margin: 1.75rem 0 0.5rem; }
-.facts, .charts { display: grid; gap: 0.75rem; }
-.facts { grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); }
-.charts { grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 0.6rem 0.75rem; }
-.fact b { display: block; font-size: 1.35rem; }
-.card h3 { font-size: 0.95rem; margin: 0; overflow-wrap: anywhere; }
-.soft, figcaption { color: var(--soft); font-size: 0.85rem; }
-figure { margin: 0; }
-svg { display: block; width: 100%; height: 7rem; }
-svg rect { fill: var(--bar); }
-.axis { display: flex; justify-content: space-between; border-top: 1px solid var(--line); font-size: 0.8rem; }
-.elements { min-width: 36rem; display: grid; grid-template-columns: repeat(18, 1fr); gap: 2px; }
-.elements span { aspect-ratio: 1; min-width: 0; display: flex; flex-direction: column; align-items: center;
-  justify-content: center; border: 1px solid var(--line); border-radius: 3px; font-size: clamp(11px, 1.9vw, 16px);
-  line-height: 1.1; }
-.elements small { font-size: 0.6em; color: inherit; }
-.elements .none { opacity: 0.35; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 0.9rem; }
-th, td { text-align: left; padding: 0.25rem 0.75rem 0.25rem 0; border-bottom: 1px solid var(--line); }
-td { overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: minmax(5rem, max-content) 1fr; gap: 0.25rem 1rem; margin: 0; }
-dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-"""
 
 
 def write_html(description: Description, path: Path) -> None:
@@ -71,25 +38,24 @@ def page(d: Description) -> str:
             f"median {middle:.4g}; 90 % between {five:.4g} and {ninety_five:.4g}; from {low:.4g} to {high:.4g}"
         )
         charts.append(_chart(f"{p.name} ({p.unit})", p.histogram, note))
-    return "\n".join(
+    elements = {
+        symbol: ElementCell(f"{count:,}", (count / max(d.elements.values())) ** 0.5, f"{count:,} crystals")
+        for symbol, count in d.elements.items()
+    }
+    return html.page(
+        d.name,
         [
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(d.name)}</title><style>{_STYLE}</style></head><body>",
-            f"<h1>{escape(d.name)}</h1>",
-            '<div class="facts">',
-            *(f'<div class="card fact"><b>{value}</b>{escape(name)}</div>' for name, value in facts),
-            "</div><h2>Distributions</h2>",
+            html.facts(facts),
+            "<h2>Distributions</h2>",
             f'<div class="charts">{"".join(charts)}</div>',
             "<h2>Elements</h2>",
             '<p class="soft">Number of crystals that have each; the deeper the color, the more.</p>',
-            _periodic_table(d),
+            periodic_table(elements, "none"),
             "<h2>Suspicious rows</h2>",
             _suspicious(d),
             "<h2>Source</h2>",
             f"<dl>{''.join(f'<dt>{escape(k)}</dt><dd>{escape(v)}</dd>' for k, v in d.about.items())}</dl>",
-            "</body></html>",
-        ]
+        ],
     )
 
 
@@ -104,7 +70,8 @@ def _chart(title: str, histogram: Histogram, note: str, *, whole: bool = False) 
     label = escape(f"Histogram of {title}, the highest bar {tallest:,}")
     return (
         f'<figure class="card"><h3>{escape(title)}</h3>'
-        f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{label}">{bars}</svg>'
+        f'<svg class="bars" viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{label}">'
+        f"{bars}</svg>"
         f'<div class="axis"><span>{first:.4g}</span><span>highest bar {tallest:,}</span><span>{last:.4g}</span></div>'
         f"<figcaption>{escape(note)}</figcaption></figure>"
     )
@@ -115,41 +82,13 @@ def _span(histogram: Histogram, i: int, whole: bool) -> str:
     return f"{low + 0.5:.0f} to {high - 0.5:.0f}" if whole else f"{low:.4g} to {high:.4g}"
 
 
-def _place(z: int) -> tuple[int, int]:
-    """Return row and column of an element in the periodic table, lanthanides and actinides below it."""
-    if z in (1, 2):
-        return 1, 1 if z == 1 else 18
-    for row, noble in enumerate((10, 18, 36, 54, 86, 118), 2):
-        if z <= noble:
-            before = {10: 2, 18: 10, 36: 18, 54: 36, 86: 54, 118: 86}[noble]
-            step = z - before
-            if noble in (86, 118) and 3 <= step <= 17:
-                return row + 3, step
-            return row, step if step <= 2 else 18 - (noble - z)
-    raise ValueError(f"no element {z}")
-
-
-def _periodic_table(d: Description) -> str:
-    most = max(d.elements.values(), default=1)
-    cells = []
-    for z, symbol in enumerate(SYMBOLS[1:], 1):
-        row, column = _place(z)
-        count = d.elements.get(symbol, 0)
-        tint = f"background: rgba(var(--tint), {0.1 + 0.6 * (count / most) ** 0.5:.2f});" if count else ""
-        cells.append(
-            f'<span class="{"" if count else "none"}" style="grid-row: {row}; grid-column: {column}; {tint}" '
-            f'title="{symbol}: {count:,} crystals">{symbol}{f"<small>{count:,}</small>" if count else ""}</span>'
-        )
-    return f'<div class="scroll"><div class="elements">{"".join(cells)}</div></div>'
-
-
 def _suspicious(d: Description) -> str:
     if not d.suspicious:
         return "<p>None.</p>"
     shown = d.suspicious[:_SUSPICIOUS_SHOWN]
-    rows = "".join(f"<tr><td>{escape(s.id)}</td><td>{escape(s.reason)}</td></tr>" for s in shown)
+    rows = html.table(["id", "why"], [(s.id, s.reason) for s in shown])
     more = f'<p class="soft">and {len(d.suspicious) - len(shown):,} more</p>' if len(d.suspicious) > len(shown) else ""
-    return f'<div class="scroll"><table><tr><th>id</th><th>why</th></tr>{rows}</table></div>{more}'
+    return rows + more
 
 
 def write_png(description: Description, path: Path) -> None:

@@ -14,18 +14,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from crysldnet import __version__
 from crysldnet.data.assembly import Plan, write
 from crysldnet.data.ledger import Ledger
+from crysldnet.data.output import ParquetOutput
 from crysldnet.data.rows import enter_account, read_of
 from crysldnet.data.sources import Reader, Settings, open_readers
-from crysldnet.data.store import StoreWriter, remove_partials
+from crysldnet.data.store import StoreWriter
 from crysldnet.data.structure_files import Source
 from crysldnet.data.targets import check_table, read_targets
 from crysldnet.data.workspace import Workspace, read_pieces, schema_of
@@ -166,47 +163,6 @@ def _read(
                 enter_account(schema, Ledger(strict=True))
             advance(read_of(schema))
             yield piece
-
-
-class ParquetOutput:
-    """Write a Parquet file a table at a time; it appears under its name when it is whole.
-
-    Use it as a context manager: leaving with an exception removes what was written.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        self._path = Path(path)
-        if self._path.is_dir() or (self._path.exists() and not overwrite):
-            raise DataError(f"{self._path} exists already; choose another name or pass --overwrite")
-        self._partial = self._path.with_name(f".{self._path.name}.partial-{os.getpid()}")
-        self._writer: pq.ParquetWriter | None = None
-
-    def __enter__(self) -> ParquetOutput:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            remove_partials(self._path)
-            self._file = self._partial.open("wb")
-        except OSError as error:
-            raise DataError(f"can't write to {self._path.parent}: {error.strerror}") from error
-        return self
-
-    def append(self, table: pa.Table) -> None:
-        """Add rows; all tables have the same columns."""
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(self._file, table.schema, compression="zstd", write_page_checksum=True)
-        self._writer.write_table(table)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            if self._writer is not None:
-                self._writer.close()
-            self._file.close()
-            if kind is None:
-                os.replace(self._partial, self._path)
-        finally:
-            self._partial.unlink(missing_ok=True)
 
 
 def _open_output(out: Path, overwrite: bool) -> StoreWriter | ParquetOutput:

@@ -103,6 +103,7 @@ class BatchSampler(Sampler[BatchRequest]):
         seed: of the order.
         rank, world_size: which share of the batches this process takes.
         multiple: the epoch's number of batches is a multiple of this (world size × accumulation).
+        start: the epoch to begin with, and how many of this rank's batches of it are done and left out.
     """
 
     def __init__(
@@ -117,11 +118,13 @@ class BatchSampler(Sampler[BatchRequest]):
         rank: int = 0,
         world_size: int = 1,
         multiple: int | None = None,
+        start: tuple[int, int] = (0, 0),
     ) -> None:
         self.rows, self.atoms, self.edges, self.budget = rows, atoms, edges, budget
         self.shuffle, self.seed, self.rank, self.world_size = shuffle, seed, rank, world_size
         self.multiple = multiple or world_size
-        self.epoch = 0
+        self.start = start
+        self.epoch = start[0]  # workers fetch ahead before Lightning names the epoch of a resumed run
         self._epoch_0: list[NDArray[np.int64]] | None = None
         self._packed: tuple[int, list[NDArray[np.int64]]] | None = None
 
@@ -152,9 +155,11 @@ class BatchSampler(Sampler[BatchRequest]):
         return self._epoch_0
 
     def __len__(self) -> int:
+        """Return this rank's batches of an epoch, those that are done included."""
         return len(self._batches()) // self.world_size
 
     def __iter__(self) -> Iterator[BatchRequest]:
         batches = self._batches()
-        for number in range(self.rank, len(batches), self.world_size):
+        done = self.start[1] if self.epoch == self.start[0] else 0
+        for number in range(self.rank + done * self.world_size, len(batches), self.world_size):
             yield BatchRequest(self.rows[batches[number]], self.epoch if self.shuffle else 0, number)

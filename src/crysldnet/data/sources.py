@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import pyarrow as pa
 
+from crysldnet.data.crystals import Crystals
 from crysldnet.data.formats.compression import inner_name
 from crysldnet.data.rows import Rows
 from crysldnet.data.structure_files import find_structure_files, kind_of, material_ids, parse_structure, read_structure
@@ -150,18 +151,23 @@ def read_structures(structures: Iterable[tuple[str, str, Any]], max_atoms: int) 
     return rows.table(max_atoms)
 
 
-def open_readers(source: Any) -> list[Reader]:
+OnBad = Callable[[str, str], None]
+"""Takes the name of a file that can't be opened, and why."""
+
+
+def open_readers(source: Any, on_bad: OnBad | None = None) -> list[Reader]:
     """Tell what a source is and return the readers of its parts.
 
     Args:
         source: as :func:`crysldnet.data.importer.import_crystals` describes it.
+        on_bad: what to do with a file of many crystals that is damaged; None raises.
 
     Raises:
         DataError: there is nothing to read, or nothing that is known.
     """
     if isinstance(source, (str, os.PathLike)):
-        return _open_paths([source])
-    if _is_table(source):
+        return _open_paths([source], on_bad)
+    if _is_whole(source):
         return [_object_reader(source)]
     if not isinstance(source, Iterable):
         raise DataError(f"{type(source).__name__} is no source of crystals")
@@ -170,12 +176,16 @@ def open_readers(source: Any) -> list[Reader]:
     if not first:
         raise DataError("the source is empty")
     if isinstance(first[0], (str, os.PathLike)):
-        return _open_paths([*first, *items])
+        return _open_paths([*first, *items], on_bad)
     return [_object_reader(source if isinstance(source, Sequence) else chain(first, items))]
 
 
-def _is_table(source: Any) -> bool:
-    return isinstance(source, pa.Table) or hasattr(source, "iter_rows") or hasattr(source, "iloc")
+def _is_whole(source: Any) -> bool:
+    """Say whether a source is one object: crystals, a structure or record, or a table."""
+    from crysldnet.data.formats.records import is_object
+
+    kinds = (Crystals, Mapping, pa.Table)
+    return isinstance(source, kinds) or is_object(source) or hasattr(source, "iter_rows") or hasattr(source, "iloc")
 
 
 def _object_reader(source: Any) -> Reader:
@@ -184,7 +194,9 @@ def _object_reader(source: Any) -> Reader:
     return ObjectReader(source)
 
 
-def _open_paths(sources: Sequence[str | os.PathLike[str]]) -> list[Reader]:
+def _open_paths(sources: Sequence[str | os.PathLike[str]], on_bad: OnBad | None) -> list[Reader]:
+    stores = [os.fspath(source) for source in sources if _is_store(source)]
+    sources = [source for source in sources if not _is_store(source)]
     paths = list(dict.fromkeys(path for source in sources for path in _expanded(Path(source).expanduser())))
     readers: list[Reader] = []
     structures = [path for path in paths if path.is_dir() or kind_of(path)]
@@ -192,7 +204,24 @@ def _open_paths(sources: Sequence[str | os.PathLike[str]]) -> list[Reader]:
     if structures:
         files = find_structure_files(structures)
         readers.append(FileReader(files, structures[0] if len(paths) == 1 and structures[0].is_dir() else None))
-    return [*readers, *(_open_file(path) for path in others)]
+    opened = [*((_open_file, str(path)) for path in others), *((_open_store, store) for store in stores)]
+    for open_, path in opened:
+        try:
+            readers.append(open_(path))
+        except DataError as error:
+            if on_bad is None:
+                raise
+            on_bad(path, str(error).removeprefix(f"{path}: "))
+    return readers
+
+
+def _is_store(source: str | os.PathLike[str]) -> bool:
+    """Say whether a source is a store, a data set by its name, or a split of one."""
+    name = os.fspath(source)
+    if name.startswith(("embedded:", "published:")) or os.path.isfile(os.path.join(name, "store.json")):
+        return True
+    whole, at, _ = name.rpartition("@")
+    return bool(at) and not os.path.exists(name) and (_is_store(whole) or whole.lower().endswith(".parquet"))
 
 
 def _expanded(path: Path) -> list[Path]:
@@ -228,15 +257,24 @@ KINDS = {
     ".parquet": "tables.ParquetReader",
 }
 """The reader of each suffix, below ``crysldnet.data.formats``."""
+STORE = "tables.StoreReader"
 
 KNOWN_FILES = "*.cif, *.vasp, *.poscar, POSCAR*, CONTCAR*, " + ", ".join(f"*{suffix}" for suffix in KINDS)
 
 
-def _open_file(path: Path) -> Reader:
-    from importlib import import_module
+def _open_store(name: str) -> Reader:
+    return _open(STORE, name)
 
-    suffix = suffix_of(path)
+
+def _open_file(path: str | Path) -> Reader:
+    suffix = suffix_of(Path(path))
     if suffix not in KINDS:
         raise DataError(f"{path}: not a file of crystals by its name; those read are {KNOWN_FILES}")
-    module, name = KINDS[suffix].split(".")
+    return _open(KINDS[suffix], Path(path))
+
+
+def _open(kind: str, path: str | Path) -> Reader:
+    from importlib import import_module
+
+    module, name = kind.split(".")
     return getattr(import_module(f"crysldnet.data.formats.{module}"), name)(path)

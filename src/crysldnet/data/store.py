@@ -101,6 +101,14 @@ class CrystalStore:
             raise DataError(f"{self.name}: column {name!r} holds {column.type}, not numbers")
         return column.cast(pa.float64()).to_numpy(zero_copy_only=False)
 
+    def type_of(self, name: str) -> pa.DataType:
+        """Return the Arrow type of a property or text column.
+
+        Raises:
+            DataError: there is no such column.
+        """
+        return self._column(name).type
+
     def texts_of(self, name: str) -> NDArray[np.object_]:
         """[B] a text column, None where there is no value."""
         return self._column(name).to_numpy(zero_copy_only=False)
@@ -110,10 +118,12 @@ class CrystalStore:
             raise DataError(f"{self.name}: no column {name!r}; it has {', '.join(self.column_names) or 'none'}")
         return self._columns[name]
 
-    def to_table(self) -> pa.Table:
-        """Return everything as a table in the Parquet schema."""
-        properties = {name: self._columns[name].combine_chunks() for name in self.column_names}
-        return table_from_crystals(self.crystals, self.ids.to_pylist(), properties, self.units, self.metadata)
+    def to_table(self, rows: NDArray[np.int64] | None = None) -> pa.Table:
+        """Return everything, or some rows, as a table in the Parquet schema."""
+        columns = self._columns if rows is None else _rows_of(self._columns, rows)
+        properties = {name: columns[name].combine_chunks() for name in self.column_names}
+        crystals = self.crystals if rows is None else self.crystals.take(rows)
+        return table_from_crystals(crystals, columns["material_id"].to_pylist(), properties, self.units, self.metadata)
 
     @classmethod
     def from_table(cls, table: pa.Table, name: str = "table") -> CrystalStore:
@@ -210,6 +220,12 @@ class CrystalStore:
         for name, entry in _read_info(path)["files"].items():
             if _sha256(path / name) != entry["sha256"]:
                 raise DataError(f"{path / name}: its content differs from the sha256 in store.json; import it again")
+
+
+def _rows_of(columns: pa.Table, rows: NDArray[np.int64]) -> pa.Table:
+    if len(rows) and (np.diff(rows) == 1).all():  # a slice copies nothing
+        return columns.slice(int(rows[0]), len(rows))
+    return columns.take(pa.array(rows, pa.int64()))
 
 
 def _read_info(path: Path) -> dict[str, Any]:

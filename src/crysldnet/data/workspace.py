@@ -13,12 +13,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import pyarrow as pa
 
@@ -26,6 +27,8 @@ from crysldnet.errors import DataError
 
 Task = Callable[[], pa.Table]
 """Reads one piece; it travels to another process, so it is a ``functools.partial`` of a module's function."""
+
+T = TypeVar("T")
 
 PATIENCE = 2.0
 """seconds; what takes less is read sooner in one process than it takes to start others"""
@@ -91,27 +94,43 @@ def read_pieces(tasks: Iterable[Task], workspace: Workspace, workers: int) -> It
     Raises:
         DataError: the input can't be read, or a process died.
     """
-    pieces = ((task, workspace.piece(number)) for number, task in enumerate(tasks))
-    begun = time.monotonic()
-    for task, path in pieces:
-        if not path.exists():
-            _read_piece(task, path)
-        yield path
-        if workers > 1 and time.monotonic() - begun > PATIENCE:
-            yield from _read_in_processes(pieces, workers)
+    paths = ((task, workspace.piece(number)) for number, task in enumerate(tasks))
+    return run_in_order(((partial(_piece, task, path), path.exists()) for task, path in paths), workers)
+
+
+def run_in_order(calls: Iterator[tuple[Callable[[], T], bool]], workers: int) -> Iterator[T]:
+    """Run calls and give their results in order: here, and in processes once the calls turn out to take long.
+
+    Processes start after two seconds of work, where the calls take more time than whoever uses the results.
+
+    Args:
+        calls: what to run, and whether it takes no time, so that it is run here in any case.
+        workers: processes; 1 runs everything here.
+
+    Raises:
+        DataError: a process died; and what the calls raise.
+    """
+    begun, busy = time.monotonic(), 0.0
+    for call, _ in calls:
+        start = time.monotonic()
+        result = call()
+        busy += time.monotonic() - start
+        yield result
+        if workers > 1 and busy > PATIENCE and 2 * busy > time.monotonic() - begun:
+            yield from _run_in_processes(calls, workers)
             return
 
 
-def _read_in_processes(pieces: Iterator[tuple[Task, Path]], workers: int) -> Iterator[Path]:
-    pending: deque[tuple[Path, Future[None] | None]] = deque()
+def _run_in_processes(calls: Iterator[tuple[Callable[[], T], bool]], workers: int) -> Iterator[T]:
+    pending: deque[Callable[[], T]] = deque()
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
     try:
-        for task, path in pieces:
-            pending.append((path, None if path.exists() else pool.submit(_read_piece, task, path)))
+        for call, here in calls:
+            pending.append(call if here else pool.submit(call).result)
             while len(pending) > 2 * workers + 2:
-                yield _finished(*pending.popleft())
+                yield pending.popleft()()
         while pending:
-            yield _finished(*pending.popleft())
+            yield pending.popleft()()
     except BrokenProcessPool as error:
         raise DataError(
             "a process that reads structures died: it ran out of memory, or the script that called lacks "
@@ -121,9 +140,9 @@ def _read_in_processes(pieces: Iterator[tuple[Task, Path]], workers: int) -> Ite
         pool.shutdown(cancel_futures=True)
 
 
-def _finished(path: Path, future: Future[None] | None) -> Path:
-    if future is not None:
-        future.result()
+def _piece(task: Task, path: Path) -> Path:
+    if not path.exists():
+        _read_piece(task, path)
     return path
 
 

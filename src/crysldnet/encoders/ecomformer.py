@@ -205,6 +205,10 @@ class EComFormer(Encoder):
         self.convs = nn.ModuleList(ComFormerConv(width) for _ in range(layers))
         self.equivariant = EquivariantBlock(width, scalars, vectors)
 
+    def layer_of(self, name: str) -> int:
+        """Return the layer of a parameter; ``equivariant`` follows the first."""
+        return 1 if name.startswith("equivariant") else super().layer_of(name)
+
     def forward(self, batch: CrystalBatch) -> Tensor:
         """Return [N, width]."""
         source, target = batch.edge_index

@@ -160,6 +160,10 @@ class IComFormer(Encoder):
         self.angle_layer = AngleLayer(width)
         self.unused = unused_parameters(74_080) if published else None
 
+    def layer_of(self, name: str) -> int:
+        """Return the layer of a parameter; ``angle_layer`` follows the first."""
+        return 1 if name.startswith("angle_layer") else super().layer_of(name)
+
     def forward(self, batch: CrystalBatch) -> Tensor:
         """Return [N, width]."""
         assert batch.frame is not None

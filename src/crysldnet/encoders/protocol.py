@@ -9,8 +9,13 @@ the list in ``build.py`` (or call ``allow``) and a YAML with its settings into `
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from crysldnet.data.batch import CrystalBatch
 from crysldnet.data.graph import GraphSpec
@@ -31,6 +36,58 @@ class Encoder(nn.Module, ABC):
         """Compile the encoder for speed, once for all sizes of batches; the results stay the same up to rounding."""
         self.compile(dynamic=True)
 
+    @property
+    def n_layers(self) -> int:
+        """Number of layers that follow one another: the length of the longest list of modules."""
+        return max((len(part) for part in self.children() if isinstance(part, nn.ModuleList)), default=0)
+
+    def layer_of(self, name: str) -> int:
+        """Return the layer that a parameter belongs to, by its name: 0 for what comes before the layers, then 1 … n.
+
+        A member of a list of modules belongs to the layer of its place, and a part that was made after the lists to
+        the last one. An encoder where that isn't so says so itself.
+        """
+        parts = [part for part, _ in self.named_children()]
+        lists = [part for part, module in self.named_children() if isinstance(module, nn.ModuleList)]
+        first, _, rest = name.partition(".")
+        if first in lists:
+            return 1 + int(rest.partition(".")[0] or 0)
+        after = first in parts and bool(lists) and parts.index(first) > parts.index(lists[-1])
+        return self.n_layers if after else 0
+
+    def checkpoint_layers(self) -> None:
+        """Compute every layer again in the backward pass in place of keeping its activations: less memory, more time.
+
+        Losses and gradients stay the same, and batch statistics move once a step as before.
+        """
+        for layer in layers_of(self):
+            layer.forward = partial(
+                checkpoint, layer.forward, use_reentrant=False, context_fn=partial(_contexts, layer)
+            )
+
     @abstractmethod
     def forward(self, batch: CrystalBatch) -> Tensor:
         """Return [N, D] features of the atoms; masked atoms have the atomic number 0."""
+
+
+def layers_of(module: nn.Module) -> list[nn.Module]:
+    """Return the layers of a module: what is in the module lists that it holds itself."""
+    return [layer for child in module.children() if isinstance(child, nn.ModuleList) for layer in child]
+
+
+def _contexts(layer: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), _still_statistics(layer)
+
+
+@contextmanager
+def _still_statistics(layer: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of batch normalisation as they are: they have seen this batch already."""
+    norms = [part for part in layer.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count

@@ -1,41 +1,47 @@
-"""Run a task of the official Matbench benchmark on its own folds and write a submission folder.
+"""Run tasks of the official Matbench benchmark on their own folds and write a submission folder.
 
 Each fold's model chooses its best epoch on a part of the fold's training crystals; the test crystals are read without
 their targets, once, when that is done. The official package keeps the folds, records the predictions and scores them.
-A finished fold is kept in the run folder, so resume=last goes on with the next one.
+A finished fold is kept in the run folder, so resume=last goes on with the next one. parallel=N trains N folds at once.
 
 The crystals are read from MATMINER_DATA/TASK.json.gz. Without that file matbench_jdft2d and matbench_phonons are
 re-encoded from the data inside this package; the result is then labelled "not the official file".
+
+crysldnet matbench validate FOLDER checks a submission folder, and scores its predictions anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from difflib import get_close_matches
 from typing import Any
 
-import numpy as np
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
 from crysldnet.build import build
-from crysldnet.errors import ConfigError
-from crysldnet.finetune import make_encoder
-from crysldnet.matbench.folds import Run, run_fold, score_folds
-from crysldnet.matbench.settings import MatbenchConfig, check_settings
-from crysldnet.matbench.submission import load_submission, write_submission
-from crysldnet.matbench.tasks import open_benchmark
+from crysldnet.errors import ConfigError, DataError
+from crysldnet.finetune.settings import make_encoder
+from crysldnet.matbench.begun import Begun, open_task
+from crysldnet.matbench.folds import TaskRun, read_fold, record_folds, run_fold
+from crysldnet.matbench.leaderboard import print_scores, write_comparison
+from crysldnet.matbench.parallel import run_folds
+from crysldnet.matbench.recipes import make_recipes
+from crysldnet.matbench.scores import TaskScores, true_roc_auc
+from crysldnet.matbench.settings import MAY_CHANGE, MatbenchConfig, check_settings
+from crysldnet.matbench.submission import Told, write_submission
+from crysldnet.matbench.tasks import find_source, task_metadata
+from crysldnet.matbench.validation import check_submission
 from crysldnet.report import print_table
 from crysldnet.training.pretraining_set import print_overlap
 from crysldnet.training.run_folder import RunFolder
 from crysldnet.training.trainer import TrainerSettings
 
-FIXED = "task seed pretrained epochs loss gradient_clip validation_fraction data encoder head optimizer trainer".split()
-"""Keys that must be the same in all folds of a run, so also when it is resumed."""
+__all__ = ["MatbenchConfig", "check_settings", "run"]
 
 
 def run(config: MatbenchConfig, values: dict[str, Any]) -> int:
-    """Run the task; return the exit status.
+    """Run the tasks; return the exit status.
 
     Args:
         config: the settings.
@@ -44,23 +50,42 @@ def run(config: MatbenchConfig, values: dict[str, Any]) -> int:
     settings: TrainerSettings = build(config.trainer, "trainer")
     settings.check(build(config.strategy, "strategy"))
     check_settings(config)
-    encoder, _, provenance = make_encoder(config)
-    benchmark, source = open_benchmark(config.task)
+    for name in config.names:
+        find_source(name)
+    _check_targets(config)
+    make_recipes(config, values)
+    make_encoder(config)
     folder = RunFolder(config.runs, "matbench", config.name, resume=config.resume is not None)
     _check_resumed(folder, values)
     folder.save_config(values)
-    device = "cuda" if settings.resolve_accelerator() == "gpu" else "cpu"
-    whole = Run(config, values, folder, benchmark, source, encoder.graph, provenance, device)
-    for fold in whole.folds:
-        run_fold(whole, fold)
-    _finish(whole)
+    begun = Begun.of(config, values, folder)
+    if config.parallel > 1:
+        run_folds(begun)
+    told = {}
+    for name in config.names:
+        task_run = open_task(begun, name)
+        for fold in task_run.folds:
+            run_fold(task_run, fold)
+        told[name] = _score(task_run)
+        task_run.task.df = None  # the crystals of one task are in memory at a time
+    _finish(begun, values, told)
     return 0
+
+
+def _check_targets(config: MatbenchConfig) -> None:
+    targets = [task_metadata(name).target for name in config.names]
+    for key in ("target_types", "element_references"):
+        for name in getattr(config, key):
+            if name not in targets:
+                close = get_close_matches(name, targets, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"they are: {', '.join(targets)}"
+                raise ConfigError(f"{key}: {name!r} is not a target of the tasks; {hint}", key)
 
 
 def _check_resumed(folder: RunFolder, values: Mapping[str, Any]) -> None:
     path = folder.path / "config.yaml"
     before = yaml.safe_load(path.read_text()) if path.exists() else values
-    for key in FIXED:
+    for key in values.keys() - set(MAY_CHANGE):
         if before.get(key) != values[key]:
             raise ConfigError(
                 f"{folder.path} was begun with {key}={before.get(key)}, not {values[key]}: all folds of a run are "
@@ -69,41 +94,64 @@ def _check_resumed(folder: RunFolder, values: Mapping[str, Any]) -> None:
             )
 
 
+def _score(task_run: TaskRun) -> Told:
+    """Let the official package record and score the folds of a task, and keep what will be told of them."""
+    record_folds(task_run)
+    task = task_run.task
+    scores = {fold: dict(task.results[task.folds_map[fold]].scores) for fold in task_run.folds}
+    areas = {}
+    if task.metadata.task_type == "classification":
+        for fold in task_run.folds:
+            true = task.get_test_data(fold, include_target=True)[1]
+            areas[fold] = true_roc_auc(true.tolist(), read_fold(task_run, fold)["predictions"])
+    return Told(
+        TaskScores(task_run.name, scores, areas, task_run.source.label),
+        task_run.source,
+        task_run.inputs,
+        task_run.overlap,
+    )
+
+
 @rank_zero_only
-def _finish(run: Run) -> None:
-    scores = score_folds(run)
-    submission = write_submission(run)
-    if run.complete:
-        load_submission(submission)
-    metadata = run.task.metadata
-    mae = np.array([s["mae"] for s in scores.values()])
-    run.folder.finish(
+def _finish(begun: Begun, values: dict[str, Any], told: dict[str, Told]) -> None:
+    config = begun.config
+    submission = write_submission(begun, values, told)
+    complete = all(len(t.scores.folds) == len(begun.benchmark.tasks_map[name].folds) for name, t in told.items())
+    if complete:
+        checked = check_submission(submission)
+        if checked.problems:
+            raise DataError(f"{submission}: not a valid submission: {'; '.join(checked.problems)}")
+    written = [["submission", str(submission)]]
+    if complete:
+        scores = [t.scores for t in told.values()]
+        written.append(["comparison", str(write_comparison(begun.folder.path, config.algorithm, scores))])
+    begun.folder.finish(
         {
             "command": "matbench",
-            "task": run.config.task,
-            "seed": run.config.seed,
-            "pretrained": run.config.pretrained,
-            **run.inputs,
-            "pretraining_overlap": run.overlap,
-            "official_data": run.source.official,
-            "valid": run.complete,
-            "unit": metadata.unit,
-            "mae_mean": float(mae.mean()),
-            "mae_std": float(mae.std()),
-            "scores": {f"fold_{fold}": s for fold, s in scores.items()},
+            "tasks": {name: _summary(t) for name, t in told.items()},
+            "seed": config.seed,
+            "pretrained": config.pretrained,
+            "pretrained_sha256": next(iter(told.values())).inputs["pretrained_sha256"],
+            "valid": complete,
             "submission": str(submission),
         }
     )
-    _print_scores(run, scores, submission)
-    print_overlap(run.overlap)
+    for t in told.values():
+        print_scores(t.scores.task, config.algorithm, t.scores)
+        print_overlap(t.overlap)
+    state = "valid" if complete else f"INCOMPLETE, folds {config.folds} alone"
+    print_table("", ["", ""], [*written, ["state", state]])
 
 
-def _print_scores(run: Run, scores: dict[int, dict[str, float]], submission: Path) -> None:
-    metadata = run.task.metadata
-    rows = [[f"fold {fold}", f"{s['mae']:.4f}", f"{s['rmse']:.4f}"] for fold, s in scores.items()]
-    errors = [np.array([s[name] for s in scores.values()]) for name in ("mae", "rmse")]
-    rows.append(["mean ± std", *(f"{e.mean():.4f} ± {e.std():.4f}" for e in errors)])
-    rows.append(["MAD of the targets", f"{metadata.mad:.4f}", ""])
-    print_table(run.config.task, ["", f"MAE ({metadata.unit})", f"RMSE ({metadata.unit})"], rows)
-    state = "valid" if run.complete else f"INCOMPLETE, folds {run.folds} of {len(run.task.folds)}"
-    print_table("", ["", ""], [["submission", str(submission)], ["state", state], ["data", run.source.label]])
+def _summary(told: Told) -> dict[str, Any]:
+    scores = told.scores
+    return {
+        f"{scores.metric}_mean": scores.mean(),
+        f"{scores.metric}_std": scores.std(),
+        "unit": scores.unit,
+        "scores": {f"fold_{fold}": s for fold, s in scores.folds.items()},
+        **({"true_roc_auc": {f"fold_{fold}": a for fold, a in scores.true_auc.items()}} if scores.true_auc else {}),
+        "official_data": told.source.official,
+        "data_sha256": told.inputs["data_sha256"],
+        "pretraining_overlap": told.overlap,
+    }

@@ -1,65 +1,73 @@
-"""Train on a fold, choose the best epoch on a part of its training crystals, and keep its predictions."""
+"""Train on a fold, choose recipe and epoch on a part of its training crystals, and keep its predictions."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 
 from crysldnet.build import build
+from crysldnet.data.batch import make_batch
 from crysldnet.data.crystals import Crystals
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.data.fingerprint import Fingerprints
-from crysldnet.data.graph import GraphSpec
 from crysldnet.data.sampler import BatchSampler, Budget
 from crysldnet.data.schema import table_from_crystals
 from crysldnet.data.split import Rows
 from crysldnet.data.store import CrystalStore
+from crysldnet.encoders.protocol import Encoder
 from crysldnet.errors import ConfigError, DataError
-from crysldnet.finetune import Finetuned, train
+from crysldnet.finetune.ensemble import train_ensemble
+from crysldnet.finetune.settings import make_data
+from crysldnet.finetune.training import train
+from crysldnet.matbench.recipes import Recipe
 from crysldnet.matbench.settings import MatbenchConfig
-from crysldnet.matbench.tasks import Source, crystals_of, file_hash
+from crysldnet.matbench.tasks import Source, crystals_of, file_hash, target_values
+from crysldnet.models.ensemble import combine
 from crysldnet.models.head import PropertyModel
-from crysldnet.predict import predict_crystals
+from crysldnet.training.atomic import write_atomically
 from crysldnet.training.checkpoint import load_property_model
+from crysldnet.training.loggers import describe_data
 from crysldnet.training.pretraining_set import encoder_file, pretraining_overlap
-from crysldnet.training.run_folder import RunFolder, write_atomically
+from crysldnet.training.run_folder import RunFolder
+from crysldnet.training.wandb_run import publish
 
 
 @dataclass(frozen=True)
-class Run:
-    """What all folds of a run share."""
+class TaskRun:
+    """What all folds of a task share."""
 
     config: MatbenchConfig
-    values: dict[str, Any]
+    recipes: list[Recipe]
     folder: RunFolder
-    benchmark: Any
+    task: Any
+    """The ``MatbenchTask``, loaded."""
     source: Source
-    graph: GraphSpec
-    provenance: dict[str, Any]
-    """Of the pretrained encoder; empty where there is none."""
+    encoder: Encoder
+    """As it is before training; it says which graph it needs."""
     device: str
 
     @property
-    def task(self) -> Any:
-        """The ``MatbenchTask``."""
-        return self.benchmark.tasks_map[self.config.task]
+    def name(self) -> str:
+        """Of the task."""
+        return self.task.dataset_name
+
+    @property
+    def target(self) -> str:
+        """The column to predict."""
+        return self.task.metadata.target
 
     @property
     def folds(self) -> list[int]:
         """The folds to run."""
         return list(self.task.folds) if self.config.folds is None else self.config.folds
-
-    @property
-    def complete(self) -> bool:
-        """Whether they are all."""
-        return len(self.folds) == len(self.task.folds)
 
     @cached_property
     def overlap(self) -> dict[str, Any] | None:
@@ -82,97 +90,165 @@ def inner_rows(n: int, fraction: float, seed: int, fold: int) -> Rows:
     return {"train": np.sort(order[count:]), "val": np.sort(order[:count]), "test": np.empty(0, np.int64)}
 
 
-def fold_folder(run: Run, fold: int) -> Path:
-    """Return where a fold's model and predictions are kept."""
-    return run.folder.path / f"fold_{fold}"
+def fold_folder(root: Path, task: str, fold: int) -> Path:
+    """Return where a fold's models and predictions are kept, in the folder of the run."""
+    return root / task / f"fold_{fold}"
 
 
-def fold_data(run: Run, fold: int) -> CrystalDataModule:
+def is_done(root: Path, task: str, fold: int) -> bool:
+    """Say whether a fold's predictions are kept."""
+    return (fold_folder(root, task, fold) / "predictions.json").exists()
+
+
+def _of_task(run: TaskRun, config: MatbenchConfig) -> MatbenchConfig:
+    """Return the settings for this task alone: what they say of other tasks' targets is left out."""
+    return replace(
+        config,
+        data={**config.data, "targets": [run.target]},
+        target_types={name: kind for name, kind in config.target_types.items() if name == run.target},
+        element_references=[name for name in config.element_references if name == run.target],
+    )
+
+
+def fold_data(run: TaskRun, fold: int, recipe: Recipe | None = None) -> CrystalDataModule:
     """Return the data of a fold's training: its training part alone, split for validation."""
     structures, targets = run.task.get_train_and_val_data(fold)
-    metadata = run.task.metadata
+    unit = run.task.metadata.unit
     table = table_from_crystals(
         crystals_of(structures),
         list(structures.index),
-        {metadata.target: targets.to_numpy(np.float64)},
-        {metadata.target: metadata.unit},
-        {"dataset": run.config.task, "source": run.source.label},
+        {run.target: target_values(run.task, targets)},
+        {run.target: unit} if unit else {},
+        {"dataset": run.name, "source": run.source.label},
     )
-    store = CrystalStore.from_table(table, f"training part of fold {fold} of {run.config.task}")
+    store = CrystalStore.from_table(table, f"training part of fold {fold} of {run.name}")
     rows = inner_rows(len(store), run.config.validation_fraction, run.config.seed, fold)
-    node = {**run.config.data, "targets": [metadata.target]}
-    return build(node, "data", graph=run.graph, seed=run.config.seed, store=store, rows=rows)
+    return make_data(_of_task(run, (recipe or run.recipes[0]).config), run.encoder, store=store, rows=rows)
 
 
-def predict(model: PropertyModel, crystals: Crystals, batch_size: int, max_atoms: int | None) -> NDArray[np.float64]:
-    """Return [B] predictions in physical units."""
+def predict(
+    models: list[PropertyModel], crystals: Crystals, batch_size: int, max_atoms: int | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+    """Return what models that predict together say of B crystals.
+
+    Returns:
+        [B] values in physical units, or of a classification the probability of true; and [B] standard deviations, None
+        where there are none.
+    """
     sizes = crystals.sizes
     atoms = None if max_atoms is None else max(max_atoms, int(sizes.max()))
-    predicted = np.empty(len(crystals))
-    for rows, *_ in BatchSampler(
-        np.arange(len(crystals)), sizes, None, Budget(crystals=batch_size, atoms=atoms), shuffle=False
-    ):
-        predicted[rows] = predict_crystals(model, crystals.take(rows))[:, 0]
-    return predicted
+    device = next(models[0].parameters()).device
+    values, stds = np.empty(len(crystals)), np.full(len(crystals), np.nan)
+    budget = Budget(crystals=batch_size, atoms=atoms)
+    for rows, *_ in BatchSampler(np.arange(len(crystals)), sizes, None, budget, shuffle=False):
+        batch = make_batch(crystals.take(rows), models[0].encoder.graph).to(device)
+        with torch.inference_mode():
+            each = [model.predict(batch) for model in models]
+        predicted = combine(each) if len(each) > 1 else each[0]
+        value = predicted.value[:, 0] if predicted.probability is None else predicted.probability[:, 0, 1]
+        values[rows] = value.double().cpu().numpy()
+        if predicted.std is not None:
+            stds[rows] = predicted.std[:, 0].double().cpu().numpy()
+    return values, None if np.isnan(stds).all() else stds
 
 
-def run_fold(run: Run, fold: int) -> None:
+def run_fold(run: TaskRun, fold: int) -> None:
     """Train on a fold and keep its predictions, unless they are there already."""
-    folder = fold_folder(run, fold)
-    if (folder / "predictions.json").exists():
-        _read_fold(run, fold)
+    if is_done(run.folder.path, run.name, fold):
+        read_fold(run, fold)
         return
-    loggers = build(
-        run.config.logger, "logger", folder=folder, name=f"{run.folder.name}-fold_{fold}", config=run.values
-    )
-    result = train(run.config, run.values, folder, data=fold_data(run, fold), loggers=loggers)
-    for logger in loggers:  # else the next fold would be logged into this one
-        getattr(logger.experiment, "finish", lambda: None)()
-    _keep_predictions(run, fold, result)
+    folder = fold_folder(run.folder.path, run.name, fold)
+    recipe, tried = _choose_recipe(run, fold, folder)
+    data = fold_data(run, fold, recipe)
+    config = _of_task(run, recipe.config)
+    if config.ensemble > 1:
+        name = f"{run.folder.name}-{run.name}-fold_{fold}"
+        train_ensemble(config, recipe.values, folder, name, data)
+        paths = [folder / f"member_{i}" for i in range(config.ensemble)]
+    else:
+        paths = [_train(run, recipe, fold, folder)]
+    _keep_predictions(run, fold, paths, data, {**tried, "recipe": recipe.text} if recipe.text else {})
+
+
+def _choose_recipe(run: TaskRun, fold: int, folder: Path) -> tuple[Recipe, dict[str, float]]:
+    """Train every recipe once; return the one of the lowest error on validation, and the errors of all."""
+    if len(run.recipes) == 1:
+        return run.recipes[0], {}
+    errors = {}
+    for number, recipe in enumerate(run.recipes):
+        info = load_property_model(_train(run, recipe, fold, folder))[1]
+        errors[number] = info["metrics"]["val/mae" if "val/mae" in info["metrics"] else "val/log_loss"]
+    best = min(errors, key=errors.__getitem__)
+    return run.recipes[best], {f"validation_error_of_recipe_{number}": error for number, error in errors.items()}
+
+
+def _train(run: TaskRun, recipe: Recipe, fold: int, folder: Path) -> Path:
+    """Train one model of a fold, unless it is there already; return its folder."""
+    number = run.recipes.index(recipe)
+    path = folder / f"recipe_{number}" if len(run.recipes) > 1 else folder
+    if (path / "model.safetensors").exists():
+        return path
+    name = f"{run.folder.name}-{path.relative_to(run.folder.path).as_posix().replace('/', '-')}"
+    data = fold_data(run, fold, recipe)
+    loggers = build(recipe.config.logger, "logger", folder=path, name=name, config=recipe.values | describe_data(data))
+    train(_of_task(run, recipe.config), recipe.values, path, data=data, loggers=loggers)
+    publish(loggers, path, encoder_file(recipe.config.pretrained))
+    return path
 
 
 @rank_zero_only
-def _keep_predictions(run: Run, fold: int, result: Finetuned) -> None:
-    """Predict the test crystals with the model as it was exported."""
-    model, _ = load_property_model(fold_folder(run, fold))
+def _keep_predictions(
+    run: TaskRun, fold: int, paths: list[Path], data: CrystalDataModule, parameters: dict[str, float | str]
+) -> None:
+    """Predict the test crystals with the models as they were exported."""
+    loaded = [load_property_model(path) for path in paths]
     structures = run.task.get_test_data(fold, include_target=False)
-    data = result.data
-    predicted = predict(model.to(run.device), crystals_of(structures), data.batch_size, data.max_atoms)
+    models = [model.to(run.device) for model, _ in loaded]
+    predicted, std = predict(models, crystals_of(structures), data.batch_size, data.max_atoms)
     if not np.isfinite(predicted).all():
-        raise DataError(f"fold {fold}: {int((~np.isfinite(predicted)).sum())} predictions are not finite")
-    parameters: dict[str, float] = {
-        "train_crystals": len(data.rows["train"]),
-        "validation_crystals": len(data.rows["val"]),
-    }
-    if "val/mae" in result.metrics:
-        parameters["validation_mae"] = result.metrics["val/mae"]
+        raise DataError(f"fold {fold} of {run.name}: {int((~np.isfinite(predicted)).sum())} predictions are not finite")
+    sizes: dict[str, float] = {"train_crystals": len(data.rows["train"]), "validation_crystals": len(data.rows["val"])}
+    for metric in ("mae", "log_loss"):
+        found = [info["metrics"][f"val/{metric}"] for _, info in loaded if f"val/{metric}" in info["metrics"]]
+        if found:
+            sizes[f"validation_{metric}"] = float(np.mean(found))
     record = {
         "fold": fold,
         **run.inputs,
-        "parameters": parameters,
+        "parameters": {**sizes, "models": len(models), **parameters},
         "ids": list(structures.index),
         "predictions": predicted.tolist(),
+        "std": None if std is None else std.tolist(),
     }
-    write_atomically(fold_folder(run, fold) / "predictions.json", json.dumps(record))
+    write_atomically(fold_folder(run.folder.path, run.name, fold) / "predictions.json", json.dumps(record))
 
 
-def _read_fold(run: Run, fold: int) -> dict[str, Any]:
-    path = fold_folder(run, fold) / "predictions.json"
+def read_fold(run: TaskRun, fold: int) -> dict[str, Any]:
+    """Read a fold's kept predictions.
+
+    Raises:
+        ConfigError: they were made from other files.
+        DataError: they are of other crystals.
+    """
+    path = fold_folder(run.folder.path, run.name, fold) / "predictions.json"
     record = json.loads(path.read_text())
     for key, value in run.inputs.items():
         if record[key] != value:
             raise ConfigError(
                 f"{path}: made with other files ({key} differs); finish the run with those, or choose another name"
             )
+    if record["ids"] != list(run.task.get_test_data(fold, include_target=False).index):
+        raise DataError(f"{path}: the kept predictions are of other crystals")
     return record
 
 
-def score_folds(run: Run) -> dict[int, dict[str, float]]:
-    """Let the official package record and score every fold."""
+def record_folds(run: TaskRun) -> None:
+    """Let the official package record every fold, and the standard deviations of a regression's predictions."""
     for fold in run.folds:
-        record = _read_fold(run, fold)
-        if record["ids"] != list(run.task.get_test_data(fold, include_target=False).index):
-            raise DataError(f"fold {fold}: the kept predictions are of other crystals")
+        record = read_fold(run, fold)
+        std = None
+        if record["std"] is not None and run.task.metadata.task_type == "regression":
+            # Members that agree to the last digit have a spread of 0, of which the package makes an interval of NaN.
+            std = np.maximum(np.array(record["std"], np.float64), np.finfo(np.float64).eps)
         predictions = np.array(record["predictions"], np.float64)
-        run.task.record(fold, predictions, params=record["parameters"])
-    return {fold: dict(run.task.results[run.task.folds_map[fold]].scores) for fold in run.folds}
+        run.task.record(fold, predictions, std=std, params=record["parameters"])

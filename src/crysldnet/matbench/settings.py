@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import re
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from crysldnet.errors import ConfigError
-from crysldnet.finetune import FinetuneConfig
+from crysldnet.finetune.settings import FinetuneConfig
 
 BENCHMARK = "matbench_v0.1"
 FOLDS = 5
+RECIPE = (
+    "mode target_types element_references epochs min_steps patience loss layer_decay gradient_clip data head optimizer "
+    "trainer"
+).split()
+"""Keys that a recipe may set: how a model is trained, and nothing of what it is trained on or from."""
+MAY_CHANGE = "name runs resume folds parallel out algorithm authors strategy logger".split()
+"""Keys that may differ where a run is resumed; all folds of a run are trained alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatbenchConfig(FinetuneConfig):
     """Every key of ``conf/matbench.yaml``: those of finetuning, and the benchmark's own."""
 
-    task: str
+    tasks: list[str] | str
     folds: list[int] | None
     validation_fraction: float
+    recipes: list[str]
+    parallel: int
     algorithm: str
     authors: str
     out: str | None
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks."""
+        return [self.tasks] if isinstance(self.tasks, str) else self.tasks
 
 
 def submission_name(config: MatbenchConfig) -> str:
@@ -40,6 +56,8 @@ def check_settings(config: MatbenchConfig) -> None:
     for key in ("path", "targets", "split"):
         if key in config.data:
             raise ConfigError(f"data.{key}: the task decides that", f"data.{key}")
+    if not config.names or len(set(config.names)) < len(config.names):
+        raise ConfigError(f"tasks={config.names}: name one task or more, each once", "tasks")
     if not 0 <= config.validation_fraction < 1:
         raise ConfigError(
             f"validation_fraction={config.validation_fraction}: from 0 to less than 1", "validation_fraction"
@@ -50,7 +68,39 @@ def check_settings(config: MatbenchConfig) -> None:
         raise ConfigError(f"folds={config.folds}: name some of 0, 1, 2, 3, 4, each once", "folds")
     if not re.fullmatch(r"[\w.+-]+", config.algorithm):
         raise ConfigError(f"algorithm={config.algorithm!r}: letters, digits and . _ + - make a folder", "algorithm")
+    _check_parallel(config)
+    _check_recipes(config)
     if config.out is not None and config.resume is None and (Path(config.out) / submission_name(config)).exists():
         raise ConfigError(
             f"{Path(config.out) / submission_name(config)} exists already; choose another algorithm or out", "out"
         )
+
+
+def _check_parallel(config: MatbenchConfig) -> None:
+    if config.parallel < 1:
+        raise ConfigError(f"parallel={config.parallel}: at least 1", "parallel")
+    processes = config.trainer.get("devices", 1) * config.trainer.get("nodes", 1)
+    if config.parallel > 1 and processes > 1:
+        raise ConfigError(
+            f"parallel={config.parallel} gives each fold a device of its own, and trainer.devices and trainer.nodes "
+            f"give each {processes}; set one of them to 1",
+            "parallel",
+        )
+
+
+def _check_recipes(config: MatbenchConfig) -> None:
+    if config.recipes and config.validation_fraction == 0:
+        raise ConfigError("recipes: validation chooses among them, and validation_fraction=0 leaves none", "recipes")
+    if len(set(config.recipes)) < len(config.recipes):
+        raise ConfigError("recipes: name each once", "recipes")
+    for recipe in config.recipes:
+        for key in (word.partition("=")[0] for word in recipe_arguments(recipe)):
+            if key.split(".")[0] not in RECIPE:
+                raise ConfigError(
+                    f"recipes: {key} in {recipe!r}; a recipe may set {', '.join(RECIPE)}, and their parts", "recipes"
+                )
+
+
+def recipe_arguments(recipe: str) -> Sequence[str]:
+    """Return the ``key=value`` of a recipe, which is written as on the command line."""
+    return shlex.split(recipe)

@@ -1,4 +1,4 @@
-"""Write a submission folder as Matbench asks for it, and let the official package read it back."""
+"""Write a submission folder as Matbench asks for it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from crysldnet import __version__
-from crysldnet.errors import DataError
-from crysldnet.matbench.folds import Run
+from crysldnet.matbench.begun import Begun
+from crysldnet.matbench.scores import TaskScores
 from crysldnet.matbench.settings import submission_name
-from crysldnet.matbench.tasks import import_matbench
+from crysldnet.matbench.tasks import Source
+from crysldnet.training.atomic import write_atomically
 from crysldnet.training.pretraining_set import describe_overlap
-from crysldnet.training.run_folder import code_version, write_atomically
+from crysldnet.training.run_folder import code_version
 
-PER_RUN = ("name", "runs", "resume", "out")
+RESULTS, INFO = "results.json.gz", "info.json"
+PER_RUN = ("name", "runs", "resume", "out", "parallel")
 """Keys that say where a run is kept, not what it is."""
 ALGORITHM = (
     "CrysLDNet: a crystal graph encoder, pretrained without labels by a variational autoencoder and latent diffusion "
@@ -50,7 +53,11 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}"
+            yield f"{prefix}{key}={_word(value)}"
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def command_line(values: Mapping[str, Any]) -> list[str]:
@@ -58,70 +65,80 @@ def command_line(values: Mapping[str, Any]) -> list[str]:
     arguments = sys.argv[2:] if sys.argv[1:2] == ["matbench"] else list(_leaves(values))
     said = {a: a.lstrip("-").partition("=")[0] for a in arguments}
     kept = [a for a in arguments if said[a] not in PER_RUN]
-    unsaid = [f"{key}={values[key]}" for key in ("task", "seed") if key not in said.values()]
+    unsaid = [f"{key}={_word(values[key])}" for key in ("tasks", "seed") if key not in said.values()]
     return ["crysldnet", "matbench", *unsaid, *kept]
 
 
-def _notes(run: Run) -> str:
-    notes = [f"Data: {run.source.label}; sha256 {run.source.sha256}."]
-    if not run.complete:
-        notes.insert(0, f"INCOMPLETE, not a valid submission: folds {run.folds} of {len(run.task.folds)}.")
-    p = run.provenance
-    if run.inputs["pretrained_sha256"] is not None:
+@dataclass(frozen=True)
+class Told:
+    """What a submission tells of a task."""
+
+    scores: TaskScores
+    source: Source
+    inputs: dict[str, str | None]
+    """Hashes of the files that decide the result."""
+    overlap: dict[str, Any] | None
+    """What the task's crystals share with the pretraining set."""
+
+
+def _notes(begun: Begun, told: Mapping[str, Told]) -> str:
+    config, p = begun.config, begun.provenance
+    notes = [f"Data of {name}: {t.source.label}; sha256 {t.source.sha256}." for name, t in told.items()]
+    if config.folds is not None:
+        notes.insert(0, f"INCOMPLETE, not a valid submission: folds {config.folds} alone.")
+    sha256 = next(iter(told.values())).inputs["pretrained_sha256"]
+    if sha256 is not None:
         notes.append(
             f"Encoder pretrained without labels (stage {p.get('stage')}) on {p.get('train_crystals')} crystals of "
             f"{p.get('data')} (sha256 {p.get('data_sha256')}) by crysldnet {p.get('code_version')}; sha256 of its file "
-            f"{run.inputs['pretrained_sha256']}."
+            f"{sha256}."
         )
-        assert run.overlap is not None
-        notes.append(describe_overlap(run.overlap))
+        notes += [f"{name}: {describe_overlap(t.overlap)}" for name, t in told.items() if t.overlap is not None]
     else:
         notes.append("Trained from scratch, without pretraining.")
     notes.append(
-        f"Best epoch chosen on {run.config.validation_fraction:g} of each fold's training part, drawn with the seed; "
+        f"Best epoch chosen on {config.validation_fraction:g} of each fold's training part, drawn with the seed; "
         "targets normalised by the rest of it."
     )
+    if config.recipes:
+        recipes = "; ".join(config.recipes)
+        notes.append(f"Each fold took, of {len(config.recipes)} recipes, the one of lowest error there: {recipes}.")
+    if config.ensemble > 1:
+        by = "that differ by seed" if config.ensemble_by == "seeds" else "that each validate on another part"
+        notes.append(f"Predictions are the means of {config.ensemble} models {by}; std is their spread.")
     return " ".join(notes)
 
 
-def write_submission(run: Run) -> Path:
-    """Write ``results.json.gz``, ``info.json`` and a script; return their folder."""
-    folder = Path(run.config.out or run.folder.path) / submission_name(run.config)
+def write_submission(begun: Begun, values: Mapping[str, Any], told: Mapping[str, Told]) -> Path:
+    """Write ``results.json.gz``, ``info.json`` and a script; return their folder.
+
+    Args:
+        begun: the run, all its folds recorded.
+        values: its configuration as plain values.
+        told: what is told of each task.
+    """
+    config = begun.config
+    folder = Path(config.out or begun.folder.path) / submission_name(config)
     folder.mkdir(parents=True, exist_ok=True)
-    run.benchmark.add_metadata({"algorithm": run.config.algorithm, "seed": run.config.seed, "data": run.source.label})
-    content = json.dumps(run.benchmark.as_dict()).encode()
-    (folder / "results.json.gz").write_bytes(gzip.compress(content, mtime=0))
-    command = command_line(run.values)
+    data = {name: t.source.label for name, t in told.items()}
+    begun.benchmark.add_metadata({"algorithm": config.algorithm, "seed": config.seed, "data": data})
+    content = json.dumps(begun.benchmark.as_dict()).encode()
+    (folder / RESULTS).write_bytes(gzip.compress(content, mtime=0))  # the package itself writes no gzip
+    command = command_line(values)
     packages = ("torch", "lightning", "torch-geometric", "pymatgen", "matminer", "matbench")
     info = {
-        "authors": run.config.authors,
-        "algorithm": run.config.algorithm,
+        "authors": config.authors,
+        "algorithm": config.algorithm,
         "algorithm_long": ALGORITHM,
         "bibtex_refs": REFERENCES,
-        "notes": _notes(run),
+        "notes": _notes(begun, told),
         "requirements": {
             "python": [f"crysldnet=={__version__}", *(f"{p}=={importlib.metadata.version(p)}" for p in packages)]
         },
         "command": shlex.join(command),
-        "seed": run.config.seed,
+        "seed": config.seed,
     }
-    write_atomically(folder / "info.json", json.dumps(info, indent=1, ensure_ascii=False))
+    write_atomically(folder / INFO, json.dumps(info, indent=1, ensure_ascii=False))
     argv = "[\n" + "".join(f"    {json.dumps(word, ensure_ascii=False)},\n" for word in command) + "]"
     write_atomically(folder / "reproduce.py", SCRIPT.format(version=code_version(), argv=argv))
     return folder
-
-
-def load_submission(folder: Path) -> Any:
-    """Load ``results.json.gz`` with the official package, which checks it; its own reader takes no gzip.
-
-    Raises:
-        DataError: it isn't valid.
-    """
-    try:
-        content = json.loads(gzip.decompress((folder / "results.json.gz").read_bytes()))
-        benchmark = import_matbench().MatbenchBenchmark.from_dict(content)
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}: not a valid submission ({error})") from error
-    if not (benchmark.is_recorded and benchmark.is_valid):
-        raise DataError(f"{folder}: not a valid submission")
-    return benchmark

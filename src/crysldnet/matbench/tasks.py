@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
 import logging
+import math
 import os
 import tempfile
 import zlib
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from crysldnet.data.crystals import Crystals, from_lists
 from crysldnet.data.locations import EMBEDDED
@@ -24,6 +28,8 @@ from crysldnet.errors import ConfigError, DataError
 MATMINER_DATA = "MATMINER_DATA"
 EMBEDDED_TARGETS = {"matbench_jdft2d": "exfoliation_energy", "matbench_phonons": "last_phdos_peak"}
 """Tasks whose crystals ship with the package, re-encoded, and the column of their target."""
+UNREADABLE = (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError)
+"""What readers of damaged files raise."""
 
 
 def file_hash(path: Path) -> str:
@@ -40,34 +46,39 @@ def import_matbench() -> Any:
         raise ConfigError(
             f"matbench isn't installed ({error}): pip install 'crysldnet[matbench]' && "
             "pip install --no-deps matbench==0.6",
-            "task",
+            "tasks",
         ) from None
     logging.getLogger("matbench").setLevel(logging.ERROR)
     return bench
+
+
+def all_metadata() -> Any:
+    """Return what Matbench says of its tasks, by name."""
+    import_matbench()
+    from matbench.metadata import mbv01_metadata
+
+    return mbv01_metadata
 
 
 def task_metadata(task: str) -> Any:
     """Return what Matbench says of a task.
 
     Raises:
-        ConfigError: there is no such task, or it isn't a regression from structures.
+        ConfigError: there is no such task, or it gives no structures.
     """
-    import_matbench()
-    from matbench.metadata import mbv01_metadata
-
-    fit = [name for name, m in mbv01_metadata.items() if (m.input_type, m.task_type) == ("structure", "regression")]
+    metadata = all_metadata()
+    fit = [name for name, m in metadata.items() if m.input_type == "structure"]
     if task in fit:
-        return mbv01_metadata[task]
-    if task not in mbv01_metadata:
-        close = get_close_matches(task, mbv01_metadata, n=1)
+        return metadata[task]
+    if task not in metadata:
+        close = get_close_matches(task, metadata, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(fit)}"
-        raise ConfigError(f"task={task}: Matbench has no such task; {hint}", "task")
-    reason = (
-        "it gives compositions without structures"
-        if mbv01_metadata[task].input_type != "structure"
-        else "it is a classification, and property models are regressions"
+        raise ConfigError(f"tasks: Matbench has no task {task!r}; {hint}", "tasks")
+    raise ConfigError(
+        f"tasks: {task} can't be run: it gives compositions without structures, and the encoders need structures; "
+        f"those that can be are: {', '.join(fit)}",
+        "tasks",
     )
-    raise ConfigError(f"task={task} can't be run: {reason}; those that can be are: {', '.join(fit)}", "task")
 
 
 @dataclass(frozen=True)
@@ -129,37 +140,80 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def open_benchmark(name: str) -> tuple[Any, Source]:
-    """Return a ``MatbenchBenchmark`` of one task, loaded by the official package, and where its crystals came from.
+def find_source(name: str) -> Path | None:
+    """Return the file of a task's crystals, or None where they ship with this package.
 
     Raises:
         ConfigError: the task can't be run.
-        DataError: its file is missing or damaged.
+        DataError: its crystals aren't here.
     """
     metadata = task_metadata(name)
     file = find_file(name)
     if file is None and name not in EMBEDDED_TARGETS:
         raise DataError(
-            f"task={name}: its crystals aren't here; put {name}.json.gz ({metadata.url}) into a folder and name that "
+            f"{name}: its crystals aren't here; put {name}.json.gz ({metadata.url}) into a folder and name that "
             f"folder in the environment variable {MATMINER_DATA}. Without a file there are: "
             f"{', '.join(EMBEDDED_TARGETS)}"
         )
-    benchmark = import_matbench().MatbenchBenchmark(autoload=False, subset=[name])
-    task = benchmark.tasks_map[name]
+    return file
+
+
+def _source_of(name: str, file: Path) -> Source:
+    sha256 = file_hash(file)
+    return Source(file.name, sha256, official=sha256 == task_metadata(name).hash)
+
+
+def load_task(task: Any) -> Source:
+    """Let a ``MatbenchTask`` load its crystals, and return where they came from.
+
+    Raises:
+        DataError: their file is missing or damaged.
+    """
+    name, metadata = task.dataset_name, task.metadata
+    file = find_source(name)
     with tempfile.TemporaryDirectory() as temporary:
         if file is None:
             source = write_embedded(name, metadata.target, Path(temporary) / f"{name}.json.gz")
         else:
-            sha256 = file_hash(file)
-            source = Source(file.name, sha256, official=sha256 == metadata.hash)
+            source = _source_of(name, file)
         with _environment(MATMINER_DATA, temporary if file is None else str(file.parent)):
             try:
                 task.load()
-            except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
+            except UNREADABLE as error:
                 raise DataError(f"{file}: not a readable data set of Matbench ({error})") from error
     if len(task.df) != metadata.n_samples:
         raise DataError(f"{file}: it has {len(task.df)} crystals, {name} has {metadata.n_samples}")
-    return benchmark, source
+    return source
+
+
+def read_targets(name: str) -> tuple[dict[str, float | bool], Source]:
+    """Return a task's true targets by id, without building its structures, and where they came from.
+
+    Raises:
+        DataError: their file is missing or damaged.
+    """
+    metadata = task_metadata(name)
+    file = find_source(name)
+    if file is None:
+        parquet = EMBEDDED / f"{name}.parquet"
+        store = CrystalStore.open(parquet)
+        values = store.numbers_of(EMBEDDED_TARGETS[name]).tolist()
+        source = Source(f"embedded:{name}, re-encoded", file_hash(parquet), official=False)
+        return dict(zip(store.ids.to_pylist(), values, strict=True)), source
+    try:
+        content = json.loads(gzip.decompress(file.read_bytes()))
+        place = content["columns"].index(metadata.target)
+        values = [row[place] for row in content["data"]]
+    except UNREADABLE as error:
+        raise DataError(f"{file}: not a readable data set of Matbench ({error})") from error
+    digits = math.floor(math.log10(len(values))) + 1  # as the package numbers them
+    prefix = name.replace("matbench", "mb").replace("_", "-")
+    return {f"{prefix}-{i:0{digits}d}": value for i, value in enumerate(values, 1)}, _source_of(name, file)
+
+
+def target_values(task: Any, targets: Any) -> NDArray:
+    """Return the targets of a task [n] as the column of a store: numbers, or booleans of a classification."""
+    return targets.to_numpy(bool if task.metadata.task_type == "classification" else np.float64)
 
 
 def crystals_of(structures: Any) -> Crystals:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -53,21 +53,40 @@ class Sweep:
         filled = [w for word in self.arguments for w in (words if word == ARGUMENTS else [word])]
         return [*filled, "logger=csv", *common]
 
+    def is_logarithmic(self, parameter: str) -> bool:
+        """Say whether a parameter is drawn on a logarithmic scale."""
+        return "log" in str(self.config["parameters"][parameter].get("distribution", ""))
+
+    def reaches(self, metric: float | None) -> bool:
+        """Say whether a value of the metric is as good as the target, where the sweep has one."""
+        target = self.config["metric"].get("target")
+        if target is None or metric is None:
+            return False
+        return metric >= target if self.maximize else metric <= target
+
+
+State = Literal["running", "finished", "stopped", "failed"]
+
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep."""
+    """One run of a sweep.
+
+    Attributes:
+        name: of the run.
+        values: of the parameters.
+        state: ``stopped`` is a run that early termination gave up.
+        metric: at the end, or the best so far of a run that was stopped; None where there is none.
+        seconds: that it took.
+        history: values of the metric in the order in which they were logged.
+    """
 
     name: str
     values: dict[str, Any]
+    state: State
     metric: float | None
-    """None where the run failed."""
     seconds: float
-
-    @property
-    def state(self) -> str:
-        """``finished`` or ``failed``."""
-        return "failed" if self.metric is None else "finished"
+    history: tuple[float, ...] = ()
 
 
 def import_sweeps() -> Any:
@@ -113,8 +132,13 @@ def load_sweep(name: str) -> Sweep:
     if "metric" not in config:
         raise ConfigError(f"{path}: no metric", "sweep")
     command, arguments = _command(path, config.get("command", []))
+    metric, stages = config["metric"]["name"], ("vae/", "diffusion/")
+    if command == "pretrain" and not metric.startswith(stages):
+        raise ConfigError(
+            f"{path}: metric {metric}: begin it with the stage that it is of, vae/ or diffusion/", "sweep"
+        )
     maximize = config["metric"].get("goal", "minimize") == "maximize"
-    return Sweep(path, config, command, arguments, list(config["parameters"]), config["metric"]["name"], maximize)
+    return Sweep(path, config, command, arguments, list(config["parameters"]), metric, maximize)
 
 
 def _command(path: Path, words: Sequence[Any]) -> tuple[str, list[str]]:
@@ -163,15 +187,7 @@ def propose(sweep: Sweep, trials: Sequence[Trial], seed: int) -> dict[str, Any] 
         ConfigError: the package can't propose from this configuration.
     """
     sweeps = import_sweeps()
-    done = [
-        sweeps.SweepRun(
-            name=trial.name,
-            state=trial.state,
-            config={name: {"value": value} for name, value in trial.values.items()},
-            summaryMetrics={} if trial.metric is None else {sweep.metric: trial.metric},
-        )
-        for trial in trials
-    ]
+    done = [_as_run(sweep, trial) for trial in trials]
     state = (seed * 1_000_003 + len(trials)) % 2**32
     random.seed(state)
     np.random.seed(state)  # noqa: NPY002  (the package draws from the global generators)
@@ -185,3 +201,21 @@ def propose(sweep: Sweep, trials: Sequence[Trial], seed: int) -> dict[str, Any] 
         return None
     values = {name: entry["value"] for name, entry in proposal.config.items()}
     return {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+
+
+def to_stop(sweep: Sweep, trials: Sequence[Trial]) -> set[str]:
+    """Return the names of the running trials that early termination gives up, by W&B's own rule."""
+    if "early_terminate" not in sweep.config:
+        return set()
+    return {run.name for run in import_sweeps().stop_runs(sweep.config, [_as_run(sweep, trial) for trial in trials])}
+
+
+def _as_run(sweep: Sweep, trial: Trial) -> Any:
+    """Return a trial as W&B's package wants it; a stopped run has its history and no metric of its end."""
+    return import_sweeps().SweepRun(
+        name=trial.name,
+        state="killed" if trial.state == "stopped" else trial.state,
+        config={name: {"value": value} for name, value in trial.values.items()},
+        summaryMetrics={sweep.metric: trial.metric} if trial.state == "finished" else {},
+        sampledHistory=[{sweep.metric: value} for value in trial.history],
+    )

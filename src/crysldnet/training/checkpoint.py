@@ -25,16 +25,22 @@ from crysldnet.data.fingerprint import Fingerprints
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.errors import CheckpointError, ConfigError
 from crysldnet.models.head import PropertyModel
+from crysldnet.models.target import make_target
+from crysldnet.training.atomic import whole_file
 
-FORMAT_VERSION = 1
-Kind = Literal["encoder", "pretraining", "property_model"]
+FORMAT_VERSION = 2
+"""What is read. Since 2, property models keep more than weights; encoders are still written as 1."""
+Kind = Literal["encoder", "pretraining", "property_model", "calibration"]
 PREFIX = "pretraining_set."
 """Of the tensors that aren't weights, but say which crystals an encoder was pretrained on."""
+EXTRAS = (PREFIX, "training_set.", "calibration.")
+"""Prefixes of all tensors that aren't weights."""
 
 
 def _digest(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    if tensor.numel():  # an empty tensor has no bytes to look at
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -63,27 +69,23 @@ def write(
     Args:
         path: the file, usually ``*.safetensors``.
         kind: what it is.
-        state: the weights.
+        state: the weights, and what else is kept with one of the prefixes in ``EXTRAS``.
         info: plain values.
         pretraining_set: the crystals that an encoder was pretrained on.
     """
     if pretraining_set is not None:
         state = {**state, **{PREFIX + name: torch.from_numpy(a) for name, a in vars(pretraining_set).items()}}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    text = json.dumps({"format_version": FORMAT_VERSION, "kind": kind, **info})
+    version = 1 if kind in ("encoder", "pretraining") else FORMAT_VERSION
+    text = json.dumps({"format_version": version, "kind": kind, **info})
     digests = {name: _digest(tensor) for name, tensor in tensors.items()}
     digests["metadata"] = hashlib.sha256(text.encode()).hexdigest()
     content = save(tensors, metadata={"crysldnet": text, "sha256": json.dumps(digests)})
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with whole_file(path) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise CheckpointError(f"can't write {path}: {error.strerror}") from error
 
 
@@ -94,13 +96,27 @@ def read(path: str | os.PathLike[str], kind: Kind) -> tuple[dict[str, Any], dict
         CheckpointError: there is no such file, or it is damaged, of another kind or of a newer format.
     """
     info, tensors = _read_all(path, kind)
-    return info, {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
+    return info, {name: tensor for name, tensor in tensors.items() if not name.startswith(EXTRAS)}
+
+
+def kind_of(path: str | os.PathLike[str]) -> str | None:
+    """Return the kind that a file says it is, without reading its tensors; None where it says nothing."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {}).get("crysldnet", "{}")).get("kind")
+    except (SafetensorError, OSError, ValueError, AttributeError):
+        return None
+
+
+def read_extra(path: str | os.PathLike[str], kind: Kind, prefix: str) -> dict[str, Tensor]:
+    """Read the tensors of one prefix, without it; none where the file has none, as those of earlier versions."""
+    _, tensors = _read_all(path, kind)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def read_pretraining_set(path: str | os.PathLike[str], kind: Kind = "encoder") -> Fingerprints | None:
     """Read which crystals an encoder was pretrained on; None where its file doesn't say."""
-    _, tensors = _read_all(path, kind)
-    arrays = {name.removeprefix(PREFIX): t.numpy() for name, t in tensors.items() if name.startswith(PREFIX)}
+    arrays = {name: tensor.numpy() for name, tensor in read_extra(path, kind, PREFIX).items()}
     try:
         return Fingerprints(**arrays) if arrays else None
     except TypeError as error:
@@ -196,15 +212,55 @@ def load_encoder(path: str | os.PathLike[str]) -> tuple[Encoder, dict[str, Any]]
 
 
 def load_property_model(path: str | os.PathLike[str]) -> tuple[PropertyModel, dict[str, Any]]:
-    """Load a finetuned model, and what its file says of it; a run folder stands for its ``model.safetensors``."""
+    """Load a finetuned model, and what its file says of it; a run folder stands for its ``model.safetensors``.
+
+    Raises:
+        CheckpointError: it can't be read, or the folder holds an ensemble.
+    """
     path = Path(path)
+    if path.is_dir() and (members := _members(path)):
+        raise CheckpointError(f"{path}: an ensemble of {len(members)} models; name one of them, as {members[0]}")
     path = path / "model.safetensors" if path.is_dir() else path
     info, state = read(path, "property_model")
     encoder = build_encoder(info, path)
     try:
-        head = build(info["head"], "head", width=encoder.width, outputs=len(info["targets"]))
+        types = [make_target(d) for d in info.get("target_types", [{"type": "number"}] * len(info["targets"]))]
+        head = build(info["head"], "head", width=encoder.width, outputs=sum(kind.outputs for kind in types))
     except (KeyError, ConfigError) as error:
         raise CheckpointError(f"{path}: its head can't be built: {error}") from error
-    model = PropertyModel(encoder=encoder, head=head, targets=info["targets"], units=info["units"])
+    model = PropertyModel(
+        encoder=encoder,
+        head=head,
+        targets=info["targets"],
+        units=info["units"],
+        types=types,
+        referenced=info.get("element_references", []),
+    )
     load_strictly(model, state, path)
     return model.eval(), info
+
+
+def load_property_models(path: str | os.PathLike[str]) -> list[tuple[PropertyModel, dict[str, Any]]]:
+    """Load all members of an ensemble, or the one model of another run folder or file.
+
+    An ensemble is a run folder whose ``summary.json`` lists its ``members``: folders in it, each with a
+    ``model.safetensors``.
+
+    Raises:
+        CheckpointError: one of them can't be read, or they don't predict the same.
+    """
+    loaded = [load_property_model(member) for member in _members(Path(path)) or [Path(path)]]
+    first = loaded[0][1]
+    for _, info in loaded[1:]:
+        if (info["targets"], info["units"]) != (first["targets"], first["units"]):
+            raise CheckpointError(f"{path}: its members predict {first['targets']} and {info['targets']}")
+    return loaded
+
+
+def _members(folder: Path) -> list[Path]:
+    """Return the folders of an ensemble's members; none where this is no ensemble."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return []
+    return [folder / Path(name).name for name in summary.get("members", [])]

@@ -2,13 +2,122 @@
 
 from __future__ import annotations
 
+import csv as csv_module
+import io
+import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 from crysldnet.build import Part
-from crysldnet.errors import ConfigError
+from crysldnet.data.datamodule import CrystalDataModule
+from crysldnet.errors import ConfigError, DataError
+from crysldnet.training.atomic import write_atomically
+from crysldnet.training.run_folder import code_version
+from crysldnet.training.wandb_run import WandbRun
+
+
+class MetricsFile(Logger):
+    """Write metrics to a CSV file, a row for each time that something is logged.
+
+    A row is in the file at once. A new column means that the whole file is written anew and takes the old one's place,
+    so a run that is killed loses no row.
+
+    Args:
+        path: the file.
+        steps: of an earlier part of the run, the optimizer steps whose rows are kept.
+    """
+
+    def __init__(self, path: Path, steps: int = 0) -> None:
+        super().__init__()
+        self.path = path
+        self._columns: list[str] = []
+        self._take_over(steps)
+
+    @property
+    def name(self) -> str:
+        """Nothing: the run folder has a name."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Nothing."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The run folder, or that of its stage."""
+        return str(self.path.parent)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: ``config.yaml`` has them."""
+
+    @rank_zero_only
+    def _take_over(self, steps: int) -> None:
+        if not self.path.exists():
+            return
+        kept = [row for row in self._rows() if int(row["step"]) < steps]
+        if kept:
+            self._columns = list(kept[0])
+            self._write_all(kept)
+        else:
+            self.path.unlink()
+
+    def _rows(self) -> list[dict[str, str]]:
+        """Return what was written, less a last row that was cut off."""
+        lines = self.path.read_text().split("\n")[:-1]
+        rows = list(csv_module.DictReader(lines))
+        return [row for row in rows if None not in row.values() and row.get("step", "").isdigit()]
+
+    def _write_all(self, rows: list[dict[str, str]]) -> None:
+        text = io.StringIO()
+        writer = csv_module.DictWriter(text, self._columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.path, text.getvalue())
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Append a row.
+
+        Raises:
+            DataError: the file can't be written.
+        """
+        row = {name: str(value) for name, value in metrics.items()} | {"step": str(step)}
+        try:
+            if not row.keys() <= set(self._columns):
+                rows = self._rows() if self.path.exists() else []
+                self._columns = sorted({*self._columns, *row})
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._write_all([*rows, row])
+                return
+            text = io.StringIO()
+            csv_module.DictWriter(text, self._columns, lineterminator="\n").writerow(row)
+            with self.path.open("a") as file:
+                file.write(text.getvalue())
+        except OSError as error:
+            raise DataError(
+                f"can't write {self.path}: {error.strerror}; the checkpoints are intact, go on with resume=last"
+            ) from error
+
+
+def _run_id(folder: Path) -> str:
+    """Return the W&B id of the run in a folder, a new one where it is new."""
+    file = folder / "wandb_id"
+    if file.exists():
+        return file.read_text().strip()
+    new = secrets.token_hex(4)
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        write_atomically(file, new)
+    return new
+
+
+def describe_data(data: CrystalDataModule) -> dict[str, Any]:
+    """Return what a logger keeps of the data: its hash, and the units of its targets."""
+    return {"data_sha256": data.store.hash, "target_units": dict(zip(data.targets, data.units, strict=True))}
 
 
 def csv(*, folder: Part[Path], name: Part[str], config: Part[dict[str, Any]]) -> list[Logger]:
@@ -26,13 +135,15 @@ def wandb(
     entity: str | None = None,
     group: str | None = None,
     tags: list[str] | None = None,
+    notes: str | None = None,
     mode: Literal["online", "offline", "disabled"] | None = None,
 ) -> list[Logger]:
-    """Log to Weights & Biases too.
+    """Log to Weights & Biases too, a run that is resumed under the id that ``wandb_id`` in its folder has.
 
     Args:
-        folder, name, config: of the run.
-        project, entity, group, tags: as in W&B.
+        folder, name: of the run.
+        config: of the run, with whatever else is to be kept beside it; ``target_units`` are the units of the errors.
+        project, entity, group, tags, notes: as in W&B.
         mode: ``offline`` needs no account and no network (``wandb sync`` later); by default WANDB_MODE decides.
 
     Raises:
@@ -42,9 +153,19 @@ def wandb(
         import wandb as library
     except ImportError:
         raise ConfigError("logger=wandb needs the wandb package: pip install 'crysldnet[wandb]'", "logger") from None
-    settings = library.Settings(console="off")
-    logger = WandbLogger(
-        name=name, save_dir=folder, project=project, entity=entity, group=group, tags=tags, mode=mode, settings=settings
+    logger = WandbRun(
+        target_units=config.get("target_units", {}),
+        name=name,
+        id=_run_id(folder),
+        resume="allow",
+        save_dir=folder,
+        project=project,
+        entity=entity,
+        group=group,
+        tags=tags,
+        notes=notes,
+        mode=mode,
+        settings=library.Settings(console="off"),
     )
-    logger.log_hyperparams(config)
+    logger.log_hyperparams({**config, "code_version": code_version()})
     return [logger]

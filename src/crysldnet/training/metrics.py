@@ -1,13 +1,20 @@
 """Metrics over a whole split, the same on any number of ranks.
 
-Shapes: ``B`` crystals, ``T`` targets.
+Shapes: ``B`` crystals, ``T`` targets, ``C`` classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.functional.classification import binary_auroc, binary_f1_score, multiclass_f1_score
+from torchmetrics.utilities import dim_zero_cat
+
+from crysldnet.models.head import Prediction
+from crysldnet.models.target import Classes, Number, TargetType
 
 
 class Means(Metric):
@@ -17,8 +24,8 @@ class Means(Metric):
     sums: Tensor
     counts: Tensor
 
-    def __init__(self, capacity: int = 32) -> None:
-        super().__init__()
+    def __init__(self, capacity: int = 32, *, sync_on_compute: bool = True) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
         self.names: list[str] = []
         self.add_state("sums", torch.zeros(capacity, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("counts", torch.zeros(capacity, dtype=torch.float64), dist_reduce_fx="sum")
@@ -45,8 +52,8 @@ class RegressionErrors(Metric):
     total: Tensor
     total_squared: Tensor
 
-    def __init__(self, targets: list[str]) -> None:
-        super().__init__()
+    def __init__(self, targets: list[str], *, sync_on_compute: bool = True) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
         self.targets = targets
         for name in ("count", "absolute", "squared", "total", "total_squared"):
             self.add_state(name, torch.zeros(len(targets), dtype=torch.float64), dist_reduce_fx="sum")
@@ -79,3 +86,144 @@ class RegressionErrors(Metric):
     def mae(self) -> Tensor:
         """Return the MAE of each target [T], NaN where no value is known."""
         return self.absolute / torch.where(self.count > 0, self.count, torch.nan)
+
+
+class ClassificationScores(Metric):
+    """Accuracy, F1, log loss and, of two classes, the area under the ROC curve from the probabilities themselves.
+
+    With more than two classes F1 is the mean over the classes.
+
+    Args:
+        classes: C.
+    """
+
+    full_state_update = False
+    probability: list[Tensor]
+    true: list[Tensor]
+
+    def __init__(self, classes: int, *, sync_on_compute: bool = True) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
+        self.classes = classes
+        self.add_state("probability", [], dist_reduce_fx="cat")
+        self.add_state("true", [], dist_reduce_fx="cat")
+
+    def update(self, probability: Tensor, true: Tensor) -> None:
+        """Add probabilities [B, C] and true classes [B], NaN where unknown."""
+        known = ~true.isnan()
+        self.probability.append(probability[known].detach().float())
+        self.true.append(true[known].long())
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the scores; NaN where no class is known, and an area of one class alone is NaN too."""
+        probability, true = dim_zero_cat(self.probability), dim_zero_cat(self.true)
+        names = ["accuracy", "f1", "log_loss"] + (["roc_auc"] if self.classes == 2 else [])
+        if not len(true):
+            return {name: torch.tensor(torch.nan, device=self.device) for name in names}
+        log_loss = -probability.gather(1, true[:, None]).clamp_min(torch.finfo(torch.float32).tiny).log().mean()
+        accuracy = (probability.argmax(1) == true).float().mean()
+        if self.classes > 2:
+            f1 = multiclass_f1_score(probability, true, self.classes, average="macro")
+            return {"accuracy": accuracy, "f1": f1, "log_loss": log_loss}
+        both = len(true.unique()) == 2
+        area = binary_auroc(probability[:, 1], true) if both else torch.tensor(torch.nan, device=self.device)
+        return {
+            "accuracy": accuracy,
+            "f1": binary_f1_score(probability[:, 1], true),
+            "log_loss": log_loss,
+            "roc_auc": area,
+        }
+
+
+class TargetMetrics(nn.Module):
+    """The metrics of all targets, regressions and classifications, and what chooses the best epoch.
+
+    Args:
+        targets: names of the T targets.
+        types: their kinds.
+        entropies: [T] of the training classes of classifications; 1 by default.
+        sync_on_compute: put the shares of all ranks together; false where each rank has seen everything.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[str],
+        types: Sequence[TargetType],
+        entropies: Sequence[float] | None = None,
+        *,
+        sync_on_compute: bool = True,
+    ) -> None:
+        super().__init__()
+        self.targets, self.types, self.entropies = targets, types, entropies or [1.0] * len(targets)
+        self.numbers = [i for i, kind in enumerate(types) if not isinstance(kind, Classes)]
+        names = [targets[i] for i in self.numbers]
+        self.errors = RegressionErrors(names, sync_on_compute=sync_on_compute)
+        self.normalised = RegressionErrors(names, sync_on_compute=sync_on_compute)
+        self.scores = nn.ModuleDict(
+            {
+                str(i): ClassificationScores(len(kind.labels), sync_on_compute=sync_on_compute)
+                for i, kind in enumerate(types)
+                if isinstance(kind, Classes)
+            }
+        )
+        self.spread = any(isinstance(kind, Number) and kind.spread is not None for kind in types)
+        self.likelihood = Means(1, sync_on_compute=sync_on_compute)
+
+    @property
+    def selection(self) -> str:
+        """Name of the value whose lowest chooses the best epoch."""
+        if self.spread:
+            return "nll"
+        if not self.scores:
+            return "normalised_mae"
+        return "normalised_error" if self.numbers else "normalised_log_loss"
+
+    def update(self, predicted: Prediction, true: Tensor, losses: Tensor, scale: Tensor) -> None:
+        """Add predictions of B crystals.
+
+        Args:
+            predicted: of the model.
+            true: [B, T] in physical units, NaN where unknown.
+            losses: [B, T] in normalised units, 0 where unknown.
+            scale: [T] standard deviations of the targets.
+        """
+        self.likelihood.update({"nll": (losses.sum(), (~true.isnan()).sum())})
+        if self.numbers:
+            self.errors.update(predicted.value[:, self.numbers], true[:, self.numbers])
+            on_line = [
+                torch.stack([self.types[i].coordinate(values[:, i]) / scale[i] for i in self.numbers], dim=1)
+                for values in (predicted.value, true)
+            ]
+            self.normalised.update(*on_line)
+        for place, score in self.scores.items():
+            assert predicted.probability is not None
+            i = int(place)
+            score.update(predicted.probability[:, i, : score.classes], true[:, i])  # type: ignore[operator]
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return every metric, ``mae`` … of one target or ``mae/NAME`` … of several, and what chooses the epoch."""
+        values: dict[str, Tensor] = {}
+        normalised: list[Tensor] = []
+        if self.numbers:
+            errors = self.errors.compute()
+            alone = len(self.numbers) == 1 and len(self.targets) > 1
+            values |= {f"{k}/{self.targets[self.numbers[0]]}": v for k, v in errors.items()} if alone else errors
+            normalised += list(self.normalised.mae())
+            values["normalised_mae"] = self.normalised.mae().nanmean()
+        found = {int(place): score.compute() for place, score in self.scores.items()}  # type: ignore[operator]
+        for place, scores in found.items():
+            suffix = f"/{self.targets[place]}" if len(self.targets) > 1 else ""
+            values |= {f"{name}{suffix}": value for name, value in scores.items()}
+        if found:
+            losses = [scores["log_loss"] / self.entropies[place] for place, scores in found.items()]
+            normalised += losses
+            values["normalised_log_loss"] = torch.stack(losses).nanmean()
+        if found and self.numbers:
+            values["normalised_error"] = torch.stack([v.float() for v in normalised]).nanmean()
+        if self.spread:
+            values |= self.likelihood.compute()
+        return values
+
+    def reset(self) -> None:
+        """Begin anew."""
+        for metric in (self.errors, self.normalised, self.likelihood, *self.scores.values()):
+            metric.reset()  # type: ignore[operator]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
+FactorOf = Callable[[str], float]
 NO_DECAY_NAMES = ("bias", "bn", "norm")
 
 
@@ -43,19 +45,36 @@ class AdamW:
         if not self.lr > 0 or not 0 <= self.warmup < 1:
             raise ValueError(f"lr must be over 0 and warmup at least 0 and below 1, not {self.lr} and {self.warmup}")
 
-    def parameter_groups(self, module: nn.Module) -> list[dict[str, Any]]:
-        """Return the trainable parameters, those that decay and those that don't."""
-        decay: list[nn.Parameter] = []
-        rest: list[nn.Parameter] = []
+    def parameter_groups(self, module: nn.Module, factor_of: FactorOf = lambda _: 1.0) -> list[dict[str, Any]]:
+        """Return the trainable parameters: of each learning rate those that decay, and those that don't.
+
+        Args:
+            module: what is trained.
+            factor_of: the learning rate of a parameter, by its name, as a factor of ``lr``.
+        """
+        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 by_name = not any(word in name for word in NO_DECAY_NAMES)
-                (decay if (by_name if self.decay == "names" else parameter.ndim >= 2) else rest).append(parameter)
-        return [{"params": decay, "weight_decay": self.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+                matrix = getattr(parameter, "full_ndim", parameter.ndim) >= 2  # a sharded one may be flat
+                decays = by_name if self.decay == "names" else matrix
+                groups.setdefault((factor_of(name), decays), []).append(parameter)
+        factors = sorted({factor for factor, _ in groups}, reverse=True)
+        return [
+            {"params": groups.get((factor, decays), []), "weight_decay": weight_decay, "lr": factor * self.lr}
+            for factor in factors
+            for decays, weight_decay in ((True, self.weight_decay), (False, 0.0))
+        ]
 
-    def build(self, module: nn.Module, total_steps: int) -> dict[str, Any]:
-        """Return what ``configure_optimizers`` returns; the schedule advances every optimizer step."""
-        optimizer = torch.optim.AdamW(self.parameter_groups(module), lr=self.lr)
+    def build(self, module: nn.Module, total_steps: int, factor_of: FactorOf = lambda _: 1.0) -> dict[str, Any]:
+        """Return what ``configure_optimizers`` returns; the schedule advances every optimizer step.
+
+        Args:
+            module: what is trained.
+            total_steps: of the run.
+            factor_of: as in :meth:`parameter_groups`.
+        """
+        optimizer = torch.optim.AdamW(self.parameter_groups(module, factor_of), lr=self.lr)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self._schedule(optimizer, max(total_steps, 1)), "interval": "step"},
@@ -65,7 +84,8 @@ class AdamW:
         if self.schedule == "onecycle" and total > 1:
             # With very few steps a warm-up that rounds to none would divide by zero inside OneCycleLR.
             warmup = min(max(self.warmup, 1.5 / total), 0.9)
-            return _OneCycle(optimizer, max_lr=self.lr, total_steps=total, pct_start=warmup)
+            highest = [group["lr"] for group in optimizer.param_groups]
+            return _OneCycle(optimizer, max_lr=highest, total_steps=total, pct_start=warmup)
         if self.schedule == "constant":
             return LambdaLR(optimizer, lambda step: 1.0)  # noqa: ARG005
         up = max(1.0, self.warmup * total)

@@ -1,26 +1,86 @@
-"""Plots of a run, written into its ``plots/`` folder."""
+"""Plots of a run, written into its ``plots/`` folder, and what other pages draw alike.
+
+Shapes: ``n`` crystals.
+"""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-def read_curves(metrics: Path) -> dict[str, tuple[list[float], list[float]]]:
+Curves = dict[str, tuple[list[float], list[float]]]
+"""Name of a metric to epochs and values."""
+MANY = 2000
+"""With more points than these their density is drawn."""
+
+
+def read_curves(metrics: Path) -> Curves:
     """Return epochs and values of everything that a ``metrics.csv`` holds on validation, and of the training loss."""
-    curves: dict[str, tuple[list[float], list[float]]] = {}
+    curves: Curves = {}
     with metrics.open(newline="") as file:
         for row in csv.DictReader(file):
             for name, value in row.items():
-                if value and row.get("epoch") and (name.startswith("val/") or name == "train/loss"):
+                if value and row.get("epoch") and name and (name.startswith("val/") or name == "train/loss"):
                     epochs, values = curves.setdefault(name, ([], []))
                     epochs.append(float(row["epoch"]))
                     values.append(float(value))
     return curves
+
+
+def draw_curves(
+    axis: Axes, name: str, runs: Mapping[str, Curves], colors: Sequence[str], *, legend: bool = True
+) -> None:
+    """Draw a metric over the epochs, of one or several runs, with its baseline where there is one.
+
+    Args:
+        axis: to draw on.
+        name: of the metric.
+        runs: title of a run to its curves; those without the metric are left out.
+        colors: of the runs, taken in turn.
+        legend: name the runs where there are several.
+    """
+    for i, (label, curves) in enumerate(runs.items()):
+        if name not in curves:
+            continue
+        color = colors[i % len(colors)]
+        axis.plot(*_by_epoch(curves[name]), linewidth=1.5, color=color, label=label if len(runs) > 1 else None)
+        if f"{name}_baseline" in curves:
+            baseline = "baseline" if len(runs) == 1 else None
+            axis.plot(*curves[f"{name}_baseline"], color="0.5", linestyle="--", linewidth=1, label=baseline)
+    if legend and axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, fontsize="small")
+    axis.set(xlabel="epoch")
+    axis.locator_params(axis="x", integer=True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _by_epoch(curve: tuple[list[float], list[float]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the mean of what was logged in each epoch; the training loss is logged several times in one."""
+    epochs, place = np.unique(np.array(curve[0]), return_inverse=True)
+    return epochs, np.bincount(place, np.array(curve[1])) / np.bincount(place)
+
+
+def draw_parity(
+    axis: Axes, true: NDArray[np.float64], predicted: NDArray[np.float64], unit: str, color: str | None = None
+) -> None:
+    """Draw predictions over true values, [n] each; the density of many."""
+    low, high = float(min(true.min(), predicted.min())), float(max(true.max(), predicted.max()))
+    axis.plot([low, high], [low, high], color="0.6", linewidth=1)
+    if len(true) > MANY:
+        axis.hexbin(true, predicted, gridsize=50, bins="log", mincnt=1, cmap="viridis", linewidths=0.1)
+    else:
+        axis.scatter(true, predicted, s=10, alpha=0.6, edgecolors="none", color=color)
+    suffix = f" ({unit})" if unit else ""
+    axis.set(xlabel=f"true{suffix}", ylabel=f"predicted{suffix}", aspect="equal")
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def learning_curves(metrics: Path, out: Path, names: Sequence[str], title: str) -> None:
@@ -34,12 +94,8 @@ def learning_curves(metrics: Path, out: Path, names: Sequence[str], title: str) 
     figure = Figure(figsize=(3.6 * len(shown), 2.8), layout="constrained")
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
     for axis, name in zip(axes, shown, strict=True):
-        axis.plot(*curves[name], linewidth=1.5)
-        if f"{name}_baseline" in curves:
-            axis.plot(*curves[f"{name}_baseline"], color="0.5", linestyle="--", linewidth=1, label="baseline")
-            axis.legend(frameon=False)
-        axis.set(xlabel="epoch", title=name)
-        axis.spines[["top", "right"]].set_visible(False)
+        draw_curves(axis, name, {title: curves}, ["C0"])
+        axis.set_title(name)
     figure.suptitle(title)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
@@ -55,12 +111,39 @@ def parity(true: NDArray[np.float64], predicted: NDArray[np.float64], out: Path,
         return
     figure = Figure(figsize=(4.2, 4.2), layout="constrained")
     axis = figure.subplots()
-    low, high = min(true.min(), predicted.min()), max(true.max(), predicted.max())
-    axis.plot([low, high], [low, high], color="0.6", linewidth=1)
-    axis.scatter(true, predicted, s=10, alpha=0.6, edgecolors="none")
+    draw_parity(axis, true, predicted, unit)
     suffix = f" ({unit})" if unit else ""
-    axis.set(xlabel=f"true{suffix}", ylabel=f"predicted{suffix}", aspect="equal")
     axis.set_title(f"{target}, test split: MAE {np.abs(true - predicted).mean():.3g}{suffix}", fontsize=10)
-    axis.spines[["top", "right"]].set_visible(False)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
+
+
+def reliability(errors: NDArray[np.float64], std: NDArray[np.float64] | None, folder: Path, target: str) -> None:
+    """Draw how many errors [n] lie inside intervals of every level, as ``reliability_TARGET.png``; nothing below 4."""
+    from matplotlib.figure import Figure
+
+    from crysldnet.training.calibration import curves_of  # needs torch, which a report does without
+
+    known = np.isfinite(errors)
+    if known.sum() < 4:
+        return
+    levels = np.linspace(0.02, 0.98, 49)
+    figure = Figure(figsize=(4.2, 4.2), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], color="0.6", linewidth=1)
+    styles = {"conformal": ("C0", "-"), "model": ("C1", "--"), "scaled": ("C1", "-")}
+    names = {"conformal": "conformal intervals", "model": "std of the model", "scaled": "std, scaled"}
+    for name, shares in curves_of(errors, std, levels, 20).items():
+        color, line = styles[name]
+        axis.plot(levels, shares, color=color, linestyle=line, linewidth=1.5, label=names[name])
+    axis.set(xlabel="expected share", ylabel="share of true values inside", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axis.set_title(f"{target}, {known.sum()} calibration crystals", fontsize=10)
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"reliability_{file_name(target)}.png", dpi=120)
+
+
+def file_name(target: str) -> str:
+    """Return a target's name with nothing in it that a file's name can't have."""
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in target)

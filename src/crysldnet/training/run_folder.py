@@ -1,16 +1,20 @@
 """The folder of a run: configuration, metrics, checkpoints, exported model, summary.
 
 ``runs/<command>/<name>/`` is made when the run starts; ``summary.json`` is written last, so it marks a run that is
-complete. ``runs/<command>/latest`` points to the newest complete one.
+complete. ``runs/<command>/latest`` points to the newest complete one. While a process works in a folder it holds a lock
+on ``.lock`` in it, which the system takes back when the process ends, however it ends.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import math
 import os
 import resource
+import socket
 import subprocess
 import sys
 import time
@@ -23,9 +27,11 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from crysldnet import __version__
 from crysldnet.errors import ConfigError
+from crysldnet.training.atomic import write_atomically
+from crysldnet.training.resume import started
 
 NAME_VARIABLE = "CRYSLDNET_RUN_NAME"
-"""Carries the run's name to the processes that the first one starts; the first never reads it."""
+"""Carries the first process's id and the run's name, as ID:NAME, to the processes that it starts."""
 
 
 def code_version() -> str:
@@ -52,17 +58,66 @@ def _free_name(base: Path) -> str:
     return next(name for name in names if not (base / name).exists())
 
 
-def _unfinished(base: Path) -> list[Path]:
-    runs = [p for p in base.glob("*") if (p / "config.yaml").exists() and not (p / "summary.json").exists()]
+def _runs(base: Path) -> list[Path]:
+    runs = [p for p in base.glob("*") if (p / "config.yaml").exists() and not p.is_symlink()]
     return sorted(runs, key=lambda p: (p / "config.yaml").stat().st_mtime)
 
 
-def saved_config(root: str, command: str, name: str | None) -> Path | None:
-    """Return the saved configuration of the run that ``resume=last`` would continue, or None where there is none."""
+def is_complete(run: Path) -> bool:
+    """Say whether a run ended well."""
+    return (run / "summary.json").exists()
+
+
+def find_run(root: str, command: str, name: str | None) -> Path | None:
+    """Return the folder that ``resume=last`` means.
+
+    It is the run of that name; without a name the newest that isn't complete, or the newest where all are complete.
+    None where there is no such run.
+    """
     base = Path(root) / command
-    name = (os.environ.get(NAME_VARIABLE) if getattr(rank_zero_only, "rank", 0) else None) or name
-    runs = [base / name] if name is not None else _unfinished(base)[-1:]
-    return next((run / "config.yaml" for run in runs if (run / "config.yaml").exists()), None)
+    name = _given_name() or name
+    if name is not None:
+        return base / name if (base / name / "config.yaml").exists() else None
+    runs = _runs(base)
+    unfinished = [run for run in runs if not is_complete(run)]
+    return next(reversed(unfinished or runs), None)
+
+
+def _given_name() -> str | None:
+    """Return the name that the first process gave to this one, where that started it.
+
+    A name that was given to some other process, which started this one's rank 0 too, says nothing.
+    """
+    parent, _, name = os.environ.get(NAME_VARIABLE, "").partition(":")
+    return name if _rank() and name and parent == str(os.getppid()) else None
+
+
+def _rank() -> int:
+    return getattr(rank_zero_only, "rank", 0)
+
+
+def started_by_the_first() -> bool:
+    """Say whether Lightning started this process from the first one, which tells the exit status of all."""
+    return _given_name() is not None
+
+
+def _agreed_name(base: Path) -> str:
+    """Return a free name, the same on every rank.
+
+    Raises:
+        ConfigError: the ranks were started by something that gives them no way to agree.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        from torch.distributed import TCPStore
+
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        key = f"{NAME_VARIABLE}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{base}"
+        if _rank() == 0:
+            store.set(key, _free_name(base))
+        return store.get(key).decode()
+    if _rank() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("these processes can't agree on a name for their run; give it one, name=NAME", "name")
+    return _free_name(base)
 
 
 class RunFolder:
@@ -73,59 +128,85 @@ class RunFolder:
         command: pretrain or finetune.
         name: of the run; by default the name given by the process that started this one, the SLURM job, or the time.
         resume: continue the run of that name, or without a name the newest one that isn't complete.
+        lock: keep others out of the folder; not for a part of a run whose first process does that.
 
     Raises:
-        ConfigError: the name is taken, there is nothing to resume, or the folder can't be written.
+        ConfigError: the name is taken, there is nothing to resume, another process works in the folder, or it can't be
+            written.
     """
 
-    def __init__(self, root: str, command: str, name: str | None, *, resume: bool) -> None:
+    def __init__(self, root: str, command: str, name: str | None, *, resume: bool, lock: bool = True) -> None:
         base = Path(root) / command
-        child = os.environ.get(NAME_VARIABLE) if getattr(rank_zero_only, "rank", 0) else None
-        if child is None and name is None and resume:
-            unfinished = _unfinished(base)
-            if not unfinished:
-                raise ConfigError(f"resume=last: no run under {base} is unfinished; start one without resume", "resume")
-            name = unfinished[-1].name
-        if child is None and name is None and "SLURM_JOB_ID" in os.environ:
-            name = f"slurm-{os.environ['SLURM_JOB_ID']}"
-        self.name = child or name or _free_name(base)
+        given = _given_name() or name
+        if given is None and resume:
+            run = find_run(root, command, None)
+            if run is None:
+                raise ConfigError(f"resume=last: there is no run under {base}; start one without resume", "resume")
+            given = run.name
+        if given is None and "SLURM_JOB_ID" in os.environ:
+            given = f"slurm-{os.environ['SLURM_JOB_ID']}"
+        self.name = given or _agreed_name(base)
         self.path = base / self.name
         self.started = time.time()
-        if name is not None and Path(name).name != name:
+        started()
+        if Path(self.name).name != self.name:
             raise ConfigError(f"name={name}: a run's name can't hold a path", "name")
-        if getattr(rank_zero_only, "rank", 0) == 0:
-            self._claim(resume)
-            os.environ[NAME_VARIABLE] = self.name
+        if _rank() == 0:
+            self._claim(resume, lock)
+            os.environ[NAME_VARIABLE] = f"{os.getpid()}:{self.name}"
 
-    def _claim(self, resume: bool) -> None:
-        if self.complete:
-            raise ConfigError(f"{self.path}: this run is complete; choose another name", "name")
+    def _claim(self, resume: bool, lock: bool) -> None:
         exists = (self.path / "config.yaml").exists()
         if resume and not exists:
             raise ConfigError(f"{self.path}: there is no run to resume", "resume")
+        if self.complete:
+            raise ConfigError(f"{self.path}: this run is complete; choose another name", "name")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise ConfigError(f"can't make the run folder {self.path}: {error.strerror}", "runs") from error
+        if lock:
+            self._take_lock()
         if exists and not resume:
             raise ConfigError(
                 f"{self.path}: this run exists; continue it with resume=last or choose another name", "name"
             )
+
+    def _take_lock(self) -> None:
+        """Lock the folder for this process; workers that it forks don't hold the lock, so none outlives it."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ConfigError(f"can't make the run folder {self.path}: {error.strerror}", "runs") from error
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return  # a file system that knows no locks
+            self._lock.seek(0)
+            owner = self._lock.read().strip() or "another process"
+            raise ConfigError(f"{self.path}: {owner} is working in this folder; choose another name", "name") from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
 
     @property
     def complete(self) -> bool:
         """Whether the run ended well."""
-        return (self.path / "summary.json").exists()
+        return is_complete(self.path)
 
     @rank_zero_only
     def save_config(self, config: dict[str, Any]) -> None:
         """Write the resolved configuration, before the first step."""
-        write_atomically(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        self._write("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
     @rank_zero_only
     def save_split(self, text: str) -> None:
         """Write which crystals were trained, validated and tested on, before the first step."""
-        write_atomically(self.path / "split.json", text)
+        self._write("split.json", text)
+
+    def _write(self, name: str, text: str) -> None:
+        try:
+            write_atomically(self.path / name, text)
+        except OSError as error:
+            raise ConfigError(f"can't write {self.path / name}: {error.strerror}", "runs") from error
 
     @rank_zero_only
     def finish(self, summary: dict[str, Any]) -> None:
@@ -138,7 +219,7 @@ class RunFolder:
             "peak_memory_mb": round(peak),
             **summary,
         }
-        write_atomically(self.path / "summary.json", json.dumps(_without_nan(whole), indent=1, allow_nan=False))
+        self._write("summary.json", json.dumps(_without_nan(whole), indent=1, allow_nan=False))
         latest = self.path.parent / "latest"
         with contextlib.suppress(OSError):  # a file system without links still has the run under its name
             link = self.path.parent / f".latest-{os.getpid()}"
@@ -151,13 +232,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that is whole or not there."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Literal
+from importlib.util import find_spec
+from typing import Any, Literal, Protocol
 
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
+import lightning.pytorch as pl
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+from crysldnet.encoders.protocol import Encoder, layers_of
+from crysldnet.errors import ConfigError
+from crysldnet.models.dit import DiT
+
+Name = Literal["single", "ddp", "ddp_static", "fsdp", "fsdp2", "deepspeed"]
+HALF = ("bf16-mixed", "16-mixed")
+PRECISIONS: dict[Name, tuple[str, ...]] = {
+    "single": ("32-true", *HALF, "64-true"),
+    "ddp": ("32-true", *HALF, "64-true"),
+    "ddp_static": ("32-true", *HALF, "64-true"),
+    "fsdp": ("32-true", *HALF),
+    "fsdp2": ("32-true", "bf16-mixed"),
+    "deepspeed": ("32-true", *HALF),
+}
+"""What Lightning offers under each strategy."""
+
+
+STARTING = timedelta(minutes=10)
+"""How long processes wait for each other at least while they start."""
 
 
 def single() -> str:
@@ -15,10 +42,8 @@ def single() -> str:
 
 def ddp(*, find_unused_parameters: bool = False, static_graph: bool = False, timeout_minutes: float = 30.0) -> Strategy:
     """Use one process a device, each with the whole model (DistributedDataParallel)."""
-    return DDPStrategy(
-        find_unused_parameters=find_unused_parameters,
-        static_graph=static_graph,
-        timeout=timedelta(minutes=timeout_minutes),
+    return _patient(
+        DDPStrategy, timeout_minutes, find_unused_parameters=find_unused_parameters, static_graph=static_graph
     )
 
 
@@ -29,10 +54,197 @@ def fsdp(
     timeout_minutes: float = 30.0,
 ) -> Strategy:
     """Use one process a GPU, parameters, gradients and optimizer state sharded among them."""
-    return FSDPStrategy(
+    return _patient(
+        FullyShardedFlat,
+        timeout_minutes,
         sharding_strategy=sharding,
         cpu_offload=cpu_offload,
         use_orig_params=True,
         state_dict_type="full",
-        timeout=timedelta(minutes=timeout_minutes),
     )
+
+
+def fsdp2(*, timeout_minutes: float = 30.0) -> Strategy:
+    """Use one process a device, every layer's parameters sharded among them, tensor by tensor (``fully_shard``)."""
+    return _patient(FullyShardedLayers, timeout_minutes, save_distributed_checkpoint=False)
+
+
+def deepspeed(*, stage: Literal[1, 2] = 2, offload_optimizer: bool = False, timeout_minutes: float = 30.0) -> Strategy:
+    """Use DeepSpeed's ZeRO: optimizer state sharded among the GPUs, in stage 2 the gradients too.
+
+    Raises:
+        ConfigError: the package isn't installed.
+    """
+    if find_spec("deepspeed") is None:
+        raise ConfigError(
+            'strategy=deepspeed: the package deepspeed isn\'t installed; pip install "crysldnet[deepspeed]", or use '
+            "strategy=fsdp2, which shards too and needs nothing more",
+            "strategy",
+        )
+    return _patient(DeepSpeedStrategy, timeout_minutes, stage=stage, offload_optimizer=offload_optimizer)
+
+
+def _patient(kind: Callable[..., Strategy], timeout_minutes: float, **settings: Any) -> Strategy:
+    """Make a strategy; what its processes wait for while they start isn't bounded below ``STARTING``."""
+    if not timeout_minutes > 0:
+        raise ValueError(f"timeout_minutes must be over 0, not {timeout_minutes}")
+    timeout = timedelta(minutes=timeout_minutes)
+    strategy = kind(timeout=max(timeout, STARTING), **settings)
+    strategy.patience = timeout  # type: ignore[attr-defined]
+    return strategy
+
+
+class FullyShardedFlat(FSDPStrategy):
+    """FSDP that clips by the norm over all shards, and lets parameters remember their dimensions.
+
+    Outside of the forward pass a sharded parameter is flat, so an optimizer couldn't tell a matrix from a bias.
+    """
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        for parameter in model.parameters():
+            parameter.full_ndim = parameter.ndim  # type: ignore[attr-defined]
+        wrapped: Any = super()._setup_model(model)
+        plugin: Any = self.precision_plugin
+        plugin.clip_grad_by_norm = lambda _, clip: wrapped.clip_grad_norm_(clip)  # Lightning's refuses
+        return wrapped
+
+
+class FullyShardedLayers(ModelParallelStrategy):
+    """FSDP2: ``fully_shard`` on every layer of encoder and denoiser and on what remains, by data alone."""
+
+    def setup_environment(self) -> None:
+        """Make a mesh of all devices, and give the module the hook that shards it."""
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+        assert self.lightning_module is not None
+        self.lightning_module.configure_model = self._shard  # type: ignore[method-assign]
+
+    def _shard(self) -> None:
+        module = self.lightning_module
+        assert module is not None
+        if not isinstance(module, FSDPModule):  # testing comes after training, with the same module
+            shard(module, self.device_mesh["data_parallel"])
+
+
+def shard(module: pl.LightningModule, mesh: Any) -> None:
+    """Shard a module over a mesh, layer by layer."""
+    for part in list(module.modules()):
+        if isinstance(part, Encoder | DiT):
+            for layer in layers_of(part):
+                fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    for step in ("training_step", "validation_step", "test_step"):
+        if hasattr(module, step):
+            register_fsdp_forward_method(module, step)
+
+
+class Settings(Protocol):
+    """What a combination depends on, of the settings of the Trainer."""
+
+    @property
+    def devices(self) -> int: ...
+    @property
+    def nodes(self) -> int: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def compile(self) -> bool: ...
+    @property
+    def activation_checkpointing(self) -> bool: ...
+    @property
+    def accumulate(self) -> int: ...
+    @property
+    def ema_decay(self) -> float | None: ...
+    @property
+    def average_last(self) -> float | None: ...
+
+
+def name_of(strategy: Strategy | str) -> Name:
+    """Return the name of a strategy that configuration made."""
+    kinds: tuple[tuple[Name, type[Strategy]], ...] = (
+        ("fsdp", FSDPStrategy),
+        ("fsdp2", ModelParallelStrategy),
+        ("deepspeed", DeepSpeedStrategy),
+    )
+    if type(strategy) is DDPStrategy:
+        return "ddp_static" if strategy._ddp_kwargs.get("static_graph") else "ddp"
+    return next((name for name, kind in kinds if isinstance(strategy, kind)), "single")
+
+
+def refusals(name: Name, settings: Settings, accelerator: Literal["cpu", "gpu"]) -> Iterator[ConfigError]:
+    """Say what can't be combined, each with the reason, the mend and the key."""
+    processes = settings.devices * settings.nodes
+    if name == "single" and processes > 1:
+        yield ConfigError(f"{processes} processes need strategy=ddp (or fsdp2), not single", "strategy")
+    if name in ("fsdp", "deepspeed") and accelerator == "cpu":
+        yield ConfigError(f"strategy={name} needs GPUs; on CPU use strategy=ddp or strategy=fsdp2", "strategy")
+    if name == "ddp_static" and settings.accumulate > 1:
+        yield ConfigError(
+            "strategy=ddp_static can't accumulate: PyTorch plans its communication on the first batch, which must "
+            "communicate. Set trainer.accumulate=1, or use strategy=ddp",
+            "trainer.accumulate",
+        )
+    if settings.precision not in PRECISIONS[name]:
+        yield ConfigError(
+            f"strategy={name} can't compute in trainer.precision={settings.precision}; it can in "
+            f"{', '.join(PRECISIONS[name])}",
+            "trainer.precision",
+        )
+    if settings.precision == "16-mixed" and accelerator == "cpu":
+        yield ConfigError("trainer.precision=16-mixed needs a GPU; on CPU use bf16-mixed", "trainer.precision")
+    for key in ("ema_decay", "average_last"):
+        if name in ("fsdp", "fsdp2", "deepspeed") and getattr(settings, key) is not None:
+            yield ConfigError(
+                f"strategy={name} can't average weights: each process holds a part of them. Set trainer.{key}=null, or "
+                "use strategy=ddp",
+                f"trainer.{key}",
+            )
+    if settings.compile and name in ("fsdp", "fsdp2", "deepspeed"):
+        yield ConfigError(
+            f"strategy={name} can't run a compiled encoder; set trainer.compile=false, or use strategy=ddp",
+            "trainer.compile",
+        )
+    if settings.compile and settings.activation_checkpointing:
+        yield ConfigError(
+            "trainer.compile=true chooses by itself what is computed again; set trainer.activation_checkpointing=false",
+            "trainer.activation_checkpointing",
+        )
+
+
+def started_processes() -> tuple[int, str] | None:
+    """Return how many processes srun or torchrun started for this run, and how that is known; None for neither."""
+    if TorchElasticEnvironment.detect():
+        return int(os.environ["WORLD_SIZE"]), "torchrun"
+    if "SLURM_NTASKS" in os.environ and SLURMEnvironment.job_name() not in ("bash", "interactive"):
+        return int(os.environ["SLURM_NTASKS"]), "SLURM"
+    return None
+
+
+def environment() -> list[Any]:
+    """Return what Lightning is to know of the cluster: jobs of SLURM are requeued by their script, not from inside."""
+    started = started_processes()
+    return [SLURMEnvironment(auto_requeue=False)] if started is not None and started[1] == "SLURM" else []
+
+
+def timeout_of(strategy: Strategy | str) -> timedelta:
+    """Return how long processes wait for each other."""
+    return getattr(strategy, "patience", STARTING)
+
+
+def check_combination(strategy: Strategy | str, settings: Settings, accelerator: Literal["cpu", "gpu"]) -> None:
+    """Check that settings go together, and that as many processes were started as they ask for.
+
+    Raises:
+        ConfigError: with the reason and the mend.
+    """
+    for refusal in refusals(name_of(strategy), settings, accelerator):
+        raise refusal
+    started = started_processes()
+    asked = settings.devices * settings.nodes
+    if started is not None and started[0] != asked:
+        raise ConfigError(
+            f"{started[1]} started {started[0]} process(es), but trainer.devices={settings.devices} × "
+            f"trainer.nodes={settings.nodes} asks for {asked}; start one process a device, or set trainer.devices to "
+            "those of a node and trainer.nodes",
+            "trainer.devices",
+        )

@@ -3,35 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-import csv as csv_module
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import (
     Callback,
-    EMAWeightAveraging,
+    EarlyStopping,
     LearningRateMonitor,
     ModelCheckpoint,
     RichProgressBar,
     WeightAveraging,
 )
-from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.pytorch.strategies import FSDPStrategy, Strategy
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
 from torch import nn
 
 from crysldnet.data.datamodule import CrystalDataModule
-from crysldnet.errors import ConfigError, DeviceError, Interrupted
+from crysldnet.errors import DataError, DeviceError, Interrupted
+from crysldnet.report import note
+from crysldnet.training.averaging import AverageOfLast, moving_average
+from crysldnet.training.checkpoint_file import CheckpointFile
+from crysldnet.training.diagnostics import Diagnostics
+from crysldnet.training.finite import RefuseNonFinite
+from crysldnet.training.loggers import MetricsFile
+from crysldnet.training.ranks import RankWatch
+from crysldnet.training.resume import SaveAndStop, check_position
+from crysldnet.training.strategies import check_combination, environment, timeout_of
 
-LAST = "last.ckpt"
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 """Of mallopt(3)."""
 KEPT = 1 << 30
@@ -48,11 +54,23 @@ class TrainerSettings:
         nodes: number of nodes.
         precision: as in Lightning: 32-true, bf16-mixed, 16-mixed, 64-true.
         compile: compile the encoder (torch.compile); the first steps take a minute or more.
+        activation_checkpointing: compute the encoder's layers again in the backward pass instead of keeping what they
+            computed: less memory, more time.
         accumulate: batches per optimizer step; ``data.batch_size`` is divided over them.
+        average_last: average the weights of this last share of the steps (SWA), which validates and is exported; null
+            for none.
         ema_decay: keep an exponential moving average of the weights, which validates and is exported; null for none.
+            It begins shorter: the decay of step n is at most (1 + n) / (10 + n).
         deterministic: refuse operations that aren't reproducible on this device.
         progress_bar: show one.
         log_every: steps between two logged training losses.
+        checkpoint_every_steps: optimizer steps between two checkpoints within an epoch; null for none. The end of every
+            epoch has one.
+        checkpoint_every_minutes: minutes after which the next step saves one; null for none.
+        keep_checkpoints: how many of the last checkpoints to keep.
+        time_limit_minutes: minutes since the start after which the run saves a checkpoint and stops as unfinished; null
+            for no limit.
+        max_bad_steps: optimizer steps of a stage that may be skipped because their loss or gradient isn't finite.
     """
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -60,32 +78,43 @@ class TrainerSettings:
     nodes: int = 1
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
     compile: bool = False
+    activation_checkpointing: bool = False
     accumulate: int = 1
     ema_decay: float | None = None
+    average_last: float | None = None
     deterministic: bool = False
     progress_bar: bool = True
     log_every: int = 10
+    checkpoint_every_steps: int | None = None
+    checkpoint_every_minutes: float | None = 10.0
+    keep_checkpoints: int = 2
+    time_limit_minutes: float | None = None
+    max_bad_steps: int = 0
 
     def __post_init__(self) -> None:
         if min(self.devices, self.nodes, self.accumulate, self.log_every) < 1:
             raise ValueError("devices, nodes, accumulate and log_every must be at least 1")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must lie between 0 and 1, not {self.ema_decay}")
+        if self.average_last is not None and not 0.0 < self.average_last < 1.0:
+            raise ValueError(f"average_last must lie between 0 and 1, not {self.average_last}")
+        if self.average_last is not None and self.ema_decay is not None:
+            raise ValueError("ema_decay and average_last both average the weights; set one of them to null")
+        for name in ("checkpoint_every_steps", "checkpoint_every_minutes", "time_limit_minutes", "keep_checkpoints"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be over 0, not {value}")
+        if self.max_bad_steps < 0:
+            raise ValueError(f"max_bad_steps must be 0 or more, not {self.max_bad_steps}")
 
     def check(self, strategy: Strategy | str) -> None:
         """Check that this machine and the strategy can do what is asked, before anything is written.
 
         Raises:
             DeviceError: there are fewer devices than asked for.
-            ConfigError: the strategy is for one device, or for GPUs alone.
+            ConfigError: settings don't go together, or another number of processes was started.
         """
-        accelerator = self.resolve_accelerator()
-        if self.world_size > 1 and strategy == "auto":
-            raise ConfigError(f"{self.world_size} processes need strategy=ddp (or fsdp), not single", "strategy")
-        if isinstance(strategy, FSDPStrategy) and accelerator == "cpu":
-            raise ConfigError("strategy=fsdp needs GPUs; on CPU use strategy=ddp", "strategy")
-        if isinstance(strategy, FSDPStrategy) and self.ema_decay is not None:
-            raise ConfigError("strategy=fsdp can't average weights; set trainer.ema_decay=null", "trainer.ema_decay")
+        check_combination(strategy, self, self.resolve_accelerator())
 
     @property
     def world_size(self) -> int:
@@ -160,9 +189,12 @@ def make_trainer(
     epochs: int,
     seed: int,
     gradient_clip: float | None,
+    owner: Mapping[str, Any],
     resume: bool = False,
     loggers: Sequence[Logger] = (),
     monitor: str | None = None,
+    validate_every: int = 1,
+    patience: int | None = None,
 ) -> pl.Trainer:
     """Make the Trainer of one stage.
 
@@ -173,48 +205,69 @@ def make_trainer(
         epochs: number of epochs.
         seed: of every random number drawn in training.
         gradient_clip: largest norm of the gradient; None for no clipping.
-        resume: keep what an earlier part of this run logged up to its last checkpoint.
+        owner: command, stage and model, as plain values, that the checkpoints belong to.
+        resume: go on from the last checkpoint, where there is one.
         loggers: besides the CSV.
         monitor: metric whose lowest value on validation chooses ``best.ckpt``; None keeps the last alone.
+        validate_every: epochs from one validation, and one checkpoint, to the next.
+        patience: validations without a lower value of ``monitor`` after which training stops; None for none.
+
+    Raises:
+        CheckpointError: none of the checkpoints can be resumed from.
     """
     accelerator = settings.resolve_accelerator()
     if accelerator == "cpu":
         keep_freed_memory()
     checkpoints = folder / "checkpoints"
+    files = CheckpointFile(owner, settings.keep_checkpoints)
+    start = files.newest(checkpoints) if resume else None
     callbacks: list[Callback] = [
+        RefuseNonFinite(folder, settings.max_bad_steps),
         SeedEveryBatch(seed),
-        ModelCheckpoint(checkpoints, filename=LAST.removesuffix(".ckpt"), enable_version_counter=False),
+        RankWatch(timeout_of(strategy)),
     ]
+    if settings.average_last is not None:
+        callbacks.append(AverageOfLast(settings.average_last))
+    if settings.ema_decay is not None:
+        callbacks.append(moving_average(settings.ema_decay))
+    if settings.progress_bar:
+        callbacks.append(RichProgressBar(leave=False))
+    callbacks += [LearningRateMonitor(logging_interval="epoch"), Diagnostics()]
     if monitor is not None:
         callbacks.append(
             ModelCheckpoint(checkpoints, filename="best", monitor=monitor, mode="min", enable_version_counter=False)
         )
-    if settings.ema_decay is not None:
-        callbacks.append(EMAWeightAveraging(decay=settings.ema_decay))
-    if settings.progress_bar:
-        callbacks.append(RichProgressBar(leave=False))
-    csv = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=50)
-    if resume:
-        _keep_earlier_metrics(csv, folder / "metrics.csv", checkpoints / LAST)
-    callbacks.append(LearningRateMonitor(logging_interval="epoch"))
-    return pl.Trainer(
+        if patience is not None:
+            callbacks.append(EarlyStopping(monitor, patience=patience, mode="min", check_finite=False))
+    save_and_stop = SaveAndStop(
+        checkpoints,
+        every_steps=settings.checkpoint_every_steps,
+        every_minutes=settings.checkpoint_every_minutes,
+        limit_minutes=settings.time_limit_minutes,
+        every_epochs=validate_every,
+        start=start,
+    )
+    trainer = pl.Trainer(
         accelerator=accelerator,
         devices=settings.devices,
         num_nodes=settings.nodes,
         strategy=strategy,
         precision=settings.precision,
         max_epochs=epochs,
+        check_val_every_n_epoch=validate_every,
         accumulate_grad_batches=settings.accumulate,
         gradient_clip_val=gradient_clip,
         deterministic=settings.deterministic,
-        callbacks=callbacks,
-        logger=[csv, *loggers],
+        callbacks=[*callbacks, save_and_stop],
+        logger=[MetricsFile(folder / "metrics.csv", start[1]["step"] if start is not None else 0), *loggers],
         log_every_n_steps=settings.log_every,
         enable_progress_bar=settings.progress_bar,
         enable_model_summary=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
+        plugins=[files, *environment()],
     )
+    return trainer
 
 
 @rank_zero_only
@@ -222,50 +275,51 @@ def announce(stage: str, trainer: pl.Trainer, model: nn.Module, data: CrystalDat
     """Print once what is about to run: crystals, parameters, devices, and what was left out."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     device = f"{trainer.world_size} × {trainer.accelerator.__class__.__name__.removesuffix('Accelerator')}"
-    Console(stderr=True).print(
+    note(
         f"{stage}: {len(data.rows['train']):,} training and {len(data.rows['val']):,} validation crystals of "
-        f"{data.store.name}, {trainable:,} parameters, {trainer.max_epochs} epochs on {device}",
-        highlight=False,
-        soft_wrap=True,
+        f"{data.store.name}, {trainable:,} parameters, {trainer.max_epochs} epochs on {device}"
     )
     for reason, count in data.left_out.items():
-        Console(stderr=True).print(f"{count:,} crystals left out: {reason}", highlight=False, soft_wrap=True)
+        note(f"{count:,} crystals left out: {reason}")
 
 
-def _keep_earlier_metrics(logger: CSVLogger, file: Path, last: Path) -> None:
-    """Log again what an interrupted run logged up to its last checkpoint; Lightning would begin a new file."""
-    if not (rank_zero_only.rank == 0 and file.exists() and last.exists()):  # type: ignore[attr-defined]
-        return
-    steps = torch.load(last, weights_only=True, map_location="cpu")["global_step"]
-    with file.open(newline="") as lines:
-        rows = [row for row in csv_module.DictReader(lines) if int(row["step"]) < steps]
-    for row in rows:
-        values: dict[str, torch.Tensor | float] = {
-            name: int(value) if value.isdigit() else float(value)
-            for name, value in row.items()
-            if name != "step" and value
-        }
-        logger.log_metrics(values, step=int(row["step"]))
-    logger.save()
-
-
-def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, *, resume: bool) -> None:
-    """Train to the end, from the last checkpoint of this stage where one is to be resumed.
+def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule) -> dict[str, float]:
+    """Train to the end, from the checkpoint that the Trainer was made to resume; return the last value of each metric.
 
     Raises:
         Interrupted: the run was stopped before its last epoch.
+        CheckpointError: the checkpoint stands inside an epoch, and there is another number of processes now.
+        DataError: a process that builds batches died.
     """
-    last = Path(trainer.checkpoint_callbacks[0].dirpath) / LAST  # type: ignore[attr-defined]
-    start = str(last) if resume and last.exists() else None
-    with contextlib.suppress(SystemExit):  # Lightning exits by itself on SIGTERM (with status 0) and on Ctrl-C
-        trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
-    if trainer.interrupted or trainer.received_sigterm or trainer.current_epoch < (trainer.max_epochs or 0):
+    path: Path | None = None
+    header: dict[str, Any] = {"epoch": 0, "batch": 0, "finished": False, "metrics": {}}
+    start = next(c.start for c in trainer.callbacks if isinstance(c, SaveAndStop))  # type: ignore[attr-defined]
+    if start is not None:
+        path, header = start
+        check_position(path, header, trainer)
+    data.start = (header["epoch"], header["batch"])
+    stopped_early = header["finished"] and header["epoch"] < (trainer.max_epochs or 0)
+    try:
+        if not stopped_early:
+            with contextlib.suppress(SystemExit):  # Lightning exits by itself on the second Ctrl-C
+                trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a process that builds batches died ({str(error).splitlines()[0]}); if memory ran out, lower "
+            "data.num_workers or data.batch_size, and go on with resume=last"
+        ) from error
+    enough = any(isinstance(c, EarlyStopping) and c.stopped_epoch for c in trainer.callbacks)  # type: ignore[attr-defined]
+    unfinished = trainer.current_epoch < (trainer.max_epochs or 0) and not enough and not stopped_early
+    if trainer.interrupted or unfinished:
         raise Interrupted(
             f"stopped after epoch {trainer.current_epoch} of {trainer.max_epochs}; continue with resume=last"
         )
     # The averaged weights are in the module now. The callback would swap them out again in a later validation, and
     # load the unaveraged ones for a test.
     trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
-    if start is not None and not trainer.callback_metrics:  # it had trained to its end before it was stopped
-        module.load_state_dict(torch.load(start, weights_only=True, map_location="cpu")["state_dict"])
-        trainer.validate(module, datamodule=data, verbose=False)
+    if path is not None and header["finished"]:  # it had trained to its end before
+        module.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["state_dict"])
+        return header["metrics"]
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}

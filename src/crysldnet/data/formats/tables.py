@@ -11,10 +11,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from crysldnet.data.crystals import Crystals
 from crysldnet.data.formats.record_files import FileOfMany
-from crysldnet.data.formats.records import Entry, read_entries
+from crysldnet.data.formats.records import Entry, is_object, read_entries
+from crysldnet.data.locations import open_part
 from crysldnet.data.rows import NOTE_NESTED, Found
-from crysldnet.data.schema import STRUCTURE_COLUMNS, crystals_from_table, metadata_of, units_of
+from crysldnet.data.schema import STRUCTURE_COLUMNS, crystals_from_table, metadata_of, table_from_crystals, units_of
 from crysldnet.data.sources import PIECE, Settings, pieces
 from crysldnet.data.workspace import Task
 from crysldnet.errors import DataError
@@ -131,15 +133,33 @@ def read_table_rows(table: pa.Table, place: str, default_id: str, row: int, sett
     return read_entries(entries, settings, units_of(table.schema))
 
 
+class StoreReader:
+    """A crystal store, a data set by its name, or one split of either, as :func:`open_part` takes them."""
+
+    def __init__(self, path: str) -> None:
+        self._store, self._rows = open_part(path)
+        self.name = path
+        self.metadata: Mapping[str, str] = {"source": path} | self._store.metadata
+        self.total = len(self._rows)
+
+    def stamp(self) -> Any:
+        return [self.name, self._store.hash]
+
+    def tasks(self, settings: Settings) -> Iterator[Task]:
+        for first in range(0, len(self._rows), TABLE_PIECE):
+            table = self._store.to_table(self._rows[first : first + TABLE_PIECE])
+            yield partial(read_table, table, f"{self.name} row ", "", first + 1, settings)
+
+
 class ObjectReader:
     """Objects that were handed over in Python: a data frame, an Arrow table, or anything that gives structures or
     records one by one."""
 
     def __init__(self, source: Any) -> None:
-        self._source = source
+        self._source = [source] if is_object(source) or isinstance(source, Mapping) else source
         self.name = type(source).__module__.split(".")[0]
         self.metadata: Mapping[str, str] = {}
-        self.total = len(source) if hasattr(source, "__len__") else None
+        self.total = len(self._source) if hasattr(self._source, "__len__") else None
 
     def stamp(self) -> Any:
         return None
@@ -158,6 +178,8 @@ class ObjectReader:
 
 def _arrow(source: Any) -> pa.Table | None:
     """Return a table in the schema as Arrow, whatever library it is of."""
+    if isinstance(source, Crystals):
+        return table_from_crystals(source, [f"crystal-{row}" for row in range(1, len(source) + 1)], {}, {}, {})
     if isinstance(source, pa.Table):
         return source
     if not set(STRUCTURE_COLUMNS) <= set(getattr(source, "columns", ())):

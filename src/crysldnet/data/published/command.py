@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
 
 from crysldnet.data.locations import DATA_VARIABLE, data_folder, open_store, published_path
 from crysldnet.data.published.catalog import PUBLISHED, definition_of
@@ -51,10 +56,33 @@ def run(arguments: argparse.Namespace) -> int:
     if out.exists() and not arguments.overwrite:
         raise DataError(f"{out} exists already; use it, or make it again with --overwrite")
     structures = None if arguments.structures is None else open_store(arguments.structures)
-    digests = fetch_all(definition, raw)
-    made = make_store(definition, raw, out, structures=structures, overwrite=arguments.overwrite)
+    with alone(out):
+        if out.exists() and not arguments.overwrite:
+            sys.stdout.write(f"{out} was made by another process meanwhile\n")
+            return 0
+        digests = fetch_all(definition, raw)
+        made = make_store(definition, raw, out, structures=structures, overwrite=arguments.overwrite)
     sys.stdout.write("\n".join(_report(definition, digests, made)) + "\n")
     return 0 if made.report.kept else 1
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Let one process at a time prepare a store; the others wait.
+
+    Raises:
+        DataError: the folder can't be written.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out.with_name(f".{out.name}.lock"))
+        lock.acquire()
+    except OSError as error:
+        raise DataError(f"can't write to {out.parent}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _listed(definition: PublishedSet) -> str:

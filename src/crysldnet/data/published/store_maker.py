@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 
 from crysldnet.data.crystals import from_lists
-from crysldnet.data.importer import ImportReport, ParquetOutput, import_crystals
+from crysldnet.data.importer import ImportReport, import_crystals
+from crysldnet.data.output import ParquetOutput
 from crysldnet.data.published.definition import Property, PublishedSet
 from crysldnet.data.published.formats import Entry, read_entries
 from crysldnet.data.schema import table_from_crystals

@@ -1,0 +1,78 @@
+"""Read a column to be predicted: a number, or one of several classes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from crysldnet.data.store import CrystalStore
+from crysldnet.errors import DataError
+
+MOST_CLASSES = 256
+"""There are 230 space groups; a column with more values than this holds no classes."""
+
+
+def read_target(
+    store: CrystalStore, name: str, kind: str | None = None
+) -> tuple[NDArray[np.float64], list[str] | None]:
+    """Return a column's values [n], NaN where unknown, and where it holds classes their names.
+
+    A class is given by its place among the names. Booleans and texts are classes, numbers are numbers unless ``kind``
+    says ``classes``.
+
+    Args:
+        store: the crystals.
+        name: of the column.
+        kind: what the configuration says of the target, if anything.
+
+    Raises:
+        DataError: there is no such column, or it holds neither numbers nor classes.
+    """
+    type_ = store.type_of(name)
+    text = pa.types.is_string(type_) or pa.types.is_large_string(type_)
+    if kind not in (None, "classes") or not (text or kind == "classes" or pa.types.is_boolean(type_)):
+        values = store.numbers_of(name).copy()
+        values[~np.isfinite(values)] = np.nan
+        return values, None
+    if text:
+        return _text_classes(store, name)
+    if pa.types.is_boolean(type_):
+        return store.numbers_of(name), ["false", "true"]
+    return _number_classes(store, name)
+
+
+def _text_classes(store: CrystalStore, name: str) -> tuple[NDArray[np.float64], list[str]]:
+    texts = store.texts_of(name)
+    known = [text for text in texts if text is not None]
+    labels = sorted(set(known))
+    if len(labels) > min(MOST_CLASSES, len(known) // 2):
+        raise DataError(
+            f"{store.name}: column {name!r} holds {len(labels)} different texts in {len(known)} rows: not numbers, and "
+            f"too many for classes (of at most {MOST_CLASSES}, each in two rows or more on average)"
+        )
+    return _coded(store, name, [np.nan if t is None else labels.index(t) for t in texts], labels)
+
+
+def _number_classes(store: CrystalStore, name: str) -> tuple[NDArray[np.float64], list[str]]:
+    values = store.numbers_of(name)
+    known = np.isfinite(values)
+    broken = np.flatnonzero(known & (values != np.round(values)))
+    if len(broken):
+        raise DataError(
+            f"{store.name}: column {name!r} can't be classes: {store.ids_at(broken[:1])[0]} (row {broken[0]}) has "
+            f"{values[broken[0]]:g}; a class is a whole number, true or false, or a text"
+        )
+    distinct = np.unique(values[known])
+    if len(distinct) > MOST_CLASSES:
+        raise DataError(f"{store.name}: column {name!r} has {len(distinct)} values, over {MOST_CLASSES} classes")
+    codes = np.where(known, np.searchsorted(distinct, values), np.nan)
+    return _coded(store, name, codes.tolist(), [f"{value:.0f}" for value in distinct])
+
+
+def _coded(
+    store: CrystalStore, name: str, codes: list[float], labels: list[str]
+) -> tuple[NDArray[np.float64], list[str]]:
+    if len(labels) < 2:
+        raise DataError(f"{store.name}: column {name!r} has {len(labels)} class(es) {labels}; it takes two or more")
+    return np.array(codes, np.float64), labels

@@ -1,0 +1,168 @@
+"""Tables written piece by piece, in flat memory; a file appears under its name when it is whole.
+
+The output classes are context managers: leaving with an exception removes what was written.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from crysldnet.data.store import remove_partials
+from crysldnet.errors import DataError
+
+
+class Output(Protocol):
+    """Where tables go, one after another."""
+
+    def __enter__(self) -> Output: ...
+
+    def append(self, table: pa.Table) -> None:
+        """Add rows; all tables have the same columns."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+
+class FileOutput:
+    """A file that is written beside its name and renamed.
+
+    Args:
+        path: the file.
+        overwrite: replace what is there.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        self._path = Path(path)
+        if self._path.is_dir() or (self._path.exists() and not overwrite):
+            raise DataError(f"{self._path} exists already; choose another name or pass --overwrite")
+        self._partial = self._path.with_name(f".{self._path.name}.partial-{os.getpid()}")
+
+    def __enter__(self) -> FileOutput:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            remove_partials(self._path)
+            self._file = self._partial.open("wb")
+        except OSError as error:
+            raise DataError(f"can't write to {self._path.parent}: {error.strerror}") from error
+        return self
+
+    def append(self, table: pa.Table) -> None:
+        """Add rows; all tables have the same columns."""
+        raise NotImplementedError
+
+    def _finish(self) -> None:
+        """Write what is still to be written."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+            self._file.close()
+            if kind is None:
+                os.replace(self._partial, self._path)
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+
+class ParquetOutput(FileOutput):
+    """A Parquet file."""
+
+    _writer: pq.ParquetWriter | None = None
+
+    def append(self, table: pa.Table) -> None:
+        """Add rows; all tables have the same columns."""
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._file, table.schema, compression="zstd", write_page_checksum=True)
+        self._writer.write_table(table)
+
+    def _finish(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class LinesOutput(FileOutput):
+    """A CSV with a header, or JSON lines where the name says so."""
+
+    _begun = False
+
+    def append(self, table: pa.Table) -> None:
+        """Add rows; all tables have the same columns."""
+        as_json = self._path.suffix.lower() in JSON_LINES
+        text = _json_lines(table) if as_json else _csv_lines(table, header=not self._begun)
+        self._file.write(text.encode())
+        self._begun = True
+
+
+class StandardOutput:
+    """CSV on standard output."""
+
+    _begun = False
+
+    def __enter__(self) -> StandardOutput:
+        return self
+
+    def append(self, table: pa.Table) -> None:
+        """Add rows; all tables have the same columns."""
+        sys.stdout.write(_csv_lines(table, header=not self._begun))
+        self._begun = True
+
+    def __exit__(self, *_error: object) -> None:
+        sys.stdout.flush()
+
+
+JSON_LINES = (".jsonl", ".ndjson")
+SUFFIXES = (".csv", ".parquet", *JSON_LINES)
+
+
+def open_table(out: str) -> Output:
+    """Return the output for a table by its suffix: CSV, Parquet or JSON lines; ``-`` is CSV on standard output.
+
+    Raises:
+        DataError: another suffix, or a folder is called so.
+    """
+    if out == "-":
+        return StandardOutput()
+    suffix = Path(out).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise DataError(f"out={out}: its name must end in {', '.join(SUFFIXES)}, or be - for standard output")
+    return (ParquetOutput if suffix == ".parquet" else LinesOutput)(out, overwrite=True)
+
+
+def _cells(column: pa.ChunkedArray) -> list[Any]:
+    """Return a column's values; numbers in float32 with no more digits than they have."""
+    if not pa.types.is_float32(column.type):
+        return column.to_pylist()
+    values = column.to_numpy(zero_copy_only=False)
+    return [None if value != value else float(str(value)) for value in values.astype(np.float32)]
+
+
+def _csv_lines(table: pa.Table, *, header: bool) -> str:
+    lines = _Lines()
+    writer = csv.writer(lines, lineterminator="\n")
+    if header:
+        writer.writerow(table.column_names)
+    writer.writerows(zip(*(_cells(column) for column in table.columns), strict=True))
+    return "".join(lines)
+
+
+class _Lines(list):
+    def write(self, text: str) -> None:
+        self.append(text)
+
+
+def _json_lines(table: pa.Table) -> str:
+    rows = zip(*(_cells(column) for column in table.columns), strict=True)
+    return "".join(json.dumps(dict(zip(table.column_names, row, strict=True))) + "\n" for row in rows)

@@ -1,0 +1,136 @@
+"""The LightningModule of property models."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from crysldnet.data.batch import CrystalBatch
+from crysldnet.data.datamodule import CrystalDataModule
+from crysldnet.data.graph import GraphSpec
+from crysldnet.models.head import Prediction, PropertyModel
+from crysldnet.models.target import Loss
+from crysldnet.pretrain import total_steps
+from crysldnet.training.features import FeatureTable
+from crysldnet.training.metrics import TargetMetrics
+from crysldnet.training.optimizer import AdamW
+
+Mode = Literal["full", "frozen", "gradual"]
+
+
+class FinetuneModule(pl.LightningModule):
+    """Train a :class:`PropertyModel`.
+
+    Logs ``train/loss`` (normalised units) and ``val/…``, ``test/…``: MAE, RMSE and R² in physical units of regressions,
+    accuracy and so on of classifications. The best epoch is the one of the lowest ``monitor``.
+
+    Args:
+        model: what is trained.
+        optimizer: its optimizer.
+        loss: on normalised targets.
+        mode: ``frozen`` computes the features of a frozen encoder once; ``gradual`` trains the head first, then one
+            layer of the encoder more after another, the last layer first, until all are trained in the second half.
+        layer_decay: factor of the learning rate from one layer to the one below.
+        entropies: [T] of the training classes, what the log loss of a classification is compared with.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: PropertyModel,
+        optimizer: AdamW,
+        loss: Loss = "l1",
+        mode: Mode = "full",
+        layer_decay: float = 1.0,
+        entropies: list[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.optimizer, self.loss = model, optimizer, loss
+        self.mode, self.layer_decay = mode, layer_decay
+        self.metrics = TargetMetrics(model.targets, model.types, entropies)
+        if mode == "frozen":
+            model.freeze_encoder()
+        self.predictions: list[tuple[Tensor, Prediction]] = []
+        """Rows and predictions of the last test loop, of this rank."""
+
+    @property
+    def monitor(self) -> str:
+        """The metric that chooses the best epoch."""
+        return f"val/{self.metrics.selection}"
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW and its schedule over all steps of the run."""
+        steps = total_steps(self.trainer)
+        if self.layer_decay == 1:
+            return self.optimizer.build(self.model, steps)
+        return self.optimizer.build(self.model, steps, lambda name: self.layer_decay ** self.model.depth_of(name))
+
+    def on_fit_start(self) -> None:
+        """Compute the features that a frozen encoder will always give."""
+        if self.mode == "frozen":
+            data: CrystalDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+            self.model.cached = FeatureTable.of(self.model.encoder, data, self.device)
+            data.graph = GraphSpec(k=1)  # the head needs no edges
+
+    def _is_open(self, name: str) -> bool:
+        """Say whether a parameter of the model is trained in this epoch."""
+        half = max((self.trainer.max_epochs or 1) / 2, 1e-9)
+        return self.model.depth_of(name) <= int(self.trainer.current_epoch / half * self.model.n_depths)
+
+    def on_train_epoch_start(self) -> None:
+        """Keep the parts that aren't trained yet without dropout and without statistics of batches."""
+        if self.mode == "gradual":
+            for name, part in self.model.encoder.named_modules():
+                part.training = self._is_open(f"encoder.{name}")
+
+    def on_after_backward(self) -> None:
+        """Drop the gradients of the parts that aren't trained yet."""
+        if self.mode == "gradual":
+            for name, parameter in self.model.named_parameters():
+                if not self._is_open(name):
+                    parameter.grad = None
+
+    def _step(self, batch: CrystalBatch, stage: Literal["train", "val", "test"]) -> Tensor:
+        losses, predicted = self.model.losses(batch, self.loss)
+        assert batch.targets is not None
+        known = (~batch.targets.isnan()).sum()
+        loss = losses.sum() / known.clamp_min(1)
+        if stage == "train":
+            self.log("train/loss", loss.detach(), prog_bar=True, batch_size=batch.num_crystals)
+        else:
+            self.metrics.update(predicted, batch.targets, losses, self.model.std)
+        if stage == "test":
+            self.predictions.append((batch.rows, predicted))
+        return loss
+
+    def training_step(self, batch: CrystalBatch, batch_idx: int) -> Tensor:
+        """Return the loss."""
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: CrystalBatch, batch_idx: int) -> None:
+        """Collect errors."""
+        self._step(batch, "val")
+
+    def test_step(self, batch: CrystalBatch, batch_idx: int) -> None:
+        """Collect errors and predictions."""
+        self._step(batch, "test")
+
+    def _log_metrics(self, stage: str) -> None:
+        values = self.metrics.compute()
+        shown = values if stage == "val" else {k: v for k, v in values.items() if not k.startswith("normalised")}
+        self.log_dict({f"{stage}/{name}": value.float() for name, value in shown.items()}, prog_bar=stage == "val")
+        self.metrics.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics."""
+        self._log_metrics("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Forget earlier predictions."""
+        self.predictions = []
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics."""
+        self._log_metrics("test")

@@ -1,0 +1,114 @@
+"""What a finetuning leaves and prints: predictions of the test split, plots, summary, table."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+
+from crysldnet.data.fingerprint import Fingerprints
+from crysldnet.finetune.settings import FinetuneConfig
+from crysldnet.finetune.training import Finetuned
+from crysldnet.report import print_table
+from crysldnet.training import plots
+from crysldnet.training.pretraining_set import pretraining_overlap, print_overlap
+from crysldnet.training.run_folder import RunFolder
+
+TITLES = {
+    "mae": "MAE",
+    "rmse": "RMSE",
+    "r2": "R²",
+    "f1": "F1",
+    "log_loss": "log loss",
+    "roc_auc": "ROC-AUC",
+    "nll": "NLL",
+}
+WITH_UNIT = ("mae", "rmse")
+
+
+def write_predictions(path: Path, result: Finetuned) -> None:
+    """Write ids, true values and predictions of the test split as CSV."""
+    rows = list(result.predictions)
+    values = result.data.target_values
+    assert values is not None
+    ids = result.data.store.ids_at(np.array(rows, np.int64))
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["material_id", "target", "true", "prediction", "unit", "std", "probability"])
+        for material_id, row in zip(ids, rows, strict=True):
+            for place, target in enumerate(result.data.targets):
+                predicted, std, probability = result.predictions[row][place]
+                labels = result.data.labels[place]
+                cells = [_cell(values[row, place], labels), _cell(predicted, labels)]
+                more = [_cell(std), _cell(probability)]
+                writer.writerow([material_id, target, *cells, result.data.units[place], *more])
+
+
+def _cell(value: float, labels: list[str] | None = None) -> str:
+    if math.isnan(value):
+        return ""
+    return f"{value:.6g}" if labels is None else labels[int(value)]
+
+
+def _plot_parity(folder: Path, result: Finetuned) -> None:
+    rows = list(result.predictions)
+    predicted = np.array([result.predictions[row] for row in rows])[:, :, 0]
+    assert result.data.target_values is not None
+    for place, target in enumerate(result.data.targets):
+        if result.data.labels[place] is None:
+            name = plots.file_name(target)
+            true = result.data.target_values[rows, place]
+            plots.parity(true, predicted[:, place], folder / f"parity_{name}.png", target, result.data.units[place])
+
+
+@pl.utilities.rank_zero_only
+def finish(folder: RunFolder, result: Finetuned, config: FinetuneConfig) -> None:
+    """Write and print the result; the summary comes last."""
+    members = [f"member_{i}" for i in range(config.ensemble)] if config.ensemble > 1 else []
+    if result.predictions:
+        write_predictions(folder.path / "predictions_test.csv", result)
+        _plot_parity(folder.path / "plots", result)
+    if not members:
+        curves = ["train/loss", "val/mae", "val/r2"] if None in result.data.labels else ["train/loss", "val/accuracy"]
+        plots.learning_curves(
+            folder.path / "metrics.csv", folder.path / "plots" / "curves.png", curves, ", ".join(result.data.targets)
+        )
+    tested = Fingerprints.of(result.data.store, result.data.rows["test"])
+    overlap = pretraining_overlap(config.pretrained, tested)
+    folder.finish(
+        {
+            "command": "finetune",
+            "seed": config.seed,
+            "pretrained": config.pretrained,
+            "train_crystals": result.info["train_crystals"],
+            "data_sha256": result.data.store.hash,
+            "left_out": result.data.left_out,
+            "pretraining_overlap": overlap,
+            "calibration": result.info["calibration"],
+            **({"members": members, "ensemble_by": config.ensemble_by} if members else {}),
+            **result.metrics,
+        }
+    )
+    _print_metrics(result)
+    print_overlap(overlap)
+    written = [str(folder.path / name) for name in members] or [str(folder.path / "model.safetensors")]
+    print_table("", ["written", ""], [["model" if not members else "members", place] for place in written])
+
+
+def _print_metrics(result: Finetuned) -> None:
+    metrics: dict[str, Any] = result.metrics
+    splits = [s for s in ("val", "test_members", "test") if any(name.startswith(f"{s}/") for name in metrics)]
+    names = dict.fromkeys(name.split("/", 1)[1] for name in metrics if name.split("/")[0] in splits)
+    unit = result.data.units[0] if len(set(result.data.units)) == 1 else ""
+    rows = []
+    for name in names:
+        if all(f"{split}/{name}" in metrics for split in splits):
+            kind, _, target = name.partition("/")
+            title = TITLES.get(kind, kind) + (f" {target}" if target else "")
+            suffix = f" ({unit})" if unit and kind in WITH_UNIT else ""
+            rows.append([title + suffix, *(f"{metrics[f'{split}/{name}']:.4f}" for split in splits)])
+    print_table(", ".join(result.data.targets), ["", *(s.replace("_", ", ") for s in splits)], rows)

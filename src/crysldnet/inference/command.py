@@ -1,0 +1,102 @@
+"""What the commands that go through many crystals share: the list of files, the progress and the account at the end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from crysldnet.data.ledger import Ledger
+from crysldnet.data.stream import Portion, Refused
+from crysldnet.errors import DataError
+
+SHOWN = 20
+"""refused crystals that are printed; all are in the file"""
+
+
+class Account:
+    """Counts what was done and refused.
+
+    Args:
+        out: the output; what is refused is listed beside it.
+        done: what is done to a crystal, for the last line.
+    """
+
+    def __init__(self, out: str, done: str) -> None:
+        self._out, self._done = out, done
+        self._ledger = Ledger(strict=False)
+        self.used = self.refused = 0
+
+    def refuse(self, refused: Refused) -> None:
+        """Report a crystal that can't be used."""
+        self._ledger.reject(*refused)
+        self.refused += 1
+        if self.refused <= SHOWN:
+            print(f"refused: {refused.source}: {refused.reason}", file=sys.stderr)  # noqa: T201
+        elif self.refused == SHOWN + 1:
+            print("refused: … and more", file=sys.stderr)  # noqa: T201
+
+    @contextmanager
+    def progress(self, total: int | None) -> Iterator[Callable[[Portion], None]]:
+        """Show progress with its rate where standard error is a terminal; the function takes each portion's account."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        rate = TextColumn("{task.fields[rate]}")
+        columns = (TextColumn("crystals"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("", total=total, rate="")
+
+            def advance(portion: Portion) -> None:
+                self.used += len(portion.ids)
+                for refused in portion.refused:
+                    self.refuse(refused)
+                speed = bar.tasks[0].finished_speed or bar.tasks[0].speed
+                bar.update(task, completed=self.used + self.refused, rate=f"{speed:,.0f}/s" if speed else "")
+
+            yield advance
+
+    def refuse_nothing_used(self) -> None:
+        """Stop where no crystal could be used.
+
+        Raises:
+            DataError: so it is.
+        """
+        if not self.used:
+            raise DataError(f"none of the {self.refused} crystals could be used")
+
+    def finish(self) -> None:
+        """List what was refused beside the output, and say what was done."""
+        text = f"{self.used:,} crystals {self._done}, {self.refused:,} refused: {self._out}"
+        if self._out != "-":
+            out = Path(self._out)
+            listed = self._ledger.save(out.with_name(f"{out.name}.refused.csv"))
+            text += f", reasons in {listed}" if listed is not None else ""
+        print(text, file=sys.stderr)  # noqa: T201
+
+
+def named_files(files: str | list[str], account: Account) -> str | list[str]:
+    """Return the files to read; ``-`` stands for those that standard input lists, one a line.
+
+    Those of the list that aren't there are refused; the others are read.
+
+    Raises:
+        DataError: the list is empty.
+    """
+    if files != "-":
+        return files
+    listed = [line for line in (line.strip() for line in sys.stdin) if line]
+    if not listed:
+        raise DataError("files=-: standard input lists no file")
+    there = []
+    for name in listed:
+        if os.path.exists(os.path.expanduser(name)) or ":" in name or "@" in name:
+            there.append(name)
+        else:
+            account.refuse(Refused(name, "", "no such file"))
+    if not there:
+        account.refuse_nothing_used()
+    return there

@@ -1,0 +1,222 @@
+"""What predicting and embedding give: arrays, and the same as a table.
+
+Shapes: ``B`` crystals, ``N`` atoms, ``T`` targets, ``C`` classes, ``D`` width of the encoder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from crysldnet.data.elements import SYMBOLS, reduced_formula
+from crysldnet.data.stream import Portion, Refused
+from crysldnet.errors import DataError
+
+Floats = NDArray[np.float64]
+
+
+class Tabular:
+    """Something with a table."""
+
+    def table(self) -> pa.Table:
+        """Return it as an Arrow table."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Return the columns of the table as lists, None where there is no value."""
+        return self.table().to_pydict()
+
+    def to_pandas(self) -> Any:
+        """Return the table as a pandas data frame; pandas must be installed."""
+        return self.table().to_pandas()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions(Tabular):
+    """Predictions for B crystals.
+
+    Attributes:
+        ids, sources, formulas: [B] of the crystals: id, file or row, reduced formula.
+        targets, units: [T].
+        classes: [T] names of the classes; None for a regression.
+        values: [B, T] in physical units; of a classification the number of the likeliest class.
+        std: [B, T] standard deviations, NaN where the model has none.
+        low, high: [B, T] ends of the conformal interval, NaN where there is none.
+        probabilities: [B, T, C] of the classes, NaN for regressions; None where nothing is classified.
+        unseen: [B] elements that the training set didn't have.
+        distance: [B] latent distance from the training set, NaN where it isn't known.
+        flags: [B] in what a crystal is unlike the training set: ``element``, ``distance``, ``size``.
+        refused: crystals that can't be used, and why.
+    """
+
+    ids: list[str]
+    sources: list[str]
+    formulas: list[str]
+    targets: list[str]
+    units: list[str]
+    classes: list[list[str] | None]
+    values: Floats
+    std: Floats
+    low: Floats
+    high: Floats
+    probabilities: Floats | None
+    unseen: list[list[str]]
+    distance: Floats
+    flags: list[list[str]]
+    refused: list[Refused] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Predictions], refused: list[Refused]) -> Predictions:
+        """Put parts one after another.
+
+        Raises:
+            DataError: there is none.
+        """
+        if not parts:
+            reason = f": {refused[0].source}: {refused[0].reason}" if refused else ""
+            raise DataError(f"no crystal could be used{reason}")
+        joined: dict[str, Any] = {}
+        for name in (f.name for f in fields(cls)):
+            values = [getattr(part, name) for part in parts]
+            if isinstance(values[0], np.ndarray):
+                joined[name] = np.concatenate(values)
+            elif name in ("ids", "sources", "formulas", "unseen", "flags"):
+                joined[name] = [item for value in values for item in value]
+        return replace(parts[0], **joined, refused=refused)
+
+    def table(self) -> pa.Table:
+        """Return a table with a row for each crystal and target, those of a crystal one after another.
+
+        Columns: ``id``, ``source``, ``formula``, ``target``, ``prediction``, ``unit``, ``std``, ``low``, ``high``,
+        ``class``, ``probability`` (of that class), ``probabilities`` (JSON), ``unseen_elements``, ``distance``,
+        ``flags``.
+        """
+        per = len(self.targets)
+
+        def repeated(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+            return pa.array([value for value in values for _ in range(per)], kind)
+
+        def numbers(values: Floats) -> pa.Array:
+            return pa.array(values.astype(np.float32).reshape(-1), from_pandas=True)
+
+        labels, probability, probabilities = self._classes()
+        return pa.table(
+            {
+                "id": repeated(self.ids, pa.string()),
+                "source": repeated(self.sources, pa.string()),
+                "formula": repeated(self.formulas, pa.string()),
+                "target": pa.array(self.targets * len(self), pa.string()),
+                "prediction": numbers(self.values),
+                "unit": pa.array(self.units * len(self), pa.string()),
+                "std": numbers(self.std),
+                "low": numbers(self.low),
+                "high": numbers(self.high),
+                "class": pa.array(labels, pa.string()),
+                "probability": numbers(np.array(probability, np.float64)),
+                "probabilities": pa.array(probabilities, pa.string()),
+                "unseen_elements": repeated([" ".join(elements) for elements in self.unseen], pa.string()),
+                "distance": numbers(np.repeat(self.distance, per)),
+                "flags": repeated([" ".join(flags) for flags in self.flags], pa.string()),
+            }
+        )
+
+    def _classes(self) -> tuple[list[str | None], list[float], list[str | None]]:
+        """Return the likeliest class, its probability and all probabilities as JSON, of each crystal and target."""
+        found: list[tuple[str | None, float, str | None]] = []
+        for row in range(len(self)):
+            for place, names in enumerate(self.classes):
+                if names is None or self.probabilities is None:
+                    found.append((None, np.nan, None))
+                    continue
+                shares = self.probabilities[row, place, : len(names)]
+                likeliest = int(self.values[row, place])
+                text = json.dumps({name: float(f"{p:.6g}") for name, p in zip(names, shares, strict=True)})
+                found.append((names[likeliest], float(shares[likeliest]), text))
+        labels, probability, probabilities = zip(*found, strict=True)
+        return list(labels), list(probability), list(probabilities)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embeddings(Tabular):
+    """Features of B crystals, or of their N atoms one after another.
+
+    Attributes:
+        ids, sources, formulas: [B] of the crystals.
+        sizes: [B] atoms of each.
+        numbers: [N] their atomic numbers.
+        features: [B, D] means over the atoms, or [N, D].
+        per: ``crystal`` or ``atom``.
+        refused: crystals that can't be used, and why.
+    """
+
+    ids: list[str]
+    sources: list[str]
+    formulas: list[str]
+    sizes: NDArray[np.int64]
+    numbers: NDArray[np.uint8]
+    features: NDArray[np.float32]
+    per: Literal["crystal", "atom"]
+    refused: list[Refused] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @classmethod
+    def of(cls, portion: Portion, features: NDArray[np.float32], per: Literal["crystal", "atom"]) -> Embeddings:
+        """Return the embeddings of a portion whose atoms have these features [N, D]."""
+        crystals = portion.crystals
+        if per == "crystal":
+            sums = np.add.reduceat(features.astype(np.float64), crystals.ptr[:-1], axis=0)
+            features = (sums / crystals.sizes[:, None]).astype(np.float32)
+        names = [reduced_formula(numbers) for numbers in np.split(crystals.numbers, crystals.ptr[1:-1])]
+        return cls(
+            ids=portion.ids,
+            sources=portion.sources,
+            formulas=names,
+            sizes=crystals.sizes,
+            numbers=crystals.numbers,
+            features=features,
+            per=per,
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Embeddings], refused: list[Refused]) -> Embeddings:
+        """Put parts one after another.
+
+        Raises:
+            DataError: there is none.
+        """
+        if not parts:
+            reason = f": {refused[0].source}: {refused[0].reason}" if refused else ""
+            raise DataError(f"no crystal could be used{reason}")
+        joined: dict[str, Any] = {
+            name: np.concatenate([getattr(p, name) for p in parts]) for name in ("sizes", "numbers", "features")
+        }
+        joined |= {name: [x for p in parts for x in getattr(p, name)] for name in ("ids", "sources", "formulas")}
+        return cls(**joined, per=parts[0].per, refused=refused)
+
+    def table(self) -> pa.Table:
+        """Return a table with a row for each crystal or atom.
+
+        Columns: ``id``, ``source``, ``formula``, for atoms ``atom`` (from 0) and ``element``, and ``embedding``, D
+        numbers.
+        """
+        repeats = self.sizes if self.per == "atom" else np.ones(len(self.ids), np.int64)
+        columns = {
+            name: pa.array(np.repeat(np.array(values, object), repeats), pa.string())
+            for name, values in (("id", self.ids), ("source", self.sources), ("formula", self.formulas))
+        }
+        if self.per == "atom":
+            columns["atom"] = pa.array(np.concatenate([np.arange(size) for size in self.sizes]))
+            columns["element"] = pa.array([SYMBOLS[z] for z in self.numbers.tolist()], pa.string())
+        flat = pa.array(np.ascontiguousarray(self.features).reshape(-1))
+        return pa.table({**columns, "embedding": pa.FixedSizeListArray.from_arrays(flat, self.features.shape[1])})

@@ -1,0 +1,47 @@
+"""A run whose folder is there: what all its tasks and folds need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from crysldnet.build import build
+from crysldnet.encoders.protocol import Encoder
+from crysldnet.finetune.settings import make_encoder
+from crysldnet.matbench.folds import TaskRun
+from crysldnet.matbench.recipes import Recipe, make_recipes
+from crysldnet.matbench.settings import MatbenchConfig
+from crysldnet.matbench.tasks import import_matbench, load_task
+from crysldnet.training.run_folder import RunFolder
+from crysldnet.training.trainer import TrainerSettings
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run whose folder is there."""
+
+    config: MatbenchConfig
+    recipes: list[Recipe]
+    folder: RunFolder
+    encoder: Encoder
+    provenance: dict[str, Any]
+    """Of the pretrained encoder; empty where there is none."""
+    device: str
+    benchmark: Any
+    """The ``MatbenchBenchmark`` of the run's tasks."""
+
+    @classmethod
+    def of(cls, config: MatbenchConfig, values: dict[str, Any], folder: RunFolder) -> Begun:
+        """Build what all folds need."""
+        settings: TrainerSettings = build(config.trainer, "trainer")
+        encoder, _, provenance = make_encoder(config)
+        device = "cuda" if settings.resolve_accelerator() == "gpu" else "cpu"
+        benchmark = import_matbench().MatbenchBenchmark(autoload=False, subset=config.names)
+        return cls(config, make_recipes(config, values), folder, encoder, provenance, device, benchmark)
+
+
+def open_task(begun: Begun, name: str) -> TaskRun:
+    """Load the crystals of a task."""
+    task = begun.benchmark.tasks_map[name]
+    source = load_task(task)
+    return TaskRun(begun.config, begun.recipes, begun.folder, task, source, begun.encoder, begun.device)

@@ -1,0 +1,79 @@
+"""What is logged of every training besides its losses: norm of the gradient, throughput, memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import FSDPStrategy
+
+from crysldnet.data.batch import CrystalBatch
+from crysldnet.training.finite import gradient_norm
+
+OF_THE_MACHINE = ("train/atoms_per_s", "train/crystals_per_s", "train/memory_mb")
+"""Metrics that differ from one run to the next of the same seed."""
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Return the most memory that was in use so far, in MiB: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform != "darwin" else 2**20)
+
+
+class Diagnostics(Callback):
+    """Log, every ``trainer.log_every`` optimizer steps, what says whether a training is healthy and fast.
+
+    - ``train/grad_norm``: before clipping.
+    - ``train/atoms_per_s``, ``train/crystals_per_s``: of all devices together, since it was last logged. Waiting for
+      data counts, validation doesn't.
+    - ``train/memory_mb``: MiB, the peak so far on the first device.
+
+    Between two of these steps nothing waits for the device.
+    """
+
+    def __init__(self) -> None:
+        self._atoms = self._crystals = 0
+        self._seconds = self._since = 0.0
+        self._logged = -1
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on counting time after a validation."""
+        self._since = time.monotonic()
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """Log the norm of the gradient; mixed precision has unscaled it by now."""
+        if (trainer.global_step + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        norm = gradient_norm(optimizer)
+        if isinstance(trainer.strategy, FSDPStrategy):  # each rank has the gradients of its own shard
+            norm = trainer.strategy.reduce(norm.square().to(pl_module.device), reduce_op="sum").sqrt()
+        pl_module.log("train/grad_norm", norm)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: CrystalBatch, batch_idx: int
+    ) -> None:
+        """Count atoms, crystals and seconds, and log their ratios."""
+        now = time.monotonic()
+        self._seconds += now - self._since
+        self._since = now
+        self._atoms += batch.num_atoms
+        self._crystals += batch.num_crystals
+        step = trainer.global_step
+        if step % trainer.log_every_n_steps or step == self._logged or step == 0:  # type: ignore[attr-defined]
+            return
+        self._logged = step
+        counts = torch.tensor([self._atoms, self._crystals], dtype=torch.float32, device=pl_module.device)
+        if trainer.world_size > 1:
+            counts = trainer.strategy.reduce(counts, reduce_op="sum")
+        rates = counts / max(self._seconds, 1e-9)
+        pl_module.log("train/atoms_per_s", rates[0])
+        pl_module.log("train/crystals_per_s", rates[1])
+        pl_module.log("train/memory_mb", peak_memory_mb(pl_module.device))
+        self._atoms = self._crystals = 0
+        self._seconds = 0.0

@@ -1,0 +1,141 @@
+"""Run commands in processes of their own, some at a time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from crysldnet.errors import Interrupted
+from crysldnet.training.run_folder import NAME_VARIABLE
+
+POLL_SECONDS = 0.05
+PROGRAM = [sys.executable, "-m", "crysldnet"]
+Environment = Mapping[str, str | None]
+"""What is added to this process's environment, or taken from it where it is None."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command.
+
+    Attributes:
+        name: for messages.
+        command: its words.
+        log: file that its output is appended to.
+    """
+
+    name: str
+    command: list[str]
+    log: Path
+
+
+def own_command(*arguments: str) -> list[str]:
+    """Return the words of a ``crysldnet`` command, for the interpreter that runs this one."""
+    return [*PROGRAM, *arguments]
+
+
+def places(count: int, device: str) -> list[dict[str, str]]:
+    """Return the environments of ``count`` processes that run beside each other.
+
+    On ``cuda`` each sees one GPU, taken in turn; on ``cpu`` each computes on one thread.
+    """
+    if device == "cuda":
+        gpus = visible_gpus()
+        return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(count)]
+    threads = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS", "NUMBA")}
+    return [dict(threads) for _ in range(count)]
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return listed.split(",") if listed else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def run_jobs(
+    jobs: Sequence[Job], environments: Sequence[Environment], ended: Callable[[Job, int], None] = lambda *_: None
+) -> dict[str, int]:
+    """Run jobs to their ends, one at a time in each environment; return the exit status of each.
+
+    Args:
+        jobs: the commands, in the order in which they are begun.
+        environments: what is added to this process's environment; as many jobs as there are run at the same time.
+        ended: called with each job that ends, and its status.
+
+    Raises:
+        Interrupted: this process got SIGTERM; the jobs got it too, and have ended.
+    """
+    waiting, statuses = list(jobs), {}
+    running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
+    with sigterm_as_error() as stop_if_told:
+        try:
+            while waiting or running:
+                stop_if_told()
+                for place in range(len(environments)):
+                    if place not in running and waiting:
+                        job = waiting.pop(0)
+                        running[place] = job, start(job, environments[place])
+                time.sleep(POLL_SECONDS)
+                for place, (job, process) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[place]
+                        statuses[job.name] = process.returncode
+                        ended(job, process.returncode)
+        finally:
+            end([process for _, process in running.values()])
+    return statuses
+
+
+def start(job: Job, environment: Environment) -> subprocess.Popen[bytes]:
+    """Start a job."""
+    whole = {**os.environ, NAME_VARIABLE: None, **environment}
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with job.log.open("ab") as log:
+        return subprocess.Popen(
+            job.command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={key: value for key, value in whole.items() if value is not None},
+        )
+
+
+def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask processes to end, and wait until they have."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.wait()
+
+
+@contextmanager
+def sigterm_as_error() -> Iterator[Callable[[], None]]:
+    """Give a function that raises ``Interrupted`` where this process got SIGTERM meanwhile.
+
+    Raising where the signal arrives could lose a process that has just been started. Elsewhere than in the main thread
+    the signal's effect stays as it is.
+    """
+    told: list[int] = []
+
+    def stop_if_told() -> None:
+        if told:
+            raise Interrupted("stopped by SIGTERM; continue with resume=last")
+
+    try:
+        before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    except ValueError:
+        yield stop_if_told
+        return
+    try:
+        yield stop_if_told
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,182 @@
+"""When a run saves a checkpoint, when it stops, and from where it goes on."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from torch import distributed
+
+from crysldnet.errors import CheckpointError, Interrupted
+from crysldnet.training.checkpoint_file import HEADER, LAST
+
+STOPPING = ("SIGTERM", "SIGUSR1", "SIGINT")
+"""Signals that stop a run at its next optimizer step, where the system has them."""
+
+
+@cache
+def started() -> float:
+    """Return when this process first asked, on the monotonic clock: the start of the run."""
+    return time.monotonic()
+
+
+class SaveAndStop(Checkpoint):
+    """Save a checkpoint every so often and before a stop, between two optimizer steps.
+
+    A checkpoint is taken before the first batch of an optimizer step, when all that belongs to the step before it
+    (moving averages, the teacher, the row in ``metrics.csv``) is done, or at the end of an epoch, after its validation.
+    All ranks save and stop at the same step.
+
+    Args:
+        folder: of the checkpoints.
+        every_epochs: epochs between two checkpoints at their ends.
+        every_steps: optimizer steps between two checkpoints; None for none within an epoch.
+        every_minutes: minutes after which the next step saves one; None for none.
+        limit_minutes: minutes since the start of the process after which the run stops; None for no limit.
+        start: the checkpoint that the run goes on from and its header, where it is resumed.
+
+    Raises:
+        Interrupted: after the checkpoint, where a signal or the limit stops the run.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        every_steps: int | None,
+        every_minutes: float | None,
+        limit_minutes: float | None,
+        every_epochs: int = 1,
+        start: tuple[Path, dict[str, Any]] | None = None,
+    ) -> None:
+        self.path, self.start = folder / LAST, start
+        self.every_epochs, self.every_steps = every_epochs, every_steps
+        self.every_minutes, self.limit_minutes = every_minutes, limit_minutes
+        self._signal: str | None = None
+        self._inside_epoch = False
+        self._saved_at = time.monotonic()
+        self._group: Any = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Have a way to agree with the other ranks without waiting for a GPU."""
+        if stage == "fit" and trainer.world_size > 1 and distributed.get_backend() != "gloo":
+            self._group = distributed.new_group(backend="gloo")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listen to signals in place of Lightning, which would exit without a checkpoint; at its end it undoes this."""
+        self._saved_at = time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            for name in STOPPING:
+                if hasattr(signal, name):
+                    signal.signal(getattr(signal, name), self._note_signal)
+
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._signal is not None:  # a person who can't wait for the step's end
+            raise KeyboardInterrupt
+        self._signal = signal.Signals(number).name
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        """Save or stop before an optimizer step begins."""
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
+        stop, due = self._agree(trainer)
+        step = trainer.global_step
+        due = due or (self.every_steps is not None and step > 0 and step % self.every_steps == 0)
+        if batch_idx > 0 and (stop or due):  # before the first batch it's the end of the last epoch, saved already
+            self._save(trainer, inside_epoch=True)
+        if stop:
+            self._stop(trainer, f"in epoch {trainer.current_epoch + 1}, after {batch_idx} batches (step {step})")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save, and stop if that was asked for."""
+        stop, due = self._agree(trainer)
+        done = trainer.current_epoch + 1
+        if stop or due or trainer.should_stop or done % self.every_epochs == 0 or done == trainer.max_epochs:
+            self._save(trainer, inside_epoch=False)
+        if stop:
+            self._stop(trainer, f"after epoch {trainer.current_epoch + 1} of {trainer.max_epochs}")
+
+    def _agree(self, trainer: pl.Trainer) -> tuple[bool, bool]:
+        """Return whether any rank wants to stop, and whether one finds that a checkpoint is due by its clock."""
+        now = time.monotonic()
+        stop = self._signal is not None or (
+            self.limit_minutes is not None and now - started() >= 60.0 * self.limit_minutes
+        )
+        due = self.every_minutes is not None and now - self._saved_at >= 60.0 * self.every_minutes
+        if trainer.world_size == 1:
+            return stop, due
+        wishes = torch.tensor([stop, due], dtype=torch.int32)
+        distributed.all_reduce(wishes, distributed.ReduceOp.MAX, group=self._group)
+        return bool(wishes[0]), bool(wishes[1])
+
+    def _save(self, trainer: pl.Trainer, *, inside_epoch: bool) -> None:
+        self._inside_epoch = inside_epoch
+        trainer.save_checkpoint(self.path, weights_only=False)
+        self._saved_at = time.monotonic()
+
+    def _stop(self, trainer: pl.Trainer, where: str) -> None:
+        why = self._signal or ("the time limit" if self.limit_minutes is not None else "another process")
+        raise Interrupted(f"stopped by {why} {where}; continue with resume=last")
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let the best epoch's file be found where the run folder is now; Lightning forgets it where it moved."""
+        for state in checkpoint.get("callbacks", {}).values():
+            if not isinstance(state, dict) or "best_model_path" not in state:
+                continue
+            old, new = state["dirpath"], str(self.path.parent.absolute())
+            for key, value in state.items():
+                if isinstance(value, str):
+                    state[key] = value.replace(old, new)
+            state["best_k_models"] = {path.replace(old, new): score for path, score in state["best_k_models"].items()}
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say where the run stands, and put Lightning's counters to between two batches."""
+        inside = self._inside_epoch
+        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        checkpoint[HEADER] = {
+            "epoch": trainer.current_epoch + (0 if inside else 1),
+            "batch": progress.completed if inside else 0,
+            "step": trainer.global_step,
+            "world_size": trainer.world_size,
+            "accumulate": trainer.accumulate_grad_batches,
+            "finished": not inside and (trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs),
+            "metrics": {} if inside else {name: float(value) for name, value in trainer.callback_metrics.items()},
+        }
+        if inside:
+            # The next batch has been fetched, but it isn't begun: it is fetched again on resume. Four equal counts
+            # are what Lightning's loop takes for "everything up to here is done".
+            counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+            for part in ("total", "current"):
+                counts[part] = {**counts[part], "ready": counts[part]["completed"]}
+            counts["is_last_batch"] = False
+
+
+def check_position(path: Path, header: Mapping[str, Any], trainer: pl.Trainer) -> None:
+    """Check that a run can go on from a checkpoint with the processes it has now.
+
+    Raises:
+        CheckpointError: it stands inside an epoch, and the batches of that epoch were shared otherwise.
+    """
+    then = (header["world_size"], header["accumulate"])
+    now = (trainer.world_size, trainer.accumulate_grad_batches)
+    if header["batch"] and then != now:
+        raise CheckpointError(
+            f"{path}: the run stopped inside epoch {header['epoch'] + 1}, whose batches are shared by {then[0]} "
+            f"process(es) × trainer.accumulate={then[1]}; the rest of them can't be shared by {now[0]} × {now[1]}. Go "
+            "on with as many as before; their number may change at the end of an epoch"
+        )

@@ -1,0 +1,204 @@
+"""A run on Weights & Biases: what its metrics mean, and the tables, plots and artifacts that it ends with."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+Summary = Literal["min", "max", "mean", "last"]
+
+HIGHER = ("accuracy", "r2", "roc_auc", "f1")
+UNITS = {
+    "coordinate_error": "Å",
+    "lattice_length_error": "Å",
+    "lattice_angle_error": "°",
+    "coordinates": "Å",
+    "lattice": "Å",
+    "atoms_per_s": "atoms/s",
+    "crystals_per_s": "crystals/s",
+    "memory_mb": "MiB",
+}
+"""By the last part of a metric's name."""
+OF_TARGET = ("mae", "rmse")
+ARTIFACTS = {"encoder.safetensors": "encoder", "model.safetensors": "model", "predictions_test.csv": "predictions"}
+"""File of a run folder to the type and the collection of its artifact."""
+MADE_FROM = {"encoder": None, "model": "encoder", "predictions": "model"}
+"""What an artifact was made from."""
+WORST = 20
+PLOTTED = 10_000
+"""Rows of a table; W&B draws no more in a chart."""
+
+
+def summary_of(metric: str) -> Summary:
+    """Return what of a metric is kept in the summary: its best value, where one is best.
+
+    Args:
+        metric: as logged, ``val/mae`` or ``diffusion/val/masked_accuracy``.
+    """
+    name = _without_stage(metric)
+    split, _, kind = name.partition("/")
+    if kind in ("atoms_per_s", "crystals_per_s"):
+        return "mean"
+    if kind == "memory_mb":
+        return "max"
+    if split not in ("train", "val", "test") or kind == "grad_norm":
+        return "last"
+    if kind.endswith(("_baseline", "_spread", "_rank")):
+        return "last"
+    return "max" if kind.split("/")[0].endswith(HIGHER) else "min"
+
+
+def unit_of(metric: str, targets: Mapping[str, str]) -> str:
+    """Return the unit of a metric, empty where it has none.
+
+    Args:
+        metric: as logged.
+        targets: units of the targets.
+    """
+    kind, *rest = _without_stage(metric).split("/")[1:] or [""]
+    if kind in OF_TARGET:
+        if rest:
+            return targets.get(rest[0], "")
+        return next(iter(targets.values())) if len(set(targets.values())) == 1 else ""
+    return UNITS.get(([kind, *rest])[-1].removesuffix("_baseline"), "")
+
+
+def _without_stage(metric: str) -> str:
+    return re.sub(r"^(vae|diffusion)/", "", metric)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class WandbRun(WandbLogger):
+    """Log to one W&B run; every metric is defined with its summary and its unit when it is first logged.
+
+    Args:
+        target_units: of the targets, in which their errors are.
+        settings: as for Lightning's logger.
+    """
+
+    LOGGER_JOIN_CHAR = "/"
+
+    def __init__(self, *, target_units: Mapping[str, str], **settings: Any) -> None:
+        super().__init__(**settings)
+        self.target_units = target_units
+        self.units: dict[str, str] = {}
+
+    def begin_stage(self, stage: str) -> None:
+        """Put a stage's name before the names of what is logged from here on."""
+        self._prefix = stage
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log values at a step."""
+        names = [f"{self._prefix}/{name}" if self._prefix else name for name in metrics]
+        new = {name: unit_of(name, self.target_units) for name in names if name not in self.units}
+        for name in new:
+            self.experiment.define_metric(
+                name, step_metric="trainer/global_step", step_sync=True, summary=summary_of(name)
+            )
+        self.units |= new
+        if any(new.values()):
+            units = {name: unit for name, unit in self.units.items() if unit}
+            self.experiment.config.update({"units": units}, allow_val_change=True)
+        super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    def publish(self, folder: Path, pretrained: Path | None) -> None:
+        """Log what a complete run left in its folder, and close the W&B run."""
+        import wandb
+
+        predictions = folder / "predictions_test.csv"
+        if predictions.exists():
+            self.experiment.log(_prediction_tables(predictions))
+        plots = {f"plots/{path.stem}": wandb.Image(str(path)) for path in sorted((folder / "plots").glob("*.png"))}
+        if plots:
+            self.experiment.log(plots)
+        self._log_artifacts(folder, pretrained)
+        self.experiment.finish()
+
+    def _log_artifacts(self, folder: Path, pretrained: Path | None) -> None:
+        import wandb
+
+        hashes: dict[str, str] = {}
+        if pretrained is not None:
+            hashes["encoder"] = file_sha256(pretrained)
+            if not self.experiment.offline and not self.experiment.disabled:
+                used = wandb.Artifact("encoder", "encoder", metadata={"sha256": hashes["encoder"]})
+                used.add_file(str(pretrained), "encoder.safetensors")
+                self.experiment.use_artifact(used)  # the same content is the same version, whoever logged it first
+        for name, kind in ARTIFACTS.items():
+            path = folder / name
+            if not path.exists():
+                continue
+            hashes[kind] = file_sha256(path)
+            origin = MADE_FROM[kind]
+            artifact = wandb.Artifact(
+                kind,
+                kind,
+                metadata={
+                    "sha256": hashes[kind],
+                    "made_from": {origin: hashes[origin]} if origin in hashes else {},
+                    "run_folder": folder.name,
+                },
+            )
+            artifact.add_file(str(path), name)
+            self.experiment.log_artifact(artifact, aliases=["latest", re.sub(r"[/:]", "-", folder.name)])
+
+
+def _prediction_tables(path: Path) -> dict[str, Any]:
+    """Return all predictions, the worst of them, and a parity plot of each target of numbers."""
+    import wandb
+
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = list(rows[0]) if rows else []
+    logged: dict[str, Any] = {"test/predictions": wandb.Table(columns, [list(row.values()) for row in rows[:PLOTTED]])}
+    worst: list[list[Any]] = []
+    for target in dict.fromkeys(row["target"] for row in rows):
+        own = [row for row in rows if row["target"] == target]
+        try:
+            points = [(r["material_id"], float(r["true"]), float(r["prediction"])) for r in own if r["true"]]
+        except ValueError:  # classes
+            continue
+        table = wandb.Table(["material_id", "true", "prediction"], [list(point) for point in points[:PLOTTED]])
+        unit = own[0]["unit"]
+        title = f"{target}{f' ({unit})' if unit else ''}, test split"
+        logged[f"test/parity/{target}"] = wandb.plot.scatter(table, "true", "prediction", title=title)
+        furthest = sorted(points, key=lambda point: -abs(point[2] - point[1]))[:WORST]
+        worst += [[i, target, true, predicted, predicted - true, unit] for i, true, predicted in furthest]
+    if worst:
+        header: list[str | int] = ["material_id", "target", "true", "prediction", "error", "unit"]
+        logged["test/worst"] = wandb.Table(header, worst)
+    return logged
+
+
+def begin_stage(loggers: Iterable[Logger], stage: str) -> None:
+    """Tell the loggers which stage begins."""
+    for logger in loggers:
+        if isinstance(logger, WandbRun):
+            logger.begin_stage(stage)
+
+
+def publish(loggers: Iterable[Logger], folder: Path, pretrained: Path | None = None) -> None:
+    """Log what a complete run left in its folder.
+
+    Args:
+        loggers: of the run.
+        folder: of the run.
+        pretrained: the encoder that it began with, if any.
+    """
+    for logger in loggers:
+        if isinstance(logger, WandbRun):
+            logger.publish(folder, pretrained)

@@ -1,0 +1,235 @@
+"""A classification, ensembles, recipes and folds beside each other, on small tasks made of real crystals."""
+
+import gzip
+import importlib.util
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import rankdata
+
+from crysldnet import cli
+from crysldnet.data.store import CrystalStore
+from crysldnet.errors import ConfigError, CrysldnetError, Interrupted
+from crysldnet.training.processes import Job, places, run_jobs
+from crysldnet.training.run_folder import NAME_VARIABLE
+
+if importlib.util.find_spec("matbench") is None:
+    pytest.skip("matbench isn't installed", allow_module_level=True)
+
+from crysldnet.matbench import parallel, tasks
+
+N = 60
+TINY = [
+    "epochs=1",
+    "encoder.width=16",
+    "encoder.layers=2",
+    "encoder.k=6",
+    "encoder.n_distances=8",
+    "encoder.n_basis=16",
+    "trainer.progress_bar=false",
+    "trainer.accelerator=cpu",
+]
+
+
+@pytest.fixture
+def small(starter: CrystalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """The band gap tasks of Matbench with 60 crystals, as files where matminer looks for them; their targets."""
+    from matbench.metadata import mbv01_metadata, mbv01_validation
+    from matminer.utils.io import store_dataframe_as_json
+    from pandas import DataFrame
+    from pymatgen.core import Structure
+
+    gaps = starter.numbers_of("band_gap")
+    sizes = starter.crystals.sizes
+    rows = [*np.flatnonzero((gaps == 0) & (sizes < 6))[: N // 2], *np.flatnonzero((gaps > 0) & (sizes < 6))[: N // 2]]
+    rows = np.random.default_rng(0).permutation(rows)
+    c = starter.crystals.take(rows)
+    atoms = [slice(begin, end) for begin, end in zip(c.ptr[:-1], c.ptr[1:], strict=True)]
+    structures = [
+        Structure(lattice, c.numbers[own].tolist(), c.frac_coords[own].astype(float))
+        for lattice, own in zip(c.lattice, atoms, strict=True)
+    ]
+    targets = {"matbench_mp_gap": gaps[rows].tolist(), "matbench_mp_is_metal": (gaps[rows] == 0).tolist()}
+    for name, values in targets.items():
+        metadata = mbv01_metadata[name]
+        frame = DataFrame({"structure": structures, metadata.target: values})
+        store_dataframe_as_json(frame, str(tmp_path / f"{name}.json.gz"), compression="gz", pbar=False)
+        monkeypatch.setitem(metadata, "n_samples", N)
+        ids = [f"{name.replace('matbench', 'mb').replace('_', '-')}-{i:02d}" for i in range(1, N + 1)]
+        parts = {f"fold_{k}": {"test": ids[k::5], "train": [i for i in ids if i not in ids[k::5]]} for k in range(5)}
+        monkeypatch.setitem(mbv01_validation.splits, name, type(metadata)(parts))
+    monkeypatch.setenv(tasks.MATMINER_DATA, str(tmp_path))
+    return targets
+
+
+def run(root: Path, *arguments: str) -> dict[str, Any]:
+    """Run the command in this process and return the summary."""
+    os.environ.pop(NAME_VARIABLE, None)
+    assert cli.run(["matbench", *TINY, f"runs={root}", "name=a", *arguments]) == 0
+    return json.loads((root / "matbench" / "a" / "summary.json").read_text())
+
+
+def kept(root: Path, task: str, fold: int) -> dict[str, Any]:
+    return json.loads((root / "matbench" / "a" / task / f"fold_{fold}" / "predictions.json").read_text())
+
+
+def results(summary: dict[str, Any], task: str) -> dict[str, Any]:
+    content = json.loads(gzip.decompress((Path(summary["submission"]) / "results.json.gz").read_bytes()))
+    return content["tasks"][task]["results"]
+
+
+def area(true: list[bool], scores: list[float]) -> float:
+    """Area under the ROC curve, by the rank sum."""
+    ranks, positive = rankdata(scores), np.array(true)
+    n, m = positive.sum(), (~positive).sum()
+    return (ranks[positive].sum() - n * (n + 1) / 2) / (n * m)
+
+
+def test_a_classification_and_a_regression_make_one_submission(
+    small: dict[str, list[Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = run(tmp_path, "tasks=[matbench_mp_is_metal,matbench_mp_gap]", "target_types={gap pbe: non_negative}")
+    assert summary["valid"]
+    printed = capsys.readouterr().out
+    assert "true ROC-AUC" in printed
+    assert cli.run(["matbench", "validate", summary["submission"]]) == 0
+
+    true = small["matbench_mp_is_metal"]
+    recorded = results(summary, "matbench_mp_is_metal")
+    for fold in range(5):
+        probabilities = kept(tmp_path, "matbench_mp_is_metal", fold)["predictions"]
+        assert list(recorded[f"fold_{fold}"]["data"].values()) == probabilities
+        assert all(0 <= p <= 1 for p in probabilities)
+        assert len(set(probabilities)) > 2
+        fold_true = true[fold::5]
+        told = summary["tasks"]["matbench_mp_is_metal"]
+        assert told["true_roc_auc"][f"fold_{fold}"] == pytest.approx(area(fold_true, probabilities))
+        labels = [float(p > 0.5) for p in probabilities]
+        assert told["scores"][f"fold_{fold}"]["rocauc"] == pytest.approx(area(fold_true, labels))
+        assert kept(tmp_path, "matbench_mp_gap", fold)["std"] is None
+        assert min(kept(tmp_path, "matbench_mp_gap", fold)["predictions"]) >= 0
+    comparison = (tmp_path / "matbench" / "a" / "comparison.md").read_text()
+    assert comparison.count("**CrysLDNet**") == 2
+    assert "area under the ROC curve of the probabilities" in comparison
+
+
+def test_an_ensemble_predicts_the_mean_and_records_its_spread(small: dict[str, list[Any]], tmp_path: Path) -> None:
+    from crysldnet.matbench import folds
+    from crysldnet.training.checkpoint import load_property_model
+
+    task = "matbench_mp_gap"
+    arguments = [f"tasks={task}", "folds=[1]", "ensemble=2"]
+    fold = results(run(tmp_path, *arguments), task)["fold_1"]
+    paths = [tmp_path / "matbench" / "a" / task / "fold_1" / f"member_{i}" for i in range(2)]
+    loaded = tasks.import_matbench().MatbenchTask(task, autoload=False)
+    tasks.load_task(loaded)
+    crystals = tasks.crystals_of(loaded.get_test_data(1))
+    each = [folds.predict([load_property_model(path)[0]], crystals, 64, None)[0] for path in paths]
+    assert not np.allclose(each[0], each[1])
+    assert list(fold["data"].values()) == pytest.approx(np.mean(each, 0), rel=1e-4, abs=1e-5)
+    stds = [values["std"] for values in fold["uncertainty"].values()]
+    assert stds == pytest.approx(np.std(each, 0), rel=1e-3, abs=1e-5)
+    first = next(iter(fold["uncertainty"].values()))
+    assert first["ci_upper"] - first["ci_lower"] == pytest.approx(2 * 1.959964 * first["std"], rel=1e-5)
+
+
+def test_each_fold_takes_the_recipe_of_the_lowest_error_on_its_validation_part(
+    small: dict[str, list[Any]], tmp_path: Path
+) -> None:
+    task = "matbench_mp_gap"
+    recipes = ["optimizer.lr=1e-9", "epochs=15 head=attention optimizer.lr=0.01"]
+    summary = run(tmp_path, f"tasks=[{task}]", "folds=[0]", f"recipes={json.dumps(recipes)}")
+    parameters = results(summary, task)["fold_0"]["parameters"]
+    errors = [parameters[f"validation_error_of_recipe_{i}"] for i in range(2)]
+    assert errors[1] < errors[0]
+    assert parameters["recipe"] == recipes[1]
+    assert parameters["validation_mae"] == errors[1]
+    info = json.loads((Path(summary["submission"]) / "info.json").read_text())
+    assert recipes[1] in info["notes"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("epochz=3", "a recipe may set"),
+        ("head=meen", "recipes: 'head=meen': head=meen: no such choice; did you mean 'mean'"),
+        ("optimizer.lrr=1", "unknown key"),
+        ("data.path=x", "data.path: the task decides that"),
+        ("validation_fraction=0.5", "a recipe may set"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_before_anything_is_written(
+    recipe: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run(tmp_path, f"recipes={json.dumps(['epochs=2', recipe])}")
+    assert message in str(caught.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_target_type_of_no_task_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'exfoliation_energy' is not a target of the tasks; did you mean 'exfoli"):
+        run(tmp_path, "target_types={exfoliation_energy: log}")
+
+
+def test_folds_beside_each_other_give_what_one_after_the_other_gives(tmp_path: Path) -> None:
+    arguments = ["folds=[3]", "data.max_crystal_atoms=12"]
+    beside, after = run(tmp_path / "beside", *arguments, "parallel=2"), run(tmp_path / "after", *arguments)
+    a, b = (kept(tmp_path / side, "matbench_jdft2d", 3) for side in ("beside", "after"))
+    assert a["predictions"] == pytest.approx(b["predictions"], rel=1e-5)
+    assert a["ids"] == b["ids"]
+    scores = [summary["tasks"]["matbench_jdft2d"]["scores"]["fold_3"]["mae"] for summary in (beside, after)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+
+
+def test_folds_that_fail_are_named_with_their_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = ["sh", "-c", "test $4 = 2 && exit 2; mkdir -p $2/$3/fold_$4; exit 0"]
+    monkeypatch.setattr(parallel, "own_command", lambda *words: [*failing, *words])
+    with pytest.raises(CrysldnetError, match=r"1 of 2 folds failed: matbench_jdft2d fold 2, see .*log\.txt"):
+        run(tmp_path, "folds=[2,4]", "parallel=2")
+
+
+def test_a_fold_of_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run was begun there"):
+        cli.run(["matbench", "fold", str(tmp_path), "matbench_jdft2d", "0"])
+
+
+def test_each_process_has_a_place_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert [p["CUDA_VISIBLE_DEVICES"] for p in places(3, "cuda")] == ["4", "6", "4"]
+    assert all(p["OMP_NUM_THREADS"] == "1" for p in places(2, "cpu"))
+
+
+def test_jobs_end_when_the_process_that_started_them_is_told_to(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    def stop() -> None:
+        while not (log.exists() and log.read_text()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    Thread(target=stop).start()
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+        run_jobs([Job("a", ["sh", "-c", "echo $$; exec sleep 60"], log)], [{}])
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_jobs_run_as_many_at_a_time_as_there_are_places(tmp_path: Path) -> None:
+    meet = f"touch {tmp_path}/$0; while [ ! -e {tmp_path}/$1 ]; do sleep 0.01; done; echo $OMP_NUM_THREADS"
+    pairs = [("a", "b"), ("b", "a")]  # each waits for the other: one after the other they would never end
+    jobs = [Job(own, ["sh", "-c", meet, own, other], tmp_path / f"{own}.log") for own, other in pairs]
+    jobs.append(Job("c", ["sh", "-c", "echo wrong >&2; exit 3"], tmp_path / "c.log"))
+    ended = []
+    statuses = run_jobs(jobs, places(2, "cpu"), lambda job, status: ended.append((job.name, status)))
+    assert statuses == {"a": 0, "b": 0, "c": 3} == dict(ended)
+    assert [(tmp_path / f"{name}.log").read_text() for name in "abc"] == ["1\n", "1\n", "wrong\n"]

@@ -1,0 +1,92 @@
+"""When a process of a run fails, dies or hangs, all end soon, non-zero, with a message that names it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from crysldnet.training.ranks import BEAT_S, GONE_S, SEARCH_S, of_a_collective
+from tiny import DENOISER, ENCODER, QUIET, subset
+
+TIMEOUT_S = 10.0
+LONG = ["stage=vae", "stages.vae.epochs=100000", "data.batch_size=16", "name=run"]
+TWO = ["trainer.devices=2", "strategy=ddp", f"strategy.timeout_minutes={TIMEOUT_S / 60:.3f}"]
+
+
+def start(folder: Path) -> tuple[subprocess.Popen, list[int]]:
+    """Start a run of two processes; return it, and both process ids, when the first epoch is done."""
+    data = subset(folder / "data.parquet", train=32, val=8)
+    command = ["-m", "crysldnet", "pretrain", *ENCODER, *DENOISER, *QUIET, *LONG, *TWO, f"data.path={data}"]
+    run = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=(folder / "stderr").open("w"),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    until = time.monotonic() + 180
+    while not list((folder / "runs/pretrain/run/vae/checkpoints").glob("*.ckpt")):
+        assert run.poll() is None, said(folder)
+        assert time.monotonic() < until, said(folder)
+        time.sleep(0.2)
+    time.sleep(2 * BEAT_S)  # so that each has told the others where it is
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    return run, [run.pid, *map(int, children)]
+
+
+def said(folder: Path) -> str:
+    return (folder / "stderr").read_text()
+
+
+def gone(pid: int) -> bool:
+    """Say whether a process has ended, one that nobody has waited for yet included."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("rank", "sent", "says"),
+    [
+        (
+            1,
+            signal.SIGKILL,
+            r"rank 1 \(process {pid} on .+\) ended with signal SIGKILL|\[rank: 1\] .* PID {pid} terminated",
+        ),
+        (1, signal.SIGSTOP, r"rank 1 \(process {pid} on .+\) hasn't answered for \d+ s; it was .+ batch \d+, epoch"),
+        pytest.param(
+            0, signal.SIGKILL, r"rank 0 \(process {pid} on .+\) (is gone|hasn't answered)", marks=pytest.mark.slow
+        ),
+        pytest.param(0, signal.SIGSTOP, r"rank 0 \(process {pid} on .+\) hasn't answered", marks=pytest.mark.slow),
+    ],
+)
+def test_when_a_rank_dies_or_hangs_all_end_and_it_is_named(tmp_path: Path, rank: int, sent: int, says: str) -> None:
+    run, pids = start(tmp_path)
+    assert len(pids) == 2
+    try:
+        os.kill(pids[rank], sent)
+        begun = time.monotonic()
+        assert run.wait(timeout=TIMEOUT_S + SEARCH_S + 60) != 0
+        while not all(gone(pid) for pid in pids):
+            assert time.monotonic() - begun < TIMEOUT_S + SEARCH_S + 60, said(tmp_path)
+            time.sleep(0.1)
+    finally:
+        for pid in pids:
+            if not gone(pid):
+                os.kill(pid, signal.SIGKILL)
+    assert re.search(says.format(pid=pids[rank]), said(tmp_path)), said(tmp_path)
+    assert said(tmp_path).count("2 processes (2 on ") == 1
+
+
+def test_errors_of_a_collective_are_told_from_a_ranks_own() -> None:
+    assert of_a_collective(RuntimeError("[../third_party/gloo/pair.cc:534] Connection closed by peer [127.0.0.1]:2"))
+    assert of_a_collective(RuntimeError("NCCL communicator was aborted on rank 3."))
+    assert not of_a_collective(RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"))
+    assert not of_a_collective(ValueError("gloo"))
+    assert GONE_S < SEARCH_S

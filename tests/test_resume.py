@@ -1,0 +1,373 @@
+"""A run that is stopped or killed goes on as if nothing had been, and what can't be resumed is refused."""
+
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+
+from crysldnet import cli, finetune, pretrain
+from crysldnet.data.sampler import BatchSampler, Budget
+from crysldnet.errors import CheckpointError, ConfigError, Interrupted
+from crysldnet.finetune.module import FinetuneModule
+from crysldnet.training import checkpoint, resume, run_folder
+from crysldnet.training.checkpoint_file import HEADER, LAST, CheckpointFile, DamagedError, verify
+from crysldnet.training.run_folder import RunFolder
+from tiny import finetune_config, pretrain_config, repeatable, subset
+
+TWO_EPOCHS = ["stage=vae", "stages.vae.epochs=2", "data.batch_size=4", "trainer.log_every=1"]
+"""Of 24 crystals: 12 steps, or 6 where two batches make a step."""
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return subset(tmp_path_factory.mktemp("small") / "data.parquet", train=24, val=8, test=8)
+
+
+def run(path, data, *arguments):
+    config, values = pretrain_config(f"runs={path}", "name=run", f"data.path={data}", *TWO_EPOCHS, *arguments)
+    assert pretrain.run(config, values) == 0
+    return path / "pretrain" / "run"
+
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory):
+    """A run that nothing happens to."""
+    return run(tmp_path_factory.mktemp("whole"), small)
+
+
+def weights(folder):
+    return checkpoint.read(folder / "vae" / "pretraining.safetensors", "pretraining")[1]
+
+
+def assert_equal_runs(one, other):
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert repeatable(one / "vae" / "metrics.csv") == repeatable(other / "vae" / "metrics.csv")
+    assert stage_summary(one) == stage_summary(other)
+
+
+def stage_summary(folder):
+    return json.loads((folder / "summary.json").read_text())["vae"]
+
+
+def at_batch(monkeypatch, number, action, module=pretrain.PretrainModule):
+    """Do something before the training step of a batch, counted from 0 over the whole run; once."""
+    original, count = module.training_step, iter(range(10**6))
+
+    def training_step(self, batch, batch_idx):
+        if next(count) == number:
+            action()
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(module, "training_step", training_step)
+
+
+def send(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("arguments", [[], ["trainer.accumulate=2", "trainer.ema_decay=0.9"], ["data.num_workers=1"]])
+def test_a_run_stopped_inside_an_epoch_goes_on_exactly(tmp_path, small, whole, monkeypatch, arguments):
+    expected = run(tmp_path / "whole", small, *arguments) if "trainer.accumulate=2" in arguments else whole
+    with monkeypatch.context() as patch:
+        at_batch(patch, 8, send(signal.SIGTERM))
+        with pytest.raises(Interrupted, match=r"SIGTERM in epoch [12], after"):
+            run(tmp_path, small, *arguments)
+    header = verify(tmp_path / "pretrain/run/vae/checkpoints" / LAST)
+    assert (header["epoch"], header["batch"]) == ((0, 10) if arguments[:1] == ["trainer.accumulate=2"] else (1, 3))
+    assert_equal_runs(expected, run(tmp_path, small, "resume=last", *arguments))
+
+
+@pytest.mark.parametrize("stop", ["SIGUSR1", "SIGINT", "time limit"])
+def test_signals_and_the_time_limit_save_and_stop(tmp_path, small, whole, monkeypatch, stop):
+    arguments = []
+    with monkeypatch.context() as patch:
+        if stop == "time limit":
+            arguments = ["trainer.time_limit_minutes=60"]
+            clock = iter([time.monotonic()] * 4 + [time.monotonic() - 3601.0] * 99)
+            patch.setattr(resume, "started", lambda: next(clock))
+        else:
+            at_batch(patch, 3, send(getattr(signal, stop)))
+        with pytest.raises(Interrupted, match=stop):
+            run(tmp_path, small, *arguments)
+    assert verify(tmp_path / "pretrain/run/vae/checkpoints" / LAST)["step"] == 4
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL, "a stopped run leaves no handler behind"
+    assert_equal_runs(whole, run(tmp_path, small, "resume=last"))
+
+
+@pytest.mark.parametrize("every", ["steps=1", "minutes=1e-9"])
+def test_checkpoints_are_saved_by_steps_and_by_time(tmp_path, small, monkeypatch, every):
+    class PowerCut(Exception):
+        pass
+
+    def cut():
+        raise PowerCut
+
+    at_batch(monkeypatch, 4, cut)
+    with pytest.raises(PowerCut):
+        run(tmp_path, small, f"trainer.checkpoint_every_{every}", "trainer.keep_checkpoints=3")
+    folder = tmp_path / "pretrain/run/vae/checkpoints"
+    assert {file.name: verify(file)["step"] for file in folder.iterdir()} == {
+        **{"last.ckpt": 4, "last-1.ckpt": 3, "last-2.ckpt": 2}
+    }
+
+
+def test_a_stage_stopped_after_its_last_step_is_resumed_with_its_metrics(tmp_path, small, whole, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "export", fail)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, small)
+    assert_equal_runs(whole, run(tmp_path, small, "resume=last"))
+
+
+def test_finetuning_stopped_inside_an_epoch_ends_alike_with_the_same_best_epoch(tmp_path, small, monkeypatch):
+    def train(name, *arguments, path=tmp_path):
+        config, values = finetune_config(
+            *[f"runs={path}", f"name={name}", f"data.path={small}", "epochs=3", "data.batch_size=4"],
+            *["data.targets=[formation_energy_per_atom]", "trainer.log_every=1", *arguments],
+        )
+        assert finetune.run(config, values) == 0
+        folder = path / "finetune" / name
+        best = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)["global_step"]
+        return checkpoint.read(folder / "model.safetensors", "property_model"), (best, metrics_of(folder))
+
+    def metrics_of(folder):
+        return repeatable(folder / "metrics.csv"), (folder / "predictions_test.csv").read_text()
+
+    (_, expected), rest = train("whole")
+    with monkeypatch.context() as patch:
+        at_batch(patch, 14, send(signal.SIGTERM), FinetuneModule)
+        with pytest.raises(Interrupted):
+            train("cut")
+    moved = tmp_path / "moved"
+    (moved / "finetune").mkdir(parents=True)
+    (tmp_path / "finetune/cut").rename(moved / "finetune/cut")
+    (_, found), rest_found = train("cut", "resume=last", path=moved)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert rest_found == rest
+
+
+def test_no_draw_depends_on_what_was_drawn_before(tmp_path, small, whole, monkeypatch):
+    """So a checkpoint needs no state of Python's, NumPy's and torch's generators: position and seed are enough."""
+
+    def scramble():
+        random.seed(os.urandom(8))
+        np.random.seed(int.from_bytes(os.urandom(4), "little"))  # noqa: NPY002
+        torch.manual_seed(int.from_bytes(os.urandom(7), "little"))
+
+    original = pretrain.PretrainModule.on_train_batch_end
+
+    def between_batches(self, *arguments):
+        scramble()
+        original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.PretrainModule, "on_train_batch_end", between_batches)
+        assert_equal_runs(whole, run(tmp_path / "between", small))
+    at_batch(monkeypatch, 3, scramble)  # the control: inside a batch, after its seed was set, it does matter
+    inside = weights(run(tmp_path / "inside", small))
+    assert not all(torch.equal(a, b) for a, b in zip(weights(whole).values(), inside.values(), strict=True))
+
+
+def test_a_sampler_begins_inside_an_epoch_and_skips_and_repeats_nothing():
+    rows, atoms = np.arange(50), np.random.default_rng(0).integers(2, 9, 50)
+    for world_size in (1, 2):
+        for rank in range(world_size):
+
+            def sampler(start, rank=rank, world_size=world_size):
+                share = {"shuffle": True, "rank": rank, "world_size": world_size}
+                return BatchSampler(rows, atoms, None, Budget(crystals=4), **share, start=start)
+
+            fresh, resumed = sampler((0, 0)), sampler((3, 4))
+            fresh.set_epoch(3)
+            before_lightning_names_the_epoch = [request.rows.tolist() for request in resumed]
+            assert before_lightning_names_the_epoch == [request.rows.tolist() for request in fresh][4:]
+            assert len(resumed) == len(fresh)
+            for one in (fresh, resumed):
+                one.set_epoch(4)
+            assert [r.rows.tolist() for r in resumed] == [r.rows.tolist() for r in fresh]
+
+
+def test_inside_an_epoch_its_batches_stay_shared_as_they_were(tmp_path, small, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_batch(patch, 8, send(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            run(tmp_path, small)
+    with pytest.raises(CheckpointError, match=r"inside epoch 2.*may change at the end of an epoch"):
+        run(tmp_path, small, "resume=last", "trainer.accumulate=2")
+
+
+def test_at_the_end_of_an_epoch_its_batches_may_be_shared_otherwise(tmp_path, small, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_batch(patch, 5, send(signal.SIGTERM))
+        with pytest.raises(Interrupted, match="after epoch 1 of 2"):
+            run(tmp_path, small)
+    folder = run(tmp_path, small, "resume=last", "trainer.accumulate=2")
+    assert json.loads((folder / "summary.json").read_text())["status"] == "complete"
+
+
+def test_a_complete_run_says_so_and_nothing_is_trained(whole, capsys):
+    before = (whole / "summary.json").read_bytes()
+    for name in ("name=run", "name=null"):
+        assert cli.run(["pretrain", f"runs={whole.parents[1]}", name, "resume=last"]) == 0
+        assert "this run is complete" in capsys.readouterr().err
+    assert (whole / "summary.json").read_bytes() == before
+
+
+def test_a_folder_in_use_is_refused_and_a_killed_process_leaves_no_lock(tmp_path):
+    ready, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        folder = RunFolder(str(tmp_path), "pretrain", "shared", resume=False)
+        folder.save_config({"a": 1})
+        os.write(tell, b".")
+        time.sleep(600)
+    os.read(ready, 1)
+    os.environ.pop(run_folder.NAME_VARIABLE, None)
+    with pytest.raises(ConfigError, match=f"process {pid} on .* is working in this folder"):
+        RunFolder(str(tmp_path), "pretrain", "shared", resume=True)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert RunFolder(str(tmp_path), "pretrain", "shared", resume=True).name == "shared"
+
+
+OWNER = {"command": "pretrain", "stage": "vae", "model": {"encoder": {"width": 32}}}
+
+
+def written(folder, count=3, owner=OWNER, keep=3):
+    files = CheckpointFile(owner, keep)
+    for step in range(1, count + 1):
+        files.save_checkpoint({"weights": torch.full((50,), float(step)), HEADER: {"step": step}}, folder / LAST)
+    return files
+
+
+def test_the_last_checkpoints_are_kept_in_order(tmp_path):
+    files = written(tmp_path, count=5)
+    found = {file.name: verify(file)["step"] for file in tmp_path.iterdir()}
+    assert found == {"last.ckpt": 5, "last-1.ckpt": 4, "last-2.ckpt": 3}
+    assert files.newest(tmp_path)[0].name == LAST
+    assert files.load_checkpoint(tmp_path / LAST)["weights"].eq(5).all()
+    assert written(tmp_path / "nothing", count=0).newest(tmp_path / "nothing") is None
+
+
+def flip(place):
+    def damage(content):
+        changed = bytearray(content)
+        changed[int(place * (len(content) - 1))] ^= 1
+        return bytes(changed)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda _: b"", lambda c: c[:10], lambda c: c[: len(c) // 2], lambda c: c[:-1], *map(flip, np.linspace(0, 1, 40))],
+)
+def test_a_damaged_checkpoint_is_seen_and_the_one_before_it_used(tmp_path, capsys, damage):
+    files = written(tmp_path)
+    last = tmp_path / LAST
+    last.write_bytes(damage(last.read_bytes()))
+    with pytest.raises(DamagedError):
+        verify(last)
+    path, header = files.newest(tmp_path)
+    assert (path.name, header["step"]) == ("last-1.ckpt", 2)
+    said = capsys.readouterr().err
+    assert "last.ckpt is" in said
+    assert "going on from last-1.ckpt" in said
+
+
+def test_without_a_good_checkpoint_the_run_is_refused(tmp_path):
+    files = written(tmp_path)
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"no checkpoint is left to resume from.*last-2\.ckpt is empty"):
+        files.newest(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_or_a_newer_version_is_refused(tmp_path, monkeypatch):
+    written(tmp_path)
+    other = CheckpointFile({**OWNER, "model": {"encoder": {"width": 64}}})
+    with pytest.raises(CheckpointError, match=r"model\.encoder\.width is 32 there and 64 here"):
+        other.newest(tmp_path)
+    with pytest.raises(CheckpointError, match="another run"):
+        other.load_checkpoint(tmp_path / LAST)
+    monkeypatch.setattr("crysldnet.training.checkpoint_file.FORMAT_VERSION", 9)
+    files = written(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"format version is 9.*upgrade"):
+        files.newest(tmp_path)
+
+
+def test_a_checkpoint_is_never_unpickled(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    files, last = CheckpointFile(OWNER), tmp_path / LAST
+    files.save_checkpoint({"weights": Trap(), HEADER: {"step": 1}}, last)  # whole, with the right digest
+    assert files.newest(tmp_path) is not None
+    with pytest.raises(CheckpointError, match="isn't loaded"):
+        files.load_checkpoint(last)
+    last.write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(CheckpointError, match="damaged"):
+        files.newest(tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_run_killed_at_random_moments_ends_as_one_left_alone(tmp_path):
+    """Both stages, three kills; `make test-slow` has fifty, and ten on two ranks."""
+    found = kill_and_resume(tmp_path, kills=3, ranks=1)
+    assert found["exit_statuses"] == {"-9": 3}
+
+
+def kill_and_resume(folder: Path, kills: int, ranks: int, seed: int = 0) -> dict:
+    data = subset(folder / "data.parquet", train=64, val=8)
+    script = Path(__file__).with_name("kill_and_resume.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder), str(data), str(kills), str(ranks), str(seed)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["kills"] == kills
+    assert found["equal_weights"], found
+    assert found["equal_metrics"], found
+    assert found["exactly_once"], found
+    assert found["repeated_with_other_rows"] == 0
+    assert found["in_order"], found
+    return found
+
+
+def test_ranks_that_torchrun_started_agree_on_a_name(tmp_path, monkeypatch):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": "2"}
+    for name, value in {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(run_folder.NAME_VARIABLE, raising=False)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    names = []
+    for rank in (0, 1):
+        monkeypatch.setattr(rank_zero_only, "rank", rank)
+        names.append(RunFolder(str(tmp_path), "pretrain", None, resume=False).name)
+        monkeypatch.delenv(run_folder.NAME_VARIABLE, raising=False)
+        time.sleep(1.1)  # the name is the time
+    assert names[0] == names[1]
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    with pytest.raises(ConfigError, match="can't agree on a name"):
+        RunFolder(str(tmp_path), "pretrain", None, resume=False)

@@ -1,0 +1,135 @@
+"""Jobs of SLURM: the script is written, submitted, interrupted, requeued and completed, by stand-ins for its programs.
+
+The stand-ins in slurm/ really run the script, with as many processes and the variables that SLURM gives them.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from crysldnet import cli
+from crysldnet.config import compose, conf_folder
+from crysldnet.errors import ConfigError
+from tiny import DENOISER, ENCODER, subset
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = Path(__file__).parent / "slurm"
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make isn't installed")
+
+
+def make(folder: Path, *words: str, path: str = os.environ["PATH"], **variables: str) -> subprocess.CompletedProcess:
+    """Run make in a copy of the project's root: its Makefile, conf and src."""
+    for name in ("Makefile", "conf", "src"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(ROOT / name)
+    environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "PYTHONPATH")}
+    return subprocess.run(
+        ["make", *words, "VENV=none", f"PYTHON={sys.executable}"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**environment, "PATH": path, "OMP_NUM_THREADS": "1", **variables},
+    )
+
+
+def free_job() -> str:
+    """Return a job number from which Lightning makes a port that is free."""
+    for port in range(16000, 24999):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return f"8{port - 15000:04d}"
+    raise AssertionError("no port is free")
+
+
+def test_a_job_that_is_interrupted_is_requeued_and_completes(tmp_path: Path) -> None:
+    data = subset(tmp_path / "data.parquet", train=32, val=8)
+    job = free_job()
+    run = tmp_path / "runs/pretrain" / f"slurm-{job}"
+    settings = [*ENCODER, *DENOISER, f"data.path={data}", "data.batch_size=16", "stage=vae", "stages.vae.epochs=25"]
+    done = make(
+        tmp_path,
+        "pretrain",
+        "SLURM=1",
+        "GPUS=2",
+        "SBATCH=--partition=gpu --account=me",
+        f"ARGS={shlex.join(settings)}",
+        path=f"{PROGRAMS}:{os.environ['PATH']}",
+        JOB=job,
+        JOB_STATE=str(tmp_path),
+        INTERRUPT_AT=str(run / "vae/checkpoints/*.ckpt"),
+        INTERRUPT_WITH="SIGUSR1",
+    )
+    logs = list((tmp_path / "runs/slurm").glob(f"{job}.log"))
+    log = logs[0].read_text() if logs else ""
+    assert done.returncode == 0, done.stderr + log
+    *options, script = (tmp_path / "submitted").read_text().splitlines()
+    assert options == ["--partition=gpu", "--account=me"]
+    assert script in done.stdout
+    assert "start 0, resume=null" in log
+    assert f"job {job}, status 75" in log, log
+    assert "start 1, resume=last" in log
+    assert f"job {job}, status 0" in log, log
+    assert not (tmp_path / "status.2").exists()
+    assert json.loads((run / "summary.json").read_text())["status"] == "complete"
+    assert log.count("masked species found") == 1, "the first rank alone prints"
+    assert log.count("2 processes (2 on") == 2, "once a start"
+
+
+def test_a_script_has_what_was_asked_for_and_quotes_survive(tmp_path: Path) -> None:
+    words = ["encoder=pddformer", "data.split.fractions=[0.9, 0.1, 0.0]", "logger.tags=[a&b|c\\d]", "logger=wandb"]
+    done = make(tmp_path, "slurm-script", "GPUS=8", "NODES=4", "TIME=2-00:00:00", f"ARGS={shlex.join(words)}")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for option in ("nodes=4", "ntasks-per-node=8", "gpus-per-node=8", "time=2-00:00:00", "requeue", "signal=USR1@120"):
+        assert f"#SBATCH --{option}" in lines
+    assert "@" not in done.stdout.replace("USR1@120", "")
+    step = shlex.split(next(line for line in lines if line.startswith("srun ")))
+    arguments = step[step.index("pretrain") + 1 :]
+    assert arguments[-len(words) :] == words
+    arguments = [a for a in arguments if not a.startswith(("name=", "resume="))]
+    values = compose("pretrain", arguments).values
+    assert (values["trainer"]["devices"], values["trainer"]["nodes"]) == (8, 4)
+    assert subprocess.run(["bash", "-n"], input=done.stdout, text=True).returncode == 0
+    assert not (tmp_path / "runs").exists()
+
+
+def test_without_sbatch_nothing_is_submitted_and_it_is_said(tmp_path: Path) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("make", "sh", "bash", "date", "mkdir", "sed", "echo"):
+        (programs / name).symlink_to(str(shutil.which(name)))
+    done = make(tmp_path, "pretrain", "SLURM=1", "GPUS=8", path=str(programs))
+    assert done.returncode != 0
+    assert "sbatch isn't here" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "program"),
+    [
+        ({"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "crysldnet", "SLURM_NTASKS_PER_NODE": "4"}, "SLURM"),
+        ({"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "4"}, "torchrun"),
+    ],
+)
+def test_another_number_of_processes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], program: str
+) -> None:
+    """As where srun starts fewer tasks, or torchrun has another --nproc-per-node; each process refuses for itself."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    says = rf"{program} started 4 process\(es\), but trainer.devices=2 × trainer.nodes=1 asks for 2"
+    with pytest.raises(ConfigError, match=says):
+        cli.run(["pretrain", "trainer.accelerator=cpu", "trainer.devices=2", "strategy=ddp"])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_template_is_part_of_the_configuration() -> None:
+    assert (conf_folder() / "slurm.sh").is_file()
