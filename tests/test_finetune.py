@@ -369,3 +369,21 @@ def test_smaller_training_fractions_lie_within_larger_ones():
         rows[share] = set(data.rows["train"].tolist())
     assert rows[0.1] < rows[0.5] < rows[1.0]
     assert len(rows[0.1]) == round(0.1 * len(rows[1.0]))
+
+
+def test_an_encoder_is_taken_from_a_finetuned_model_too_and_what_it_saw_is_unknown(tmp_path, small, pretrained):
+    first, _ = run(tmp_path, "first", f"pretrained={pretrained}", f"data.path={small}", "epochs=1")
+    model, _ = checkpoint.load_property_model(first)
+    encoder, _ = checkpoint.load_encoder(first / "model.safetensors")
+    expected = model.encoder.state_dict()
+    assert expected.keys() == encoder.state_dict().keys()
+    assert all(torch.equal(value, expected[name]) for name, value in encoder.state_dict().items())
+    _, summary = run(tmp_path, "second", f"pretrained={first}", f"data.path={small}", "epochs=1", "optimizer.lr=1e-30")
+    overlap = summary["pretraining_overlap"]
+    assert overlap["test_crystals"] == 24
+    assert overlap["ids"] is None
+    second, _ = checkpoint.load_encoder(tmp_path / "finetune" / "second" / "model.safetensors")
+    parameters = dict(second.named_parameters())
+    assert all(torch.allclose(value, expected[name], atol=1e-6) for name, value in parameters.items())
+    fresh, _ = checkpoint.load_encoder(pretrained)
+    assert not all(torch.equal(value, expected[name]) for name, value in fresh.state_dict().items())

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import rankdata
 
 from crysldnet import cli
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import ConfigError, CrysldnetError, Interrupted
+from crysldnet.training import checkpoint
 from crysldnet.training.processes import Job, places, run_jobs
 from crysldnet.training.run_folder import NAME_VARIABLE
 
@@ -233,3 +235,11 @@ def test_jobs_run_as_many_at_a_time_as_there_are_places(tmp_path: Path) -> None:
     statuses = run_jobs(jobs, places(2, "cpu"), lambda job, status: ended.append((job.name, status)))
     assert statuses == {"a": 0, "b": 0, "c": 3} == dict(ended)
     assert [(tmp_path / f"{name}.log").read_text() for name in "abc"] == ["1\n", "1\n", "wrong\n"]
+
+
+def test_no_submission_starts_from_a_finetuned_model(tmp_path: Path) -> None:
+    model = tmp_path / "model.safetensors"
+    checkpoint.write(model, "property_model", {"weight": torch.zeros(1)}, {})
+    for given in (model, tmp_path):
+        with pytest.raises(ConfigError, match=r"model\.safetensors: a finetuned model has seen labels"):
+            cli.run(["matbench", f"pretrained={given}", f"runs={tmp_path}"])

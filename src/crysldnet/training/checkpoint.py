@@ -204,8 +204,11 @@ def check_graph(encoder: Encoder, info: Mapping[str, Any], path: str | os.PathLi
 
 
 def load_encoder(path: str | os.PathLike[str]) -> tuple[Encoder, dict[str, Any]]:
-    """Load a pretrained encoder, and what its file says of it."""
-    info, state = read(path, "encoder")
+    """Load a pretrained encoder, or that of a finetuned model, and what its file says of it."""
+    finetuned = kind_of(path) == "property_model"
+    info, state = read(path, "property_model" if finetuned else "encoder")
+    if finetuned:
+        state = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
     encoder = build_encoder(info, path)
     load_strictly(encoder, state, path)
     return encoder, info

@@ -11,11 +11,17 @@ from crysldnet.training import checkpoint
 
 
 def encoder_file(pretrained: str | None) -> Path | None:
-    """Return the file of a pretrained encoder, whose folder may stand for it; None where training is from scratch."""
+    """Return the file of a pretrained encoder or a finetuned model; None where training is from scratch.
+
+    The folder of their run may stand for it.
+    """
     if pretrained in (None, "none"):
         return None
     path = Path(str(pretrained))
-    return path / "encoder.safetensors" if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    model = path / "model.safetensors"
+    return model if model.exists() else path / "encoder.safetensors"
 
 
 def pretraining_overlap(pretrained: str | None, tested: Fingerprints) -> dict[str, Any] | None:
@@ -33,7 +39,8 @@ def pretraining_overlap(pretrained: str | None, tested: Fingerprints) -> dict[st
     path = encoder_file(pretrained)
     if path is None:
         return None
-    seen = checkpoint.read_pretraining_set(path)
+    finetuned = checkpoint.kind_of(path) == "property_model"  # its file doesn't say which crystals it was trained on
+    seen = None if finetuned else checkpoint.read_pretraining_set(path)
     if seen is None:
         unknown = dict.fromkeys(("pretraining_crystals", "ids", "formulas", "similar"))
         return {"test_crystals": len(tested), **unknown}
