@@ -19,9 +19,9 @@ from crysldnet.reports.statistics import (
     errors_by_element,
     errors_by_size,
     metrics,
-    reliability,
 )
 from crysldnet.reports.structure_drawing import draw_structure
+from crysldnet.training.calibration import reliability
 
 
 def errors_of_two_runs(seed: int, n: int = 400, shift: float = 0.0) -> np.ndarray:

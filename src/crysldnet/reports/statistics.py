@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -23,9 +22,8 @@ from crysldnet.data.crystals import Crystals
 from crysldnet.data.elements import SYMBOLS
 from crysldnet.errors import DataError
 from crysldnet.reports.run_files import Predictions, Run
+from crysldnet.training.calibration import LEVELS, reliability
 
-LEVELS = (0.5, 0.8, 0.95)
-"""Of the central intervals whose coverage is reported."""
 CONFIDENCE = 0.95
 ONLY_NAMES = ("seed", "name", "runs", "resume", "logger", "trainer", "strategy")
 """Settings that don't make two runs different experiments."""
@@ -92,20 +90,6 @@ def errors_by_size(errors: Floats, sizes: NDArray[np.int64], groups: int = 8) ->
         error = float(own.std(ddof=1) / np.sqrt(len(own))) if len(own) > 1 else float("nan")
         found.append(SizeGroup(int(of.min()), int(of.max()), len(own), float(own.mean()), error))
     return found
-
-
-def reliability(errors: Floats, std: Floats, expected: Floats) -> Floats:
-    """Return how many errors lie inside the central intervals of normal distributions, for each expected share.
-
-    Args:
-        errors: [n] differences from the truth.
-        std: [n] standard deviations; where one is 0, an error of 0 alone lies inside.
-        expected: shares between 0 and 1, exclusive.
-    """
-    widths = np.array([NormalDist().inv_cdf((1 + share) / 2) for share in expected])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scores = np.sort(np.nan_to_num(np.abs(errors) / std, nan=0.0, posinf=np.inf))
-    return np.searchsorted(scores, widths, side="right") / len(scores)
 
 
 @dataclass(frozen=True)

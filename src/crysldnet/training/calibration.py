@@ -14,11 +14,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LEVELS = (0.5, 0.8, 0.95)
 """Of the intervals whose coverage is reported."""
@@ -50,11 +52,12 @@ def reliability(errors: Floats, std: Floats, expected: Floats) -> Floats:
 
     Args:
         errors: [n] differences from the truth.
-        std: [n] standard deviations.
+        std: [n] standard deviations; where one is 0, an error of 0 alone lies inside.
         expected: shares between 0 and 1, exclusive.
     """
     widths = np.array([NormalDist().inv_cdf((1 + share) / 2) for share in expected])
-    scores = np.sort(np.abs(errors) / std)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scores = np.sort(np.nan_to_num(np.abs(errors) / std, nan=0.0, posinf=np.inf))
     return np.searchsorted(scores, widths, side="right") / len(scores)
 
 
@@ -138,6 +141,8 @@ class Calibration:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a file keeps."""
+        import torch  # here alone, for a report needs the rest without it
+
         scores = {f"scores.{place}": torch.from_numpy(target.scores) for place, target in enumerate(self.targets)}
         numbers = [[target.scale, target.floor, float(target.normalised)] for target in self.targets]
         return {"spread": torch.tensor(numbers, dtype=torch.float64), **scores}

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from crysldnet.training.calibration import curves_of
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -121,8 +123,6 @@ def parity(true: NDArray[np.float64], predicted: NDArray[np.float64], out: Path,
 def reliability(errors: NDArray[np.float64], std: NDArray[np.float64] | None, folder: Path, target: str) -> None:
     """Draw how many errors [n] lie inside intervals of every level, as ``reliability_TARGET.png``; nothing below 4."""
     from matplotlib.figure import Figure
-
-    from crysldnet.training.calibration import curves_of  # needs torch, which a report does without
 
     known = np.isfinite(errors)
     if known.sum() < 4:
