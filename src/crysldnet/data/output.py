@@ -9,6 +9,7 @@ import csv
 import json
 import os
 import sys
+from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -34,7 +35,7 @@ class Output(Protocol):
     ) -> None: ...
 
 
-class FileOutput:
+class FileOutput(ABC):
     """A file that is written beside its name and renamed.
 
     Args:
@@ -57,11 +58,11 @@ class FileOutput:
             raise DataError(f"can't write to {self._path.parent}: {error.strerror}") from error
         return self
 
+    @abstractmethod
     def append(self, table: pa.Table) -> None:
         """Add rows; all tables have the same columns."""
-        raise NotImplementedError
 
-    def _finish(self) -> None:
+    def _finish(self) -> None:  # noqa: B027  (a file that is written as rows come has nothing left)
         """Write what is still to be written."""
 
     def __exit__(

@@ -6,9 +6,10 @@ Shapes: ``B`` crystals, ``N`` atoms, ``T`` targets, ``C`` classes, ``D`` width o
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -21,12 +22,37 @@ from crysldnet.errors import DataError
 Floats = NDArray[np.float64]
 
 
-class Tabular:
-    """Something with a table."""
+@dataclass(frozen=True, kw_only=True)
+class Found(ABC):
+    """What was found of crystals, one after another, and what couldn't be used."""
 
+    PER_CRYSTAL: ClassVar[tuple[str, ...]]
+    """Fields that are lists with an entry for each crystal."""
+
+    refused: list[Refused] = field(default_factory=list)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self], refused: list[Refused]) -> Self:
+        """Put parts one after another.
+
+        Raises:
+            DataError: there is none.
+        """
+        if not parts:
+            reason = f": {refused[0].source}: {refused[0].reason}" if refused else ""
+            raise DataError(f"no crystal could be used{reason}")
+        joined: dict[str, Any] = {}
+        for name in (f.name for f in fields(cls)):
+            values = [getattr(part, name) for part in parts]
+            if isinstance(values[0], np.ndarray):
+                joined[name] = np.concatenate(values)
+            elif name in cls.PER_CRYSTAL:
+                joined[name] = [item for value in values for item in value]
+        return replace(parts[0], **joined, refused=refused)
+
+    @abstractmethod
     def table(self) -> pa.Table:
         """Return it as an Arrow table."""
-        raise NotImplementedError
 
     def to_dict(self) -> dict[str, list[Any]]:
         """Return the columns of the table as lists, None where there is no value."""
@@ -38,7 +64,7 @@ class Tabular:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predictions(Tabular):
+class Predictions(Found):
     """Predictions for B crystals.
 
     Attributes:
@@ -55,6 +81,7 @@ class Predictions(Tabular):
         refused: crystals that can't be used, and why.
     """
 
+    PER_CRYSTAL = ("ids", "sources", "formulas", "unseen", "flags")
     ids: list[str]
     sources: list[str]
     formulas: list[str]
@@ -69,29 +96,9 @@ class Predictions(Tabular):
     unseen: list[list[str]]
     distance: Floats
     flags: list[list[str]]
-    refused: list[Refused] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    @classmethod
-    def joined(cls, parts: Sequence[Predictions], refused: list[Refused]) -> Predictions:
-        """Put parts one after another.
-
-        Raises:
-            DataError: there is none.
-        """
-        if not parts:
-            reason = f": {refused[0].source}: {refused[0].reason}" if refused else ""
-            raise DataError(f"no crystal could be used{reason}")
-        joined: dict[str, Any] = {}
-        for name in (f.name for f in fields(cls)):
-            values = [getattr(part, name) for part in parts]
-            if isinstance(values[0], np.ndarray):
-                joined[name] = np.concatenate(values)
-            elif name in ("ids", "sources", "formulas", "unseen", "flags"):
-                joined[name] = [item for value in values for item in value]
-        return replace(parts[0], **joined, refused=refused)
 
     def table(self) -> pa.Table:
         """Return a table with a row for each crystal and target, those of a crystal one after another.
@@ -146,7 +153,7 @@ class Predictions(Tabular):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Embeddings(Tabular):
+class Embeddings(Found):
     """Features of B crystals, or of their N atoms one after another.
 
     Attributes:
@@ -158,6 +165,7 @@ class Embeddings(Tabular):
         refused: crystals that can't be used, and why.
     """
 
+    PER_CRYSTAL = ("ids", "sources", "formulas")
     ids: list[str]
     sources: list[str]
     formulas: list[str]
@@ -165,7 +173,6 @@ class Embeddings(Tabular):
     numbers: NDArray[np.uint8]
     features: NDArray[np.float32]
     per: Literal["crystal", "atom"]
-    refused: list[Refused] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.features)
@@ -187,22 +194,6 @@ class Embeddings(Tabular):
             features=features,
             per=per,
         )
-
-    @classmethod
-    def joined(cls, parts: Sequence[Embeddings], refused: list[Refused]) -> Embeddings:
-        """Put parts one after another.
-
-        Raises:
-            DataError: there is none.
-        """
-        if not parts:
-            reason = f": {refused[0].source}: {refused[0].reason}" if refused else ""
-            raise DataError(f"no crystal could be used{reason}")
-        joined: dict[str, Any] = {
-            name: np.concatenate([getattr(p, name) for p in parts]) for name in ("sizes", "numbers", "features")
-        }
-        joined |= {name: [x for p in parts for x in getattr(p, name)] for name in ("ids", "sources", "formulas")}
-        return cls(**joined, per=parts[0].per, refused=refused)
 
     def table(self) -> pa.Table:
         """Return a table with a row for each crystal or atom.
