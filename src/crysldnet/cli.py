@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 
 from crysldnet import __version__
-from crysldnet.errors import CrysldnetError, Interrupted
+from crysldnet.errors import UNFINISHED, CrysldnetError, Interrupted
 
 COMMANDS = {
     "pretrain": ("crysldnet.pretrain", "PretrainConfig", "pretrain an encoder without labels"),
@@ -30,8 +30,6 @@ PARTS = {
 """Commands of two words to the module whose ``main`` runs them."""
 
 USAGE_ERROR = 2
-UNFINISHED = 75
-"""Exit status of a run that was stopped before its end and can be resumed (EX_TEMPFAIL)."""
 
 
 def usage() -> str:

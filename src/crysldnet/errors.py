@@ -1,5 +1,8 @@
 """The errors that a user can cause: each says what is wrong, where, and how to mend it."""
 
+UNFINISHED = 75
+"""Exit status of a run that was stopped before its end and can be resumed (EX_TEMPFAIL)."""
+
 
 class CrysldnetError(Exception):
     """Base of every error that is the input's fault; the command line prints it without a traceback."""

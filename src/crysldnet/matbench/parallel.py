@@ -14,15 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from crysldnet.config import compose, validate
-from crysldnet.errors import ConfigError, CrysldnetError, Interrupted
+from crysldnet.errors import UNFINISHED, ConfigError, CrysldnetError, Interrupted
 from crysldnet.matbench.begun import Begun, open_task
 from crysldnet.matbench.folds import fold_folder, is_done, run_fold
 from crysldnet.matbench.settings import FOLDS, MatbenchConfig
 from crysldnet.training.processes import Job, own_command, places, run_jobs
 from crysldnet.training.run_folder import RunFolder
-
-UNFINISHED = 75
-"""Exit status of a process that was stopped and can be resumed."""
 
 
 def run_folds(begun: Begun) -> None:

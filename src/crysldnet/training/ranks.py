@@ -24,7 +24,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import distributed as dist
 
-from crysldnet.errors import Interrupted
+from crysldnet.errors import UNFINISHED, Interrupted
 from crysldnet.training.strategies import name_of
 
 BEAT_S = 1.0
@@ -179,7 +179,7 @@ class RankWatch(Callback):
             time.sleep(BEAT_S)
             for i, child in enumerate(self._children):
                 status = child.poll()
-                if status not in (None, 0, os.EX_TEMPFAIL) and self._watching.is_set():
+                if status not in (None, 0, UNFINISHED) and self._watching.is_set():
                     if status > 0:
                         time.sleep(2 * BEAT_S)  # what it says of itself comes first
                     self._end(f"{self._names[self.rank + 1 + i]} ended with {_status(status)}")
