@@ -142,8 +142,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
 
 def matbench_tasks(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return what a Matbench run's summary says of each task."""
-    tasks = summary.get("tasks") or {str(summary.get("task")): summary}
-    return {name: dict(told) for name, told in tasks.items() if isinstance(told.get("scores"), dict)}
+    return {name: dict(told) for name, told in summary.get("tasks", {}).items() if isinstance(told.get("scores"), dict)}
 
 
 def _parts(path: Path, summary: Mapping[str, Any]) -> dict[str, dict[str, Path]]:
@@ -154,10 +153,9 @@ def _parts(path: Path, summary: Mapping[str, Any]) -> dict[str, dict[str, Path]]
     if command == "matbench":
         return {
             task: {
-                folder.relative_to(base).as_posix().replace("_", " ").replace("/", ", "): folder
+                folder.relative_to(path / task).as_posix().replace("_", " ").replace("/", ", "): folder
                 for fold in told["scores"]
-                for base in [path / task if (path / task).is_dir() else path]
-                for folder in sorted((base / fold).glob("member_*")) or [base / fold]
+                for folder in sorted((path / task / fold).glob("member_*")) or [path / task / fold]
             }
             for task, told in matbench_tasks(summary).items()
         }
