@@ -222,7 +222,7 @@ def test_memory_is_flat_over_twenty_epochs(tmp_path, small, monkeypatch):
 
 def test_a_resumed_run_keeps_its_wandb_id(tmp_path, small, monkeypatch):
     wandb = pytest.importorskip("wandb")
-    wandb.finish()  # of a run that a test before this one may have left
+    left = wandb.init(mode="disabled")  # by something else in this process; it must get nothing of this run
     online = ["logger=wandb", "logger.mode=offline"]
     with monkeypatch.context() as patch:
         at_batch(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -230,7 +230,9 @@ def test_a_resumed_run_keeps_its_wandb_id(tmp_path, small, monkeypatch):
             run(tmp_path, small, *online)
     folder = run(tmp_path, small, "resume=last", *online)
     new = (folder / "wandb_id").read_text()
-    assert {path.name.rsplit("-", 1)[1] for path in (folder / "wandb").glob("offline-run-*")} == {new}
+    assert {path.name.split("-")[3] for path in (folder / "wandb").glob("offline-run-*")} == {new}
+    assert left.id != new
+    assert wandb.run is None or wandb.run.id == new
 
 
 def test_metrics_survive_a_cut_off_row_and_new_columns(tmp_path):

@@ -12,6 +12,8 @@ from typing import Any, Literal
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from crysldnet.report import note
+
 Summary = Literal["min", "max", "mean", "last"]
 
 HIGHER = ("accuracy", "r2", "roc_auc", "f1")
@@ -94,6 +96,17 @@ class WandbRun(WandbLogger):
         super().__init__(**settings)
         self.target_units = target_units
         self.units: dict[str, str] = {}
+        self._close_another()
+
+    @rank_zero_only
+    def _close_another(self) -> None:
+        """Close a run that something before this one left open in this process; Lightning would log into it."""
+        import wandb
+
+        if wandb.run is not None:
+            name = wandb.run.name or wandb.run.id
+            note(f"the W&B run {name} was still open and is closed, so that this run has its own")
+            wandb.finish()
 
     def begin_stage(self, stage: str) -> None:
         """Put a stage's name before the names of what is logged from here on."""
