@@ -190,15 +190,3 @@ def test_a_run_with_other_choices_resumes_with_them_and_refuses_others(tmp_path,
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load((folder / "config.yaml").read_text())["objective"]["_target_"].endswith("Published")
     assert {"vae", "diffusion"} <= set(json.loads((folder / "summary.json").read_text()))
-
-
-def test_wandb_offline_writes_a_run(tmp_path, small):
-    pytest.importorskip("wandb")
-    done = crysldnet(
-        *["pretrain", *TINY, f"data.path={small}", "stage=vae", "stages.vae.epochs=1"],
-        *["logger=wandb", "logger.mode=offline"],
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "runs/pretrain/latest/").glob("wandb/offline-run-*/*.wandb"))
-    assert (tmp_path / "runs/pretrain/latest/vae/metrics.csv").exists()
