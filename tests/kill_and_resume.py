@@ -134,9 +134,9 @@ def lines_of(file: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
+def weights(run: Path, stages: tuple[str, ...] = ("vae", "diffusion")) -> dict[str, torch.Tensor]:
     found = {}
-    for stage in ("vae", "diffusion"):
+    for stage in stages:
         state = checkpoint.read(run / stage / "pretraining.safetensors", "pretraining")[1]
         found |= {f"{stage}.{name}": tensor for name, tensor in state.items()}
     return found

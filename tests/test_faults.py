@@ -5,6 +5,7 @@ import ctypes
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -281,6 +282,13 @@ def test_two_ranks_stop_resume_and_skip_together(tmp_path):
     assert found["equal_weights"]
     assert found["equal_metrics"]
     assert found["one_then_two"] == [75, 0, 0]
+    assert found["sharded_whole"] == [0, 0]
+    assert found["sharded_stopped"] == [75, 75]
+    assert found["sharded_resumed"] == [0, 0]
+    assert found["sharded_equal"]
+    assert 0 not in found["broken"], "one rank raises an error, and both end"
+    assert re.search(r"rank 1 \(process \d+ on .*\) failed: ValueError: the second card fell out", found["broken_says"])
+    assert found["mended"] == [0, 0]
     assert found["poisoned"] == [2, 2]
     assert "train/strain is inf; crystals mp-" in found["poisoned_says"]
     assert found["skipped"] == [0, 0]

@@ -36,29 +36,39 @@ from two_processes import CASES, export_untrained, train
 WORKER = Path(__file__).parent / "two_processes.py"
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[float]], str]:
-    """Every case in two processes that torchrun starts, and the same with one process and two batches a step."""
-    folder = tmp_path_factory.mktemp("runs")
-    data = str(subset(folder / "data.parquet", train=48, val=16, test=8))
+def in_two_processes(folder: Path, data: str, *cases: str) -> str:
+    """Run cases, or all, in two processes that torchrun starts; return what they print."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER), str(folder), data]
     source = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(
-        [sys.executable, *command],
+        [sys.executable, *command, *cases],
         cwd=folder,
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source},
     )
     assert done.returncode == 0, done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+def losses_of(folder: Path, case: str) -> list[float]:
+    """Return the losses of both processes' batches in the order in which one process would take them."""
+    ranks = [json.loads((folder / f"{case}.{rank}.json").read_text()) for rank in (0, 1)]
+    return [loss for together in zip(*ranks, strict=True) for loss in together]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[float]], str]:
+    """Every case in two processes that torchrun starts, and the same with one process and two batches a step."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = str(subset(folder / "data.parquet", train=48, val=16, test=8))
+    said = in_two_processes(folder, data)
     with contextlib.redirect_stdout(io.StringIO()):
         losses = {"one": train(folder, data, "one", "trainer.accumulate=2")}
         losses["one_accumulating"] = train(folder, data, "one_accumulating", "trainer.accumulate=4")
         export_untrained(folder, data, "single")
-    for case in CASES:
-        ranks = [json.loads((folder / f"{case}.{rank}.json").read_text()) for rank in (0, 1)]
-        losses[case] = [loss for together in zip(*ranks, strict=True) for loss in together]
-    return folder, losses, done.stdout + done.stderr
+    losses |= {case: losses_of(folder, case) for case in CASES}
+    return folder, losses, said
 
 
 def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
@@ -70,7 +80,7 @@ def test_two_processes_train_as_one_with_two_batches_a_step(runs: Any, case: str
     """Same crystals a step: the losses of all batches agree to 1e-6, through two epochs."""
     _, losses, _ = runs
     assert len(losses["one"]) == 12
-    assert losses[case] == pytest.approx(losses["one"], abs=1e-6)
+    assert losses[case] == pytest.approx(losses["one"], rel=1e-6, abs=1e-6)
     first_epoch, second_epoch = np.mean(losses["one"][:6]), np.mean(losses["one"][6:])
     assert abs(first_epoch - second_epoch) > 1e-3, "weights must have changed what is compared"
 
@@ -86,7 +96,7 @@ def test_two_processes_end_at_the_weights_of_one(runs: Any) -> None:
 def test_sharding_accumulates_and_recomputes_as_one_process_does(runs: Any) -> None:
     _, losses, _ = runs
     # Rank r takes batches r, r + 2, …, so both go through the same four batches a step.
-    assert losses["fsdp2_less_memory"] == pytest.approx(losses["one_accumulating"], abs=1e-6)
+    assert losses["fsdp2_less_memory"] == pytest.approx(losses["one_accumulating"], rel=1e-6, abs=1e-6)
 
 
 def test_sharding_trains_in_half_precision_and_with_a_teacher(runs: Any) -> None:
@@ -367,7 +377,7 @@ def test_batches_of_real_crystals_suit_any_number_of_ranks(starter: Any, seed: i
         seen = np.concatenate([request.rows for batches in lists for request in batches])
         assert np.array_equal(np.sort(seen), np.sort(rows)), "every crystal exactly once"
         atoms = np.array([sum(int(sizes[request.rows].sum()) for request in batches) for batches in lists])
-        limit = 0.05 if atoms.mean() >= 1000 else 0.15  # where an epoch is very short, one crystal is several percent
+        limit = 0.05 if atoms.mean() >= 500 else 0.1  # where an epoch is very short, one crystal is several percent
         assert np.abs(atoms / atoms.mean() - 1).max() < limit
         assert max(len(request.rows) for batches in lists for request in batches) <= each
         again = data._sampler("train", world - 1, world, accumulate)

@@ -28,6 +28,11 @@ CASES = {
     "fsdp2_teacher": ["strategy=fsdp2", "stage=both", "stages.diffusion.epochs=1", "diffusion.target=ema"],
 }
 """Beside two devices and STEPS."""
+COMPILED = {
+    "ddp_compiled": ["strategy=ddp", "trainer.compile=true"],
+    "ddp_static_compiled": ["strategy=ddp_static", "trainer.compile=true"],
+}
+"""Run only by name: compiling takes half a minute."""
 FINETUNE = ["strategy=fsdp2", "trainer.devices=2", "epochs=2", "data.batch_size=16"]
 
 
@@ -79,7 +84,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     runs, crystals_file, *only = sys.argv[1:]
     for case in only or CASES:
-        found = train(Path(runs), crystals_file, case, *CASES[case], "trainer.devices=2")
+        found = train(Path(runs), crystals_file, case, *(CASES | COMPILED)[case], "trainer.devices=2")
         (Path(runs) / f"{case}.{os.environ['RANK']}.json").write_text(json.dumps(found))
     if not only or only == ["finetune"]:
         settings, plain = finetune_config(f"runs={runs}", "name=fsdp2", f"data.path={crystals_file}", *FINETUNE)

@@ -25,6 +25,19 @@ TWO = ["trainer.devices=2", "strategy=ddp"]
 ONE = ["trainer.devices=1", "strategy=single"]
 
 
+def break_the_second_rank(number: int) -> Callable[[], None]:
+    """Raise an error in one training batch of rank 1. Return what undoes this."""
+    original = pretrain.PretrainModule.training_step
+
+    def training_step(module: pretrain.PretrainModule, batch: object, batch_idx: int) -> object:
+        if module.global_step == number and module.global_rank == 1:
+            raise ValueError("the second card fell out")
+        return original(module, batch, batch_idx)
+
+    pretrain.PretrainModule.training_step = training_step  # type: ignore[method-assign, assignment]
+    return lambda: setattr(pretrain.PretrainModule, "training_step", original)
+
+
 def poison_the_second_rank(number: int) -> None:
     """Make one training batch's loss infinite, on rank 1 alone."""
     original, count = PretrainingModel.forward, iter(range(10**6))
@@ -50,6 +63,11 @@ def stop_after_validation() -> Callable[[], None]:
     return lambda: setattr(pretrain.PretrainModule, "on_validation_epoch_end", original)
 
 
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Say whether two states have the same names and, bit for bit, the same values."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def main(folder: Path, data: Path) -> dict:
     torch.set_num_threads(1)
     common = [*RUN, *SHORT, f"data.path={data}", f"runs={folder}"]
@@ -70,8 +88,7 @@ def main(folder: Path, data: Path) -> dict:
     found["on_one"], found["on_one_says"] = go("cut", "resume=last", ranks=1)
     found["resumed"], _ = go("cut", "resume=last")
     whole, cut = folder / "pretrain/whole", folder / "pretrain/cut"
-    a, b = weights(whole), weights(cut)
-    found["equal_weights"] = a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    found["equal_weights"] = same(weights(whole), weights(cut))
     found["equal_metrics"] = metric_rows(folder / "pretrain/whole", "vae") == metric_rows(
         folder / "pretrain/cut", "vae"
     )
@@ -79,6 +96,16 @@ def main(folder: Path, data: Path) -> dict:
     found["one_then_two"] = go("grown", "stage=vae", ranks=1)[0]
     restore()
     found["one_then_two"] += go("grown", "stage=vae", "resume=last")[0]
+    sharded = ["stage=vae", "strategy=fsdp2", "trainer.ema_decay=null"]
+    found["sharded_whole"] = go("sharded_whole", *sharded)[0]
+    found["sharded_stopped"] = go("sharded", *sharded, stop_after=9)[0]
+    found["sharded_resumed"] = go("sharded", *sharded, "resume=last")[0]
+    a, b = (weights(folder / "pretrain" / name, ("vae",)) for name in ("sharded_whole", "sharded"))
+    found["sharded_equal"] = same(a, b)
+    mend = break_the_second_rank(3)
+    found["broken"], found["broken_says"] = go("broken", "stage=vae")
+    mend()
+    found["mended"], _ = go("broken", "stage=vae", "resume=last")
     poison_the_second_rank(3)
     found["poisoned"], found["poisoned_says"] = go("poisoned", "stage=vae")
     found["skipped"], found["skipped_says"] = go("skipped", "stage=vae", "trainer.max_bad_steps=1")

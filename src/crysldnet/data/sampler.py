@@ -1,7 +1,8 @@
 """Batches that are even in crystals and atoms, the same for any number of ranks.
 
 Every epoch is one list of batches, fixed by (seed, epoch). Rank r of W takes the batches r, r + W, …; the list's
-length is a multiple of W, so all ranks take the same number of steps and every crystal is seen exactly once.
+length is a multiple of W, so all ranks take the same number of steps and every crystal is seen exactly once. Which of a
+step's batches a rank takes makes up for the atoms that it has had more or fewer of in the steps before.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def pack(
             )
         batches += max(multiple, batches // 50)
     members = order[np.argsort(label[order], kind="stable")]
-    return np.split(members, np.cumsum(np.bincount(label, minlength=batches))[:-1])
+    return _level(np.split(members, np.cumsum(np.bincount(label, minlength=batches))[:-1]), atoms, multiple)
 
 
 def _deal(atoms: NDArray[np.int64], batches: int, order: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -89,6 +90,19 @@ def _deal(atoms: NDArray[np.int64], batches: int, order: NDArray[np.int64]) -> N
         label[largest_first] = emptiest
         load[emptiest] += atoms[largest_first]
     return label
+
+
+def _level(batches: list[NDArray[np.int64]], atoms: NDArray[np.int64], multiple: int) -> list[NDArray[np.int64]]:
+    """Order the batches of each step such that whoever has had the fewest atoms so far gets the largest."""
+    had = np.zeros(multiple, np.int64)
+    levelled = list(batches)
+    for start in range(0, len(batches), multiple):
+        step = batches[start : start + multiple]
+        sizes = np.array([atoms[batch].sum() for batch in step])
+        for place, i in zip(np.argsort(had, kind="stable"), np.argsort(-sizes, kind="stable"), strict=True):
+            levelled[start + place] = step[i]
+            had[place] += sizes[i]
+    return levelled
 
 
 class BatchSampler(Sampler[BatchRequest]):
@@ -147,7 +161,7 @@ class BatchSampler(Sampler[BatchRequest]):
         packed = pack(self.atoms, self.edges, self.budget, self.multiple, rng.permutation(n))
         if epoch == 0 or len(packed) == len(self._first()):
             return packed
-        return [self._first()[i] for i in rng.permutation(len(self._first()))]
+        return _level([self._first()[i] for i in rng.permutation(len(self._first()))], self.atoms, self.multiple)
 
     def _first(self) -> list[NDArray[np.int64]]:
         if self._epoch_0 is None:
