@@ -15,7 +15,9 @@ from crysldnet import finetune, pretrain
 from crysldnet.data.batch import make_batch
 from crysldnet.data.crystals import from_lists
 from crysldnet.data.datamodule import CrystalDataModule
+from crysldnet.data.fingerprint import Fingerprints
 from crysldnet.data.graph import GraphSpec
+from crysldnet.data.locations import open_store
 from crysldnet.data.split import Split
 from crysldnet.data.store import write_store
 from crysldnet.encoders.pddformer import PDDFormer
@@ -371,7 +373,7 @@ def test_smaller_training_fractions_lie_within_larger_ones():
     assert len(rows[0.1]) == round(0.1 * len(rows[1.0]))
 
 
-def test_an_encoder_is_taken_from_a_finetuned_model_too_and_what_it_saw_is_unknown(tmp_path, small, pretrained):
+def test_an_encoder_is_taken_from_a_finetuned_model_too_and_its_file_says_what_it_saw(tmp_path, small, pretrained):
     first, _ = run(tmp_path, "first", f"pretrained={pretrained}", f"data.path={small}", "epochs=1")
     model, _ = checkpoint.load_property_model(first)
     encoder, _ = checkpoint.load_encoder(first / "model.safetensors")
@@ -381,7 +383,16 @@ def test_an_encoder_is_taken_from_a_finetuned_model_too_and_what_it_saw_is_unkno
     _, summary = run(tmp_path, "second", f"pretrained={first}", f"data.path={small}", "epochs=1", "optimizer.lr=1e-30")
     overlap = summary["pretraining_overlap"]
     assert overlap["test_crystals"] == 24
-    assert overlap["ids"] is None
+    assert overlap["ids"] == 0, "both were tested on the same crystals"
+    assert overlap["labels"] == ["formation_energy_per_atom"]
+    store = open_store(str(small))
+    seen = checkpoint.read_pretraining_set(first / "model.safetensors", "property_model")
+    split = store.to_table()["split"].to_numpy(zero_copy_only=False)
+    for part, counted in (("train", True), ("val", True), ("test", False)):
+        known = np.isin(Fingerprints.of(store, np.flatnonzero(split == part)).ids, seen.ids)
+        assert known.all() if counted else not known.any()
+    before = checkpoint.read_pretraining_set(pretrained)
+    assert np.isin(before.ids, seen.ids).all()
     second, _ = checkpoint.load_encoder(tmp_path / "finetune" / "second" / "model.safetensors")
     parameters = dict(second.named_parameters())
     assert all(torch.allclose(value, expected[name], atol=1e-6) for name, value in parameters.items())

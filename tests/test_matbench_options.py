@@ -12,20 +12,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from scipy.stats import rankdata
 
-from crysldnet import cli
+from crysldnet import cli, finetune
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import ConfigError, CrysldnetError, Interrupted
-from crysldnet.training import checkpoint
 from crysldnet.training.processes import Job, places, run_jobs
 from crysldnet.training.run_folder import NAME_VARIABLE
+from tiny import finetune_config, subset
 
 if importlib.util.find_spec("matbench") is None:
     pytest.skip("matbench isn't installed", allow_module_level=True)
 
 from crysldnet.matbench import parallel, tasks
+from crysldnet.matbench.begun import refuse_seen_labels
 
 N = 60
 TINY = [
@@ -237,9 +237,30 @@ def test_jobs_run_as_many_at_a_time_as_there_are_places(tmp_path: Path) -> None:
     assert [(tmp_path / f"{name}.log").read_text() for name in "abc"] == ["1\n", "1\n", "wrong\n"]
 
 
-def test_no_submission_starts_from_a_finetuned_model(tmp_path: Path) -> None:
-    model = tmp_path / "model.safetensors"
-    checkpoint.write(model, "property_model", {"weight": torch.zeros(1)}, {})
-    for given in (model, tmp_path):
-        with pytest.raises(ConfigError, match=r"model\.safetensors: a finetuned model has seen labels"):
-            cli.run(["matbench", f"pretrained={given}", f"runs={tmp_path}"])
+def test_no_submission_starts_from_labels_of_its_own_formulas() -> None:
+    counts = {"test_crystals": 636, "pretraining_crystals": 9, "ids": 0, "formulas": 3, "similar": 1}
+    refuse_seen_labels("e", "matbench_jdft2d", None)
+    refuse_seen_labels("e", "matbench_jdft2d", counts)
+    refuse_seen_labels("e", "matbench_jdft2d", {**counts, "formulas": 0, "labels": ["band_gap"]})
+    for formulas, says in ((3, "formulas of 3 of the 636 crystals of matbench_jdft2d"), (None, "doesn't say of which")):
+        with pytest.raises(ConfigError, match=says):
+            refuse_seen_labels("e", "matbench_jdft2d", {**counts, "formulas": formulas, "labels": ["band_gap"]})
+
+
+def test_a_finetuned_model_is_taken_or_refused_by_the_crystals_it_has_seen(tmp_path: Path) -> None:
+    """The same short training on crystals of the task itself, and on others without its formulas."""
+    data = {"task": "embedded:matbench_jdft2d", "others": str(subset(tmp_path / "others.parquet", train=40, val=8))}
+    target = {"task": "exfoliation_energy", "others": "formation_energy_per_atom"}
+    for name, path in data.items():
+        config, values = finetune_config(
+            f"runs={tmp_path}", f"name={name}", f"data.path={path}", f"data.targets=[{target[name]}]", "epochs=1",
+            "data.exclude=[embedded:matbench_jdft2d]" if name == "others" else "data.split.by=formula",
+        )  # fmt: skip
+        assert finetune.run(config, values) == 0
+    arguments = ["tasks=[matbench_jdft2d]", "folds=[0]", "epochs=1", f"runs={tmp_path}", "trainer.progress_bar=false"]
+    with pytest.raises(ConfigError, match=r"labels \(exfoliation_energy\).* data.exclude=\[embedded:matbench_jd"):
+        cli.run(["matbench", f"pretrained={tmp_path / 'finetune/task'}", *arguments, "name=refused"])
+    assert cli.run(["matbench", f"pretrained={tmp_path / 'finetune/others'}", *arguments, "name=taken"]) == 0
+    notes = json.loads(next((tmp_path / "matbench/taken").rglob("info.json")).read_text())["notes"]
+    assert "Then trained on labels (formation_energy_per_atom) of 4" in notes
+    assert "have 0 by id, 0 by reduced formula" in notes

@@ -95,7 +95,11 @@ def make_encoder(config: TrainingConfig) -> tuple[Encoder, dict[str, Any], dict[
             f"{path}: no such file; make one with crysldnet pretrain, or start from scratch with pretrained=none"
         )
     encoder, info = checkpoint.load_encoder(path)
-    return encoder, info["encoder"], info["provenance"]
+    provenance = info["provenance"]
+    if "targets" in info:  # a finetuned model
+        learned = {key: info.get(key) for key in ("targets", "train_crystals", "data_sha256", "code_version")}
+        provenance = {**provenance, "labels": [*provenance.get("labels", []), learned]}
+    return encoder, info["encoder"], provenance
 
 
 def make_data(config: TrainingConfig, encoder: Encoder, **parts: Any) -> CrystalDataModule:

@@ -20,6 +20,7 @@ from crysldnet.models.head import Prediction, PropertyModel
 from crysldnet.models.target import Classes, TargetType
 from crysldnet.training import checkpoint
 from crysldnet.training.calibrate import calibrate
+from crysldnet.training.pretraining_set import seen_crystals
 from crysldnet.training.run_folder import code_version
 from crysldnet.training.trainer import TrainerSettings, announce, fit, make_trainer
 
@@ -154,7 +155,9 @@ def train(
     if trainer.is_global_zero:
         state = {k.removeprefix("model."): v for k, v in whole.items() if k.startswith("model.")}
         file = folder / "model.safetensors"
-        checkpoint.write(file, "property_model", state, info)
+        chosen_on = np.concatenate([data.rows["train"], data.rows["val"]])
+        seen = seen_crystals(config.pretrained, data.store, chosen_on)
+        checkpoint.write(file, "property_model", state, info, seen)
         device = "cuda" if settings.resolve_accelerator() == "gpu" else "cpu"
         info["calibration"] = calibrate([file], file, data, drawn=folder / "plots", device=device)
     trainer.strategy.barrier("export")

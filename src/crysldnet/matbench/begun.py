@@ -7,6 +7,7 @@ from typing import Any
 
 from crysldnet.build import build
 from crysldnet.encoders.protocol import Encoder
+from crysldnet.errors import ConfigError
 from crysldnet.finetune.settings import make_encoder
 from crysldnet.matbench.folds import TaskRun
 from crysldnet.matbench.recipes import Recipe, make_recipes
@@ -41,7 +42,32 @@ class Begun:
 
 
 def open_task(begun: Begun, name: str) -> TaskRun:
-    """Load the crystals of a task."""
+    """Load the crystals of a task.
+
+    Raises:
+        ConfigError: labels were learned before, of crystals with its formulas.
+    """
     task = begun.benchmark.tasks_map[name]
     source = load_task(task)
-    return TaskRun(begun.config, begun.recipes, begun.folder, task, source, begun.encoder, begun.device)
+    task_run = TaskRun(begun.config, begun.recipes, begun.folder, task, source, begun.encoder, begun.device)
+    refuse_seen_labels(begun.config.pretrained, name, task_run.overlap)
+    return task_run
+
+
+def refuse_seen_labels(pretrained: str | None, task: str, overlap: dict[str, Any] | None) -> None:
+    """Refuse a finetuned model that may have learned labels of crystals with formulas of a task.
+
+    Raises:
+        ConfigError: it may.
+    """
+    if overlap is None or not overlap.get("labels") or overlap["formulas"] == 0:
+        return
+    learned = f"pretrained={pretrained} has learned labels ({', '.join(overlap['labels'])})"
+    if overlap["formulas"] is None:
+        raise ConfigError(f"{learned}, and its file doesn't say of which crystals; finetune it again", "pretrained")
+    raise ConfigError(
+        f"{learned}, and the crystals it has seen share the formulas of {overlap['formulas']:,} of the "
+        f"{overlap['test_crystals']:,} crystals of {task}; pretrain and finetune with "
+        f"data.exclude=[embedded:{task}] data.exclude_by=formula",
+        "pretrained",
+    )

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from crysldnet.errors import ConfigError
 from crysldnet.finetune.settings import FinetuneConfig
-from crysldnet.training.checkpoint import kind_of
-from crysldnet.training.pretraining_set import encoder_file
 
 BENCHMARK = "matbench_v0.1"
 FOLDS = 5
@@ -70,13 +68,6 @@ def check_settings(config: MatbenchConfig) -> None:
         raise ConfigError(f"folds={config.folds}: name some of 0, 1, 2, 3, 4, each once", "folds")
     if not re.fullmatch(r"[\w.+-]+", config.algorithm):
         raise ConfigError(f"algorithm={config.algorithm!r}: letters, digits and . _ + - make a folder", "algorithm")
-    path = encoder_file(config.pretrained)
-    if path is not None and kind_of(path) == "property_model":
-        raise ConfigError(
-            f"pretrained={path}: a finetuned model has seen labels, and its file doesn't say of which crystals; a "
-            "submission starts from an encoder.safetensors or from scratch",
-            "pretrained",
-        )
     _check_parallel(config)
     _check_recipes(config)
     if config.out is not None and config.resume is None and (Path(config.out) / submission_name(config)).exists():

@@ -88,11 +88,17 @@ def _notes(begun: Begun, told: Mapping[str, Told]) -> str:
         notes.insert(0, f"INCOMPLETE, not a valid submission: folds {config.folds} alone.")
     sha256 = next(iter(told.values())).inputs["pretrained_sha256"]
     if sha256 is not None:
-        notes.append(
-            f"Encoder pretrained without labels (stage {p.get('stage')}) on {p.get('train_crystals')} crystals of "
-            f"{p.get('data')} (sha256 {p.get('data_sha256')}) by crysldnet {p.get('code_version')}; sha256 of its file "
-            f"{sha256}."
-        )
+        if "stage" in p:
+            notes.append(
+                f"Encoder pretrained without labels (stage {p['stage']}) on {p.get('train_crystals')} crystals of "
+                f"{p.get('data')} (sha256 {p.get('data_sha256')}) by crysldnet {p.get('code_version')}."
+            )
+        notes += [
+            f"Then trained on labels ({', '.join(learned['targets'])}) of {learned['train_crystals']} crystals (sha256 "
+            f"{learned['data_sha256']}) by crysldnet {learned['code_version']}."
+            for learned in p.get("labels", [])
+        ]
+        notes.append(f"Every fold starts from the file with sha256 {sha256}.")
         notes += [f"{name}: {describe_overlap(t.overlap)}" for name, t in told.items() if t.overlap is not None]
     else:
         notes.append("Trained from scratch, without pretraining.")

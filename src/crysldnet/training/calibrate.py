@@ -99,14 +99,16 @@ def calibrate(
         _remember(models[0], data),
     )
     state: dict[str, Tensor] = {}
+    seen = None
     info: dict[str, Any] = {"members": [file.parent.name for file in files], "targets": data.targets}
     numbers = [place for place in targets if models[0].kinds[place] == "regression"]
     checks = {data.targets[place]: check(*found.of_target(place)) for place in numbers}
     if out in files:
         info, state = checkpoint.read(out, "property_model")
+        seen = checkpoint.read_pretraining_set(out, "property_model")
         info = {key: value for key, value in info.items() if key not in ("format_version", "kind")}
     info["calibration"] = checks
-    checkpoint.write(out, "property_model" if state else "calibration", {**state, **known.tensors()}, info)
+    checkpoint.write(out, "property_model" if state else "calibration", {**state, **known.tensors()}, info, seen)
     if drawn is not None:
         for place in numbers:
             plots.reliability(*found.of_target(place), drawn, data.targets[place])

@@ -32,7 +32,7 @@ FORMAT_VERSION = 2
 """What is read. Since 2, property models keep more than weights; encoders are still written as 1."""
 Kind = Literal["encoder", "pretraining", "property_model", "calibration"]
 PREFIX = "pretraining_set."
-"""Of the tensors that aren't weights, but say which crystals an encoder was pretrained on."""
+"""Of the tensors that aren't weights, but say which crystals a model has seen, with labels or without."""
 EXTRAS = (PREFIX, "training_set.", "calibration.")
 """Prefixes of all tensors that aren't weights."""
 
@@ -71,7 +71,8 @@ def write(
         kind: what it is.
         state: the weights, and what else is kept with one of the prefixes in ``EXTRAS``.
         info: plain values.
-        pretraining_set: the crystals that an encoder was pretrained on.
+        pretraining_set: the crystals that it has seen: those of an encoder's pretraining, and those that a property
+            model was trained and chosen on besides.
     """
     if pretraining_set is not None:
         state = {**state, **{PREFIX + name: torch.from_numpy(a) for name, a in vars(pretraining_set).items()}}
@@ -115,7 +116,7 @@ def read_extra(path: str | os.PathLike[str], kind: Kind, prefix: str) -> dict[st
 
 
 def read_pretraining_set(path: str | os.PathLike[str], kind: Kind = "encoder") -> Fingerprints | None:
-    """Read which crystals an encoder was pretrained on; None where its file doesn't say."""
+    """Read which crystals an encoder, or a property model, has seen; None where its file doesn't say."""
     arrays = {name: tensor.numpy() for name, tensor in read_extra(path, kind, PREFIX).items()}
     try:
         return Fingerprints(**arrays) if arrays else None

@@ -1,11 +1,19 @@
-"""What the crystals that a model is tested on have in common with those that its encoder was pretrained on."""
+"""What the crystals that a model is tested on have in common with those that it has seen before.
+
+An encoder's file says which crystals it was pretrained on, a finetuned model's says besides which ones chose its
+weights: training and validation crystals of every finetuning since.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from crysldnet.data.fingerprint import Fingerprints, overlap
+from crysldnet.data.store import CrystalStore
 from crysldnet.report import print_table
 from crysldnet.training import checkpoint
 
@@ -24,8 +32,37 @@ def encoder_file(pretrained: str | None) -> Path | None:
     return model if model.exists() else path / "encoder.safetensors"
 
 
+def _seen_by(path: Path) -> Fingerprints | None:
+    """Read which crystals an encoder or a finetuned model has seen; None where its file doesn't say."""
+    finetuned = checkpoint.kind_of(path) == "property_model"
+    return checkpoint.read_pretraining_set(path, "property_model" if finetuned else "encoder")
+
+
+def seen_crystals(pretrained: str | None, store: CrystalStore, rows: NDArray[np.int64]) -> Fingerprints | None:
+    """Return what a model has seen that starts from ``pretrained`` and learns from some rows of a store.
+
+    None where the file that it starts from doesn't say what that has seen.
+    """
+    path = encoder_file(pretrained)
+    before = None if path is None else _seen_by(path)
+    if path is not None and before is None:
+        return None
+    own = Fingerprints.of(store, rows)
+    return own if before is None else before.joined(own)
+
+
+def labels_learned(pretrained: str | None) -> list[str]:
+    """Return the targets whose labels a model has learned; none for an encoder without labels."""
+    path = encoder_file(pretrained)
+    if path is None or checkpoint.kind_of(path) != "property_model":
+        return []
+    info, _ = checkpoint.read(path, "property_model")
+    before = [target for learned in info["provenance"].get("labels", []) for target in learned["targets"]]
+    return list(dict.fromkeys([*before, *info["targets"]]))
+
+
 def pretraining_overlap(pretrained: str | None, tested: Fingerprints) -> dict[str, Any] | None:
-    """Count the tested crystals that pretraining saw, without their labels.
+    """Count the tested crystals that were seen before.
 
     Args:
         pretrained: as configured.
@@ -33,18 +70,19 @@ def pretraining_overlap(pretrained: str | None, tested: Fingerprints) -> dict[st
 
     Returns:
         ``test_crystals``, ``pretraining_crystals`` and how many of the tested ones share an id (``ids``), a reduced
-        formula (``formulas``), and both formula and geometry (``similar``). The last three are None where the encoder's
-        file doesn't say what it was pretrained on. None where there was no pretraining.
+        formula (``formulas``), and both formula and geometry (``similar``). The last three are None where the file
+        doesn't say what was seen. ``labels`` are the targets that were learned before; not there where none was.
+        None where training is from scratch.
     """
     path = encoder_file(pretrained)
     if path is None:
         return None
-    finetuned = checkpoint.kind_of(path) == "property_model"  # its file doesn't say which crystals it was trained on
-    seen = None if finetuned else checkpoint.read_pretraining_set(path)
+    seen, labels = _seen_by(path), labels_learned(pretrained)
+    learned = {"labels": labels} if labels else {}
     if seen is None:
         unknown = dict.fromkeys(("pretraining_crystals", "ids", "formulas", "similar"))
-        return {"test_crystals": len(tested), **unknown}
-    return {"test_crystals": len(tested), "pretraining_crystals": len(seen), **overlap(tested, seen)}
+        return {"test_crystals": len(tested), **unknown, **learned}
+    return {"test_crystals": len(tested), "pretraining_crystals": len(seen), **overlap(tested, seen), **learned}
 
 
 def describe_overlap(counts: dict[str, Any]) -> str:
@@ -52,12 +90,14 @@ def describe_overlap(counts: dict[str, Any]) -> str:
     if counts["ids"] is None:
         return (
             f"It isn't known which of the {counts['test_crystals']:,} test crystals were in the pretraining set: the "
-            "encoder's file doesn't say."
+            "file that training started from doesn't say."
         )
+    labels = counts.get("labels")
     return (
         f"Of the {counts['test_crystals']:,} test crystals, the {counts['pretraining_crystals']:,} of pretraining "
         f"have {counts['ids']:,} by id, {counts['formulas']:,} by reduced formula, and {counts['similar']:,} by "
-        "formula and similar geometry; pretraining saw no labels."
+        "formula and similar geometry; "
+        + (f"labels of {', '.join(labels)} were learned there." if labels else "pretraining saw no labels.")
     )
 
 
@@ -66,6 +106,8 @@ def print_overlap(counts: dict[str, Any] | None) -> None:
     if counts is None or not counts["test_crystals"]:
         return
     title = f"Test crystals that are in the pretraining set, of {counts['test_crystals']:,}"
+    if counts.get("labels"):
+        title = f"Test crystals that were seen before, of {counts['test_crystals']:,}"
     names = {"ids": "same id", "formulas": "same reduced formula", "similar": "same formula, similar geometry"}
     rows = [[text, "not known" if counts[key] is None else f"{counts[key]:,}"] for key, text in names.items()]
     print_table(title, ["", ""], rows)
