@@ -22,7 +22,7 @@ LAYERS = [
     {"encoders"},
     {"data"},
     {"geometry", "build"},
-    {"errors", "report", "page", "evidence", "__init__"},
+    {"errors", "console", "page", "evidence", "__init__"},
 ]
 """From the command line down. A module may import its own layer's package and those below."""
 

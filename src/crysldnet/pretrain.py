@@ -16,13 +16,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from crysldnet.build import build
+from crysldnet.console import print_table
 from crysldnet.data.batch import CrystalBatch
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.data.fingerprint import Fingerprints
 from crysldnet.errors import ConfigError
 from crysldnet.models.latent import LatentStatistics
 from crysldnet.models.pretraining import PretrainingModel
-from crysldnet.report import print_table
 from crysldnet.training import checkpoint, plots
 from crysldnet.training.diagnostics import OF_THE_MACHINE
 from crysldnet.training.loggers import describe_data

@@ -10,10 +10,10 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 
+from crysldnet.console import print_table
 from crysldnet.data.fingerprint import Fingerprints
 from crysldnet.finetune.settings import FinetuneConfig
 from crysldnet.finetune.training import Finetuned
-from crysldnet.report import print_table
 from crysldnet.training import plots
 from crysldnet.training.pretraining_set import pretraining_overlap, print_overlap
 from crysldnet.training.run_folder import RunFolder

@@ -20,6 +20,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
 from crysldnet.build import build
+from crysldnet.console import print_table
 from crysldnet.errors import ConfigError, DataError
 from crysldnet.finetune.settings import make_encoder
 from crysldnet.matbench.begun import Begun, open_task
@@ -32,7 +33,6 @@ from crysldnet.matbench.settings import MAY_CHANGE, MatbenchConfig, check_settin
 from crysldnet.matbench.submission import Told, write_submission
 from crysldnet.matbench.tasks import find_source, task_metadata
 from crysldnet.matbench.validation import check_submission
-from crysldnet.report import print_table
 from crysldnet.training.pretraining_set import print_overlap
 from crysldnet.training.run_folder import RunFolder
 from crysldnet.training.trainer import TrainerSettings

@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from crysldnet.console import print_table
 from crysldnet.matbench.scores import TaskScores
 from crysldnet.matbench.settings import FOLDS
-from crysldnet.report import print_table
 from crysldnet.training.run_folder import write_atomically
 
 

@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from crysldnet.console import print_table
 from crysldnet.errors import CrysldnetError, DataError
 from crysldnet.matbench.leaderboard import load_leaderboard, print_scores
 from crysldnet.matbench.scores import TaskScores, official_scores, true_roc_auc
 from crysldnet.matbench.settings import BENCHMARK
 from crysldnet.matbench.submission import INFO, RESULTS
 from crysldnet.matbench.tasks import import_matbench, read_targets, task_metadata
-from crysldnet.report import print_table
 
 NOT_EMPTY = ("authors", "algorithm", "algorithm_long", "bibtex_refs", "requirements")
 """Fields of ``info.json``; ``notes`` must be there, and may be empty."""

@@ -11,8 +11,8 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from crysldnet.console import print_table
 from crysldnet.errors import ConfigError
-from crysldnet.report import print_table
 from crysldnet.sweep.proposals import ARGUMENTS, Sweep
 from crysldnet.training.processes import Environment, Job, run_jobs
 from crysldnet.training.run_folder import write_atomically

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crysldnet.report import print_table
+from crysldnet.console import print_table
 from crysldnet.sweep.parallel_coordinates import write_page
 from crysldnet.sweep.proposals import Sweep, Trial
 from crysldnet.training.run_folder import RunFolder, write_atomically

@@ -20,8 +20,8 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
+from crysldnet.console import note
 from crysldnet.errors import CheckpointError
-from crysldnet.report import note
 from crysldnet.training.atomic import whole_file
 
 FORMAT_VERSION = 1

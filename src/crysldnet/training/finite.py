@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, distributed
 
+from crysldnet.console import note
 from crysldnet.data.batch import CrystalBatch
 from crysldnet.errors import DivergedError
-from crysldnet.report import note
 
 SHOWN = 5
 """Ids in the message; the file has them all."""

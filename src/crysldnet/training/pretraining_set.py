@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from crysldnet.console import print_table
 from crysldnet.data.fingerprint import Fingerprints, overlap
 from crysldnet.data.store import CrystalStore
-from crysldnet.report import print_table
 from crysldnet.training import checkpoint
 
 

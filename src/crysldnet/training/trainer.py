@@ -26,9 +26,9 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
+from crysldnet.console import note
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.errors import DataError, DeviceError, Interrupted
-from crysldnet.report import note
 from crysldnet.training.averaging import AverageOfLast, moving_average
 from crysldnet.training.checkpoint_file import CheckpointFile
 from crysldnet.training.diagnostics import Diagnostics

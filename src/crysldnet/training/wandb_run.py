@@ -12,7 +12,7 @@ from typing import Any, Literal
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from crysldnet.report import note
+from crysldnet.console import note
 
 Summary = Literal["min", "max", "mean", "last"]
 
