@@ -140,6 +140,7 @@ def launch(runs: Path, command: str, name: str, *arguments: str) -> dict[str, An
         resume = ["resume=last"] if (summary.parent / "config.yaml").exists() else []
         line = [sys.executable, "-m", "crysldnet", command, f"runs={runs}", f"name={name}", *arguments, *resume]
         print(shlex.join(line[1:]), flush=True)
+        runs.mkdir(parents=True, exist_ok=True)
         log = runs / f"{command}-{name}.log"
         with log.open("a") as file:
             done = subprocess.run([*line, "trainer.progress_bar=false"], stdout=file, stderr=subprocess.STDOUT)
