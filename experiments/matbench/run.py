@@ -5,9 +5,9 @@ python experiments/matbench/run.py --pretrained ENCODER [--parallel N] …
 
 FOLDER holds mp_cgcnn_train.parquet, which is pretrained on, mp_cgcnn_val.parquet and mp_cgcnn_test.parquet, and
 mp_elasticity_train.parquet and mp_elasticity_val.parquet, whose labels the third arm learns before. ENCODER is an
-encoder.safetensors that was pretrained before; it is refused where its pretraining set has a formula of either task, and
-there is no third arm. Runs that are complete are not run again, so an interrupted study goes on where it stopped. Any
-key=value is given to all arms.
+encoder.safetensors that was pretrained before; it is refused where its pretraining set has a formula of either task,
+and there is no third arm. Runs that are complete are not run again, so an interrupted study goes on where it stopped.
+Any key=value is given to all arms.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def write_labelled(data: Path, split: str, path: Path) -> Path:
             good = np.abs(values) <= IMPLAUSIBLE if name == "formation_energy_per_atom" else values > 0
             good |= (name == "band_gap") & (values == 0)
             column = pa.array(values, mask=~good)
-            table = table.set_column(table.column_names.index(name), table.schema.field(name), column)
+            table = table.set_column(
+                table.column_names.index(name), table.schema.field(name).with_type(pa.float64()), column
+            )
         ids = pa.array([f"{source}:{material}" for material in table["material_id"].to_pylist()])
         tables.append(table.set_column(0, table.schema.field(0), ids))
     pq.write_table(pa.concat_tables(tables, promote_options="default"), path)
