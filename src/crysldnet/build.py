@@ -183,7 +183,7 @@ def _call(function: Callable[..., Any], hints: dict[str, Any], values: dict, whe
     try:
         return function(**values, **parts)
     except ValueError as error:
-        raise ConfigError(f"{where}: {error}", where) from error
+        raise ConfigError(f"{where}: {error}" if where else str(error), where) from error
 
 
 def build_dataclass(kind: type, values: Mapping[str, Any], where: str) -> Any:

@@ -117,6 +117,7 @@ def _quieten_libraries() -> None:
         ".*smaller than the logging interval.*",
         ".*Total length of `list` across ranks is zero.*",
         ".*dataloader is not resumable.*",  # the sampler begins where the run stopped
+        r".*module\(s\) in eval mode.*",  # a frozen encoder, or one that isn't trained yet
         ".*sync_dist.*",  # metrics are summed over ranks by torchmetrics already
     ):
         warnings.filterwarnings("ignore", message)

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from crysldnet.build import TARGET, build_dataclass, check
+from crysldnet.console import note
 from crysldnet.errors import ConfigError
 
 COMMAND_LINE = "on the command line"
@@ -242,6 +243,8 @@ def refuse_changed(composition: Composition, saved: Path) -> None:
                 "resume it as it was, or begin another",
                 key,
             )
+        if key in ("epochs", "stages") and before.get(key) != value:
+            note(f"{key} differ from those that the run was begun with; its learning rates stay as they were planned")
 
 
 def refuse_unused(composition: Composition) -> None:

@@ -46,8 +46,8 @@ def run(config: PredictConfig, _values: dict[str, Any]) -> int:
     predicted.
     """
     names = [config.model] if isinstance(config.model, str) else config.model
-    models = [load(name, device=config.device) for name in names]
     output = open_table(config.out)
+    models = [load(name, device=config.device) for name in names]
     account = Account(config.out, "predicted")
     settings = StreamSettings(
         batch_size=config.batch_size,

@@ -184,6 +184,8 @@ def _is_whole(source: Any) -> bool:
     """Say whether a source is one object: crystals, a structure or record, or a table."""
     from crysldnet.data.formats.records import is_object
 
+    if isinstance(source, Mapping) and len(source) > 1 and all(is_object(value) for value in source.values()):
+        raise DataError("a dict of structures would be taken for one record; give its values as a list")
     kinds = (Crystals, Mapping, pa.Table)
     return isinstance(source, kinds) or is_object(source) or hasattr(source, "iter_rows") or hasattr(source, "iloc")
 
@@ -196,8 +198,16 @@ def _object_reader(source: Any) -> Reader:
 
 def _open_paths(sources: Sequence[str | os.PathLike[str]], on_bad: OnBad | None) -> list[Reader]:
     stores = [os.fspath(source) for source in sources if _is_store(source)]
-    sources = [source for source in sources if not _is_store(source)]
-    paths = list(dict.fromkeys(path for source in sources for path in _expanded(Path(source).expanduser())))
+    paths: dict[Path, None] = {}
+    for source in sources:
+        if _is_store(source):
+            continue
+        try:
+            paths |= dict.fromkeys(_expanded(Path(source).expanduser()))
+        except DataError as error:
+            if on_bad is None:
+                raise
+            on_bad(os.fspath(source), str(error).removeprefix(f"{source}: "))
     readers: list[Reader] = []
     structures = [path for path in paths if path.is_dir() or kind_of(path)]
     others = [path for path in paths if not (path.is_dir() or kind_of(path))]

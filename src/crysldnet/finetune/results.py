@@ -103,12 +103,14 @@ def _print_metrics(result: Finetuned) -> None:
     metrics: dict[str, Any] = result.metrics
     splits = [s for s in ("val", "test_members", "test") if any(name.startswith(f"{s}/") for name in metrics)]
     names = dict.fromkeys(name.split("/", 1)[1] for name in metrics if name.split("/")[0] in splits)
-    unit = result.data.units[0] if len(set(result.data.units)) == 1 else ""
+    units = dict(zip(result.data.targets, result.data.units, strict=True))
+    common = result.data.units[0] if len(set(result.data.units)) == 1 else ""
     rows = []
     for name in names:
         if all(f"{split}/{name}" in metrics for split in splits):
             kind, _, target = name.partition("/")
             title = TITLES.get(kind, kind) + (f" {target}" if target else "")
+            unit = units.get(target, common)
             suffix = f" ({unit})" if unit and kind in WITH_UNIT else ""
             rows.append([title + suffix, *(f"{metrics[f'{split}/{name}']:.4f}" for split in splits)])
     print_table(", ".join(result.data.targets), ["", *(s.replace("_", ", ") for s in splits)], rows)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from crysldnet.build import build
+from crysldnet.console import note
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.errors import ConfigError
 from crysldnet.finetune.module import FinetuneModule
@@ -58,6 +59,9 @@ def make_model(config: TrainingConfig, encoder: Any, data: CrystalDataModule, ty
         )
     except ValueError as error:
         raise ConfigError(str(error), "head") from error
+    for name, unit in zip(data.targets, data.units, strict=True):
+        if head.readout == "sum" and unit.endswith("/atom"):
+            note(f"{name} is a value of an atom ({unit}), but head=sum grows with the cell; head=atoms suits it")
     crystals = data.store.crystals.take(data.rows["train"])
     model.fit_normalisation(data.train_targets(), crystals.sizes, crystals)
     return model

@@ -42,6 +42,10 @@ class Diagnostics(Callback):
         self._seconds = self._since = 0.0
         self._logged = -1
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to count time; a run that is resumed inside an epoch doesn't start one."""
+        self._since = time.monotonic()
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on counting time after a validation."""
         self._since = time.monotonic()

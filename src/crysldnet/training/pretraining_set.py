@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from crysldnet.console import print_table
 from crysldnet.data.fingerprint import Fingerprints, overlap
 from crysldnet.data.store import CrystalStore
+from crysldnet.errors import CheckpointError
 from crysldnet.training import checkpoint
 
 
@@ -22,6 +23,9 @@ def encoder_file(pretrained: str | None) -> Path | None:
     """Return the file of a pretrained encoder or a finetuned model; None where training is from scratch.
 
     The folder of their run may stand for it.
+
+    Raises:
+        CheckpointError: it is the folder of an ensemble.
     """
     if pretrained in (None, "none"):
         return None
@@ -29,6 +33,8 @@ def encoder_file(pretrained: str | None) -> Path | None:
     if not path.is_dir():
         return path
     model = path / "model.safetensors"
+    if members := sorted(path.glob("member_*/model.safetensors")):
+        raise CheckpointError(f"{path}: an ensemble of {len(members)} models; name one, as {members[0].parent}")
     return model if model.exists() else path / "encoder.safetensors"
 
 
