@@ -25,7 +25,7 @@ from crysldnet.reports import names_of
 from crysldnet.reports.run_files import read_run
 from crysldnet.training.run_folder import NAME_VARIABLE
 from html_page import Page, assert_self_contained
-from tiny import ENCODER, QUIET, subset
+from tiny import ENCODER, QUIET, keep_two_curves, subset
 
 TARGETS = ("formation_energy_per_atom", "band_gap")
 TRAIN = ["trainer.accelerator=cpu", "trainer.log_every=1", "data.batch_size=16", "epochs=2", "pretrained=none"]
@@ -53,16 +53,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             keep_two_curves(folder / "runs" / "finetune" / f"seed{seed}" / "metrics.csv")
     os.environ.pop(NAME_VARIABLE, None)
     return folder
-
-
-def keep_two_curves(file: Path) -> None:
-    """Drop the other columns: a drawing of each, in each test, would take the most time."""
-    with file.open(newline="") as lines:
-        rows = list(csv.DictReader(lines))
-    with file.open("w", newline="") as lines:
-        writer = csv.DictWriter(lines, ["epoch", "step", "train/loss", "val/mae"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 @pytest.fixture

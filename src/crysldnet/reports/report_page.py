@@ -231,7 +231,8 @@ def _stated(run: Run, name: str, metric: str) -> Iterator[tuple[str, float, Pred
     p = run.predictions[name]
     if p.folds is not None:
         for fold, scores in matbench_tasks(run.summary)[name]["scores"].items():
-            yield f" of {fold.replace('_', ' ')}", scores[metric], p.of_fold(int(fold.removeprefix("fold_")))
+            said = scores.get(metric, np.nan)
+            yield f" of {fold.replace('_', ' ')}", said, p.of_fold(int(fold.removeprefix("fold_")))
         return
     keys = [f"test/{metric}/{name}", *([f"test/{metric}"] if len(run.predictions) == 1 else [])]
     for said in [run.summary[key] for key in keys if isinstance(run.summary.get(key), float)][:1]:
@@ -242,7 +243,11 @@ def _element_table(p: Predictions, crystals: Crystals) -> str:
     found = statistics.errors_by_element(p.errors, crystals)
     top = float(np.quantile([mean for mean, _ in found.values()], 0.95)) or 1.0
     cells = {
-        symbol: ElementCell(f"{mean:.2g}", min(1.0, mean / top), f"{mean:.4g}{p.suffix} over {count:,} crystals")
+        symbol: ElementCell(
+            f"{mean:.2g}" if mean < 99.5 else f"{mean:.0f}",
+            min(1.0, mean / top),
+            f"{mean:.4g}{p.suffix} over {count:,} crystals",
+        )
         for symbol, (mean, count) in found.items()
     }
     return periodic_table(cells, "in no test crystal")
