@@ -1,11 +1,14 @@
 """A classification, ensembles, recipes and folds beside each other, on small tasks made of real crystals."""
 
+import csv
 import gzip
 import importlib.util
 import json
 import os
+import re
 import signal
 import time
+from itertools import product
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -15,6 +18,9 @@ import pytest
 from scipy.stats import rankdata
 
 from crysldnet import cli, finetune
+from crysldnet.data.locations import DATA_VARIABLE
+from crysldnet.data.published.catalog import PUBLISHED
+from crysldnet.data.published.store_maker import make_store
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import ConfigError, CrysldnetError, Interrupted
 from crysldnet.training.processes import Job, places, run_jobs
@@ -155,6 +161,44 @@ def test_each_fold_takes_the_recipe_of_the_lowest_error_on_its_validation_part(
     assert parameters["validation_mae"] == errors[1]
     info = json.loads((Path(summary["submission"]) / "info.json").read_text())
     assert recipes[1] in info["notes"]
+
+
+def test_a_report_shows_the_classes_of_a_task_and_the_curves_of_each_recipe(
+    small: dict[str, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes = json.dumps(["optimizer.lr=1e-4", "epochs=3 optimizer.lr=0.01"])
+    names = ["matbench_mp_is_metal", "matbench_mp_gap"]
+    run(tmp_path, f"tasks=[{','.join(names)}]", "folds=[2]", f"recipes={recipes}")
+    with (tmp_path / "matbench" / "a" / names[0] / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    probabilities = kept(tmp_path, names[0], 2)["predictions"]
+    assert [row["true"] for row in rows] == ["true" if t else "false" for t in small[names[0]][2::5]]
+    assert [row["prediction"] for row in rows] == ["true" if p > 0.5 else "false" for p in probabilities]
+    assert [float(row["probability"]) for row in rows] == pytest.approx([max(p, 1 - p) for p in probabilities], 1e-4)
+    assert {row["std"] for row in rows} == {""}
+
+    monkeypatch.chdir(tmp_path)
+    text = report()
+    right = sum(row["true"] == row["prediction"] for row in rows)
+    assert f"<b>{right / len(rows):.4g}</b>accuracy" in text
+    table = text[text.index("Predicted and true classes") :].split("</figure>")[0]
+    pairs = [(row["true"], row["prediction"]) for row in rows]
+    counts = [pairs.count(pair) for pair in product(("false", "true"), repeat=2)]
+    assert re.findall(r">(\d+)</text>", table) == [str(count) for count in counts]
+    assert "summary.json says" not in text
+    assert text.count(">fold 2, recipe 0</") == text.count(">fold 2, recipe 1</") > 0
+    assert f"{names[0]}: no data set of this package has its structures" in text
+    assert "matbench_mp_gap.store isn&#x27;t here; make it with: crysldnet data download matbench_mp_gap" in text
+    assert 'class="structure"' not in text
+
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
+    make_store(PUBLISHED[names[1]], tmp_path, tmp_path / "matbench_mp_gap.store")
+    assert report().count('class="structure"') == len(rows) == 12
+
+
+def report() -> str:
+    assert cli.run(["report", "matbench/a"]) == 0
+    return Path("report.html").read_text()
 
 
 @pytest.mark.parametrize(

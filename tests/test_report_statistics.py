@@ -11,7 +11,7 @@ from scipy import stats
 from conftest import PEROVSKITE, ROCKSALT_CUBE, cell, put_together
 from crysldnet.data.elements import SYMBOLS
 from crysldnet.reports.figures import parity, svg
-from crysldnet.reports.run_files import Predictions
+from crysldnet.reports.predictions import Predictions
 from crysldnet.reports.statistics import (
     CalibrationOfRun,
     bootstrap,

@@ -13,6 +13,8 @@ from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
 
 EMBEDDED = Path(__file__).parent / "embedded"
+EMBEDDED_TARGETS = {"matbench_jdft2d": "exfoliation_energy", "matbench_phonons": "last_phdos_peak"}
+"""Tasks of Matbench whose crystals ship with the package, re-encoded, and the column of their target."""
 DATA_VARIABLE = "CRYSLDNET_DATA"
 """Names the folder of published data sets; ``data`` in the current folder by default."""
 

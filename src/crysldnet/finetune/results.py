@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +31,44 @@ TITLES = {
 WITH_UNIT = ("mae", "rmse")
 
 
-def write_predictions(path: Path, result: Finetuned) -> None:
-    """Write ids, true values and predictions of the test split as CSV."""
-    rows = list(result.predictions)
-    values = result.data.target_values
-    assert values is not None
-    ids = result.data.store.ids_at(np.array(rows, np.int64))
+def write_predictions(path: Path, rows: Iterable[Sequence[str]], *more: str) -> None:
+    """Write true values and predictions of test crystals as CSV.
+
+    Args:
+        path: of the file.
+        rows: as :func:`prediction_row` makes them.
+        more: names of columns that stand behind those.
+    """
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["material_id", "target", "true", "prediction", "unit", "std", "probability"])
-        for material_id, row in zip(ids, rows, strict=True):
-            for place, target in enumerate(result.data.targets):
-                predicted, std, probability = result.predictions[row][place]
-                labels = result.data.labels[place]
-                cells = [_cell(values[row, place], labels), _cell(predicted, labels)]
-                more = [_cell(std), _cell(probability)]
-                writer.writerow([material_id, target, *cells, result.data.units[place], *more])
+        writer.writerow(["material_id", "target", "true", "prediction", "unit", "std", "probability", *more])
+        writer.writerows(rows)
+
+
+def prediction_row(
+    material_id: str, target: str, unit: str, labels: list[str] | None, true: float, predicted: Sequence[float]
+) -> list[str]:
+    """Return what is written of one target of one crystal.
+
+    Args:
+        material_id: of the crystal.
+        target: its name.
+        unit: of the values; empty where there is none.
+        labels: names of the classes, None for a number. A class is given by its place among them.
+        true: NaN where it isn't known.
+        predicted: value, standard deviation and probability of the predicted class, NaN where there is none.
+    """
+    value, std, probability = predicted
+    return [material_id, target, _cell(true, labels), _cell(value, labels), unit, _cell(std), _cell(probability)]
+
+
+def _tested(result: Finetuned) -> Iterator[list[str]]:
+    rows, data = list(result.predictions), result.data
+    assert data.target_values is not None
+    for material_id, row in zip(data.store.ids_at(np.array(rows, np.int64)), rows, strict=True):
+        for place, target in enumerate(data.targets):
+            true, predicted = data.target_values[row, place], result.predictions[row][place]
+            yield prediction_row(material_id, target, data.units[place], data.labels[place], true, predicted)
 
 
 def _cell(value: float, labels: list[str] | None = None) -> str:
@@ -70,7 +93,7 @@ def finish(folder: RunFolder, result: Finetuned, config: FinetuneConfig) -> None
     """Write and print the result; the summary comes last."""
     members = [f"member_{i}" for i in range(config.ensemble)] if config.ensemble > 1 else []
     if result.predictions:
-        write_predictions(folder.path / "predictions_test.csv", result)
+        write_predictions(folder.path / "predictions_test.csv", _tested(result))
         _plot_parity(folder.path / "plots", result)
     if not members:
         curves = ["train/loss", "val/mae", "val/r2"] if None in result.data.labels else ["train/loss", "val/accuracy"]

@@ -24,7 +24,7 @@ from crysldnet.console import print_table
 from crysldnet.errors import ConfigError, DataError
 from crysldnet.finetune.settings import make_encoder
 from crysldnet.matbench.begun import Begun, open_task
-from crysldnet.matbench.folds import TaskRun, read_fold, record_folds, run_fold
+from crysldnet.matbench.folds import TaskRun, read_fold, record_folds, run_fold, write_tested
 from crysldnet.matbench.leaderboard import print_scores, write_comparison
 from crysldnet.matbench.parallel import run_folds
 from crysldnet.matbench.recipes import make_recipes
@@ -97,6 +97,7 @@ def _check_resumed(folder: RunFolder, values: Mapping[str, Any]) -> None:
 def _score(task_run: TaskRun) -> Told:
     """Let the official package record and score the folds of a task, and keep what will be told of them."""
     record_folds(task_run)
+    write_tested(task_run)
     task = task_run.task
     scores = {fold: dict(task.results[task.folds_map[fold]].scores) for fold in task_run.folds}
     areas = {}

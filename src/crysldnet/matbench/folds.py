@@ -25,6 +25,7 @@ from crysldnet.data.store import CrystalStore
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.errors import ConfigError, DataError
 from crysldnet.finetune.ensemble import train_ensemble
+from crysldnet.finetune.results import prediction_row, write_predictions
 from crysldnet.finetune.settings import make_data
 from crysldnet.finetune.training import train
 from crysldnet.matbench.recipes import Recipe
@@ -252,3 +253,30 @@ def record_folds(run: TaskRun) -> None:
             std = np.maximum(np.array(record["std"], np.float64), np.finfo(np.float64).eps)
         predictions = np.array(record["predictions"], np.float64)
         run.task.record(fold, predictions, std=std, params=record["parameters"])
+
+
+@rank_zero_only
+def write_tested(run: TaskRun) -> None:
+    """Write true values and predictions of the test crystals for reports, when every fold is predicted.
+
+    Probabilities become classes at the package's threshold.
+    """
+    from matbench.constants import CLF_THRESH
+
+    labels = ["false", "true"] if run.task.metadata.task_type == "classification" else None
+    rows = []
+    for fold in run.folds:
+        record = read_fold(run, fold)
+        predicted = np.full((len(record["ids"]), 3), np.nan)  # value, standard deviation, probability of the class
+        predicted[:, 0] = record["predictions"]
+        if record["std"] is not None:
+            predicted[:, 1] = record["std"]
+        if labels is not None:
+            probability = predicted[:, 0].copy()
+            predicted[:, 0] = probability > CLF_THRESH
+            predicted[:, 2] = np.where(probability > CLF_THRESH, probability, 1 - probability)
+        true = target_values(run.task, run.task.get_test_data(fold, include_target=True)[1]).astype(np.float64)
+        for id_, value, own in zip(record["ids"], true.tolist(), predicted.tolist(), strict=True):
+            cells = prediction_row(id_, run.target, run.task.metadata.unit or "", labels, value, own)
+            rows.append([*cells, str(fold)])
+    write_predictions(run.folder.path / run.name / "predictions.csv", rows, "fold")

@@ -21,13 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crysldnet.data.crystals import Crystals, from_lists
-from crysldnet.data.locations import EMBEDDED
+from crysldnet.data.locations import EMBEDDED, EMBEDDED_TARGETS
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import ConfigError, DataError
 
 MATMINER_DATA = "MATMINER_DATA"
-EMBEDDED_TARGETS = {"matbench_jdft2d": "exfoliation_energy", "matbench_phonons": "last_phdos_peak"}
-"""Tasks whose crystals ship with the package, re-encoded, and the column of their target."""
 UNREADABLE = (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError)
 """What readers of damaged files raise."""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from crysldnet.page import LIGHT, SERIES
-from crysldnet.reports.run_files import Predictions
+from crysldnet.reports.predictions import Predictions
 from crysldnet.reports.statistics import CalibrationOfRun, Comparison, SizeGroup
 from crysldnet.training.plots import Curves, draw_curves, draw_parity
 

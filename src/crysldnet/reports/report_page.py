@@ -16,9 +16,10 @@ from crysldnet.data.periodic_table import ElementCell, periodic_table
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
 from crysldnet.reports import figures, statistics
-from crysldnet.reports.run_files import Predictions, Run
+from crysldnet.reports.predictions import Predictions
+from crysldnet.reports.run_files import Run, matbench_tasks
 from crysldnet.reports.structure_drawing import draw_structure
-from crysldnet.reports.structures import Structures, cell_parameters, find_structures, space_group
+from crysldnet.reports.structures import cell_parameters, find_structures, space_group
 from crysldnet.reports.tables import comparison_table, run_table, seed_table, settings_table
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Report:
             if not run.predictions:
                 continue
             opened = " open" if len(self.runs) == 1 else ""
-            yield f"<details{opened}><summary>{escape(self.names[place])}: errors on the test split</summary>"
+            yield f"<details{opened}><summary>{escape(self.names[place])}: errors on the test crystals</summary>"
             yield from self._errors(place, run)
             yield "</details>"
 
@@ -98,7 +99,7 @@ class Report:
         }
         together = {target: runs for target, runs in together.items() if len(runs) > 1}
         if together:
-            yield "<h2>Comparison on the test split</h2>"
+            yield "<h2>Comparison on the test crystals</h2>"
         for target, runs in together.items():
             try:
                 found = statistics.compare(target, runs, self.resamples, self.seed)
@@ -147,19 +148,27 @@ class Report:
         ) + f'<div class="charts">{shown}</div>'
 
     def _errors(self, place: int, run: Run) -> Iterator[str]:
-        try:
-            structures = find_structures(run, self.stores)
-        except DataError as error:
-            structures = None
+        crystals: dict[str, Crystals] = {}
+        reasons: dict[str, None] = {}
+        for name in run.predictions:
+            try:
+                crystals[name] = find_structures(run, name, self.stores)
+            except DataError as error:
+                reasons[str(error)] = None
+        hint = " A relative path counts from the current folder; run the command where the run was started."
+        for reason in reasons:
             yield (
-                f'<p class="soft">No structures, errors by element and by number of atoms: {escape(str(error))}. A '
-                "relative path counts from the current folder; run the command where the run was started.</p>"
+                f'<p class="soft">No structures, errors by element and by number of atoms: {escape(reason)}.'
+                f"{'' if run.command == 'matbench' else hint}</p>"
             )
-        for target, p in run.predictions.items():
-            yield f"<h2>{escape(target)}{escape(p.suffix)}</h2>"
-            yield from self._errors_of(f"{self.names[place]}_{target}", run, p, structures)
+        for name, p in run.predictions.items():
+            title = name if p.folds is None else f"{name}: {p.target}"
+            yield f"<h2>{escape(title)}{escape(p.suffix)}</h2>"
+            if p.folds is not None:
+                yield '<p class="soft">Of all folds together; the score of Matbench is the mean over the folds.</p>'
+            yield from self._errors_of(f"{self.names[place]}_{name}", p, crystals.get(name), _disagreement(run, name))
 
-    def _errors_of(self, name: str, run: Run, p: Predictions, structures: Structures | None) -> Iterator[str]:
+    def _errors_of(self, name: str, p: Predictions, crystals: Crystals | None, warning: str) -> Iterator[str]:
         found = statistics.metrics(p)
         known = int((~np.isnan(p.true)).sum())
         if not found:
@@ -167,8 +176,8 @@ class Report:
             return
         missing = [("without a true value", f"{len(p.ids) - known:,}")] if known < len(p.ids) else []
         yield html.facts([*((k, f"{v:.4g}") for k, v in found.items()), ("test crystals", f"{known:,}"), *missing])
-        if note := _disagreement(run, p, found):
-            yield f"<p>{escape(note)}</p>"
+        if warning:
+            yield f"<p>{escape(warning)}</p>"
         color = html.SERIES[0]
         charts = []
         if p.classes is None:
@@ -177,7 +186,6 @@ class Report:
             charts.append(self.figure(figures.error_histogram(p, color), f"errors_{name}", "Errors", note))
         else:
             charts.append(self.figure(figures.confusion(p, color), f"confusion_{name}", "Predicted and true classes"))
-        crystals = None if structures is None else structures.of(p)
         if crystals is not None:
             groups = statistics.errors_by_size(p.errors, crystals.sizes)
             drawn = figures.errors_by_size(groups, f"{p.measure}{p.suffix}", color)
@@ -205,24 +213,41 @@ class Report:
         return self.figure(figures.reliability(found, html.SERIES[0]), name, "Calibration", note)
 
 
-def _disagreement(run: Run, p: Predictions, found: dict[str, float]) -> str:
+def _disagreement(run: Run, name: str) -> str:
     """Say so where the run's summary has another error than its predictions give."""
-    name = "MAE" if p.classes is None else "accuracy"
-    keys = [f"test/{name.lower()}/{p.target}", *([f"test/{name.lower()}"] if len(run.predictions) == 1 else [])]
-    said = next((run.summary[key] for key in keys if isinstance(run.summary.get(key), float)), None)
-    if said is None or abs(said - found[name]) <= 1e-3 * abs(said) + 1e-6:
-        return ""
-    return (
-        f"summary.json says that the {name} is {said:.6g}, predictions_test.csv gives {found[name]:.6g}: "
-        "one of them was changed after the run, or they are of different predictions."
-    )
+    measure = "MAE" if run.predictions[name].classes is None else "accuracy"
+    for of, said, p in _stated(run, name, measure.lower()):
+        found = statistics.metrics(p).get(measure, np.nan)
+        if not abs(said - found) <= 1e-3 * abs(said) + 1e-6:
+            return (
+                f"summary.json says that the {measure}{of} is {said:.6g}, the table of predictions gives {found:.6g}: "
+                "one of them was changed after the run, or they are of different predictions."
+            )
+    return ""
+
+
+def _stated(run: Run, name: str, metric: str) -> Iterator[tuple[str, float, Predictions]]:
+    """Yield each error that the summary states: of what, the error, and the predictions that it is of."""
+    p = run.predictions[name]
+    if p.folds is not None:
+        for fold, scores in matbench_tasks(run.summary)[name]["scores"].items():
+            said = scores.get(metric, np.nan)
+            yield f" of {fold.replace('_', ' ')}", said, p.of_fold(int(fold.removeprefix("fold_")))
+        return
+    keys = [f"test/{metric}/{name}", *([f"test/{metric}"] if len(run.predictions) == 1 else [])]
+    for said in [run.summary[key] for key in keys if isinstance(run.summary.get(key), float)][:1]:
+        yield "", said, p
 
 
 def _element_table(p: Predictions, crystals: Crystals) -> str:
     found = statistics.errors_by_element(p.errors, crystals)
     top = float(np.quantile([mean for mean, _ in found.values()], 0.95)) or 1.0
     cells = {
-        symbol: ElementCell(f"{mean:.2g}", min(1.0, mean / top), f"{mean:.4g}{p.suffix} over {count:,} crystals")
+        symbol: ElementCell(
+            f"{mean:.2g}" if mean < 99.5 else f"{mean:.0f}",
+            min(1.0, mean / top),
+            f"{mean:.4g}{p.suffix} over {count:,} crystals",
+        )
         for symbol, (mean, count) in found.items()
     }
     return periodic_table(cells, "in no test crystal")

@@ -4,61 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-from numpy.typing import NDArray
 
 from crysldnet.errors import DataError
+from crysldnet.reports.predictions import Predictions, read_predictions
 from crysldnet.training.plots import Curves, read_curves
 
-COLUMNS = ("material_id", "target", "true", "prediction", "unit")
 COMMANDS = ("finetune", "pretrain", "matbench")
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """Predictions of one target on the test split.
-
-    Attributes:
-        target: its name.
-        unit: of the values; empty where none is stated, and for classes.
-        ids: [n] of the crystals.
-        true: [n], NaN where unknown. Of classes, their place in ``classes``.
-        predicted: [n] likewise, always known.
-        std: [n] standard deviations; None where the model gave none.
-        classes: names of the classes; None for a number.
-    """
-
-    target: str
-    unit: str
-    ids: list[str]
-    true: NDArray[np.float64]
-    predicted: NDArray[np.float64]
-    std: NDArray[np.float64] | None = None
-    classes: list[str] | None = None
-
-    @property
-    def errors(self) -> NDArray[np.float64]:
-        """[n] absolute errors, or 1 for a wrong class and 0 for a right one; NaN where the truth is unknown."""
-        if self.classes is None:
-            return np.abs(self.predicted - self.true)
-        return np.where(np.isnan(self.true), np.nan, self.predicted != self.true)
-
-    @property
-    def measure(self) -> str:
-        """What the mean of the errors is called."""
-        return "MAE" if self.classes is None else "share of wrong classes"
-
-    @property
-    def suffix(self) -> str:
-        """The unit, for titles."""
-        return f" ({self.unit})" if self.unit else ""
 
 
 @dataclass(frozen=True)
@@ -72,7 +29,7 @@ class Run:
         summary: what it wrote last.
         curves: of each part (a stage or a task; "" where there is one), title of a line (a fold or member; "" where
             there is one) to its metrics.
-        predictions: of each target.
+        predictions: of each target; of a Matbench run, of each task, since two tasks may have the same target.
     """
 
     path: Path
@@ -86,6 +43,17 @@ class Run:
     def command(self) -> str:
         """The command that made it."""
         return self.summary["command"]
+
+    @property
+    def data(self) -> dict[str, str]:
+        """Hashes of the data and of what was pretrained, as far as the summary has them."""
+        told = {"": self.summary, **{f" {task}": of_task for task, of_task in matbench_tasks(self.summary).items()}}
+        return {
+            f"{key}{task}": str(of[key])
+            for task, of in told.items()
+            for key in ("data_sha256", "pretrained_sha256")
+            if of.get(key) is not None
+        }
 
 
 def read_run(path: Path) -> Run:
@@ -105,10 +73,7 @@ def read_run(path: Path) -> Run:
         part: {line: _read_metrics(folder / "metrics.csv", path) for line, folder in lines.items()}
         for part, lines in _parts(path, summary).items()
     }
-    predictions = {}
-    if summary["command"] == "finetune":
-        predictions = _read_tested(path, config, summary)
-    return Run(path, path.absolute().name, config, summary, curves, predictions)
+    return Run(path, path.absolute().name, config, summary, curves, _read_tested(path, config, summary))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -155,11 +120,16 @@ def _parts(path: Path, summary: Mapping[str, Any]) -> dict[str, dict[str, Path]]
             task: {
                 folder.relative_to(path / task).as_posix().replace("_", " ").replace("/", ", "): folder
                 for fold in told["scores"]
-                for folder in sorted((path / task / fold).glob("member_*")) or [path / task / fold]
+                for folder in _trained(path / task / fold)
             }
             for task, told in matbench_tasks(summary).items()
         }
     return {"": {member.replace("_", " "): path / member for member in summary.get("members", [])} or {"": path}}
+
+
+def _trained(fold: Path) -> list[Path]:
+    """Return the folders of the models that a fold predicts with, or chose among."""
+    return sorted(fold.glob("member_*")) or sorted(fold.glob("recipe_*")) or [fold]
 
 
 def _read_metrics(file: Path, run: Path) -> Curves:
@@ -175,74 +145,14 @@ def _read_metrics(file: Path, run: Path) -> Curves:
 
 
 def _read_tested(path: Path, config: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Predictions]:
-    file = path / "predictions_test.csv"
-    if not file.exists():
-        if any(name.startswith("test/") for name in summary):
-            raise DataError(f"{file}: missing although summary.json has errors of the test split; bring it back")
-        return {}
     types = config.get("target_types") or {}
-    rows = _read_rows(file)
-    if not rows:
-        raise DataError(f"{file}: it has no rows; bring it back, or train again")
-    targets = dict.fromkeys(row["target"] for row in rows)
-    return {
-        target: _of_target(
-            [row for row in rows if row["target"] == target],
-            classes=types.get(target) == "classes",
-            file=file,
-        )
-        for target in targets
-    }
-
-
-def _read_rows(file: Path) -> list[dict[str, str]]:
-    try:
-        with file.open(newline="", encoding="utf-8") as lines:
-            reader = csv.DictReader(lines)
-            missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
-            if missing:
-                raise DataError(f"{file}: it lacks the column {missing[0]}; bring it back, or train again")
-            rows = []
-            for row in reader:
-                if None in row or None in row.values():
-                    raise DataError(f"{file}, line {reader.line_num}: cut off; bring it back, or train again")
-                rows.append({**row, "": str(reader.line_num)})
-            return rows
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{file}: unreadable ({error}); bring it back, or train again") from error
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
-def _of_target(rows: list[dict[str, str]], *, classes: bool, file: Path) -> Predictions:
-    first = rows[0]
-    known = [row for row in rows if row["true"] != ""]
-    if classes or (known and not any(_is_number(row["true"]) for row in known)):
-        labels = sorted({row[name] for row in rows for name in ("true", "prediction")} - {""})
-        place = {label: float(i) for i, label in enumerate(labels)} | {"": math.nan}
-        true, predicted = (np.array([place[row[name]] for row in rows]) for name in ("true", "prediction"))
-        return Predictions(first["target"], "", [r["material_id"] for r in rows], true, predicted, None, labels)
-    for row in rows:
-        for name in ("true", "prediction", "std"):
-            text = row.get(name, "")
-            if not (_is_number(text) or (text == "" and name != "prediction")):
-                raise DataError(
-                    f"{file}, line {row['']}: {name} of {row['material_id']} is {text!r}, not a number; "
-                    "bring the file back, or train again"
-                )
-    true, predicted, std = (
-        np.array([float(row.get(name) or "nan") for row in rows]) for name in ("true", "prediction", "std")
-    )
-    return Predictions(
-        first["target"],
-        first["unit"],
-        [row["material_id"] for row in rows],
-        true,
-        predicted,
-        None if np.isnan(std).all() else std,
-    )
+    if summary["command"] == "matbench":
+        files = {task: path / task / "predictions.csv" for task in matbench_tasks(summary)}
+        tables = {task: read_predictions(file, types, "fold") for task, file in files.items() if file.exists()}
+        return {task: predictions for task, table in tables.items() for predictions in table.values()}
+    file = path / "predictions_test.csv"
+    if file.exists():
+        return read_predictions(file, types)
+    if any(name.startswith("test/") for name in summary):
+        raise DataError(f"{file}: missing although summary.json has errors of the test split; bring it back")
+    return {}

@@ -21,11 +21,12 @@ from crysldnet.build import TARGET
 from crysldnet.data.crystals import Crystals
 from crysldnet.data.elements import SYMBOLS
 from crysldnet.errors import DataError
-from crysldnet.reports.run_files import Predictions, Run
+from crysldnet.reports.predictions import Predictions
+from crysldnet.reports.run_files import Run
 from crysldnet.training.calibration import LEVELS, reliability
 
 CONFIDENCE = 0.95
-ONLY_NAMES = ("seed", "name", "runs", "resume", "logger", "trainer", "strategy")
+ONLY_NAMES = "seed name runs resume logger trainer strategy parallel algorithm authors out".split()
 """Settings that don't make two runs different experiments."""
 
 Floats = NDArray[np.float64]
@@ -263,9 +264,9 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
     settings = []
     for run in runs:
         own = {key: value for key, value in flat(run.config).items() if key not in ("name", "runs", "resume")}
-        for key in ("code_version", "data_sha256"):
-            if key in run.summary:
-                own[key] = str(run.summary[key])[:32]
+        own |= {key: value[:32] for key, value in run.data.items()}
+        if "code_version" in run.summary:
+            own["code_version"] = run.summary["code_version"]
         settings.append(dict(_as_text(key, value) for key, value in own.items()))
     keys = dict.fromkeys(key for own in settings for key in own)
     table = {key: [own.get(key, "–") for own in settings] for key in keys}
@@ -284,6 +285,6 @@ def same_but_seed(runs: Sequence[Run]) -> list[list[int]]:
     groups: dict[str, list[int]] = {}
     for place, run in enumerate(runs):
         settings = {k: v for k, v in flat(run.config).items() if k.split(".")[0] not in ONLY_NAMES}
-        key = repr((run.command, sorted(settings.items(), key=lambda item: item[0]), run.summary.get("data_sha256")))
+        key = repr((run.command, sorted(settings.items(), key=lambda item: item[0]), run.data))
         groups.setdefault(key, []).append(place)
     return list(groups.values())

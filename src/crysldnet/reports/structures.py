@@ -1,9 +1,8 @@
-"""Find the structures of a run's test crystals, in the data that its configuration names."""
+"""Find the structures of a run's test crystals: in the data that its configuration names, or of a Matbench task."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -11,71 +10,72 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from crysldnet.data.crystals import Crystals
-from crysldnet.data.locations import open_store
+from crysldnet.data.locations import EMBEDDED_TARGETS, open_store
+from crysldnet.data.published.catalog import PUBLISHED
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
-from crysldnet.reports.run_files import Predictions, Run
+from crysldnet.reports.predictions import Predictions
+from crysldnet.reports.run_files import Run
 
 TOLERANCE = 1e-5
-"""Relative; predictions_test.csv has six digits."""
+"""Relative; the true values of a run are kept with six digits."""
 
 
-@dataclass(frozen=True)
-class Structures:
-    """The test crystals of a run.
-
-    Attributes:
-        crystals: their structures.
-        place: id to the place among them.
-    """
-
-    crystals: Crystals
-    place: dict[str, int]
-
-    def of(self, predictions: Predictions) -> Crystals:
-        """Return the crystals in the order of the predictions."""
-        return self.crystals.take(np.array([self.place[id_] for id_ in predictions.ids], np.int64))
-
-
-def find_structures(run: Run, opened: dict[str, CrystalStore]) -> Structures:
-    """Find a finetuning run's test crystals by their ids.
+def find_structures(run: Run, name: str, opened: dict[str, CrystalStore]) -> Crystals:
+    """Find test crystals of a run by their ids.
 
     Args:
         run: its predictions name the crystals.
-        opened: stores that other runs have opened, by path; this one is added.
+        name: of the predictions among those of the run.
+        opened: stores that were opened before, by path; this one is added.
+
+    Returns:
+        The crystals in the order of the predictions.
 
     Raises:
         DataError: the data isn't there, lacks a crystal, or has another true value for one.
     """
-    node = run.config.get("data") or {}
-    path = node.get("path")
-    path = path.get("test") if isinstance(path, dict) else path
-    if not isinstance(path, str):
-        raise DataError(f"{run.path / 'config.yaml'}: data.path names no data for the test split")
+    p = run.predictions[name]
+    path, column = _of_task(name, p.target) if run.command == "matbench" else (_test_data(run), p.target)
     if path not in opened:
         opened[path] = open_store(path)
     store = opened[path]
-    ids = list(dict.fromkeys(id_ for p in run.predictions.values() for id_ in p.ids))
-    rows = pc.index_in(pa.array(ids, pa.string()), value_set=store.ids.cast(pa.string()).combine_chunks())
-    lost = [id_ for id_, row in zip(ids, rows.to_pylist(), strict=True) if row is None]
+    found = pc.index_in(pa.array(p.ids, pa.string()), value_set=store.ids.cast(pa.string()).combine_chunks())
+    lost = [id_ for id_, row in zip(p.ids, found.to_pylist(), strict=True) if row is None]
     if lost:
-        raise DataError(f"{path} has changed since: {len(lost)} of {len(ids)} test crystals aren't in it ({lost[0]})")
-    index = rows.to_numpy(zero_copy_only=False).astype(np.int64)
-    found = Structures(store.crystals.take(index), {id_: place for place, id_ in enumerate(ids)})
-    for p in run.predictions.values():
-        _compare_values(p, store, index[[found.place[id_] for id_ in p.ids]])
-    return found
+        raise DataError(f"{path} has changed since: {len(lost)} of {len(p.ids)} test crystals aren't in it ({lost[0]})")
+    rows = found.to_numpy(zero_copy_only=False).astype(np.int64)
+    _compare_values(p, store, column, rows)
+    return store.crystals.take(rows)
 
 
-def _compare_values(p: Predictions, store: CrystalStore, rows: NDArray[np.int64]) -> None:
-    if p.classes is not None or p.target not in store.column_names:
+def _test_data(run: Run) -> str:
+    path = (run.config.get("data") or {}).get("path")
+    path = path.get("test") if isinstance(path, dict) else path
+    if not isinstance(path, str):
+        raise DataError(f"{run.path / 'config.yaml'}: data.path names no data for the test split")
+    return path
+
+
+def _of_task(task: str, target: str) -> tuple[str, str]:
+    """Return where the crystals of a Matbench task are, with the ids of Matbench, and the column of its target."""
+    if task in EMBEDDED_TARGETS:
+        return f"embedded:{task}", EMBEDDED_TARGETS[task]
+    if task not in PUBLISHED:
+        raise DataError(f"{task}: no data set of this package has its structures")
+    return f"published:{task}", target
+
+
+def _compare_values(p: Predictions, store: CrystalStore, column: str, rows: NDArray[np.int64]) -> None:
+    if p.classes is not None or column not in store.column_names:
         return
-    values = store.numbers_of(p.target)[rows]
+    values = store.numbers_of(column)[rows]
     wrong = np.flatnonzero(np.abs(values - p.true) > TOLERANCE * np.abs(values) + 1e-12)
     if len(wrong):
         i = int(wrong[0])
         raise DataError(
-            f"{store.name} has changed since: {p.target} of {p.ids[i]} was {p.true[i]:.6g} and is {values[i]:.6g}"
+            f"{store.name} has another value than was tested on: {p.target} of {p.ids[i]} was {p.true[i]:.6g} "
+            f"and is {values[i]:.6g}"
         )
 
 

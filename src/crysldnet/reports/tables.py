@@ -43,7 +43,7 @@ def _facts(run: Run) -> dict[str, str]:
     for task, told in matbench_tasks(s).items():
         for key in (key.removesuffix("_mean") for key in told if key.endswith("_mean")):
             found[f"{key} {task}"] = f"{told[f'{key}_mean']:.4g} ± {told[f'{key}_std']:.4g} {told.get('unit') or ''}"
-    for target, p in run.predictions.items():
+    for target, p in run.predictions.items() if run.command != "matbench" else ():
         value = statistics.metrics(p).get("MAE")
         if value is not None:
             found[f"MAE {target}{p.suffix}"] = f"{value:.4g}"
