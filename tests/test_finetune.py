@@ -162,7 +162,7 @@ def test_saved_predictions_have_ids_and_give_the_reported_error(tmp_path, small)
     assert rows[0]["unit"] == "eV/atom"
 
 
-def test_several_targets_with_missing_values(tmp_path, small):
+def test_several_targets_with_missing_values(tmp_path, small, capsys):
     def some_gone(values, splits):
         values[: len(values) // 2] = np.nan
 
@@ -171,9 +171,19 @@ def test_several_targets_with_missing_values(tmp_path, small):
     folder, summary = run(tmp_path, "two", f"data.path={holes}", targets, *SHORT)
     assert {"val/mae/formation_energy_per_atom", "test/mae/band_gap", "test/r2/band_gap"} <= set(summary)
     assert np.isfinite(summary["test/mae/band_gap"])
+    told = capsys.readouterr().out
+    assert "MAE band_gap (eV)" in told
+    assert "MAE formation_energy_per_atom (eV/atom)" in told
     model, info = checkpoint.load_property_model(folder)
     assert info["targets"] == ["formation_energy_per_atom", "band_gap"]
     assert model.mean.shape == (2,)
+
+
+def test_a_sum_over_atoms_of_a_value_of_an_atom_is_pointed_out(tmp_path, small, capsys):
+    run(tmp_path, "sum", f"data.path={small}", "head=sum", "epochs=1", "data.batch_size=16")
+    assert "head=atoms suits it" in capsys.readouterr().err
+    run(tmp_path, "atoms", f"data.path={small}", "head=atoms", "epochs=1", "data.batch_size=16")
+    assert "suits it" not in capsys.readouterr().err
 
 
 def test_unknown_values_add_nothing_to_the_loss():

@@ -222,6 +222,8 @@ def test_an_ensemble_of_seeds_predicts_the_mean_and_spread_of_its_members(tmp_pa
     told = capfd.readouterr().err
     assert all(f"member {i} of 3: val/mae" in told for i in (1, 2, 3))
     assert summary["members"] == ["member_0", "member_1", "member_2"]
+    with pytest.raises(CheckpointError, match=r"an ensemble of 3 models; name one, as .*member_0"):
+        run(tmp_path, "next", *configure(f"pretrained={folder}"))
     loaded = checkpoint.load_property_models(folder)
     assert len(loaded) == 3
     assert len({float(model.head.mlp[0].weight[0, 0].detach()) for model, _ in loaded}) == 3

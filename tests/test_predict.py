@@ -155,6 +155,18 @@ def test_a_list_on_standard_input_is_read_and_what_is_not_there_is_refused(tmp_p
     assert [row["source"] for row in rows_of(tmp_path / "out.csv.refused.csv")] == [str(tmp_path / "gone.cif")]
 
 
+def test_what_is_not_there_is_refused_and_the_rest_predicted(tmp_path, model, capsys):
+    files = f"files=[{FILES[0]},{tmp_path / 'gone.cif'},{tmp_path / 'odd@gone.cif'}]"
+    assert predict(f"model={model}", files, f"out={tmp_path}/out.csv") == 0
+    assert {row["source"] for row in rows_of(tmp_path / "out.csv")} == {FILES[0].name}
+    told = capsys.readouterr().err
+    assert "refused:" in told
+    assert "odd@gone.cif: no such file or folder" in told
+    assert len(rows_of(tmp_path / "out.csv.refused.csv")) == 2
+    with pytest.raises(DataError, match="none of the 1 crystals could be used"):
+        predict(f"model={model}", f"files={tmp_path / 'gone.cif'}", f"out={tmp_path}/out.csv")
+
+
 def test_an_empty_list_is_an_error(tmp_path, model, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
     with pytest.raises(DataError, match="standard input lists no file"):
@@ -352,6 +364,8 @@ def test_structures_of_pymatgen_and_ase_and_our_crystals_are_taken(loaded):
     assert np.allclose(loaded.predict(structures[2]).values, expected[2:3], rtol=1e-3, atol=1e-4)
     assert len(loaded.predict(structures[2]).to_dict()["prediction"]) == 2
     assert len(loaded.embed(structures)) == 6
+    with pytest.raises(DataError, match="give its values as a list"):
+        loaded.predict(dict(zip("ab", structures, strict=False)))
 
 
 def test_a_crystal_that_cannot_be_used_raises_or_is_left_out(loaded):

@@ -1,5 +1,6 @@
 """A run that is stopped or killed goes on as if nothing had been, and what can't be resumed is refused."""
 
+import csv
 import json
 import os
 import pickle
@@ -103,7 +104,11 @@ def test_signals_and_the_time_limit_save_and_stop(tmp_path, small, whole, monkey
             run(tmp_path, small, *arguments)
     assert verify(tmp_path / "pretrain/run/vae/checkpoints" / LAST)["step"] == 4
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL, "a stopped run leaves no handler behind"
-    assert_equal_runs(whole, run(tmp_path, small, "resume=last"))
+    resumed = run(tmp_path, small, "resume=last")
+    assert_equal_runs(whole, resumed)
+    with (resumed / "vae" / "metrics.csv").open(newline="") as file:
+        rates = [float(row["train/atoms_per_s"]) for row in csv.DictReader(file) if row.get("train/atoms_per_s")]
+    assert min(rates) > 1, "time is counted from the resume on"
 
 
 @pytest.mark.parametrize("every", ["steps=1", "minutes=1e-9"])
