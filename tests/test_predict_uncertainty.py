@@ -10,6 +10,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+import crysldnet
+from crysldnet import finetune
+from crysldnet.data.locations import open_store
 from crysldnet.data.store import CrystalStore
 from crysldnet.training.calibration import (
     Calibration,
@@ -20,6 +23,7 @@ from crysldnet.training.calibration import (
     reliability,
 )
 from crysldnet.training.training_set import TrainingSet
+from tiny import finetune_config
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
 
@@ -77,7 +81,7 @@ def test_a_spread_that_is_nearly_zero_for_some_does_not_widen_all_the_others(rea
     std = np.where(few, 1e-4 * std, std)
     fitted = TargetCalibration.of(errors, std)
     assert fitted.floor > 0
-    assert np.median(fitted.std(std)) < 2 * np.sqrt(np.mean(errors**2))
+    assert np.median(fitted.std(std, np.ones_like(std))) < 2 * np.sqrt(np.mean(errors**2))
     assert np.median(std) * np.sqrt(np.mean((errors / std) ** 2)) > 20 * np.sqrt(np.mean(errors**2))
     plain = TargetCalibration.of(errors, None).half_width(0.9, None, 1)[0]
     assert fitted.half_width(0.9, std, len(std)).mean() < 1.3 * plain
@@ -142,7 +146,7 @@ def test_reliability_of_normal_errors_is_the_closed_form(factor):
 
 def test_unknown_values_and_a_standard_deviation_of_zero_do_no_harm():
     errors, std = np.array([1.0, np.nan, -2.0, 3.0]), np.array([1.0, 1.0, 0.0, np.nan])
-    assert np.isfinite(TargetCalibration.of(errors, np.zeros(4)).std(np.zeros(2))).all()
+    assert np.isfinite(TargetCalibration.of(errors, np.zeros(4)).std(np.zeros(2), np.ones(2))).all()
     fitted = TargetCalibration.of(errors, std)
     assert len(fitted.scores) == 2
     assert np.isfinite(fitted.half_width(0.5, std[:1], 1)).all()
@@ -152,13 +156,36 @@ def test_unknown_values_and_a_standard_deviation_of_zero_do_no_harm():
 
 def test_a_calibration_survives_its_file(real):
     errors, std = real
-    kept = Calibration([TargetCalibration.of(errors, std), TargetCalibration.of(errors[:5], None)])
+    kept = Calibration([TargetCalibration.of(errors, std), TargetCalibration.of(errors[:5], None, relative=True)])
     again = Calibration.from_tensors(kept.tensors())
     for one, other in zip(kept.targets, again.targets, strict=True):
         assert (one.scores == other.scores).all()
         assert one.scale == other.scale or math.isnan(one.scale)
-        assert (one.floor, one.normalised) == (other.floor, other.normalised)
+        assert (one.floor, one.normalised, one.relative) == (other.floor, other.normalised, other.relative)
     assert math.isnan(again.targets[1].scale)
+    assert [target.relative for target in again.targets] == [False, True]
+    tensors = kept.tensors()
+    earlier = Calibration.from_tensors({**tensors, "spread": tensors["spread"][:, :3]})
+    assert not any(target.relative for target in earlier.targets), "intervals of earlier files were absolute"
+
+
+@pytest.mark.parametrize("loss", ["l1", "laplace"])
+def test_intervals_of_a_logarithm_reach_as_many_times_below_as_above(tmp_path, loss):
+    config, values = finetune_config(
+        f"runs={tmp_path}", "name=log", "data.path=embedded:matbench_phonons", "data.targets=[last_phdos_peak]",
+        "target_types={last_phdos_peak: log}", "data.split.by=formula", "data.split.train_fraction=0.1", "epochs=1",
+        f"loss={loss}", "data.max_crystal_atoms=20", "min_steps=150",
+    )  # fmt: skip
+    finetune.run(config, values)
+    found = crysldnet.load(tmp_path / "finetune" / "log", device="cpu").predict("embedded:matbench_phonons")
+    low, value, high = found.low[:, 0], found.values[:, 0], found.high[:, 0]
+    assert np.allclose(high / value, value / low)
+    assert (low > 0).all()
+    assert high.std() > 100
+    true = open_store("embedded:matbench_phonons").numbers_of("last_phdos_peak")
+    assert 0.8 < ((low <= true) & (true <= high)).mean() < 0.97
+    if loss == "laplace":
+        assert np.isfinite(found.std).all()
 
 
 def test_the_latent_distance_is_that_of_the_five_nearest_neighbors(starter):

@@ -171,12 +171,10 @@ class Predictor(Embedder):
         kind = self.members[0].types[place]
         if kind.kind != "regression":
             return std, np.full_like(value, np.nan), np.full_like(value, np.nan)
-        half = calibration.half_width(interval, std, len(value))
-        half = np.where(np.isfinite(half), half, np.nan)
-        low = value - half
+        low, high = calibration.interval(interval, value, std)
         if kind.wrong(np.array([-1.0]))[0][0]:  # it can't be negative, so nothing is lost below 0
             low = np.maximum(low, 0.0)
-        return std if np.isnan(calibration.scale) else calibration.std(std), low, value + half
+        return std if np.isnan(calibration.scale) else calibration.std(std, value), low, high
 
     def _compare(
         self, crystals: Crystals, features: torch.Tensor

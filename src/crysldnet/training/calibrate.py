@@ -20,6 +20,7 @@ from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.data.stream import cut
 from crysldnet.models.ensemble import combine
 from crysldnet.models.head import Prediction, PropertyModel
+from crysldnet.models.target import Log
 from crysldnet.training import checkpoint, plots
 from crysldnet.training.calibration import Calibration, TargetCalibration, check
 from crysldnet.training.training_set import REMEMBERED, TrainingSet, catch_features
@@ -51,8 +52,9 @@ class HeldOut:
     """Errors on crystals that weren't trained on.
 
     Attributes:
-        errors: [n, T] prediction less truth, NaN where it isn't known and for classes.
-        std: [n, T] as the model gave them, NaN for targets without; None where no target has one.
+        errors: [n, T] prediction less truth, of ``log`` targets of their logarithms; NaN where it isn't known and for
+            classes.
+        std: [n, T] likewise, as the model gave them, NaN for targets without; None where no target has one.
     """
 
     errors: NDArray[np.float64]
@@ -95,7 +97,12 @@ def calibrate(
         found = HeldOut(np.concatenate([part.errors for part in parts]), None)
     targets = range(len(data.targets))
     known = Knowledge(
-        Calibration([TargetCalibration.of(*found.of_target(place)) for place in targets]),
+        Calibration(
+            [
+                TargetCalibration.of(*found.of_target(place), relative=isinstance(kind, Log))
+                for place, kind in enumerate(models[0].types)
+            ]
+        ),
         _remember(models[0], data),
     )
     state: dict[str, Tensor] = {}
@@ -148,11 +155,16 @@ def _held_out(models: list[PropertyModel], data: CrystalDataModule, rows: NDArra
         values.append(found.value.double().cpu().numpy())
         if found.std is not None:
             stds.append(found.std.double().cpu().numpy())
-    errors = np.concatenate(values) - data.target_values[rows]
-    for place, kind in enumerate(models[0].kinds):
-        if kind != "regression":
+    value, true = np.concatenate(values), data.target_values[rows]
+    errors, std = value - true, np.concatenate(stds) if stds else None
+    for place, kind in enumerate(models[0].types):
+        if kind.kind != "regression":
             errors[:, place] = np.nan
-    return HeldOut(errors, np.concatenate(stds) if stds else None)
+        elif isinstance(kind, Log):
+            errors[:, place] = np.log(value[:, place] / true[:, place])
+            if std is not None:
+                std[:, place] /= value[:, place]
+    return HeldOut(errors, std)
 
 
 def together(predictions: Sequence[Prediction]) -> Prediction:

@@ -79,15 +79,18 @@ class TargetCalibration:
         scale: NaN where the model has no standard deviations.
         floor: in the target's unit.
         normalised: whether the scores are errors over √(σ² + floor²), not plain ones.
+        relative: whether errors and standard deviations are those of the value's natural logarithm, so that intervals
+            reach as many times below a value as above it.
     """
 
     scores: Floats
     scale: float = math.nan
     floor: float = 0.0
     normalised: bool = False
+    relative: bool = False
 
     @classmethod
-    def of(cls, errors: Floats, std: Floats | None) -> TargetCalibration:
+    def of(cls, errors: Floats, std: Floats | None, *, relative: bool = False) -> TargetCalibration:
         """Fit to the errors [n] of the calibration crystals, and their standard deviations [n] if there are any.
 
         From 40 crystals on, one half, chosen at random, decides the floor and the other gives the scores, since what is
@@ -95,7 +98,7 @@ class TargetCalibration:
         """
         errors, std = _known(errors, std)
         if std is None or not len(errors):
-            return cls(np.sort(np.abs(errors)))
+            return cls(np.sort(np.abs(errors)), relative=relative)
         order = np.random.default_rng(0).permutation(len(errors))
         normalised = len(errors) >= ENOUGH
         fitted, scored = (order[::2], order[1::2]) if normalised else (order, order)
@@ -103,11 +106,24 @@ class TargetCalibration:
         spread = np.hypot(std, floor)
         scale = float(np.sqrt(np.mean((errors / spread) ** 2)))
         scores = np.abs(errors / spread if normalised else errors)
-        return cls(np.sort(scores[scored]), scale, floor, normalised)
+        return cls(np.sort(scores[scored]), scale, floor, normalised, relative)
 
-    def std(self, std: Floats) -> Floats:
-        """Return standard deviations [B] that agree with the errors of the calibration crystals."""
-        return np.hypot(_positive(std), self.floor) * self.scale
+    def std(self, std: Floats, value: Floats) -> Floats:
+        """Return standard deviations [B] of predicted values [B] that agree with the calibration crystals' errors."""
+        unit = value if self.relative else np.ones_like(value)
+        return unit * np.hypot(_positive(std / unit), self.floor) * self.scale
+
+    def interval(self, level: float, value: Floats, std: Floats) -> tuple[Floats, Floats]:
+        """Return lower and upper end of the conformal interval of each of B crystals, NaN where n is too small.
+
+        Args:
+            level: between 0 and 1.
+            value: [B] predicted.
+            std: [B] of the model, as it gave them, NaN where it gave none.
+        """
+        half = self.half_width(level, std / value if self.relative else std, len(value))
+        half = np.where(np.isfinite(half), half, np.nan)
+        return (value * np.exp(-half), value * np.exp(half)) if self.relative else (value - half, value + half)
 
     def half_width(self, level: float, std: Floats | None, count: int) -> Floats:
         """Return half the width of the conformal interval of each of ``count`` crystals, infinite where n is too small.
@@ -144,7 +160,9 @@ class Calibration:
         import torch  # here alone, for a report needs the rest without it
 
         scores = {f"scores.{place}": torch.from_numpy(target.scores) for place, target in enumerate(self.targets)}
-        numbers = [[target.scale, target.floor, float(target.normalised)] for target in self.targets]
+        numbers = [
+            [target.scale, target.floor, float(target.normalised), float(target.relative)] for target in self.targets
+        ]
         return {"spread": torch.tensor(numbers, dtype=torch.float64), **scores}
 
     @classmethod
@@ -153,8 +171,8 @@ class Calibration:
         numbers = tensors["spread"].tolist()
         return cls(
             [
-                TargetCalibration(tensors[f"scores.{i}"].numpy(), scale, floor, bool(normalised))
-                for i, (scale, floor, normalised) in enumerate(numbers)
+                TargetCalibration(tensors[f"scores.{i}"].numpy(), scale, floor, *map(bool, signs))
+                for i, (scale, floor, *signs) in enumerate(numbers)
             ]
         )
 
@@ -211,7 +229,7 @@ def curves_of(errors: Floats, std: Floats | None, levels: Sequence[float] | Floa
         halves = [fitted.half_width(float(level), spread, len(other)) for level in levels]
         conformal.append([(np.abs(errors[other]) <= half).mean() for half in halves])
         if spread is not None:
-            scaled.append(reliability(errors[other], fitted.std(spread), levels))
+            scaled.append(reliability(errors[other], fitted.std(spread, np.ones_like(spread)), levels))
     curves = {"conformal": np.mean(conformal, axis=0)}
     if std is not None:
         curves |= {"model": reliability(errors, std, levels), "scaled": np.mean(scaled, axis=0)}
