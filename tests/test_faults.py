@@ -3,6 +3,7 @@
 import csv
 import ctypes
 import gc
+import importlib.util
 import json
 import os
 import re
@@ -273,6 +274,7 @@ def test_two_ranks_stop_resume_and_skip_together(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["whole"] == [0, 0]
+    assert found["wandb_runs"] == (1 if importlib.util.find_spec("wandb") else 0), "one for both ranks"
     assert found["stopped"] == [75, 75], "one rank was told to stop, and both do, at the same step"
     assert "stopped by SIGTERM in epoch" in found["stopped_says"]
     assert "stopped by another process in epoch" in found["stopped_says"]

@@ -49,6 +49,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         assert cli.run(["pretrain", *line, *ENCODER, *DENOISER, *short, "name=p"]) == 0
         os.environ.pop(NAME_VARIABLE)
         assert cli.run(["finetune", *line, f"pretrained={folder / 'pretrain' / 'p'}", "epochs=2", "name=f"]) == 0
+        os.environ.pop(NAME_VARIABLE)
+        further = [f"pretrained={folder / 'finetune' / 'f'}", "epochs=1", "ensemble=2", "name=e"]
+        assert cli.run(["finetune", *line, *further]) == 0
         __import__("wandb").teardown()  # its process writes the last block of a file when it ends
     yield folder
     os.environ.pop(NAME_VARIABLE, None)
@@ -95,6 +98,17 @@ def test_a_number_that_differs_would_be_noticed(runs: Path, tmp_path: Path) -> N
     (tmp_path / "metrics.csv").write_text(text.replace(str(mae), str(mae + 1e-6)))
     assert text.count(str(mae))
     assert values_in_wandb(file_of(run)) != values_in_csv(tmp_path / "metrics.csv")
+
+
+def test_an_ensemble_has_a_run_of_each_member_and_one_of_what_they_say_together(runs: Path) -> None:
+    whole = runs / "finetune" / "e"
+    summary = json.loads((whole / "summary.json").read_text())
+    logged = {name: value for name, _, value in values_in_wandb(file_of(whole))}
+    assert logged["test/mae"] == summary["test/mae"]
+    assert set(wandb_file.artifacts(file_of(whole))) == {"predictions"}
+    start = hashlib.sha256((runs / "finetune" / "f" / "model.safetensors").read_bytes()).hexdigest()
+    for member in ("member_0", "member_1"):
+        assert wandb_file.artifacts(file_of(whole / member))["model"]["made_from"] == {"model": start}
 
 
 def test_every_metric_keeps_its_best_value_and_has_the_step_as_axis(runs: Path) -> None:

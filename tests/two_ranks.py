@@ -6,6 +6,7 @@ gives them.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from kill_and_resume import RUN, audit_every_batch, lines_of, metric_rows, start
 
 SHORT = ["stages.vae.epochs=2", "stages.diffusion.epochs=1"]
 TWO = ["trainer.devices=2", "strategy=ddp"]
+OFFLINE = ["logger=wandb", "logger.mode=offline"] if importlib.util.find_spec("wandb") else []
 ONE = ["trainer.devices=1", "strategy=single"]
 
 
@@ -83,7 +85,8 @@ def main(folder: Path, data: Path) -> dict:
         return wait(pids), log.read_text()
 
     audit_every_batch(folder / "audit.jsonl")
-    found["whole"] = go("whole")[0]
+    found["whole"] = go("whole", *OFFLINE)[0]
+    found["wandb_runs"] = len(list((folder / "pretrain/whole").rglob("offline-run-*")))
     found["stopped"], found["stopped_says"] = go("cut", stop_after=21)
     found["on_one"], found["on_one_says"] = go("cut", "resume=last", ranks=1)
     found["resumed"], _ = go("cut", "resume=last")

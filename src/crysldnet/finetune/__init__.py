@@ -43,12 +43,18 @@ def run(config: FinetuneConfig, values: dict[str, Any]) -> int:
     values = {**values, "encoder": encoder_config}
     folder.save_config(values)
     folder.save_split(data.split_text())
-    loggers: list[Logger] = []
+
+    def make_loggers() -> list[Logger]:
+        about = values | describe_data(data)
+        return build(config.logger, "logger", folder=folder.path, name=folder.name, config=about)
+
     if config.ensemble > 1:
         result = train_ensemble(config, values, folder.path, folder.name, data)
+        loggers = make_loggers()
+        for logger in loggers:
+            logger.log_metrics(result.metrics, 0)
     else:
-        about = values | describe_data(data)
-        loggers = build(config.logger, "logger", folder=folder.path, name=folder.name, config=about)
+        loggers = make_loggers()
         result = train(config, values, folder.path, loggers=loggers)
     finish(folder, result, config)
     publish(loggers, folder.path, encoder_file(config.pretrained))

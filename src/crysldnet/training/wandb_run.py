@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from crysldnet.console import note
+from crysldnet.training.checkpoint import kind_of
 
 Summary = Literal["min", "max", "mean", "last"]
 
@@ -31,8 +32,8 @@ UNITS = {
 OF_TARGET = ("mae", "rmse")
 ARTIFACTS = {"encoder.safetensors": "encoder", "model.safetensors": "model", "predictions_test.csv": "predictions"}
 """File of a run folder to the type and the collection of its artifact."""
-MADE_FROM = {"encoder": None, "model": "encoder", "predictions": "model"}
-"""What an artifact was made from."""
+MADE_FROM = {"encoder": [], "model": ["encoder", "model"], "predictions": ["model"]}
+"""What an artifact may have been made from; a model from another one whose encoder it took."""
 WORST = 20
 PLOTTED = 10_000
 """Rows of a table; W&B draws no more in a chart."""
@@ -146,23 +147,24 @@ class WandbRun(WandbLogger):
 
         hashes: dict[str, str] = {}
         if pretrained is not None:
-            hashes["encoder"] = file_sha256(pretrained)
+            start = "model" if kind_of(pretrained) == "property_model" else "encoder"
+            hashes[start] = file_sha256(pretrained)
             if not self.experiment.offline and not self.experiment.disabled:
-                used = wandb.Artifact("encoder", "encoder", metadata={"sha256": hashes["encoder"]})
-                used.add_file(str(pretrained), "encoder.safetensors")
+                used = wandb.Artifact(start, start, metadata={"sha256": hashes[start]})
+                used.add_file(str(pretrained), f"{start}.safetensors")
                 self.experiment.use_artifact(used)  # the same content is the same version, whoever logged it first
         for name, kind in ARTIFACTS.items():
             path = folder / name
             if not path.exists():
                 continue
+            origins = {origin: hashes[origin] for origin in MADE_FROM[kind] if origin in hashes}
             hashes[kind] = file_sha256(path)
-            origin = MADE_FROM[kind]
             artifact = wandb.Artifact(
                 kind,
                 kind,
                 metadata={
                     "sha256": hashes[kind],
-                    "made_from": {origin: hashes[origin]} if origin in hashes else {},
+                    "made_from": origins,
                     "run_folder": folder.name,
                 },
             )
