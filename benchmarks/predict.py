@@ -1,0 +1,85 @@
+"""Measure speed and memory of `crysldnet predict` over stores of more and more crystals.
+
+python benchmarks/predict.py [--crystals N …]
+
+The crystals are those of the embedded starter set, again and again. The model is small and hardly trained, since what
+is measured are reading, graphs and writing beside it. Memory is the peak of the whole process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from crysldnet import evidence
+from crysldnet.data.locations import open_store
+from crysldnet.data.store import write_store
+
+HERE = Path(__file__).parent
+TINY = ["encoder=neighbor_attention_small", "encoder.width=32", "encoder.layers=1", "data.split.train_fraction=0.1"]
+
+
+def repeated(count: int) -> Iterator[pa.Table]:
+    """Yield the starter set until there are so many crystals, with ids of their own."""
+    table = (
+        open_store("embedded:mp_starter").to_table().select(["material_id", "lattice", "atomic_numbers", "frac_coords"])
+    )
+    for start in range(0, count, len(table)):
+        part = table.slice(0, min(len(table), count - start))
+        ids = pa.array([f"{name}-{start}" for name in part["material_id"].to_pylist()])
+        yield part.set_column(0, part.schema.field(0), ids)
+
+
+def measure(model: Path, store: Path, out: Path) -> tuple[float, float]:
+    """Predict once; return the seconds and the peak memory in MB."""
+    begun = time.perf_counter()
+    line = [sys.executable, "-m", "crysldnet", "predict", f"model={model}", f"files={store}", f"out={out}"]
+    process = subprocess.Popen(line)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"crysldnet predict failed with status {os.waitstatus_to_exitcode(status)}")
+    return time.perf_counter() - begun, usage.ru_maxrss * 1024 / 1e6
+
+
+def main() -> None:
+    """Measure every size and write the records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--crystals", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    options = parser.parse_args()
+    commit, records = evidence.current_commit(HERE), []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        evidence.launch(folder, "finetune", "model", *TINY, "epochs=1")
+        for count in options.crystals:
+            store = folder / f"{count}.store"
+            write_store(store, repeated(count))
+            seconds, memory = measure(folder / "finetune" / "model", store, folder / f"{count}.parquet")
+            for metric, value, unit in (
+                ("time, starting included", seconds, "s"),
+                ("peak memory", memory, "MB"),
+            ):
+                records.append(
+                    evidence.summarise(
+                        [value],
+                        name=f"{count:,} crystals",
+                        metric=metric,
+                        unit=unit,
+                        seeds=[],
+                        data="embedded:mp_starter, repeated",
+                        command="python benchmarks/predict.py",
+                        commit=commit,
+                    )
+                )
+    evidence.write(HERE, records)
+
+
+if __name__ == "__main__":
+    main()
