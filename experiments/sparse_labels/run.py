@@ -28,7 +28,7 @@ MAX_ATOMS = 20
 IMPLAUSIBLE = 5.0
 """eV/atom; formation energies beyond ± this are errors of the source."""
 SIZES = {"train": 10_000, "val": 1_000, "test": 2_000}
-ENCODER = "encoder=neighbor_attention_small"
+ENCODER = "encoder=pddformer_small"
 PRETRAINING = ("stages.vae.epochs=12", "stages.diffusion.epochs=4", "data.batch_size=64")
 EPOCHS, MIN_STEPS = 20, 1_500
 
