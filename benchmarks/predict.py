@@ -1,9 +1,9 @@
-"""Measure speed and memory of `crysldnet predict` over stores of more and more crystals.
+"""Measure the memory of `crysldnet predict` over stores of more and more crystals.
 
 python benchmarks/predict.py [--crystals N …]
 
-The crystals are those of the embedded starter set, again and again. The model is small and hardly trained, since what
-is measured are reading, graphs and writing beside it. Memory is the peak of the whole process.
+The crystals are those of the embedded starter set, again and again; the model is small and hardly trained. Memory is the
+peak of the whole process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,15 +37,14 @@ def repeated(count: int) -> Iterator[pa.Table]:
         yield part.set_column(0, part.schema.field(0), ids)
 
 
-def measure(model: Path, store: Path, out: Path) -> tuple[float, float]:
-    """Predict once; return the seconds and the peak memory in MB."""
-    begun = time.perf_counter()
+def measure(model: Path, store: Path, out: Path) -> float:
+    """Predict once; return the peak memory in MB."""
     line = [sys.executable, "-m", "crysldnet", "predict", f"model={model}", f"files={store}", f"out={out}"]
     process = subprocess.Popen(line)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"crysldnet predict failed with status {os.waitstatus_to_exitcode(status)}")
-    return time.perf_counter() - begun, usage.ru_maxrss * 1024 / 1e6
+    return usage.ru_maxrss * 1024 / 1e6
 
 
 def main() -> None:
@@ -61,23 +59,18 @@ def main() -> None:
         for count in options.crystals:
             store = folder / f"{count}.store"
             write_store(store, repeated(count))
-            seconds, memory = measure(folder / "finetune" / "model", store, folder / f"{count}.parquet")
-            for metric, value, unit in (
-                ("time, starting included", seconds, "s"),
-                ("peak memory", memory, "MB"),
-            ):
-                records.append(
-                    evidence.summarise(
-                        [value],
-                        name=f"{count:,} crystals",
-                        metric=metric,
-                        unit=unit,
-                        seeds=[],
-                        data="embedded:mp_starter, repeated",
-                        command="python benchmarks/predict.py",
-                        commit=commit,
-                    )
+            records.append(
+                evidence.summarise(
+                    [measure(folder / "finetune" / "model", store, folder / f"{count}.parquet")],
+                    name=f"{count:,} crystals",
+                    metric="peak memory",
+                    unit="MB",
+                    seeds=[],
+                    data="embedded:mp_starter, repeated",
+                    command="python benchmarks/predict.py",
+                    commit=commit,
                 )
+            )
     evidence.write(HERE, records)
 
 
