@@ -2,8 +2,8 @@
 
 python benchmarks/predict.py [--crystals N …]
 
-The crystals are those of the embedded starter set, again and again; the model is small and hardly trained. Memory is the
-peak of the whole process.
+The crystals are those of the embedded starter set, again and again; the model is small and hardly trained. Memory is
+the peak of the whole process.
 """
 
 from __future__ import annotations
