@@ -141,31 +141,55 @@ def train(
         metrics |= _evaluate(trainer.test, module, data, best)
         predictions = _gather([rows_of(rows.cpu().numpy(), predicted) for rows, predicted in module.predictions])
     model.cached = None
-    info = {
-        **checkpoint.encoder_info(encoder, encoder_config, provenance),
+    info = describe_model(model, data, config, values, provenance) | {"metrics": metrics}
+    device = "cuda" if settings.resolve_accelerator() == "gpu" else "cpu"
+    export(trainer, info, config, data, folder / "model.safetensors", device)
+    return Finetuned(model.cpu().eval(), info, metrics, data, predictions)
+
+
+def describe_model(
+    model: PropertyModel,
+    data: CrystalDataModule,
+    config: TrainingConfig,
+    values: dict[str, Any],
+    provenance: dict[str, Any],
+) -> dict[str, Any]:
+    """Return what a model's file says of it, but for its metrics."""
+    return {
+        **checkpoint.encoder_info(model.encoder, values["encoder"], provenance),
         "head": config.head,
         "targets": data.targets,
         "units": data.units,
-        "target_types": [kind.describe() for kind in types],
+        "target_types": [kind.describe() for kind in model.types],
         "element_references": config.element_references,
         "data_sha256": data.store.hash,
         "train_crystals": len(data.rows["train"]),
         "code_version": code_version(),
         "config": values,
-        "metrics": metrics,
     }
+
+
+def export(
+    trainer: pl.Trainer,
+    info: dict[str, Any],
+    config: TrainingConfig,
+    data: CrystalDataModule,
+    file: Path,
+    device: str,
+) -> None:
+    """Write and calibrate the trained model; add to ``info`` how well it is calibrated.
+
+    Raises:
+        CheckpointError: a weight isn't finite.
+    """
     whole = trainer.strategy.lightning_module_state_dict()
     checkpoint.refuse_diverged(whole, "finetuning")
     if trainer.is_global_zero:
         state = {k.removeprefix("model."): v for k, v in whole.items() if k.startswith("model.")}
-        file = folder / "model.safetensors"
         chosen_on = np.concatenate([data.rows["train"], data.rows["val"]])
-        seen = seen_crystals(config.pretrained, data.store, chosen_on)
-        checkpoint.write(file, "property_model", state, info, seen)
-        device = "cuda" if settings.resolve_accelerator() == "gpu" else "cpu"
-        info["calibration"] = calibrate([file], file, data, drawn=folder / "plots", device=device)
+        checkpoint.write(file, "property_model", state, info, seen_crystals(config.pretrained, data.store, chosen_on))
+        info["calibration"] = calibrate([file], file, data, drawn=file.parent / "plots", device=device)
     trainer.strategy.barrier("export")
-    return Finetuned(model.cpu().eval(), info, metrics, data, predictions)
 
 
 def _evaluate(loop: Any, module: FinetuneModule, data: CrystalDataModule, best: Path) -> dict[str, float]:
