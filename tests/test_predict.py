@@ -24,6 +24,7 @@ import torch
 import crysldnet
 from crysldnet import finetune
 from crysldnet.cli import run
+from crysldnet.data import output
 from crysldnet.data import stream as streams
 from crysldnet.data.batch import make_batch
 from crysldnet.data.crystals import from_lists
@@ -194,6 +195,17 @@ def test_batches_stay_within_both_bounds():
         assert stop - start <= 8
         assert sizes[start:stop].sum() <= 64 or stop - start == 1
     assert list(cut(sizes[:0], 8, 64)) == []
+
+
+def test_a_parquet_table_of_many_pieces_has_few_groups_of_rows(tmp_path, monkeypatch):
+    pieces = [pa.table({"a": np.arange(start, start + 10)}) for start in range(0, 10_000, 10)]
+    monkeypatch.setattr(output, "ROW_GROUP_BYTES", 20_000)
+    with output.open_table(str(tmp_path / "out.parquet")) as file:
+        for piece in pieces:
+            file.append(piece)
+    written = pq.ParquetFile(tmp_path / "out.parquet")
+    assert written.metadata.num_row_groups == 4
+    assert written.read().equals(pa.concat_tables(pieces).combine_chunks())
 
 
 def test_csv_parquet_and_json_lines_say_the_same(tmp_path, ensemble):

@@ -21,6 +21,9 @@ import pyarrow.parquet as pq
 from crysldnet.data.store import remove_partials
 from crysldnet.errors import DataError
 
+ROW_GROUP_BYTES = 16 * 2**20
+"""In memory, of a group of rows in a Parquet file."""
+
 
 class Output(Protocol):
     """Where tables go, one after another."""
@@ -79,17 +82,32 @@ class FileOutput(ABC):
 
 
 class ParquetOutput(FileOutput):
-    """A Parquet file."""
+    """A Parquet file, its rows in groups of some size: what a file says of each group is kept in memory."""
 
     _writer: pq.ParquetWriter | None = None
 
+    def __enter__(self) -> FileOutput:
+        self._waiting: list[pa.Table] = []
+        self._bytes = 0
+        return super().__enter__()
+
     def append(self, table: pa.Table) -> None:
         """Add rows; all tables have the same columns."""
+        self._waiting.append(table)
+        self._bytes += table.nbytes
+        if self._bytes >= ROW_GROUP_BYTES:
+            self._write_group()
+
+    def _write_group(self) -> None:
+        group = pa.concat_tables(self._waiting)
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._file, table.schema, compression="zstd", write_page_checksum=True)
-        self._writer.write_table(table)
+            self._writer = pq.ParquetWriter(self._file, group.schema, compression="zstd", write_page_checksum=True)
+        self._writer.write_table(group)
+        self._waiting, self._bytes = [], 0
 
     def _finish(self) -> None:
+        if self._waiting:
+            self._write_group()
         if self._writer is not None:
             self._writer.close()
 
