@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -164,6 +166,27 @@ def test_finetuning_stopped_inside_an_epoch_ends_alike_with_the_same_best_epoch(
     (_, found), rest_found = train("cut", "resume=last", path=moved)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert rest_found == rest
+
+
+@pytest.mark.parametrize("change", ["rows", "values"])
+def test_a_run_is_not_resumed_with_other_data_under_the_same_path(tmp_path, small, monkeypatch, change):
+    path = tmp_path / "data.parquet"
+    table = pq.read_table(small)
+    pq.write_table(table, path)
+    with monkeypatch.context() as patch:
+        at_batch(patch, 2, send(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            run(tmp_path, path)
+    if change == "rows":
+        other = table.slice(1)
+    else:
+        name = "formation_energy_per_atom"
+        other = table.set_column(table.column_names.index(name), name, pc.multiply(table[name], 2.0))
+    pq.write_table(other, path)
+    with pytest.raises(ConfigError, match=r"was begun with other data: .*bring the data back"):
+        run(tmp_path, path, "resume=last")
+    pq.write_table(table, path)
+    run(tmp_path, path, "resume=last")
 
 
 def test_no_draw_depends_on_what_was_drawn_before(tmp_path, small, whole, monkeypatch):

@@ -199,7 +199,20 @@ class RunFolder:
 
     @rank_zero_only
     def save_split(self, text: str) -> None:
-        """Write which crystals were trained, validated and tested on, before the first step."""
+        """Write which crystals were trained, validated and tested on, before the first step.
+
+        Raises:
+            ConfigError: a run is resumed, and they aren't those that it was begun with.
+        """
+        file = self.path / "split.json"
+        if file.exists():
+            before, now = json.loads(file.read_text()), json.loads(text)
+            if any(before.get(key) != now[key] for key in ("store_sha256", "sha256")):
+                raise ConfigError(
+                    f"{self.path} was begun with other data: {before['counts']} crystals of {before['store']} then, "
+                    f"{now['counts']} now, or other values; bring the data back, or begin another run",
+                    "data",
+                )
         self._write("split.json", text)
 
     def _write(self, name: str, text: str) -> None:
