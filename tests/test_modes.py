@@ -217,6 +217,22 @@ def test_the_average_of_the_last_steps_is_what_is_exported(tmp_path, configure, 
     assert not torch.allclose(average, after_step[-1], rtol=1e-4, atol=1e-6)
 
 
+def test_a_member_that_is_stopped_before_its_calibration_is_finished_on_resume(tmp_path, configure, monkeypatch):
+    def stopped(*_args, **_kwargs):
+        raise Interrupted("here")
+
+    line = configure("ensemble=2", "epochs=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "calibrate", stopped)
+        with pytest.raises(Interrupted):
+            run(tmp_path, "cut", *line)
+    member = tmp_path / "finetune" / "cut" / "member_0"
+    assert not (member / "model.safetensors").exists(), "under its name a file is whole"
+    run(tmp_path, "cut", *configure("ensemble=2", "epochs=1", "resume=last"))
+    assert checkpoint.read_extra(member / "model.safetensors", "property_model", "calibration.")
+    assert not list(member.glob("uncalibrated*"))
+
+
 def test_an_ensemble_of_seeds_predicts_the_mean_and_spread_of_its_members(tmp_path, configure, capfd):
     folder, summary = run(tmp_path, "seeds", *configure("ensemble=3", "epochs=1"))
     told = capfd.readouterr().err

@@ -187,8 +187,11 @@ def export(
     if trainer.is_global_zero:
         state = {k.removeprefix("model."): v for k, v in whole.items() if k.startswith("model.")}
         chosen_on = np.concatenate([data.rows["train"], data.rows["val"]])
-        checkpoint.write(file, "property_model", state, info, seen_crystals(config.pretrained, data.store, chosen_on))
-        info["calibration"] = calibrate([file], file, data, drawn=file.parent / "plots", device=device)
+        seen = seen_crystals(config.pretrained, data.store, chosen_on)
+        partial = file.with_name("uncalibrated.safetensors")  # under its own name a file is whole
+        checkpoint.write(partial, "property_model", state, info, seen)
+        info["calibration"] = calibrate([partial], file, data, drawn=file.parent / "plots", device=device)
+        partial.unlink()
     trainer.strategy.barrier("export")
 
 

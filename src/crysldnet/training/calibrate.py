@@ -79,7 +79,8 @@ def calibrate(
 
     Args:
         files: ``model.safetensors`` of the M members, one for a single model.
-        out: the file to write: the single model's own, or ``calibration.safetensors`` for an ensemble.
+        out: the file to write: the single model with all that is known of it, in the same folder, or
+            ``calibration.safetensors`` for an ensemble.
         data: what it was trained on. Its calibration rows serve, and the training rows are remembered.
         held_out: [M] the rows that each member wasn't trained on, where these aren't the same for all. Each of those
             rows is then predicted by its member alone, so the spread between the members isn't calibrated.
@@ -110,9 +111,9 @@ def calibrate(
     info: dict[str, Any] = {"members": [file.parent.name for file in files], "targets": data.targets}
     numbers = [place for place in targets if models[0].kinds[place] == "regression"]
     checks = {data.targets[place]: check(*found.of_target(place)) for place in numbers}
-    if out in files:
-        info, state = checkpoint.read(out, "property_model")
-        seen = checkpoint.read_pretraining_set(out, "property_model")
+    if out.parent == files[0].parent:
+        info, state = checkpoint.read(files[0], "property_model")
+        seen = checkpoint.read_pretraining_set(files[0], "property_model")
         info = {key: value for key, value in info.items() if key not in ("format_version", "kind")}
     info["calibration"] = checks
     checkpoint.write(out, "property_model" if state else "calibration", {**state, **known.tensors()}, info, seen)
