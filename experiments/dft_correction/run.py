@@ -33,8 +33,8 @@ IMPLAUSIBLE = 5.0
 """eV/atom; formation energies beyond ± this are errors of the source."""
 RIDGE = 1.0
 """Pseudo-count of the linear correction: an element seen in few crystals is corrected less."""
-MODEL = ("encoder=neighbor_attention_small", "data.num_workers=0", "trainer.progress_bar=false")
-DFT_EPOCHS, EPOCHS = 12, 60
+MODEL = ("encoder=neighbor_attention_small", "trainer.precision=bf16-mixed")
+DFT_EPOCHS, EPOCHS = 8, 60
 
 
 def formulas(store: CrystalStore) -> np.ndarray:
