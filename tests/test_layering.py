@@ -21,7 +21,7 @@ LAYERS = [
     {"models"},
     {"encoders"},
     {"data"},
-    {"geometry", "build"},
+    {"geometry", "build", "stopping"},
     {"errors", "console", "page", "evidence", "__init__"},
 ]
 """From the command line down. A module may import its own layer's package and those below."""

@@ -58,7 +58,14 @@ IMPLAUSIBLE = 5.0
 def pretrain(runs: Path, data: Path, encoder: str, further: list[str]) -> Path:
     """Pretrain without any formula of either task; return the encoder's file."""
     paths = {split: str(data / f"mp_cgcnn_{split}.parquet") for split in ("train", "val", "test")}
-    arguments = ["data=custom", f"data.path={json.dumps(paths)}", f"encoder={encoder}", *PRETRAINING, *EXCLUDE, *further]
+    arguments = [
+        "data=custom",
+        f"data.path={json.dumps(paths)}",
+        f"encoder={encoder}",
+        *PRETRAINING,
+        *EXCLUDE,
+        *further,
+    ]
     evidence.launch(runs, "pretrain", "without_tasks", *arguments)
     return runs / "pretrain" / "without_tasks" / "encoder.safetensors"
 

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from crysldnet import __version__
+from crysldnet import __version__, stopping
 from crysldnet.errors import UNFINISHED, CrysldnetError, Interrupted
 
 COMMANDS = {
@@ -28,6 +28,9 @@ PARTS = {
     ("matbench", "fold"): "crysldnet.matbench.parallel",
 }
 """Commands of two words to the module whose ``main`` runs them."""
+
+RESUMABLE = ("pretrain", "finetune", "matbench", "sweep")
+"""Commands that end as unfinished where a signal stops them."""
 
 USAGE_ERROR = 2
 
@@ -126,8 +129,11 @@ def _quieten_libraries() -> None:
 def main() -> None:
     """Run ``sys.argv``; print errors of the input without a traceback, and exit with a status that tells the truth."""
     try:
+        if len(sys.argv) > 1 and sys.argv[1] in RESUMABLE and sys.argv[2:3] != ["validate"]:
+            stopping.heed()
         status = run(sys.argv[1:])
-    except Interrupted as error:
+    except (Interrupted, stopping.Stopped) as error:
+        stopping.ignore()
         from crysldnet.training.run_folder import started_by_the_first
 
         if started_by_the_first():

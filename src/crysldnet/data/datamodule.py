@@ -27,6 +27,7 @@ from crysldnet.data.split import SPLITS, Rows, Split
 from crysldnet.data.split_file import split_text
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
+from crysldnet.stopping import leave_to_parent
 
 
 class CrystalDataset(Dataset[CrystalBatch]):
@@ -295,6 +296,7 @@ class CrystalDataModule(pl.LightningDataModule):
             batch_size=None,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=leave_to_parent,
             pin_memory=torch.cuda.is_available(),
         )
 

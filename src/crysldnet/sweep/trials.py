@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from crysldnet.stopping import noted
 from crysldnet.sweep.proposals import Sweep, Trial, propose, to_stop
-from crysldnet.training.processes import Environment, Job, end, own_command, sigterm_as_error, start
+from crysldnet.training.processes import Environment, Job, end, own_command, start
 from crysldnet.training.run_folder import write_atomically
 
 POLL_SECONDS = 0.2
@@ -96,10 +97,10 @@ class LocalRuns:
         """Run until there are ``count`` trials, a grid is done, or the target is reached; return all.
 
         Raises:
-            Interrupted: this process got SIGTERM; the runs got it too, and have ended.
+            Interrupted: this process was told to stop; so were the runs, and they have ended.
         """
         again = [t for t in self.trials.values() if t.state not in ("finished", "stopped")]
-        with sigterm_as_error() as stop_if_told:
+        with noted() as stop_if_told:
             try:
                 while self._begin(again, count):
                     stop_if_told()

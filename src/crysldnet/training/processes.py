@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from crysldnet.errors import Interrupted
+from crysldnet.stopping import noted
 from crysldnet.training.run_folder import NAME_VARIABLE
 
 POLL_SECONDS = 0.05
@@ -72,11 +70,11 @@ def run_jobs(
         ended: called with each job that ends, and its status.
 
     Raises:
-        Interrupted: this process got SIGTERM; the jobs got it too, and have ended.
+        Interrupted: this process was told to stop; so were the jobs, and they have ended.
     """
     waiting, statuses = list(jobs), {}
     running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
-    with sigterm_as_error() as stop_if_told:
+    with noted() as stop_if_told:
         try:
             while waiting or running:
                 stop_if_told()
@@ -115,27 +113,3 @@ def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         process.terminate()
     for process in processes:
         process.wait()
-
-
-@contextmanager
-def sigterm_as_error() -> Iterator[Callable[[], None]]:
-    """Give a function that raises ``Interrupted`` where this process got SIGTERM meanwhile.
-
-    Raising where the signal arrives could lose a process that has just been started. Elsewhere than in the main thread
-    the signal's effect stays as it is.
-    """
-    told: list[int] = []
-
-    def stop_if_told() -> None:
-        if told:
-            raise Interrupted("stopped by SIGTERM; continue with resume=last")
-
-    try:
-        before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
-    except ValueError:
-        yield stop_if_told
-        return
-    try:
-        yield stop_if_told
-    finally:
-        signal.signal(signal.SIGTERM, before)

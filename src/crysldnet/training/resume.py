@@ -9,18 +9,21 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch import distributed
 
+from crysldnet import stopping
 from crysldnet.errors import CheckpointError, Interrupted
 from crysldnet.training.checkpoint_file import HEADER, LAST
 
-STOPPING = ("SIGTERM", "SIGUSR1", "SIGINT")
-"""Signals that stop a run at its next optimizer step, where the system has them."""
+SIGNALS = (*stopping.SIGNALS, signal.SIGINT)
+"""They stop a run at its next optimizer step."""
+TIME_LIMIT = 1
+"""Among the reasons to stop, beside the numbers of signals."""
 
 
 @cache
@@ -41,7 +44,8 @@ class SaveAndStop(Checkpoint):
         every_epochs: epochs between two checkpoints at their ends.
         every_steps: optimizer steps between two checkpoints; None for none within an epoch.
         every_minutes: minutes after which the next step saves one; None for none.
-        limit_minutes: minutes since the start of the process after which the run stops; None for no limit.
+        limit_minutes: minutes since the start of the process after which the run stops, but not before it has taken a
+            step, or it would never come to its end; None for no limit.
         start: the checkpoint that the run goes on from and its header, where it is resumed.
 
     Raises:
@@ -61,7 +65,8 @@ class SaveAndStop(Checkpoint):
         self.path, self.start = folder / LAST, start
         self.every_epochs, self.every_steps = every_epochs, every_steps
         self.every_minutes, self.limit_minutes = every_minutes, limit_minutes
-        self._signal: str | None = None
+        self._signal = 0
+        self._began_at = 0
         self._inside_epoch = False
         self._saved_at = time.monotonic()
         self._group: Any = None
@@ -73,16 +78,29 @@ class SaveAndStop(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to signals in place of Lightning, which would exit without a checkpoint; at its end it undoes this."""
-        self._saved_at = time.monotonic()
+        self._saved_at, self._began_at = time.monotonic(), trainer.global_step
         if threading.current_thread() is threading.main_thread():
-            for name in STOPPING:
-                if hasattr(signal, name):
-                    signal.signal(getattr(signal, name), self._note_signal)
+            for number in SIGNALS:
+                signal.signal(number, self._note_signal)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Outside training a signal is heeded at once; Lightning would have ranks wait for one another in its handler."""
+        if trainer.state.fn != "fit":
+            stopping.heed_again()
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """As in validation."""
+        stopping.heed_again()
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._signal is not None:  # a person who can't wait for the step's end
+        if number == signal.SIGINT and self._signal:  # a person who can't wait for the step's end
             raise KeyboardInterrupt
-        self._signal = signal.Signals(number).name
+        self._signal = number
+
+    def stop_if_told(self, where: str) -> None:
+        """Raise ``Interrupted`` where a signal came and nothing has followed it."""
+        if self._signal:
+            self._stop(self._signal, where)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
@@ -90,43 +108,43 @@ class SaveAndStop(Checkpoint):
         """Save or stop before an optimizer step begins."""
         if batch_idx % trainer.accumulate_grad_batches:
             return
-        stop, due = self._agree(trainer)
+        reason, due = self._agree(trainer)
         step = trainer.global_step
         due = due or (self.every_steps is not None and step > 0 and step % self.every_steps == 0)
-        if batch_idx > 0 and (stop or due):  # before the first batch it's the end of the last epoch, saved already
+        if batch_idx > 0 and (reason or due):  # before the first batch it's the end of the last epoch, saved already
             self._save(trainer, inside_epoch=True)
-        if stop:
-            self._stop(trainer, f"in epoch {trainer.current_epoch + 1}, after {batch_idx} batches (step {step})")
+        if reason:
+            self._stop(reason, f"in epoch {trainer.current_epoch + 1}, after {batch_idx} batches (step {step})")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, and stop if that was asked for."""
-        stop, due = self._agree(trainer)
+        reason, due = self._agree(trainer)
         done = trainer.current_epoch + 1
-        if stop or due or trainer.should_stop or done % self.every_epochs == 0 or done == trainer.max_epochs:
+        if reason or due or trainer.should_stop or done % self.every_epochs == 0 or done == trainer.max_epochs:
             self._save(trainer, inside_epoch=False)
-        if stop:
-            self._stop(trainer, f"after epoch {trainer.current_epoch + 1} of {trainer.max_epochs}")
+        if reason:
+            self._stop(reason, f"after epoch {trainer.current_epoch + 1} of {trainer.max_epochs}")
 
-    def _agree(self, trainer: pl.Trainer) -> tuple[bool, bool]:
-        """Return whether any rank wants to stop, and whether one finds that a checkpoint is due by its clock."""
+    def _agree(self, trainer: pl.Trainer) -> tuple[int, bool]:
+        """Return why any rank wants to stop, 0 where none does, and whether a checkpoint is due by the clock of one."""
         now = time.monotonic()
-        stop = self._signal is not None or (
-            self.limit_minutes is not None and now - started() >= 60.0 * self.limit_minutes
-        )
+        over = self.limit_minutes is not None and now - started() >= 60.0 * self.limit_minutes
+        reason = self._signal or (TIME_LIMIT if over and trainer.global_step > self._began_at else 0)
         due = self.every_minutes is not None and now - self._saved_at >= 60.0 * self.every_minutes
         if trainer.world_size == 1:
-            return stop, due
-        wishes = torch.tensor([stop, due], dtype=torch.int32)
+            return reason, due
+        wishes = torch.tensor([reason, due], dtype=torch.int32)
         distributed.all_reduce(wishes, distributed.ReduceOp.MAX, group=self._group)
-        return bool(wishes[0]), bool(wishes[1])
+        return int(wishes[0]), bool(wishes[1])
 
     def _save(self, trainer: pl.Trainer, *, inside_epoch: bool) -> None:
         self._inside_epoch = inside_epoch
         trainer.save_checkpoint(self.path, weights_only=False)
         self._saved_at = time.monotonic()
 
-    def _stop(self, trainer: pl.Trainer, where: str) -> None:
-        why = self._signal or ("the time limit" if self.limit_minutes is not None else "another process")
+    def _stop(self, reason: int, where: str) -> NoReturn:
+        stopping.tell()
+        why = "the time limit" if reason == TIME_LIMIT else signal.Signals(reason).name
         raise Interrupted(f"stopped by {why} {where}; continue with resume=last")
 
     def on_load_checkpoint(

@@ -293,9 +293,9 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule
     """
     path: Path | None = None
     header: dict[str, Any] = {"epoch": 0, "batch": 0, "finished": False, "metrics": {}}
-    start = next(c.start for c in trainer.callbacks if isinstance(c, SaveAndStop))  # type: ignore[attr-defined]
-    if start is not None:
-        path, header = start
+    save_and_stop = next(c for c in trainer.callbacks if isinstance(c, SaveAndStop))  # type: ignore[attr-defined]
+    if save_and_stop.start is not None:
+        path, header = save_and_stop.start
         check_position(path, header, trainer)
     data.start = (header["epoch"], header["batch"])
     stopped_early = header["finished"] and header["epoch"] < (trainer.max_epochs or 0)
@@ -306,6 +306,7 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
+        save_and_stop.stop_if_told("where it can't go on without its workers; the last checkpoint stands")
         raise DataError(
             f"a process that builds batches died ({str(error).splitlines()[0]}); if memory ran out, lower "
             "data.num_workers or data.batch_size, and go on with resume=last"
@@ -316,6 +317,7 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule
         raise Interrupted(
             f"stopped after epoch {trainer.current_epoch} of {trainer.max_epochs}; continue with resume=last"
         )
+    save_and_stop.stop_if_told("after training")
     # The averaged weights are in the module now. The callback would swap them out again in a later validation, and
     # load the unaveraged ones for a test.
     trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]

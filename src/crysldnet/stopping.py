@@ -1,0 +1,116 @@
+"""Signals that ask a command to stop, and that it can be resumed from.
+
+A command heeds them at once: :class:`Stopped` is raised where it stands, and it ends as unfinished. Training, and
+processes that wait for others of their own, only note them and look between two steps.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from crysldnet.errors import Interrupted
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""Those of schedulers, where the system has them."""
+DEAF_S = 10.0
+"""How long nothing is raised after a signal: a group of processes gets it more than once, and an end takes time."""
+
+_last = -DEAF_S
+_heeded = False
+
+
+class Stopped(BaseException):
+    """A signal asked the command to stop. No library takes it for an error of its own."""
+
+
+def heed() -> None:
+    """Raise :class:`Stopped` where a signal comes from now on."""
+    global _heeded
+    _heeded = True
+    for number in SIGNALS:
+        signal.signal(number, _raise)
+
+
+def heed_again() -> None:
+    """Do so in place of a library that has put its own handlers there, where it was done before."""
+    if _heeded and threading.current_thread() is threading.main_thread():
+        heed()
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    if not was_told_lately():
+        tell()
+        raise Stopped(_message(number))
+
+
+def tell() -> None:
+    """Take what comes in the next seconds for the signal that is being followed already."""
+    global _last
+    _last = time.monotonic()
+
+
+def was_told_lately() -> bool:
+    """Say whether a signal came so short a time ago that the command is still about to end."""
+    return time.monotonic() - _last < DEAF_S
+
+
+def ignore() -> None:
+    """Let no signal change the exit status any more, to the very end of the process."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _message(number: int) -> str:
+    name = signal.Signals(number).name
+    return f"stopped by {name}; continue with resume=last, or begin again where there was no run folder yet"
+
+
+def leave_to_parent(worker: int = 0) -> None:
+    """Let this process outlive a signal to the whole group, for the parent needs it until its step is done.
+
+    The parent itself can still end it by SIGTERM. Called with the number of a DataLoader's worker as it begins.
+    """
+    for number in (*SIGNALS, signal.SIGINT):
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # elsewhere than on Linux nothing says who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_parent, daemon=True, name="stopping").start()
+
+
+def _end_with_the_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+@contextmanager
+def noted() -> Iterator[Callable[[], None]]:
+    """Give a function that raises ``Interrupted`` where a signal came meanwhile; at the end it is called.
+
+    Raising where the signal arrives could lose a process that has just been started. Elsewhere than in the main thread
+    the signals' effects stay as they are.
+    """
+    numbers: list[int] = []
+
+    def stop_if_told() -> None:
+        if numbers:
+            tell()
+            raise Interrupted(_message(numbers[0]))
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop_if_told
+        return
+    before = {n: signal.signal(n, lambda number, _: numbers.append(number)) for n in SIGNALS}
+    try:
+        yield stop_if_told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    stop_if_told()

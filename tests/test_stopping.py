@@ -1,0 +1,118 @@
+"""A signal stops a command wherever it is: it ends as unfinished, and the run goes on from there as if nothing had been."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from crysldnet.training.checkpoint_file import verify
+from tiny import DENOISER, ENCODER, QUIET, subset
+
+AT = """
+import importlib, os, signal, sys
+from operator import attrgetter
+from crysldnet import cli
+module, owner, name, calls, numbers = sys.argv[1:6]
+owner = attrgetter(owner)(importlib.import_module(module)) if owner else importlib.import_module(module)
+original, left = getattr(owner, name), [int(calls)]
+def told(*arguments, **named):
+    left[0] -= 1
+    if left[0] == 0:
+        for number in numbers.split(","):
+            os.kill(os.getpid(), getattr(signal, number))
+    return original(*arguments, **named)
+setattr(owner, name, told)
+sys.argv = ["crysldnet", *sys.argv[6:]]
+cli.main()
+"""
+"""Run a command that gets signals when a function of it is called for the n-th time."""
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return subset(tmp_path_factory.mktemp("small") / "data.parquet", train=24, val=8, test=8)
+
+
+def run(folder: Path, *words: str, at: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    program = ["-c", AT, *at] if at else ["-m", "crysldnet"]
+    return subprocess.run(
+        [sys.executable, *program, *words], cwd=folder, capture_output=True, text=True, env=ENVIRONMENT, timeout=120
+    )
+
+
+def stopped(done: subprocess.CompletedProcess, name: str) -> None:
+    assert done.returncode == 75, done.stderr
+    assert f"unfinished: stopped by {name}" in done.stderr
+    assert "resume=last" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_pretraining_is_stopped_while_it_reads_and_between_its_stages(tmp_path, small):
+    words = [*ENCODER, *DENOISER, *QUIET, f"data.path={small}", "data.batch_size=8"]
+    words += ["stages.vae.epochs=1", "stages.diffusion.epochs=1"]
+    reading = ("crysldnet.data.datamodule", "CrystalDataModule", "setup", "1", "SIGTERM")
+    stopped(run(tmp_path, "pretrain", *words, "name=a", at=reading), "SIGTERM")
+    exporting = ("crysldnet.pretrain", "", "export", "1", "SIGUSR1,SIGUSR1,SIGTERM")
+    stopped(run(tmp_path, "pretrain", *words, "name=a", at=exporting), "SIGUSR1")
+    for name, resume in (("a", "last"), ("whole", "null")):
+        done = run(tmp_path, "pretrain", *words, f"name={name}", f"resume={resume}")
+        assert done.returncode == 0, done.stderr
+    files = [tmp_path / "runs/pretrain" / name / "diffusion/pretraining.safetensors" for name in ("a", "whole")]
+    a, whole = (json.loads((file.parents[1] / "summary.json").read_text()) for file in files)
+    assert (a["vae"], a["diffusion"]) == (whole["vae"], whole["diffusion"])
+
+
+def test_finetuning_is_stopped_between_its_members_and_while_it_is_tested(tmp_path, small):
+    words = [*ENCODER, *QUIET, f"data.path={small}", "data.batch_size=8", "epochs=1", "min_steps=0", "ensemble=2"]
+    between = ("crysldnet.finetune.training", "", "calibrate", "1", "SIGTERM")
+    stopped(run(tmp_path, "finetune", *words, "name=a", at=between), "SIGTERM")
+    testing = ("crysldnet.finetune.module", "FinetuneModule", "test_step", "1", "SIGUSR1")
+    stopped(run(tmp_path, "finetune", "name=a", "resume=last", at=testing), "SIGUSR1")
+    for name, resume in (("a", "last"), ("whole", "null")):
+        done = run(tmp_path, "finetune", *words, f"name={name}", f"resume={resume}")
+        assert done.returncode == 0, done.stderr
+    a, whole = ((tmp_path / "runs/finetune" / name / "predictions_test.csv").read_text() for name in ("a", "whole"))
+    assert a == whole
+
+
+def test_a_signal_after_the_last_step_is_not_lost(tmp_path, small):
+    words = [*ENCODER, *DENOISER, *QUIET, f"data.path={small}", "data.batch_size=8", "stage=vae", "stages.vae.epochs=1"]
+    ending = ("crysldnet.training.diagnostics", "Diagnostics", "on_train_end", "1", "SIGTERM")
+    stopped(run(tmp_path, "pretrain", *words, "name=a", at=ending), "SIGTERM")
+    done = run(tmp_path, "pretrain", "name=a", "resume=last")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="who sent a signal is known on Linux alone")
+@pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_leaves_those_that_build_batches_until_the_step_is_done(tmp_path, small, sent):
+    words = [*ENCODER, *QUIET, f"data.path={small}", "data.batch_size=8", "stage=vae", "data.num_workers=2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "crysldnet", "pretrain", *words, "stages.vae.epochs=500", "name=a"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
+    last, deadline = tmp_path / "runs/pretrain/a/vae/checkpoints/last.ckpt", time.time() + 120
+    while not last.exists() and time.time() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, sent)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert f"stopped by {sent.name}" in errors
+    found = re.search(r"in epoch (\d+), after (\d+) batches", errors) or re.search(r"after epoch (\d+)()", errors)
+    batch = int(found[2] or 0)
+    header = verify(last)
+    assert (header["epoch"], header["batch"]) == (int(found[1]) - (1 if found[2] else 0), batch)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # none of them is left behind
