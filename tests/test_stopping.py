@@ -1,4 +1,4 @@
-"""A signal stops a command wherever it is: it ends as unfinished, and the run goes on from there as if nothing had been."""
+"""A signal stops a command wherever it is: it ends as unfinished, and its run goes on as if nothing had been."""
 
 import json
 import os

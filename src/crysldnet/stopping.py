@@ -43,7 +43,7 @@ def heed_again() -> None:
         heed()
 
 
-def _raise(number: int, frame: FrameType | None) -> None:
+def _raise(number: int, _: FrameType | None) -> None:
     if not was_told_lately():
         tell()
         raise Stopped(_message(number))
@@ -71,7 +71,7 @@ def _message(number: int) -> str:
     return f"stopped by {name}; continue with resume=last, or begin again where there was no run folder yet"
 
 
-def leave_to_parent(worker: int = 0) -> None:
+def leave_to_parent(_: int = 0) -> None:
     """Let this process outlive a signal to the whole group, for the parent needs it until its step is done.
 
     The parent itself can still end it by SIGTERM. Called with the number of a DataLoader's worker as it begins.

@@ -84,7 +84,7 @@ class SaveAndStop(Checkpoint):
                 signal.signal(number, self._note_signal)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Outside training a signal is heeded at once; Lightning would have ranks wait for one another in its handler."""
+        """Outside training a signal is heeded at once; Lightning's handler would have ranks wait for one another."""
         if trainer.state.fn != "fit":
             stopping.heed_again()
 
