@@ -474,10 +474,25 @@ def test_edges_of_a_batch_lead_from_their_source_to_their_target() -> None:
     assert (data.num_nodes, data.num_edges) == (8, len(mine))
 
 
+def test_a_step_bounded_in_atoms_is_shared_by_ranks_and_accumulation() -> None:
+    module = data_module(batch_size=None, batch_atoms=1200, split=Split(train_fraction=0.3))
+    sizes = module.store.crystals.sizes
+    one = [request.rows for request in module._sampler("train", 0, 1, 4)]
+    ranks = [[request.rows for request in module._sampler("train", rank, 4, 1)] for rank in range(4)]
+    for step, shares in enumerate(zip(*ranks, strict=True)):
+        assert all(np.array_equal(a, b) for a, b in zip(one[4 * step : 4 * step + 4], shares, strict=True))
+        assert sum(sizes[rows].sum() for rows in shares) <= 1200
+    assert np.mean([sizes[rows].sum() for rows in one]) > 0.8 * 300, "and not much below its bound"
+
+
 def test_a_batch_size_that_ranks_cannot_share_is_refused() -> None:
     module = data_module(batch_size=30)
     with pytest.raises(DataError, match="batch_size=30"):
         module.steps_per_epoch(4, 1)
+    with pytest.raises(DataError, match="batch_atoms=1001"):
+        data_module(batch_atoms=1001).steps_per_epoch(2, 1)
+    with pytest.raises(ValueError, match="batch_size or batch_atoms"):
+        data_module(batch_size=None)
     assert module.steps_per_epoch(2, 3) == -(-3209 // 30)
 
 

@@ -18,12 +18,26 @@ LONG = ["stage=vae", "stages.vae.epochs=100000", "data.batch_size=16", "name=run
 TWO = ["trainer.devices=2", "strategy=ddp", f"strategy.timeout_minutes={TIMEOUT_S / 60:.3f}"]
 
 
-def start(folder: Path) -> tuple[subprocess.Popen, list[int]]:
+HANGING = """
+import os, pathlib, sys, time
+from crysldnet import cli, pretrain
+original = pretrain.PretrainModule.training_step
+def training_step(self, batch, batch_idx):
+    while pathlib.Path(f"hang_{self.global_rank}").exists():
+        time.sleep(0.1)
+    return original(self, batch, batch_idx)
+pretrain.PretrainModule.training_step = training_step
+cli.main()
+"""
+"""A program whose rank N never returns from a step while there is a file hang_N, though its threads go on."""
+
+
+def start(folder: Path, *program: str) -> tuple[subprocess.Popen, list[int]]:
     """Start a run of two processes; return it, and both process ids, when the first epoch is done."""
     data = subset(folder / "data.parquet", train=32, val=8)
-    command = ["-m", "crysldnet", "pretrain", *ENCODER, *DENOISER, *QUIET, *LONG, *TWO, f"data.path={data}"]
+    words = [*ENCODER, *DENOISER, *QUIET, *LONG, *TWO, f"data.path={data}"]
     run = subprocess.Popen(
-        [sys.executable, *command],
+        [sys.executable, *(program or ("-m", "crysldnet")), "pretrain", *words],
         cwd=folder,
         stdout=subprocess.DEVNULL,
         stderr=(folder / "stderr").open("w"),
@@ -82,6 +96,28 @@ def test_when_a_rank_dies_or_hangs_all_end_and_it_is_named(tmp_path: Path, rank:
                 os.kill(pid, signal.SIGKILL)
     assert re.search(says.format(pid=pids[rank]), said(tmp_path)), said(tmp_path)
     assert said(tmp_path).count("2 processes (2 on ") == 1
+
+
+@pytest.mark.parametrize(
+    ("ranks", "says"),
+    [
+        ([1], r"The others wait for rank 1 \(process {pids[1]} on .+\): .+ batch \d+"),
+        pytest.param([0, 1], r"nothing moved for \d+ s\. All are .+ batch \d+, epoch", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_answers_but_never_comes_is_named(tmp_path: Path, ranks: list[int], says: str) -> None:
+    program = tmp_path / "hanging.py"
+    program.write_text(HANGING)
+    run, pids = start(tmp_path, str(program))
+    try:
+        for rank in ranks:
+            (tmp_path / f"hang_{rank}").touch()
+        assert run.wait(timeout=TIMEOUT_S + 2 * SEARCH_S + 60) != 0
+    finally:
+        for pid in pids:
+            if not gone(pid):
+                os.kill(pid, signal.SIGKILL)
+    assert re.search(says.format(pids=pids), said(tmp_path)), said(tmp_path)
 
 
 def test_errors_of_a_collective_are_told_from_a_ranks_own() -> None:

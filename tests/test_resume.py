@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from crysldnet import cli, finetune, pretrain
@@ -166,6 +167,30 @@ def test_finetuning_stopped_inside_an_epoch_ends_alike_with_the_same_best_epoch(
     (_, found), rest_found = train("cut", "resume=last", path=moved)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert rest_found == rest
+
+
+def test_a_damaged_checkpoint_of_the_best_epoch_is_said_with_its_mend(tmp_path, small, monkeypatch, capsys):
+    def train(*arguments):
+        config, values = finetune_config(
+            f"runs={tmp_path}", "name=a", f"data.path={small}", "epochs=2", "data.batch_size=4", *arguments
+        )
+        return finetune.run(config, values)
+
+    with monkeypatch.context() as patch:
+        at_batch(patch, 8, send(signal.SIGTERM), FinetuneModule)
+        with pytest.raises(Interrupted):
+            train()
+    best = tmp_path / "finetune/a/checkpoints/best.ckpt"
+    whole = best.read_bytes()
+    best.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"best\.ckpt is damaged .*delete this file and go on with resume=last"):
+        train("resume=last")
+    assert not (tmp_path / "finetune/a/model.safetensors").exists()
+    best.unlink()
+    with monkeypatch.context() as patch:  # as if no later epoch were better
+        patch.setattr(ModelCheckpoint, "_save_topk_checkpoint", lambda *_: None)
+        assert train("resume=last") == 0
+    assert "the weights of the last epoch are taken" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", ["rows", "values"])

@@ -53,6 +53,7 @@ def test_a_job_that_is_interrupted_is_requeued_and_completes(tmp_path: Path) -> 
     job = free_job()
     run = tmp_path / "runs/pretrain" / f"slurm-{job}"
     settings = [*ENCODER, *DENOISER, f"data.path={data}", "data.batch_size=16", "stage=vae", "stages.vae.epochs=25"]
+    settings.append("data.num_workers=1")
     done = make(
         tmp_path,
         "pretrain",
@@ -98,6 +99,27 @@ def test_a_script_has_what_was_asked_for_and_quotes_survive(tmp_path: Path) -> N
     assert (values["trainer"]["devices"], values["trainer"]["nodes"]) == (8, 4)
     assert subprocess.run(["bash", "-n"], input=done.stdout, text=True).returncode == 0
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["GPUS=abc"], "GPUS=abc: give a whole number"),
+        (["NODES=0"], "NODES=0: give a whole number"),
+        (["CPUS="], "CPUS=: give a whole number"),
+        (["RUNS=my runs"], "RUNS has a character"),
+        (["RUNS=it's"], "RUNS has a character"),
+        (["ARGS=data.path=(a"], "ARGS: quotes or parentheses aren't closed"),
+        (["ARGS=name='a"], "ARGS: quotes or parentheses aren't closed"),
+    ],
+)
+def test_what_slurm_would_stumble_over_later_is_refused_now(tmp_path: Path, words: list[str], says: str) -> None:
+    for command in (["slurm-script"], ["pretrain", "SLURM=1"]):
+        done = make(tmp_path, *command, *words)
+        assert done.returncode != 0
+        assert says in done.stderr
+        assert done.stdout == ""
+    assert not [path for path in tmp_path.iterdir() if path.name not in ("Makefile", "conf", "src")]
 
 
 def test_without_sbatch_nothing_is_submitted_and_it_is_said(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_a_sharded_property_model_is_tested_at_its_best_epoch_and_exported(runs:
     assert all(parameter.ndim == 0 or parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("case", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("case", ["ddp", "ddp_static", "fsdp2"])
 def test_every_strategy_exports_the_same_file_for_the_same_state(runs: Any, case: str) -> None:
     folder, _, _ = runs
     for file in ("encoder.safetensors", "vae/pretraining.safetensors"):
@@ -143,9 +143,9 @@ def test_every_strategy_exports_the_same_file_for_the_same_state(runs: Any, case
 def test_the_first_rank_alone_prints_and_the_topology_comes_once_a_stage(runs: Any) -> None:
     _, _, printed = runs
     assert printed.count("masked species found") == len(CASES)
-    line = "strategy fsdp2, precision 32-true; at most 16 crystals a step: "
-    assert printed.count(f"{line}8 a process\n") == 4  # fsdp2, both stages of fsdp2_teacher, and finetuning
-    assert printed.count(f"{line}4 a process in each of 2 batches\n") == 1
+    line = "strategy fsdp2, precision 32-true; a batch of at most "
+    assert printed.count(f"{line}8 crystals in each\n") == 4  # fsdp2, both stages of fsdp2_teacher, and finetuning
+    assert printed.count(f"{line}4 crystals in each, 2 of them a step\n") == 1
 
 
 def test_both_runs_of_a_step_take_the_same_number_of_steps(runs: Any) -> None:
@@ -357,10 +357,13 @@ def test_batches_of_real_crystals_suit_any_number_of_ranks(starter: Any, seed: i
     each = int(rng.integers(2, 9))
     rows = rng.permutation(len(starter))[: int(rng.integers(max(world * accumulate * each, 600), 3200))]
     sizes = starter.crystals.sizes
+    largest = int(sizes[rows].max())
+    bounded = ["crystals", "atoms of a batch", "atoms of a step"][seed % 3]
     data = CrystalDataModule(
         graph=GraphSpec(k=4),
-        batch_size=world * accumulate * each,
-        max_atoms=int(sizes[rows].max()) * 2 if rng.random() < 0.5 else None,
+        batch_size=world * accumulate * each if bounded != "atoms of a step" else None,
+        max_atoms=largest * 2 if bounded == "atoms of a batch" else None,
+        batch_atoms=world * accumulate * largest * 2 if bounded == "atoms of a step" else None,
         seed=seed,
         store=starter,
         rows={"train": np.sort(rows), "val": rows[:0], "test": rows[:0]},
@@ -379,7 +382,11 @@ def test_batches_of_real_crystals_suit_any_number_of_ranks(starter: Any, seed: i
         atoms = np.array([sum(int(sizes[request.rows].sum()) for request in batches) for batches in lists])
         limit = 0.05 if atoms.mean() >= 500 else 0.1  # where an epoch is very short, one crystal is several percent
         assert np.abs(atoms / atoms.mean() - 1).max() < limit
-        assert max(len(request.rows) for batches in lists for request in batches) <= each
+        whole = [request.rows for batches in lists for request in batches]
+        if bounded != "atoms of a step":
+            assert max(len(rows) for rows in whole) <= each
+        if bounded != "crystals":
+            assert max(sizes[rows].sum() for rows in whole) <= 2 * largest
         again = data._sampler("train", world - 1, world, accumulate)
         again.set_epoch(epoch)
         assert all(np.array_equal(a.rows, b.rows) for a, b in zip(again, lists[-1], strict=True))

@@ -89,5 +89,5 @@ if __name__ == "__main__":
     if not only or only == ["finetune"]:
         settings, plain = finetune_config(f"runs={runs}", "name=fsdp2", f"data.path={crystals_file}", *FINETUNE)
         assert finetune.run(settings, plain) == 0
-    for case in () if only else ("ddp", "fsdp2"):
+    for case in () if only else ("ddp", "ddp_static", "fsdp2"):
         export_untrained(Path(runs), crystals_file, case, *CASES[case], "trainer.devices=2")

@@ -90,7 +90,9 @@ class CrystalDataModule(pl.LightningDataModule):
         calibration_fraction: share of the validation crystals that is kept out of validation, for calibration alone.
         split: how to split (not where ``path`` names a file for each).
         corruption: what pretraining does to the crystals.
-        batch_size: crystals in a global batch: of all devices and accumulation steps together.
+        batch_size: crystals in a global batch: of all devices and accumulation steps together; None where
+            ``batch_atoms`` alone bounds it.
+        batch_atoms: bound of a global batch in atoms; None for none.
         max_atoms: bound of one batch on one device.
         max_edges: likewise; the graphs are then counted once at the start.
         max_crystal_atoms: larger crystals are left out, with a note.
@@ -112,7 +114,8 @@ class CrystalDataModule(pl.LightningDataModule):
         targets: list[str] | None = None,
         split: Split | None = None,
         corruption: Part[Corruption | None] = None,
-        batch_size: int = 64,
+        batch_size: int | None = 64,
+        batch_atoms: int | None = None,
         max_atoms: int | None = None,
         max_edges: int | None = None,
         max_crystal_atoms: int | None = None,
@@ -129,7 +132,9 @@ class CrystalDataModule(pl.LightningDataModule):
         if not path and (store is None or rows is None):
             raise ValueError("path: name a store, a Parquet file or embedded:NAME")
         self.path, self.graph, self.targets, self.split = path, graph, targets or [], split or Split()
-        self.corruption, self.batch_size, self.seed = corruption, batch_size, seed
+        if batch_size is None and batch_atoms is None:
+            raise ValueError("batch_size or batch_atoms: one of them has to say how large a step is")
+        self.corruption, self.batch_size, self.batch_atoms, self.seed = corruption, batch_size, batch_atoms, seed
         self.max_atoms, self.max_edges, self.max_crystal_atoms = max_atoms, max_edges, max_crystal_atoms
         self.num_workers = num_workers
         self.exclude, self.exclude_by = exclude or [], exclude_by
@@ -256,17 +261,18 @@ class CrystalDataModule(pl.LightningDataModule):
     def _sampler(self, name: str, rank: int, world_size: int, accumulate: int) -> BatchSampler:
         rows = self.rows[name]
         parts = world_size * accumulate
-        if self.batch_size % parts:
-            raise DataError(
-                f"data.batch_size={self.batch_size} can't be divided by {world_size} processes × {accumulate} "
-                "accumulation steps; choose a multiple"
-            )
+        for key, whole in (("batch_size", self.batch_size), ("batch_atoms", self.batch_atoms)):
+            if whole is not None and whole % parts:
+                raise DataError(
+                    f"data.{key}={whole} can't be divided by {world_size} processes × {accumulate} accumulation steps; "
+                    "choose a multiple"
+                )
         train = name == "train"
         return BatchSampler(
             rows,
             self.store.crystals.sizes[rows],
             self._edge_counts(name) if self.max_edges is not None else None,
-            Budget(crystals=self.batch_size // parts, atoms=self.max_atoms, edges=self.max_edges),
+            self.share_of_a_step(parts),
             shuffle=train,
             seed=self.seed,
             rank=rank,
@@ -274,6 +280,13 @@ class CrystalDataModule(pl.LightningDataModule):
             multiple=parts if train else world_size,
             start=self.start if train else (0, 0),
         )
+
+    def share_of_a_step(self, parts: int) -> Budget:
+        """Return what one of ``parts`` batches of a step may hold."""
+        atoms = [] if self.max_atoms is None else [self.max_atoms]
+        atoms += [] if self.batch_atoms is None else [self.batch_atoms // parts]
+        crystals = None if self.batch_size is None else self.batch_size // parts
+        return Budget(crystals=crystals, atoms=min(atoms, default=None), edges=self.max_edges)
 
     def _edge_counts(self, name: str) -> NDArray[np.int64]:
         counts = []

@@ -30,9 +30,18 @@ class BatchRequest(NamedTuple):
 class Budget:
     """What one batch on one device may hold: at most so many crystals, atoms and directed edges."""
 
-    crystals: int
+    crystals: int | None
     atoms: int | None = None
     edges: int | None = None
+
+    def for_any(self, atoms: NDArray[np.int64]) -> Budget:
+        """Return the same with room for the largest crystal, given the sizes [n], and without a bound on edges."""
+        return Budget(crystals=self.crystals, atoms=None if self.atoms is None else max(self.atoms, int(atoms.max())))
+
+    def __str__(self) -> str:
+        """Name what is bounded."""
+        bounds = {"crystals": self.crystals, "atoms": self.atoms, "edges": self.edges}
+        return ", ".join(f"{bound} {name}" for name, bound in bounds.items() if bound is not None)
 
 
 def pack(
@@ -72,8 +81,8 @@ def pack(
             break
         if batches >= n // multiple * multiple:
             raise DataError(
-                f"{n} crystals don't fit into batches of at most {budget.crystals} crystals, {budget.atoms} atoms and "
-                f"{budget.edges} edges, their number a multiple of {multiple}; raise batch_size, max_atoms or max_edges"
+                f"{n} crystals don't fit into batches of at most {budget}, their number a multiple of {multiple}; "
+                "raise batch_size, batch_atoms, max_atoms or max_edges"
             )
         batches += max(multiple, batches // 50)
     members = order[np.argsort(label[order], kind="stable")]

@@ -17,7 +17,7 @@ from crysldnet.build import build
 from crysldnet.data.batch import make_batch
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.data.fingerprint import formulas_of
-from crysldnet.data.sampler import BatchSampler, Budget
+from crysldnet.data.sampler import BatchSampler
 from crysldnet.data.split import Rows
 from crysldnet.errors import ConfigError
 from crysldnet.finetune.settings import FinetuneConfig, make_data, make_encoder
@@ -144,6 +144,5 @@ def _together(folder: Path, infos: list[dict[str, Any]], data: CrystalDataModule
 def _batches(data: CrystalDataModule, rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
     if len(rows):
         sizes = data.store.crystals.sizes[rows]
-        atoms = None if data.max_atoms is None else max(data.max_atoms, int(sizes.max()))
-        budget = Budget(crystals=data.batch_size, atoms=atoms)
+        budget = data.share_of_a_step(1).for_any(sizes)
         yield from (chosen for chosen, *_ in BatchSampler(rows, sizes, None, budget, shuffle=False))

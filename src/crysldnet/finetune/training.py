@@ -21,6 +21,7 @@ from crysldnet.models.head import Prediction, PropertyModel
 from crysldnet.models.target import Classes, TargetType
 from crysldnet.training import checkpoint
 from crysldnet.training.calibrate import calibrate
+from crysldnet.training.checkpoint_file import BEST, LAST, check_best
 from crysldnet.training.pretraining_set import seen_crystals
 from crysldnet.training.run_folder import code_version
 from crysldnet.training.trainer import TrainerSettings, announce, fit, make_trainer
@@ -133,7 +134,7 @@ def train(
     )
     announce("finetune", trainer, model, data)
     metrics = {name: value for name, value in fit(trainer, module, data).items() if name == "train/loss"}
-    best = folder / "checkpoints" / ("best.ckpt" if has_validation else "last.ckpt")
+    best = _best(folder / "checkpoints", has_validation)
     if has_validation:
         metrics |= _evaluate(trainer.validate, module, data, best)
     predictions: Predictions = {}
@@ -193,6 +194,13 @@ def export(
         info["calibration"] = calibrate([partial], file, data, drawn=file.parent / "plots", device=device)
         partial.unlink()
     trainer.strategy.barrier("export")
+
+
+def _best(checkpoints: Path, has_validation: bool) -> Path:
+    best = check_best(checkpoints) if has_validation else None
+    if best is None and has_validation:
+        note(f"{checkpoints / BEST} isn't there: the weights of the last epoch are taken")
+    return best or checkpoints / LAST
 
 
 def _evaluate(loop: Any, module: FinetuneModule, data: CrystalDataModule, best: Path) -> dict[str, float]:

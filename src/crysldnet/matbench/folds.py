@@ -128,7 +128,7 @@ def fold_data(run: TaskRun, fold: int, recipe: Recipe | None = None) -> CrystalD
 
 
 def predict(
-    models: list[PropertyModel], crystals: Crystals, batch_size: int, max_atoms: int | None
+    models: list[PropertyModel], crystals: Crystals, budget: Budget
 ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
     """Return what models that predict together say of B crystals.
 
@@ -137,11 +137,9 @@ def predict(
         where there are none.
     """
     sizes = crystals.sizes
-    atoms = None if max_atoms is None else max(max_atoms, int(sizes.max()))
     device = next(models[0].parameters()).device
     values, stds = np.empty(len(crystals)), np.full(len(crystals), np.nan)
-    budget = Budget(crystals=batch_size, atoms=atoms)
-    for rows, *_ in BatchSampler(np.arange(len(crystals)), sizes, None, budget, shuffle=False):
+    for rows, *_ in BatchSampler(np.arange(len(crystals)), sizes, None, budget.for_any(sizes), shuffle=False):
         batch = make_batch(crystals.take(rows), models[0].encoder.graph).to(device)
         with torch.inference_mode():
             each = [model.predict(batch) for model in models]
@@ -205,7 +203,7 @@ def _keep_predictions(
     loaded = [load_property_model(path) for path in paths]
     structures = run.task.get_test_data(fold, include_target=False)
     models = [model.to(run.device) for model, _ in loaded]
-    predicted, std = predict(models, crystals_of(structures), data.batch_size, data.max_atoms)
+    predicted, std = predict(models, crystals_of(structures), data.share_of_a_step(1))
     if not np.isfinite(predicted).all():
         raise DataError(f"fold {fold} of {run.name}: {int((~np.isfinite(predicted)).sum())} predictions are not finite")
     sizes: dict[str, float] = {"train_crystals": len(data.rows["train"]), "validation_crystals": len(data.rows["val"])}

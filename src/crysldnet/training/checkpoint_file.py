@@ -26,6 +26,7 @@ from crysldnet.training.atomic import whole_file
 
 FORMAT_VERSION = 1
 LAST = "last.ckpt"
+BEST = "best.ckpt"
 HEADER = "crysldnet"
 """Key under which a checkpoint holds what its header will say of the position in the run."""
 _DIGEST = 64
@@ -139,6 +140,25 @@ class CheckpointFile(CheckpointIO):
         if damage:
             raise CheckpointError(f"no checkpoint is left to resume from: {'; '.join(damage)}; begin the run again")
         return None
+
+
+def check_best(folder: Path) -> Path | None:
+    """Return the checkpoint of the best epoch so far, verified, or None where there is none.
+
+    Raises:
+        CheckpointError: it is damaged; there is no other of that epoch.
+    """
+    best = folder / BEST
+    if not best.exists():
+        return None
+    try:
+        verify(best)
+    except DamagedError as error:
+        raise CheckpointError(
+            f"{error}; no other file has the weights of that epoch. Begin the run again, or delete this file and go on "
+            "with resume=last: the best of the epochs to come is taken then, or the last where none is better"
+        ) from error
+    return best
 
 
 def _older(last: Path, number: int) -> Path:

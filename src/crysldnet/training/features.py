@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crysldnet.data.batch import CrystalBatch, make_batch
 from crysldnet.data.datamodule import CrystalDataModule
-from crysldnet.data.sampler import BatchSampler, Budget
+from crysldnet.data.sampler import BatchSampler
 from crysldnet.encoders.protocol import Encoder
 
 
@@ -35,8 +35,7 @@ class FeatureTable:
         """Compute the features of all crystals of a data module, on a device."""
         rows = np.concatenate(list(data.rows.values()))
         sizes = data.store.crystals.sizes[rows]
-        atoms = None if data.max_atoms is None else max(data.max_atoms, int(sizes.max()))
-        budget = Budget(crystals=data.batch_size, atoms=atoms)
+        budget = data.share_of_a_step(1).for_any(sizes)
         begin, parts, count = torch.full((len(data.store),), -1), [], 0
         for chosen, *_ in BatchSampler(rows, sizes, None, budget, shuffle=False):
             crystals = data.store.crystals.take(chosen)

@@ -41,12 +41,12 @@ def topology(trainer: pl.Trainer, hosts: list[str]) -> str:
     """Describe processes, hosts, strategy, precision and the share of a process in a step."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     accumulate = trainer.accumulate_grad_batches
-    share = data.batch_size // (trainer.world_size * accumulate)
+    share = data.share_of_a_step(trainer.world_size * accumulate)
     nodes = ", ".join(f"{count} on {host}" for host, count in Counter(hosts).items())
     return (
         f"{trainer.world_size} processes ({nodes}), strategy {name_of(trainer.strategy)}, precision "
-        f"{trainer.precision}; at most {data.batch_size} crystals a step: {share} a process"
-        f"{f' in each of {accumulate} batches' if accumulate > 1 else ''}"
+        f"{trainer.precision}; a batch of at most {share} in each"
+        f"{f', {accumulate} of them a step' if accumulate > 1 else ''}"
     )
 
 
@@ -66,9 +66,9 @@ class RankWatch(Callback):
 
     def __init__(self, timeout: timedelta) -> None:
         self.timeout_s = self._silence_s = timeout.total_seconds()
-        self._place, self._moved, self._answered = "before its first batch", 0.0, 0.0
-        self._heard: dict[int, tuple[str, float, str]] = {}
-        """Of the ranks that are watched: the last heartbeat, when it came, and where the rank was."""
+        self._place, self._moved, self._answered, self._moves = "before its first batch", 0.0, 0.0, 0
+        self._heard: dict[int, tuple[str, float, int, str]] = {}
+        """Of the ranks that are watched: the last heartbeat, when it came, how often the rank moved, and where to."""
         self._children: list[Popen] = []
         self._watching, self._ending = threading.Event(), threading.Lock()
 
@@ -88,11 +88,11 @@ class RankWatch(Callback):
         self._store = dist.PrefixStore("crysldnet", server)
         if self.rank == 0:
             self._store.set(FAILURE, "")
-        self._store.set(str(self.rank), "0 ")
+        self._store.set(str(self.rank), "0 0 ")
         dist.barrier()
         watched = range(1, trainer.world_size) if self.rank == 0 else range(1)
         now = time.monotonic()
-        self._heard = dict.fromkeys(watched, ("", now, ""))
+        self._heard = dict.fromkeys(watched, ("", now, 0, ""))
         self._moved = self._answered = now
         self._watching.set()
         for task in (self._talk, self._judge):
@@ -105,7 +105,7 @@ class RankWatch(Callback):
             self._watching.clear()
 
     def _move(self, place: str) -> None:
-        self._place, self._moved = place, time.monotonic()
+        self._place, self._moved, self._moves = place, time.monotonic(), self._moves + 1
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -155,7 +155,7 @@ class RankWatch(Callback):
             beats += 1
             ranks = list(self._heard)
             try:
-                self._store.set(str(self.rank), f"{beats} {self._place}")
+                self._store.set(str(self.rank), f"{beats} {self._moves} {self._place}")
                 failure, *said = [b.decode() for b in self._store.multi_get([FAILURE, *map(str, ranks)])]
             except RuntimeError:
                 time.sleep(GONE_S)  # where all were asked to stop, this rank soon knows
@@ -168,9 +168,9 @@ class RankWatch(Callback):
             elif failure:
                 self._end(failure, told=True)
             for rank, text in zip(ranks, said, strict=True):
-                count, _, place = text.partition(" ")
+                count, moves, place = text.split(" ", 2)
                 if count != self._heard[rank][0]:
-                    self._heard[rank] = (count, now, place)
+                    self._heard[rank] = (count, now, int(moves), place)
             time.sleep(BEAT_S)
 
     def _judge(self) -> None:
@@ -184,7 +184,7 @@ class RankWatch(Callback):
                         time.sleep(2 * BEAT_S)  # what it says of itself comes first
                     self._end(f"{self._names[self.rank + 1 + i]} ended with {_status(status)}")
             now = time.monotonic()
-            for rank, (_, heard, place) in list(self._heard.items()):
+            for rank, (_, heard, _, place) in list(self._heard.items()):
                 silent = now - (self._answered if rank == 0 else heard)
                 if silent > self._silence_s and self._watching.is_set():
                     self._end(f"{self._names[rank]} hasn't answered for {silent:.0f} s; it was {place}", told=rank == 0)
@@ -192,12 +192,20 @@ class RankWatch(Callback):
                 self._end(f"nothing moved for {now - self._moved:.0f} s. {self._places()}")
 
     def _places(self) -> str:
-        """Say where the processes are that this one knows of; the one that is behind is the one that hangs."""
-        ranks: dict[str, list[int]] = {self._place: [self.rank]}
-        for rank, (_, _, place) in self._heard.items():
-            ranks.setdefault(place, []).append(rank)
-        groups = sorted(ranks.items(), key=lambda group: len(group[1]))[:8]
-        return "; ".join(f"rank {', '.join(map(str, members[:8]))}: {place}" for place, members in groups)
+        """Say where the processes are that this one knows of, first those that all others wait for."""
+        heard = {rank: (moves, place) for rank, (_, _, moves, place) in self._heard.items()}
+        heard[self.rank] = (self._moves, self._place)
+        groups: dict[tuple[int, str], list[int]] = {}
+        for rank, where in heard.items():
+            groups.setdefault(where, []).append(rank)
+        (_, place), behind = min(groups.items())
+        if len(groups) == 1:
+            return f"All are {place}"
+        named = ", ".join(self._names[rank] for rank in behind[:8])
+        others = [
+            f"rank {', '.join(map(str, ranks[:8]))}: {where}" for (_, where), ranks in sorted(groups.items())[1:8]
+        ]
+        return f"The others wait for {named}: {place}; {'; '.join(others)}"
 
     def _end(self, message: str, *, told: bool = False) -> NoReturn:
         """End this process and its children; the first rank says why, or all where it is the cause."""

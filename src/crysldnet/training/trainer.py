@@ -30,7 +30,7 @@ from crysldnet.console import note
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.errors import DataError, DeviceError, Interrupted
 from crysldnet.training.averaging import AverageOfLast, moving_average
-from crysldnet.training.checkpoint_file import CheckpointFile
+from crysldnet.training.checkpoint_file import BEST, CheckpointFile, check_best
 from crysldnet.training.diagnostics import Diagnostics
 from crysldnet.training.finite import RefuseNonFinite
 from crysldnet.training.loggers import MetricsFile
@@ -213,7 +213,7 @@ def make_trainer(
         patience: validations without a lower value of ``monitor`` after which training stops; None for none.
 
     Raises:
-        CheckpointError: none of the checkpoints can be resumed from.
+        CheckpointError: none of the checkpoints can be resumed from, or that of the best epoch is damaged.
     """
     accelerator = settings.resolve_accelerator()
     if accelerator == "cpu":
@@ -221,6 +221,8 @@ def make_trainer(
     checkpoints = folder / "checkpoints"
     files = CheckpointFile(owner, settings.keep_checkpoints)
     start = files.newest(checkpoints) if resume else None
+    if start is not None and monitor is not None:
+        check_best(checkpoints)  # now, not after days
     callbacks: list[Callback] = [
         RefuseNonFinite(folder, settings.max_bad_steps),
         SeedEveryBatch(seed),
@@ -235,7 +237,9 @@ def make_trainer(
     callbacks += [LearningRateMonitor(logging_interval="epoch"), Diagnostics()]
     if monitor is not None:
         callbacks.append(
-            ModelCheckpoint(checkpoints, filename="best", monitor=monitor, mode="min", enable_version_counter=False)
+            ModelCheckpoint(
+                checkpoints, filename=Path(BEST).stem, monitor=monitor, mode="min", enable_version_counter=False
+            )
         )
         if patience is not None:
             callbacks.append(EarlyStopping(monitor, patience=patience, mode="min", check_finite=False))
