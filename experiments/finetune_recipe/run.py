@@ -110,11 +110,12 @@ def score(errors: dict[int, list[float]], best: dict[int, float]) -> float:
 def records(study: Study, found: dict[str, dict[int, list[float]]]) -> list[evidence.Record]:
     """Return every recipe's error at every size, and its mean factor over the lowest."""
     best = {size: min(float(np.mean(errors[size])) for errors in found.values()) for size in study.sizes}
-    first = next((study.runs / "finetune").glob("*/summary.json"))
+    summaries = [json.loads(file.read_text()) for file in sorted((study.runs / "finetune").glob("*/summary.json"))]
+    commits = dict.fromkeys(summary["code_version"].rpartition("+")[2] for summary in summaries)
     common = {
         "data": f"mp_cgcnn training file of ≤ {MAX_ATOMS} atoms, compared on {HELD_OUT['second']:,} held out",
         "command": "python experiments/finetune_recipe/run.py --data FOLDER",
-        "commit": json.loads(first.read_text())["code_version"].rpartition("+")[2],
+        "commit": ", ".join(commits),
         "seeds": study.seeds,
     }
     made = []

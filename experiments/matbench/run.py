@@ -1,13 +1,13 @@
 """All folds of matbench_jdft2d and matbench_phonons, from scratch, pretrained, and taught labels of other properties.
 
-python experiments/matbench/run.py --data FOLDER [--parallel N] [--epochs N] [--members N]
-python experiments/matbench/run.py --pretrained ENCODER [--parallel N] …
+python experiments/matbench/run.py --data FOLDER [--arms ARM …] [--parallel N] [--epochs N] [--members N]
+python experiments/matbench/run.py --pretrained ENCODER --arms scratch pretrained …
 
 FOLDER holds mp_cgcnn_train.parquet, which is pretrained on, mp_cgcnn_val.parquet and mp_cgcnn_test.parquet, and
 mp_elasticity_train.parquet and mp_elasticity_val.parquet, whose labels the third arm learns before. ENCODER is an
-encoder.safetensors that was pretrained before; it is refused where its pretraining set has a formula of either task,
-and there is no third arm. Runs that are complete are not run again, so an interrupted study goes on where it stopped.
-Any key=value is given to all arms.
+encoder.safetensors that was pretrained before; it is refused where its pretraining set has a formula of either task.
+Runs that are complete are not run again, so an interrupted study goes on where it stopped. What came out of each arm
+is kept in arms.json, and the table and the plot show all arms that are there. Any key=value is given to all arms.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ COMMAND = "python experiments/matbench/run.py"
 TASKS = ("matbench_jdft2d", "matbench_phonons")
 SEED = 0
 LOG = "target_types={exfoliation_en: log, last phdos peak: log}"
+ARMS = ["scratch", "pretrained", "labels"]
 RECIPES = ["head=mean", f"head=attention '{LOG}'"]
 """Each fold takes the one of the lowest error on a tenth of its own training crystals."""
 PRETRAINING = ["data.batch_size=64", "trainer.precision=bf16-mixed", "stages.vae.epochs=8", "stages.diffusion.epochs=4"]
@@ -127,10 +129,21 @@ def encoder_choice(config: dict[str, Any], path: Path) -> str:
     return str(path)
 
 
-def study(runs: Path, encoder: Path, labelled: Path | None, settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Run the arms with the same encoder configuration, recipes and seed; return their summaries."""
-    same = encoder_choice(checkpoint.read(encoder, "encoder")[0]["encoder"], runs / "encoder.yaml")
-    common = [
+def launch(arm: str, runs: Path, encoder: Path, settings: argparse.Namespace) -> dict[str, Any]:
+    """Run an arm with the same encoder configuration, recipes and seed as the others; return what is kept of it."""
+    if arm == "scratch":
+        same = encoder_choice(checkpoint.read(encoder, "encoder")[0]["encoder"], runs / "encoder.yaml")
+        own = (f"encoder={same}", "algorithm=CrysLDNet-scratch")
+    elif arm == "pretrained":
+        own = (f"pretrained={encoder}", "algorithm=CrysLDNet")
+    else:
+        labelled = learn_labels(runs, settings.data.absolute(), encoder)
+        own = (f"pretrained={labelled}", "algorithm=CrysLDNet-labels")
+    summary = evidence.launch(
+        runs,
+        "matbench",
+        arm,
+        *own,
         f"tasks={json.dumps(TASKS)}",
         f"recipes={json.dumps(RECIPES)}",
         f"ensemble={settings.members}",
@@ -142,57 +155,56 @@ def study(runs: Path, encoder: Path, labelled: Path | None, settings: argparse.N
         f"seed={SEED}",
         f"parallel={settings.parallel}",
         *settings.further,
-    ]
-    arms = {
-        "scratch": (f"encoder={same}", "algorithm=CrysLDNet-scratch"),
-        "pretrained": (f"pretrained={encoder}", "algorithm=CrysLDNet"),
-        "labels": (f"pretrained={labelled}", "algorithm=CrysLDNet-labels"),
+    )
+    return {
+        "commit": evidence.current_commit(HERE),
+        "data": f"five folds, embedded crystals, ensembles of {settings.members}, {settings.epochs} epochs",
+        "machine": evidence.describe_machine(),
+        "date": date.today().isoformat(),
+        "scores": {task: summary["tasks"][task]["scores"] for task in TASKS},
     }
-    if labelled is None:
-        del arms["labels"]
-    return {arm: evidence.launch(runs, "matbench", arm, *own, *common) for arm, own in arms.items()}
 
 
-def scores_of(summary: dict[str, Any], task: str) -> TaskScores:
-    """Return a task's scores, as a run's summary has them."""
-    scores = summary["tasks"][task]["scores"]
+def scores_of(arm: dict[str, Any], task: str) -> TaskScores:
+    """Return the scores of an arm in the folds of a task."""
+    scores = arm["scores"][task]
     return TaskScores(task, {fold: scores[f"fold_{fold}"] for fold in range(len(scores))}, {}, "embedded")
 
 
-def records_of(summaries: dict[str, dict[str, Any]], settings: argparse.Namespace) -> list[evidence.Record]:
-    """Return mean and spread over the folds, ranks, and the gain by pretraining fold by fold."""
-    commit, records = evidence.current_commit(HERE), []
+def records_of(arms: dict[str, dict[str, Any]]) -> list[evidence.Record]:
+    """Return mean and spread over the folds, ranks, and the gain over the first arm fold by fold."""
+    records = []
 
-    def record(name: str, metric: str, values: list[float], unit: str, task: str) -> None:
+    def record(task: str, arm: str, metric: str, values: list[float], unit: str) -> None:
         made = evidence.summarise(
             [float(np.mean(values))],
-            name=name,
+            name=f"{task}, {arm}",
             metric=metric,
             unit=unit,
             seeds=[SEED],
-            data=f"{task}, five folds, embedded crystals, ensembles of {settings.members}, {settings.epochs} epochs",
+            data=f"{task}, {arms[arm]['data']}",
             command=COMMAND,
-            commit=commit,
+            commit=arms[arm]["commit"],
         )
         spread = float(np.std(values)) if len(values) > 1 else None  # over the folds, as the leaderboard states it
-        records.append(replace(made, spread=spread))
+        records.append(replace(made, spread=spread, machine=arms[arm]["machine"], date=arms[arm]["date"]))
 
     for task in TASKS:
-        errors = {arm: scores_of(summary, task) for arm, summary in summaries.items()}
-        for arm, scores in errors.items():
+        entries = len(load_leaderboard()["tasks"][task]["entries"])
+        for name, arm in arms.items():
+            scores = scores_of(arm, task)
             folds = [scores.folds[fold]["mae"] for fold in sorted(scores.folds)]
-            place = next(place for place in ranking(arm, scores) if place.own)
-            record(f"{task}, {arm}", "MAE", folds, scores.unit, task)
-            entries = len(load_leaderboard()["tasks"][task]["entries"])
-            record(f"{task}, {arm}", f"rank, beside {entries} entries", [place.rank], "1", task)
-        scratch = errors.pop("scratch").folds
-        for arm, scores in errors.items():
-            gain = [100 * (1 - scores.folds[fold]["mae"] / scratch[fold]["mae"]) for fold in sorted(scratch)]
-            record(f"{task}, {arm}", "lower than from scratch, fold by fold", gain, "%", task)
+            record(task, name, "MAE", folds, scores.unit)
+            place = next(place for place in ranking(name, scores) if place.own)
+            record(task, name, f"rank, beside {entries} entries", [place.rank], "1")
+            if name != "scratch" and "scratch" in arms:
+                scratch = scores_of(arms["scratch"], task).folds
+                gain = [100 * (1 - mae / scratch[fold]["mae"]) for fold, mae in enumerate(folds)]
+                record(task, name, "lower than from scratch, fold by fold", gain, "%")
     return records
 
 
-def draw(summaries: dict[str, dict[str, Any]], path: Path) -> None:
+def draw(arms: dict[str, dict[str, Any]], path: Path) -> None:
     """Draw the arms among the entries of the leaderboard; bars are standard deviations over the folds."""
     from matplotlib.figure import Figure
 
@@ -200,14 +212,14 @@ def draw(summaries: dict[str, dict[str, Any]], path: Path) -> None:
     for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
         rows = [(name, mean, std, False) for name, mean, std in load_leaderboard()["tasks"][task]["entries"]]
         rows = [row for row in rows if row[0] != "Dummy"]  # it would squeeze all others together
-        for arm, summary in summaries.items():
-            scores = scores_of(summary, task)
-            rows.append((f"this work, {arm}", scores.mean(), scores.std(), True))
+        for name, arm in arms.items():
+            scores = scores_of(arm, task)
+            rows.append((f"this work, {name}", scores.mean(), scores.std(), True))
         rows.sort(key=lambda row: -row[1])
         for place, (_, mean, std, own) in enumerate(rows):
             axes.errorbar(mean, place, xerr=std, fmt="o", color="tab:red" if own else "tab:gray", capsize=2)
         axes.set_yticks(range(len(rows)), [row[0] for row in rows])
-        axes.set_xlabel(f"MAE ({scores_of(summaries['scratch'], task).unit})")
+        axes.set_xlabel(f"MAE ({scores.unit})")
         axes.set_title(task)
     figure.savefig(path, dpi=150)
 
@@ -215,18 +227,22 @@ def draw(summaries: dict[str, dict[str, Any]], path: Path) -> None:
 def main() -> None:
     """Run everything and write results.json, the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", type=Path, metavar="FOLDER", help="folder of the Parquet files to pretrain on")
-    source.add_argument("--pretrained", type=Path, metavar="ENCODER", help="encoder.safetensors of an earlier run")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder of the Parquet files to pretrain on")
+    parser.add_argument("--pretrained", type=Path, metavar="ENCODER", help="encoder.safetensors of an earlier run")
     parser.add_argument("--runs", type=Path, default=Path("runs/matbench-study"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of results.json, README.md and the plot")
     parser.add_argument("--encoder", default="neighbor_attention_small", help="configuration to pretrain with --data")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="what to run; earlier results are kept")
     parser.add_argument("--parallel", type=int, default=1, help="folds at the same time")
     parser.add_argument("--epochs", type=int, default=60, help="of each model")
     parser.add_argument("--members", type=int, default=4, help="models of a fold that predict together")
     parser.add_argument("--pretraining", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of it")
     parser.add_argument("further", nargs="*", metavar="KEY=VALUE", help="further settings of all arms")
     settings = parser.parse_args()
+    if settings.data is None and settings.pretrained is None:
+        parser.error("give --data FOLDER or --pretrained ENCODER")
+    if settings.data is None and "labels" in settings.arms:
+        parser.error("the arm labels needs --data; without it: --arms scratch pretrained")
     runs: Path = settings.runs.absolute()
     runs.mkdir(parents=True, exist_ok=True)
     encoder = (
@@ -235,12 +251,14 @@ def main() -> None:
         else pretrain(runs, settings.data.absolute(), settings.encoder, settings.pretraining)
     )
     audit(encoder)
-    labelled = None
-    if settings.data is not None:
-        labelled = learn_labels(runs, settings.data.absolute(), encoder)
-    summaries = study(runs, encoder, labelled, settings)
-    draw(summaries, settings.out / "leaderboard.png")
-    evidence.write(settings.out, records_of(summaries, settings))
+    kept = settings.out / "arms.json"
+    arms = json.loads(kept.read_text()) if kept.exists() else {}
+    for arm in settings.arms:
+        arms[arm] = launch(arm, runs, encoder, settings)
+        arms = {name: arms[name] for name in ARMS if name in arms}
+        kept.write_text(json.dumps(arms, indent=1) + "\n")
+        draw(arms, settings.out / "leaderboard.png")
+        evidence.write(settings.out, records_of(arms))
 
 
 if __name__ == "__main__":
