@@ -185,7 +185,7 @@ def test_a_run_with_other_choices_resumes_with_them_and_refuses_others(tmp_path,
         (folder / file).unlink()
     other = crysldnet("pretrain", "name=p", "resume=last", "encoder.variant=clean", cwd=tmp_path)
     assert other.returncode == 2
-    assert "was begun with encoder=" in other.stderr
+    assert "was begun with encoder.variant=" in other.stderr
     done = crysldnet("pretrain", "name=p", "resume=last", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load((folder / "config.yaml").read_text())["objective"]["_target_"].endswith("Published")

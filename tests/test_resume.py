@@ -114,6 +114,13 @@ def test_signals_and_the_time_limit_save_and_stop(tmp_path, small, whole, monkey
     assert min(rates) > 1, "time is counted from the resume on"
 
 
+def test_a_time_limit_shorter_than_the_start_still_takes_a_step_each_time(tmp_path, small):
+    for step in (1, 2):
+        with pytest.raises(Interrupted, match="the time limit"):
+            run(tmp_path, small, "trainer.time_limit_minutes=1e-9", *(["resume=last"] if step > 1 else []))
+        assert verify(tmp_path / "pretrain/run/vae/checkpoints" / LAST)["step"] == step
+
+
 @pytest.mark.parametrize("every", ["steps=1", "minutes=1e-9"])
 def test_checkpoints_are_saved_by_steps_and_by_time(tmp_path, small, monkeypatch, every):
     class PowerCut(Exception):
@@ -191,6 +198,13 @@ def test_a_damaged_checkpoint_of_the_best_epoch_is_said_with_its_mend(tmp_path, 
         patch.setattr(ModelCheckpoint, "_save_topk_checkpoint", lambda *_: None)
         assert train("resume=last") == 0
     assert "the weights of the last epoch are taken" in capsys.readouterr().err
+
+
+def test_a_file_where_the_checkpoints_belong_is_said_before_the_first_step(tmp_path, small):
+    (tmp_path / "pretrain/run/vae").mkdir(parents=True)
+    (tmp_path / "pretrain/run/vae/checkpoints").write_text("")
+    with pytest.raises(CheckpointError, match=r"there is a file where the checkpoints' folder belongs"):
+        run(tmp_path, small)
 
 
 @pytest.mark.parametrize("change", ["rows", "values"])

@@ -238,13 +238,23 @@ def refuse_changed(composition: Composition, saved: Path) -> None:
     before = yaml.safe_load(saved.read_text())
     for key, value in composition.values.items():
         if key not in MAY_CHANGE and before.get(key) != value:
+            name, then, now = _first_difference(key, before.get(key), value)
             raise ConfigError(
-                f"{key}: the run in {saved.parent} was begun with {key}={before.get(key)}, not {value}; "
+                f"{name}: the run in {saved.parent} was begun with {name}={then}, not {now}; "
                 "resume it as it was, or begin another",
-                key,
+                name,
             )
         if key in ("epochs", "stages") and before.get(key) != value:
             note(f"{key} differ from those that the run was begun with; its learning rates stay as they were planned")
+
+
+def _first_difference(key: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+    """Return the innermost key whose values differ, and both."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for part in {**now, **before}:
+            if before.get(part) != now.get(part):
+                return _first_difference(f"{key}.{part}", before.get(part), now.get(part))
+    return key, before, now
 
 
 def refuse_unused(composition: Composition) -> None:

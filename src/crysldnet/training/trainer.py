@@ -28,7 +28,7 @@ from torch import nn
 
 from crysldnet.console import note
 from crysldnet.data.datamodule import CrystalDataModule
-from crysldnet.errors import DataError, DeviceError, Interrupted
+from crysldnet.errors import CheckpointError, DataError, DeviceError, Interrupted
 from crysldnet.training.averaging import AverageOfLast, moving_average
 from crysldnet.training.checkpoint_file import BEST, CheckpointFile, check_best
 from crysldnet.training.diagnostics import Diagnostics
@@ -213,12 +213,15 @@ def make_trainer(
         patience: validations without a lower value of ``monitor`` after which training stops; None for none.
 
     Raises:
-        CheckpointError: none of the checkpoints can be resumed from, or that of the best epoch is damaged.
+        CheckpointError: none of the checkpoints can be resumed from, that of the best epoch is damaged, or there is no
+            place for them.
     """
     accelerator = settings.resolve_accelerator()
     if accelerator == "cpu":
         keep_freed_memory()
     checkpoints = folder / "checkpoints"
+    if checkpoints.exists() and not checkpoints.is_dir():
+        raise CheckpointError(f"{checkpoints}: there is a file where the checkpoints' folder belongs; move it away")
     files = CheckpointFile(owner, settings.keep_checkpoints)
     start = files.newest(checkpoints) if resume else None
     if start is not None and monitor is not None:
