@@ -25,6 +25,7 @@ from crysldnet.errors import CheckpointError, ConfigError, Interrupted
 from crysldnet.finetune.module import FinetuneModule
 from crysldnet.training import checkpoint, resume, run_folder
 from crysldnet.training.checkpoint_file import HEADER, LAST, CheckpointFile, DamagedError, verify
+from crysldnet.training.diagnostics import Diagnostics
 from crysldnet.training.run_folder import RunFolder
 from tiny import finetune_config, pretrain_config, repeatable, subset
 
@@ -112,6 +113,14 @@ def test_signals_and_the_time_limit_save_and_stop(tmp_path, small, whole, monkey
     with (resumed / "vae" / "metrics.csv").open(newline="") as file:
         rates = [float(row["train/atoms_per_s"]) for row in csv.DictReader(file) if row.get("train/atoms_per_s")]
     assert min(rates) > 1, "time is counted from the resume on"
+
+
+def test_a_signal_after_the_last_step_is_not_lost(tmp_path, small, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Diagnostics, "on_train_end", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted, match="stopped by SIGTERM after training"):
+            run(tmp_path, small)
+    assert_equal_runs(whole, run(tmp_path, small, "resume=last"))
 
 
 def test_a_time_limit_shorter_than_the_start_still_takes_a_step_each_time(tmp_path, small):

@@ -82,14 +82,6 @@ def test_finetuning_is_stopped_between_its_members_and_while_it_is_tested(tmp_pa
     assert a == whole
 
 
-def test_a_signal_after_the_last_step_is_not_lost(tmp_path, small):
-    words = [*ENCODER, *DENOISER, *QUIET, f"data.path={small}", "data.batch_size=8", "stage=vae", "stages.vae.epochs=1"]
-    ending = ("crysldnet.training.diagnostics", "Diagnostics", "on_train_end", "1", "SIGTERM")
-    stopped(run(tmp_path, "pretrain", *words, "name=a", at=ending), "SIGTERM")
-    done = run(tmp_path, "pretrain", "name=a", "resume=last")
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="who sent a signal is known on Linux alone")
 @pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_all_processes_leaves_those_that_build_batches_until_the_step_is_done(tmp_path, small, sent):
