@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from crysldnet import cli, finetune, pretrain
+from crysldnet.config import compose, refuse_changed
 from crysldnet.data.sampler import BatchSampler, Budget
 from crysldnet.errors import CheckpointError, ConfigError, Interrupted
 from crysldnet.finetune.module import FinetuneModule
@@ -214,6 +217,19 @@ def test_a_file_where_the_checkpoints_belong_is_said_before_the_first_step(tmp_p
     (tmp_path / "pretrain/run/vae/checkpoints").write_text("")
     with pytest.raises(CheckpointError, match=r"there is a file where the checkpoints' folder belongs"):
         run(tmp_path, small)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"), [([], None), (["data.batch_atoms=640"], "begun with data.batch_atoms=None")]
+)
+def test_a_run_of_a_version_without_a_key_is_resumed_unless_the_key_is_given(tmp_path, given, says):
+    old = compose("pretrain", []).values
+    del old["data"]["batch_atoms"], old["validate_in_train_mode"]
+    saved = tmp_path / "config.yaml"
+    saved.write_text(yaml.safe_dump(old))
+    composition = compose("pretrain", given, saved)
+    with pytest.raises(ConfigError, match=says) if says else nullcontext():
+        refuse_changed(composition, saved)
 
 
 @pytest.mark.parametrize("change", ["rows", "values"])

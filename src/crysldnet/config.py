@@ -10,7 +10,7 @@ one stops the run.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -237,24 +237,38 @@ def refuse_changed(composition: Composition, saved: Path) -> None:
     """
     before = yaml.safe_load(saved.read_text())
     for key, value in composition.values.items():
-        if key not in MAY_CHANGE and before.get(key) != value:
-            name, then, now = _first_difference(key, before.get(key), value)
+        differs = _first_difference(key, before.get(key), value, composition.given)
+        if differs is None or (key not in before and not _is_given(key, composition.given)):
+            continue
+        if key not in MAY_CHANGE:
+            name, then, now = differs
             raise ConfigError(
                 f"{name}: the run in {saved.parent} was begun with {name}={then}, not {now}; "
                 "resume it as it was, or begin another",
                 name,
             )
-        if key in ("epochs", "stages") and before.get(key) != value:
+        if key in ("epochs", "stages"):
             note(f"{key} differ from those that the run was begun with; its learning rates stay as they were planned")
 
 
-def _first_difference(key: str, before: Any, now: Any) -> tuple[str, Any, Any]:
-    """Return the innermost key whose values differ, and both."""
+def _first_difference(key: str, before: Any, now: Any, given: Collection[str]) -> tuple[str, Any, Any] | None:
+    """Return the innermost key whose values differ, and both; None where there is none.
+
+    A key that an earlier version of the package didn't have doesn't count, unless it is given now.
+    """
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for part in {**now, **before}:
-            if before.get(part) != now.get(part):
-                return _first_difference(f"{key}.{part}", before.get(part), now.get(part))
-    return key, before, now
+            name = f"{key}.{part}"
+            if part in before or _is_given(name, given):
+                differs = _first_difference(name, before.get(part), now.get(part), given)
+                if differs is not None:
+                    return differs
+        return None
+    return None if before == now else (key, before, now)
+
+
+def _is_given(key: str, given: Collection[str]) -> bool:
+    return any(one == key or one.startswith(f"{key}.") for one in given)
 
 
 def refuse_unused(composition: Composition) -> None:
