@@ -219,9 +219,7 @@ def test_a_file_where_the_checkpoints_belong_is_said_before_the_first_step(tmp_p
         run(tmp_path, small)
 
 
-@pytest.mark.parametrize(
-    ("given", "says"), [([], None), (["data.batch_atoms=640"], "begun with data.batch_atoms=None")]
-)
+@pytest.mark.parametrize(("given", "says"), [([], None), (["data.batch_atoms=640"], "with data.batch_atoms=None")])
 def test_a_run_of_a_version_without_a_key_is_resumed_unless_the_key_is_given(tmp_path, given, says):
     old = compose("pretrain", []).values
     del old["data"]["batch_atoms"], old["validate_in_train_mode"]
