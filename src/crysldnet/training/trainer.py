@@ -226,6 +226,45 @@ def make_trainer(
     start = files.newest(checkpoints) if resume else None
     if start is not None and monitor is not None:
         check_best(checkpoints)  # now, not after days
+    save_and_stop = SaveAndStop(
+        checkpoints,
+        every_steps=settings.checkpoint_every_steps,
+        every_minutes=settings.checkpoint_every_minutes,
+        limit_minutes=settings.time_limit_minutes,
+        every_epochs=validate_every,
+        start=start,
+    )
+    return pl.Trainer(
+        accelerator=accelerator,
+        devices=settings.devices,
+        num_nodes=settings.nodes,
+        strategy=strategy,
+        precision=settings.precision,
+        max_epochs=epochs,
+        check_val_every_n_epoch=validate_every,
+        accumulate_grad_batches=settings.accumulate,
+        gradient_clip_val=gradient_clip,
+        deterministic=settings.deterministic,
+        callbacks=[*_callbacks(settings, strategy, folder, seed, monitor, patience), save_and_stop],
+        logger=[MetricsFile(folder / "metrics.csv", start[1]["step"] if start is not None else 0), *loggers],
+        log_every_n_steps=settings.log_every,
+        enable_progress_bar=settings.progress_bar,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        plugins=[files, *environment()],
+    )
+
+
+def _callbacks(
+    settings: TrainerSettings,
+    strategy: Strategy | str,
+    folder: Path,
+    seed: int,
+    monitor: str | None,
+    patience: int | None,
+) -> list[Callback]:
+    """Return the callbacks of a stage, in the order in which they are called; what saves and stops comes after them."""
     callbacks: list[Callback] = [
         RefuseNonFinite(folder, settings.max_bad_steps),
         SeedEveryBatch(seed),
@@ -241,40 +280,16 @@ def make_trainer(
     if monitor is not None:
         callbacks.append(
             ModelCheckpoint(
-                checkpoints, filename=Path(BEST).stem, monitor=monitor, mode="min", enable_version_counter=False
+                folder / "checkpoints",
+                filename=Path(BEST).stem,
+                monitor=monitor,
+                mode="min",
+                enable_version_counter=False,
             )
         )
         if patience is not None:
             callbacks.append(EarlyStopping(monitor, patience=patience, mode="min", check_finite=False))
-    save_and_stop = SaveAndStop(
-        checkpoints,
-        every_steps=settings.checkpoint_every_steps,
-        every_minutes=settings.checkpoint_every_minutes,
-        limit_minutes=settings.time_limit_minutes,
-        every_epochs=validate_every,
-        start=start,
-    )
-    trainer = pl.Trainer(
-        accelerator=accelerator,
-        devices=settings.devices,
-        num_nodes=settings.nodes,
-        strategy=strategy,
-        precision=settings.precision,
-        max_epochs=epochs,
-        check_val_every_n_epoch=validate_every,
-        accumulate_grad_batches=settings.accumulate,
-        gradient_clip_val=gradient_clip,
-        deterministic=settings.deterministic,
-        callbacks=[*callbacks, save_and_stop],
-        logger=[MetricsFile(folder / "metrics.csv", start[1]["step"] if start is not None else 0), *loggers],
-        log_every_n_steps=settings.log_every,
-        enable_progress_bar=settings.progress_bar,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        plugins=[files, *environment()],
-    )
-    return trainer
+    return callbacks
 
 
 @rank_zero_only
