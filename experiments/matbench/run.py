@@ -252,9 +252,9 @@ def main() -> None:
     )
     audit(encoder)
     kept = settings.out / "arms.json"
-    arms = json.loads(kept.read_text()) if kept.exists() else {}
     for arm in settings.arms:
-        arms[arm] = launch(arm, runs, encoder, settings)
+        made = launch(arm, runs, encoder, settings)
+        arms = {**(json.loads(kept.read_text()) if kept.exists() else {}), arm: made}  # others may have ended meanwhile
         arms = {name: arms[name] for name in ARMS if name in arms}
         kept.write_text(json.dumps(arms, indent=1) + "\n")
         draw(arms, settings.out / "leaderboard.png")
