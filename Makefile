@@ -38,12 +38,12 @@ fill = -e 's|@$(1)@|$(call quoted,$(2))|g'
 # The script of a job, for a command and its arguments.
 slurm_script = sed $(call fill,NODES,$(NODES)) $(call fill,GPUS,$(GPUS)) $(call fill,CPUS,$(CPUS)) $(call fill,TIME,$(TIME)) \
 	$(call fill,RUNS,$(RUNS)) $(call fill,RUN,$(RUN)) $(call fill,COMMAND,$(1)) $(call fill,ARGS,$(2)) conf/slurm.sh
-# What SLURM or the shell would stumble over later, said now.
+# Some of what SLURM or the shell would stumble over later, said now.
 said = { echo "$(1)" >&2; exit 2; }
 checked = for pair in 'GPUS=$(call single,$(GPUS))' 'NODES=$(call single,$(NODES))' 'CPUS=$(call single,$(CPUS))'; do \
 	case $${pair\#*=} in ''|0*|*[!0-9]*) $(call said,$$pair: give a whole number from 1 on);; esac; done; \
-	case '$(call single,$(RUNS))' in *[!A-Za-z0-9_./+=,:@-]*) \
-	$(call said,RUNS has a character that the script of a job can't hold in the name of a folder: use letters$(comma) digits and _./+=$(comma):@-);; esac; \
+	case '$(call single,$(RUNS))' in ''|-*|*[!A-Za-z0-9_./+=,:@-]*) \
+	$(call said,RUNS is empty or has a character that the script of a job can't hold in the name of a folder: use letters$(comma) digits and _./+=$(comma):@-);; esac; \
 	$(call slurm_script,$(1),$(2)) | bash -n 2>/dev/null || $(call said,ARGS: quotes or parentheses aren't closed; put every key=value that has one of its own into quotes)
 submit = $(checked); command -v sbatch >/dev/null || { echo "sbatch isn't here: run this on a login node of a SLURM cluster, or leave SLURM out" >&2; exit 1; }; \
 	mkdir -p $(RUNS)/slurm && script=$(RUNS)/slurm/$$(date +%Y-%m-%d_%H-%M-%S)-$$$$.sh && $(call slurm_script,$(1),$(2)) >$$script && \

@@ -62,7 +62,7 @@ def main() -> None:
     commit, records = evidence.current_commit(HERE), []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        evidence.launch(folder, "finetune", "model", *TINY, "epochs=1")
+        evidence.launch(folder, "finetune", "model", *TINY, "epochs=1", "min_steps=0")
         for count in options.crystals:
             store = folder / f"{count}.store"
             write_store(store, repeated(count))

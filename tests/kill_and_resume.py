@@ -22,9 +22,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from crysldnet import cli, pretrain
+from crysldnet.stopping import RUN_NAME
 from crysldnet.training import checkpoint
 from crysldnet.training.checkpoint_file import verify
-from crysldnet.training.run_folder import NAME_VARIABLE
 from tiny import DENOISER, ENCODER, QUIET, repeatable
 
 RUN = [
@@ -80,7 +80,7 @@ def start(arguments: list[str], ranks: int, log: Path) -> list[int]:
         output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        os.environ.pop(NAME_VARIABLE, None)
+        os.environ.pop(RUN_NAME, None)
         if ranks > 1:
             rank_zero_only.rank = rank
             os.environ |= {

@@ -32,8 +32,8 @@ from crysldnet.data import locations
 from crysldnet.data.published.catalog import definition_of
 from crysldnet.data.split import Split
 from crysldnet.errors import CrysldnetError
+from crysldnet.stopping import RUN_NAME
 from crysldnet.training import plots
-from crysldnet.training.run_folder import NAME_VARIABLE
 from tiny import DENOISER, ENCODER, QUIET, subset
 
 ROOT = Path(__file__).parents[1]
@@ -231,7 +231,7 @@ class Reader:
             check_further(command, settings)
             self.checked.append(line)
             return
-        os.environ.pop(NAME_VARIABLE, None)
+        os.environ.pop(RUN_NAME, None)
         assert cli.run(self._small(arguments)) == 0
         self.ran.append(line)
 
@@ -311,7 +311,7 @@ def started(tmp_path_factory: pytest.TempPathFactory, embedded: Path) -> Path:
 def reader(tmp_path: Path, embedded: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
     in_folder(tmp_path / "folder", embedded, monkeypatch)
     yield Reader(tmp_path / "folder")
-    os.environ.pop(NAME_VARIABLE, None)
+    os.environ.pop(RUN_NAME, None)
 
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make isn't installed")

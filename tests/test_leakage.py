@@ -31,9 +31,9 @@ from crysldnet.data.matching import Matcher, duplicates, matches
 from crysldnet.data.schema import table_from_crystals
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import ConfigError, DataError
+from crysldnet.stopping import RUN_NAME
 from crysldnet.training import checkpoint
 from crysldnet.training.pretraining_set import describe_overlap, pretraining_overlap
-from crysldnet.training.run_folder import NAME_VARIABLE
 from tiny import finetune_config, pretrain_config, subset
 
 ANY = Tolerance(np.inf, np.inf)
@@ -246,7 +246,7 @@ def pretrained(tmp_path: Path, name: str, *arguments: str) -> Path:
 
 @pytest.fixture(autouse=True)
 def fresh_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(NAME_VARIABLE, raising=False)
+    monkeypatch.delenv(RUN_NAME, raising=False)
 
 
 @pytest.mark.parametrize("by", ["formula", "structure"])
@@ -255,7 +255,7 @@ def test_pretraining_leaves_out_what_is_excluded_and_says_so(
 ) -> None:
     train, test = overlapping
     folder = pretrained(tmp_path, by, f"data.path={train}", f"data.exclude=[{test}]", f"data.exclude_by={by}")
-    monkeypatch.delenv(NAME_VARIABLE, raising=False)
+    monkeypatch.delenv(RUN_NAME, raising=False)
     summary = json.loads((folder / "summary.json").read_text())
     info, _ = checkpoint.read(folder / "encoder.safetensors", "encoder")
     split = json.loads((folder / "split.json").read_text())
@@ -284,7 +284,7 @@ def test_an_encoder_remembers_the_crystals_of_both_stages(tmp_path: Path, monkey
         pq.write_table(whole.take(rows), tmp_path / f"{name}.parquet")
     fractions = "data.split.fractions=[1.0, 0.0, 0.0]"
     first = pretrained(tmp_path, "first", f"data.path={tmp_path / 'one.parquet'}", fractions)
-    monkeypatch.delenv(NAME_VARIABLE, raising=False)
+    monkeypatch.delenv(RUN_NAME, raising=False)
     second = pretrained(
         tmp_path, "second", f"data.path={tmp_path / 'two.parquet'}", fractions, "stage=diffusion",
         f"init={first / 'vae' / 'pretraining.safetensors'}", "stages.diffusion.epochs=1",
@@ -300,11 +300,11 @@ def test_finetuning_reports_the_test_crystals_that_pretraining_saw(
 ) -> None:
     path = subset(tmp_path / "small.parquet", train=40, val=10, test=12)
     everything = pretrained(tmp_path, "all", f"data.path={path}", "data.split.fractions=[1.0, 0.0, 0.0]")
-    monkeypatch.delenv(NAME_VARIABLE, raising=False)
+    monkeypatch.delenv(RUN_NAME, raising=False)
     apart = pretrained(tmp_path, "apart", f"data.path={path}", "data.split.by=column")
 
     def summary(name: str, encoder: str) -> dict:
-        monkeypatch.delenv(NAME_VARIABLE, raising=False)
+        monkeypatch.delenv(RUN_NAME, raising=False)
         arguments = [f"runs={tmp_path / 'runs'}", f"name={name}", f"data.path={path}", f"pretrained={encoder}"]
         config, values = finetune_config(*arguments, "epochs=1", "data.batch_size=16", "trainer.accelerator=cpu")
         assert finetune.run(config, values) == 0
@@ -367,7 +367,7 @@ def test_structures_of_the_test_split_leave_no_trace_in_a_pretrained_encoder(
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), tmp_path / "two.parquet")
     states = []
     for name in ("one", "two"):
-        monkeypatch.delenv(NAME_VARIABLE, raising=False)
+        monkeypatch.delenv(RUN_NAME, raising=False)
         folder = pretrained(tmp_path, name, f"data.path={tmp_path / name}.parquet", "data.split.by=column")
         states.append(checkpoint.read(folder / "encoder.safetensors", "encoder")[1])
     assert open_store(str(tmp_path / "one.parquet")).hash != open_store(str(tmp_path / "two.parquet")).hash

@@ -26,8 +26,9 @@ from crysldnet.data.store import CrystalStore
 from crysldnet.errors import ConfigError, DataError
 from crysldnet.finetune import make_encoder
 from crysldnet.reports.run_files import matbench_tasks
+from crysldnet.stopping import RUN_NAME
 from crysldnet.training.checkpoint import load_property_model
-from crysldnet.training.run_folder import NAME_VARIABLE, RunFolder
+from crysldnet.training.run_folder import RunFolder
 from tiny import pretrain_config
 
 if importlib.util.find_spec("matbench") is None:
@@ -52,7 +53,7 @@ TINY = [
 
 @pytest.fixture(autouse=True, scope="module")
 def _clean_environment() -> Iterator[None]:
-    names = (NAME_VARIABLE, tasks.MATMINER_DATA)
+    names = (RUN_NAME, tasks.MATMINER_DATA)
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
     yield
     for name in names:
@@ -62,7 +63,7 @@ def _clean_environment() -> Iterator[None]:
 
 def run(*arguments: str) -> str:
     """Run the command in this process and return what it printed."""
-    os.environ.pop(NAME_VARIABLE, None)
+    os.environ.pop(RUN_NAME, None)
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         assert cli.run(["matbench", *TINY, *arguments]) == 0
@@ -128,7 +129,7 @@ def opened() -> tuple[Any, tasks.Source]:
 
 def in_memory(opened: tuple[Any, tasks.Source], tmp_path: Path, *arguments: str) -> folds.TaskRun:
     """Return what the folds share, for looking at their data without training."""
-    os.environ.pop(NAME_VARIABLE, None)
+    os.environ.pop(RUN_NAME, None)
     config = settings(*arguments)
     encoder, _, _ = make_encoder(config)
     folder = RunFolder(str(tmp_path), "matbench", "looked-at", resume=False)
@@ -442,7 +443,7 @@ def test_the_notes_count_the_crystals_that_pretraining_saw(opened: tuple[Any, ta
     arguments = [f"data.path={tmp_path / 'seen.parquet'}", "data.split.by=random", "stage=vae", "stages.vae.epochs=1"]
     everything = "data.split.fractions=[1.0, 0.0, 0.0]"
     config, values = pretrain_config(*arguments, everything, f"runs={tmp_path}", "trainer.accelerator=cpu")
-    os.environ.pop(NAME_VARIABLE, None)
+    os.environ.pop(RUN_NAME, None)
     assert pretrain.run(config, values) == 0
     encoder = tmp_path / "pretrain" / "latest"
     pretrained = in_memory(opened, tmp_path / "one", f"pretrained={encoder}")

@@ -23,8 +23,8 @@ from crysldnet.data.published.catalog import PUBLISHED
 from crysldnet.data.published.store_maker import make_store
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import ConfigError, CrysldnetError, Interrupted
+from crysldnet.stopping import RUN_NAME
 from crysldnet.training.processes import Job, places, run_jobs
-from crysldnet.training.run_folder import NAME_VARIABLE
 from tiny import finetune_config, subset
 
 if importlib.util.find_spec("matbench") is None:
@@ -79,7 +79,7 @@ def small(starter: CrystalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def run(root: Path, *arguments: str) -> dict[str, Any]:
     """Run the command in this process and return the summary."""
-    os.environ.pop(NAME_VARIABLE, None)
+    os.environ.pop(RUN_NAME, None)
     assert cli.run(["matbench", *TINY, f"runs={root}", "name=a", *arguments]) == 0
     return json.loads((root / "matbench" / "a" / "summary.json").read_text())
 

@@ -28,9 +28,9 @@ from crysldnet.finetune.settings import make_data, make_encoder, make_types
 from crysldnet.finetune.training import make_model
 from crysldnet.models.ensemble import combine
 from crysldnet.models.head import Prediction, PropertyModel
+from crysldnet.stopping import RUN_NAME
 from crysldnet.training import checkpoint
 from crysldnet.training.optimizer import AdamW
-from crysldnet.training.run_folder import NAME_VARIABLE
 from tiny import QUIET, finetune_config, pretrain_config, subset
 
 
@@ -356,7 +356,7 @@ def test_two_processes_train_a_frozen_model_and_score_all_of_its_classes(tmp_pat
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        env={k: v for k, v in os.environ.items() if k != NAME_VARIABLE},
+        env={k: v for k, v in os.environ.items() if k != RUN_NAME},
     )
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "finetune" / "two"

@@ -35,7 +35,7 @@ from crysldnet.data.published.store_maker import make_store, seeded_split
 from crysldnet.data.split import Split
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
-from crysldnet.training.run_folder import NAME_VARIABLE
+from crysldnet.stopping import RUN_NAME
 from tiny import ENCODER, QUIET
 
 COUNT = 40
@@ -513,13 +513,13 @@ def test_a_model_trains_on_a_published_set(
 ) -> None:
     put(data_folder / "raw" / "jarvis_dft_3d", jarvis_files(rows_of(starter)))
     assert cli.run(["data", "download", "jarvis_dft_3d"]) == 0
-    monkeypatch.delenv(NAME_VARIABLE, raising=False)
+    monkeypatch.delenv(RUN_NAME, raising=False)
     small = ["data.num_workers=0", "data.batch_size=16", "epochs=1", "min_steps=0"]
     arguments = ["finetune", "data=jarvis", "data.targets=[mbj_bandgap]", f"runs={tmp_path / 'runs'}", "name=gap"]
     assert cli.run([*arguments, *ENCODER, *QUIET, *small, "trainer.accelerator=cpu"]) == 0
     summary = json.loads((tmp_path / "runs/finetune/gap/summary.json").read_text())
     assert summary["train_crystals"] == 22
-    monkeypatch.delenv(NAME_VARIABLE, raising=False)
+    monkeypatch.delenv(RUN_NAME, raising=False)
 
 
 @pytest.mark.parametrize(

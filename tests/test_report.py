@@ -23,7 +23,7 @@ from crysldnet.data.elements import SYMBOLS
 from crysldnet.errors import ConfigError, DataError
 from crysldnet.reports import names_of
 from crysldnet.reports.run_files import read_run
-from crysldnet.training.run_folder import NAME_VARIABLE
+from crysldnet.stopping import RUN_NAME
 from html_page import Page, assert_self_contained
 from tiny import ENCODER, QUIET, keep_two_curves, subset
 
@@ -46,12 +46,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for seed in (0, 1):
-            patch.delenv(NAME_VARIABLE, raising=False)
+            patch.delenv(RUN_NAME, raising=False)
             targets = f"data.targets=[{','.join(TARGETS)}]"
             line = ["data.path=data.parquet", targets, f"seed={seed}", f"name=seed{seed}"]
             assert cli.run(["finetune", *ENCODER, *QUIET, *TRAIN, *line]) == 0
             keep_two_curves(folder / "runs" / "finetune" / f"seed{seed}" / "metrics.csv")
-    os.environ.pop(NAME_VARIABLE, None)
+    os.environ.pop(RUN_NAME, None)
     return folder
 
 

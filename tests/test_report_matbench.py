@@ -17,7 +17,7 @@ from crysldnet import cli
 from crysldnet.data.elements import SYMBOLS
 from crysldnet.data.locations import open_store
 from crysldnet.errors import DataError
-from crysldnet.training.run_folder import NAME_VARIABLE
+from crysldnet.stopping import RUN_NAME
 from html_page import Page, assert_self_contained
 from tiny import ENCODER, QUIET, keep_two_curves
 
@@ -46,12 +46,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Calls]:
         patch.chdir(folder)
         patch.delenv("MATMINER_DATA", raising=False)
         for name, folds, seed in (("a", "0,3", 0), ("b", "0", 1)):
-            patch.delenv(NAME_VARIABLE, raising=False)
+            patch.delenv(RUN_NAME, raising=False)
             with pytest.MonkeyPatch.context() as watch:
                 if name == "a":
                     watch.setattr(MatbenchTask, "get_test_data", watched)
                 assert cli.run(["matbench", *line, f"name={name}", f"folds=[{folds}]", f"seed={seed}"]) == 0
-    os.environ.pop(NAME_VARIABLE, None)
+    os.environ.pop(RUN_NAME, None)
     for file in folder.glob("runs/matbench/*/*/*/metrics.csv"):
         keep_two_curves(file)
     return folder, calls

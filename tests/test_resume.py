@@ -26,7 +26,8 @@ from crysldnet.config import compose, refuse_changed
 from crysldnet.data.sampler import BatchSampler, Budget
 from crysldnet.errors import CheckpointError, ConfigError, Interrupted
 from crysldnet.finetune.module import FinetuneModule
-from crysldnet.training import checkpoint, resume, run_folder
+from crysldnet.stopping import RUN_NAME
+from crysldnet.training import checkpoint, resume
 from crysldnet.training.checkpoint_file import HEADER, LAST, CheckpointFile, DamagedError, verify
 from crysldnet.training.diagnostics import Diagnostics
 from crysldnet.training.run_folder import RunFolder
@@ -327,7 +328,7 @@ def test_a_folder_in_use_is_refused_and_a_killed_process_leaves_no_lock(tmp_path
         os.write(tell, b".")
         time.sleep(600)
     os.read(ready, 1)
-    os.environ.pop(run_folder.NAME_VARIABLE, None)
+    os.environ.pop(RUN_NAME, None)
     with pytest.raises(ConfigError, match=f"process {pid} on .* is working in this folder"):
         RunFolder(str(tmp_path), "pretrain", "shared", resume=True)
     os.kill(pid, signal.SIGKILL)
@@ -449,13 +450,13 @@ def test_ranks_that_torchrun_started_agree_on_a_name(tmp_path, monkeypatch):
     environment = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": "2"}
     for name, value in {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.delenv(run_folder.NAME_VARIABLE, raising=False)
+    monkeypatch.delenv(RUN_NAME, raising=False)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     names = []
     for rank in (0, 1):
         monkeypatch.setattr(rank_zero_only, "rank", rank)
         names.append(RunFolder(str(tmp_path), "pretrain", None, resume=False).name)
-        monkeypatch.delenv(run_folder.NAME_VARIABLE, raising=False)
+        monkeypatch.delenv(RUN_NAME, raising=False)
         time.sleep(1.1)  # the name is the time
     assert names[0] == names[1]
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")

@@ -21,13 +21,13 @@ import yaml
 from crysldnet import cli, sweep
 from crysldnet.config import choices
 from crysldnet.errors import ConfigError
+from crysldnet.stopping import RUN_NAME
 from crysldnet.sweep import agents
 from crysldnet.sweep.parallel_coordinates import make_axis
 from crysldnet.sweep.proposals import ARGUMENTS, Trial, import_sweeps, to_stop
 from crysldnet.sweep.results import best_first, write_results
 from crysldnet.sweep.trials import find_metric, read_history
 from crysldnet.training import processes
-from crysldnet.training.run_folder import NAME_VARIABLE
 
 if importlib.util.find_spec("sweeps") is None:
     pytest.skip("the sweeps package isn't installed", allow_module_level=True)
@@ -74,11 +74,11 @@ else:
 
 @pytest.fixture(autouse=True)
 def _no_run_name() -> Iterator[None]:
-    before = os.environ.pop(NAME_VARIABLE, None)
+    before = os.environ.pop(RUN_NAME, None)
     yield
-    os.environ.pop(NAME_VARIABLE, None)
+    os.environ.pop(RUN_NAME, None)
     if before is not None:
-        os.environ[NAME_VARIABLE] = before
+        os.environ[RUN_NAME] = before
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_a_stopped_sweep_keeps_its_finished_runs(write: Any, tmp_path: Path, pro
     assert "stopped by SIGTERM; continue with resume=last" in process.stderr.read()
     with pytest.raises(ConfigError, match="begun with another seed"):
         cli.run([*line, "resume=last", "seed=1"])
-    os.environ.pop(NAME_VARIABLE, None)
+    os.environ.pop(RUN_NAME, None)
     program.plan.write_text(json.dumps({**plan, "0.2": {"values": [2.0]}, "0.3": {"values": [1.0]}}))
     assert cli.run([*line, "resume=last"]) == 0
     assert [float(row["val/mae"]) for row in results(tmp_path / "sweep" / "stopped")] == [3.0, 2.0, 1.0]

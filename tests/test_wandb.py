@@ -20,9 +20,9 @@ import wandb_file
 from crysldnet import cli
 from crysldnet.config import compose
 from crysldnet.errors import ConfigError
+from crysldnet.stopping import RUN_NAME
 from crysldnet.training.diagnostics import Diagnostics
 from crysldnet.training.loggers import wandb
-from crysldnet.training.run_folder import NAME_VARIABLE
 from crysldnet.training.wandb_run import publish, summary_of, unit_of
 from tiny import DENOISER, ENCODER, QUIET, subset
 
@@ -43,18 +43,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_DATA_DIR", str(folder / "staging"))
         patch.setenv("WANDB_CACHE_DIR", str(folder / "cache"))
-        for name in ("WANDB_MODE", NAME_VARIABLE):
+        for name in ("WANDB_MODE", RUN_NAME):
             patch.delenv(name, raising=False)
         short = ["stages.vae.epochs=2", "stages.diffusion.epochs=1"]
         assert cli.run(["pretrain", *line, *ENCODER, *DENOISER, *short, "name=p"]) == 0
-        os.environ.pop(NAME_VARIABLE)
+        os.environ.pop(RUN_NAME)
         assert cli.run(["finetune", *line, f"pretrained={folder / 'pretrain' / 'p'}", "epochs=2", "name=f"]) == 0
-        os.environ.pop(NAME_VARIABLE)
+        os.environ.pop(RUN_NAME)
         further = [f"pretrained={folder / 'finetune' / 'f'}", "epochs=1", "ensemble=2", "name=e"]
         assert cli.run(["finetune", *line, *further]) == 0
         __import__("wandb").teardown()  # its process writes the last block of a file when it ends
     yield folder
-    os.environ.pop(NAME_VARIABLE, None)
+    os.environ.pop(RUN_NAME, None)
 
 
 def file_of(run: Path) -> Path:

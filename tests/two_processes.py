@@ -21,9 +21,17 @@ STEPS = ["data.batch_size=16", "stage=vae", "stages.vae.epochs=2", "trainer.log_
 CASES = {
     "ddp": ["strategy=ddp"],
     "ddp_static": ["strategy=ddp_static"],
+    "ddp_accumulating": ["strategy=ddp", "trainer.accumulate=2"],
+    "ddp_half": ["strategy=ddp", "trainer.precision=bf16-mixed"],
+    "ddp_double": ["strategy=ddp_static", "trainer.precision=64-true"],
     "fsdp2": ["strategy=fsdp2"],
     "fsdp2_less_memory": ["strategy=fsdp2", "trainer.activation_checkpointing=true", "trainer.accumulate=2"],
     "ddp_less_memory": ["strategy=ddp", "trainer.activation_checkpointing=true", "trainer.ema_decay=0.9"],
+    "ddp_static_less_memory": [
+        "strategy=ddp_static",
+        "trainer.activation_checkpointing=true",
+        "trainer.ema_decay=0.9",
+    ],
     "fsdp2_half": ["strategy=fsdp2", "trainer.precision=bf16-mixed"],
     "fsdp2_teacher": ["strategy=fsdp2", "stage=both", "stages.diffusion.epochs=1", "diffusion.target=ema"],
 }

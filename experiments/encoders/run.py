@@ -77,6 +77,7 @@ def train(runs: Path, encoder: str, name: str, *arguments: str) -> dict:
         "data.targets=[" + ",".join(TARGETS) + "]",
         f"encoder={encoder}",
         "data.batch_size=32",
+        "min_steps=0",
         "trainer.precision=bf16-mixed",
         *arguments,
     )

@@ -33,6 +33,7 @@ def study(runs: Path, seed: int) -> dict[tuple[str, float], dict]:
                 f"seed={seed}",
                 f"pretrained={pretrained}",
                 f"epochs={epochs}",
+                "min_steps=0",
                 f"data.split.train_fraction={share}",
             )
     return results

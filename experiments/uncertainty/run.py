@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parent
 COMMAND = "python experiments/uncertainty/run.py"
 TARGET = "formation_energy_per_atom"
 SEEDS = [0, 1]
-SETTINGS = ["encoder=cgcnn", "optimizer.lr=0.004", "epochs=6", f"data.targets=[{TARGET}]"]
+SETTINGS = ["encoder=cgcnn", "optimizer.lr=0.004", "epochs=6", "min_steps=0", f"data.targets=[{TARGET}]"]
 LEVEL = 0.9
 
 Distance = Callable[[NDArray[np.float64]], NDArray[np.float64]]

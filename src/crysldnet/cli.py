@@ -134,9 +134,8 @@ def main() -> None:
         status = run(sys.argv[1:])
     except (Interrupted, stopping.Stopped) as error:
         stopping.ignore()
-        from crysldnet.training.run_folder import started_by_the_first
-
-        if started_by_the_first():
+        stopping.end_children()
+        if stopping.started_by_the_first():
             status = 0  # the first process tells what became of all; Lightning kills it where another one fails
         else:
             print(f"unfinished: {error}", file=sys.stderr)

@@ -237,8 +237,9 @@ def refuse_changed(composition: Composition, saved: Path) -> None:
     """
     before = yaml.safe_load(saved.read_text())
     for key, value in composition.values.items():
-        differs = _first_difference(key, before.get(key), value, composition.given)
-        if differs is None or (key not in before and not _is_given(key, composition.given)):
+        given = [name for name in composition.given if name not in composition.groups]
+        differs = _first_difference(key, before.get(key), value, given)
+        if differs is None or (key not in before and not _is_given(key, given)):
             continue
         if key not in MAY_CHANGE:
             name, then, now = differs
@@ -268,7 +269,8 @@ def _first_difference(key: str, before: Any, now: Any, given: Collection[str]) -
 
 
 def _is_given(key: str, given: Collection[str]) -> bool:
-    return any(one == key or one.startswith(f"{key}.") for one in given)
+    """Say whether the command line names a key, a part of it, or what it is a part of."""
+    return any(one == key or one.startswith(f"{key}.") or key.startswith(f"{one}.") for one in given)
 
 
 def refuse_unused(composition: Composition) -> None:

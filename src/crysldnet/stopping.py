@@ -8,21 +8,32 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from subprocess import Popen, TimeoutExpired
 from types import FrameType
 
-from crysldnet.errors import Interrupted
+from crysldnet.errors import UNFINISHED, Interrupted
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """Those of schedulers, where the system has them."""
 DEAF_S = 10.0
 """How long nothing is raised after a signal: a group of processes gets it more than once, and an end takes time."""
 
+STUCK_S = 5.0
+"""How long a signal may wait for Python to heed it; in a collective that waits for another process it never does."""
+RUN_NAME = "CRYSLDNET_RUN_NAME"
+"""Carries the first process's id and the run's name, as ID:NAME, to the processes that it starts."""
+
+children: list[Popen] = []
+"""Ranks that this process started; they end with it where it is stopped."""
 _last = -DEAF_S
 _heeded = False
+_raised = threading.Event()
 
 
 class Stopped(BaseException):
@@ -32,6 +43,11 @@ class Stopped(BaseException):
 def heed() -> None:
     """Raise :class:`Stopped` where a signal comes from now on."""
     global _heeded
+    if not _heeded:
+        arrived, noticed = socket.socketpair()
+        noticed.setblocking(False)
+        signal.set_wakeup_fd(noticed.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=_end_where_stuck, args=(arrived, noticed), daemon=True, name="stopping").start()
     _heeded = True
     for number in SIGNALS:
         signal.signal(number, _raise)
@@ -44,9 +60,39 @@ def heed_again() -> None:
 
 
 def _raise(number: int, _: FrameType | None) -> None:
+    _raised.set()
     if not was_told_lately():
         tell()
         raise Stopped(_message(number))
+
+
+def _end_where_stuck(arrived: socket.socket, _: socket.socket) -> None:
+    """End the process where the main thread, waiting outside Python, can't heed a signal."""
+    while number := arrived.recv(1)[0]:
+        if number not in SIGNALS or signal.getsignal(number) is not _raise:
+            continue
+        if not _raised.wait(STUCK_S) and signal.getsignal(number) is _raise:
+            if not started_by_the_first():
+                sys.stderr.write(f"unfinished: {_message(number)}\n")
+                sys.stderr.flush()
+            end_children()
+            os._exit(0 if started_by_the_first() else UNFINISHED)
+
+
+def started_by_the_first() -> bool:
+    """Say whether Lightning started this process from the first one, which tells the exit status of all."""
+    return os.environ.get(RUN_NAME, "").partition(":")[0] == str(os.getppid())
+
+
+def end_children() -> None:
+    """End the ranks that this process started, for they would wait for it."""
+    for child in children:
+        child.terminate()
+    for child in children:
+        try:
+            child.wait(STUCK_S)
+        except TimeoutExpired:
+            child.kill()
 
 
 def tell() -> None:

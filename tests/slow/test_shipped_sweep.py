@@ -7,7 +7,7 @@ import os
 import pytest
 
 from crysldnet import cli
-from crysldnet.training.run_folder import NAME_VARIABLE
+from crysldnet.stopping import RUN_NAME
 from tiny import ENCODER, QUIET, subset
 
 pytestmark = pytest.mark.slow
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 def test_the_sweep_of_finetuning_proposes_stops_and_ranks_real_runs(tmp_path, capsys):
     data = subset(tmp_path / "data.parquet", train=64, val=24)
     common = " ".join([*ENCODER, *QUIET, f"data.path={data}", "data.batch_size=16", "trainer.accelerator=cpu"])
-    os.environ.pop(NAME_VARIABLE, None)
+    os.environ.pop(RUN_NAME, None)
     line = ["sweep", "sweep=finetune", "backend=local", "count=8", "name=s", f"runs={tmp_path}", f"args={common}"]
     assert cli.run(line) == 0
     folder = tmp_path / "sweep" / "s"

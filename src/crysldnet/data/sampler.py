@@ -68,11 +68,19 @@ def pack(
     n = len(atoms)
     if n < multiple:
         raise DataError(f"{n} crystals can't be shared by {multiple} processes; use fewer or a larger set")
-    bounds = [(np.ones(n, np.int64), budget.crystals), (atoms, budget.atoms), (edges, budget.edges)]
-    active = [(cost, limit) for cost, limit in bounds if cost is not None and limit is not None]
-    for cost, limit in active:
-        if cost.max() > limit:
-            raise DataError(f"one crystal alone ({cost.max()}) is over the batch's budget of {limit}")
+    bounds = [
+        ("crystals", np.ones(n, np.int64), budget.crystals),
+        ("atoms", atoms, budget.atoms),
+        ("edges", edges, budget.edges),
+    ]
+    active = [(cost, limit) for _, cost, limit in bounds if cost is not None and limit is not None]
+    for name, cost, limit in bounds:
+        if cost is not None and limit is not None and cost.max() > limit:
+            raise DataError(
+                f"one crystal alone ({cost.max()} {name}) is over the budget of a batch on one device, {limit}; raise "
+                f"data.max_{name}{' or data.batch_atoms' if name == 'atoms' else ''}, or leave such crystals out with "
+                "data.max_crystal_atoms"
+            )
     batches = max(int(np.ceil(cost.sum() / limit)) for cost, limit in active)
     while True:
         batches = min(-(-batches // multiple) * multiple, n // multiple * multiple)

@@ -151,6 +151,8 @@ def check_best(folder: Path) -> Path | None:
     best = folder / BEST
     if not best.exists():
         return None
+    if best.is_dir():  # as DeepSpeed writes and reads them
+        return best
     try:
         verify(best)
     except DamagedError as error:

@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from crysldnet.stopping import noted
-from crysldnet.training.run_folder import NAME_VARIABLE
+from crysldnet.stopping import RUN_NAME, noted
 
 POLL_SECONDS = 0.05
 PROGRAM = [sys.executable, "-m", "crysldnet"]
@@ -95,7 +94,7 @@ def run_jobs(
 
 def start(job: Job, environment: Environment) -> subprocess.Popen[bytes]:
     """Start a job."""
-    whole = {**os.environ, NAME_VARIABLE: None, **environment}
+    whole = {**os.environ, RUN_NAME: None, **environment}
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
         return subprocess.Popen(

@@ -24,6 +24,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import distributed as dist
 
+from crysldnet import stopping
 from crysldnet.errors import UNFINISHED, Interrupted
 from crysldnet.training.strategies import name_of
 
@@ -74,15 +75,16 @@ class RankWatch(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Meet the others and begin to watch."""
-        if stage != "fit" or trainer.world_size == 1 or not dist.is_initialized():
+        if trainer.world_size == 1 or not dist.is_initialized():
             return
         self.rank = trainer.global_rank
         everyone: list[Any] = [None] * trainer.world_size
         dist.all_gather_object(everyone, (os.getpid(), socket.gethostname()))
         self._names = [f"rank {i} (process {pid} on {host})" for i, (pid, host) in enumerate(everyone)]
-        if self.rank == 0:
+        if self.rank == 0 and stage == "fit":
             _print(topology(trainer, [host for _, host in everyone]))
         self._children = list(getattr(trainer.strategy.launcher, "procs", []))
+        stopping.children[:] = self._children
         where = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         server = dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
         self._store = dist.PrefixStore("crysldnet", server)
@@ -129,6 +131,12 @@ class RankWatch(Callback):
         """Note how far this rank is."""
         self._move(f"in validation batch {batch_idx}, epoch {trainer.current_epoch}")
 
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Note how far this rank is."""
+        self._move(f"in test batch {batch_idx}")
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Tell the others of a failure, or give the watch time to find whose failure this one follows from."""
         if not self._watching.is_set():
@@ -141,7 +149,8 @@ class RankWatch(Callback):
         if of_a_collective(exception):
             self._silence_s = min(self._silence_s, GONE_S)
             time.sleep(SEARCH_S)  # where a cause is found, this process ends here
-            _print(f"a collective failed, and every process still answers. {self._places()}")
+            if self.rank == 0:  # which alone knows of all
+                _print(f"a collective failed, and every process still answers. {self._places()}")
         with suppress(RuntimeError):
             self._store.set(FAILURE, f"{self._names[self.rank]} failed: {type(exception).__name__}: {exception}")
         self._watching.clear()
@@ -188,7 +197,8 @@ class RankWatch(Callback):
                 silent = now - (self._answered if rank == 0 else heard)
                 if silent > self._silence_s and self._watching.is_set():
                     self._end(f"{self._names[rank]} hasn't answered for {silent:.0f} s; it was {place}", told=rank == 0)
-            if now - self._moved > self.timeout_s + SEARCH_S and self._watching.is_set():
+            patience = self.timeout_s + SEARCH_S + (0.0 if self.rank == 0 else GONE_S)  # the first rank knows of all
+            if now - self._moved > patience and self._watching.is_set():
                 self._end(f"nothing moved for {now - self._moved:.0f} s. {self._places()}")
 
     def _places(self) -> str:

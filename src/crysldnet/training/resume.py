@@ -83,24 +83,16 @@ class SaveAndStop(Checkpoint):
             for number in SIGNALS:
                 signal.signal(number, self._note_signal)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Outside training a signal is heeded at once; Lightning's handler would have ranks wait for one another."""
-        if trainer.state.fn != "fit":
-            stopping.heed_again()
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """As in validation."""
-        stopping.heed_again()
-
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal:  # a person who can't wait for the step's end
             raise KeyboardInterrupt
         self._signal = number
 
-    def stop_if_told(self, where: str) -> None:
-        """Raise ``Interrupted`` where a signal came and nothing has followed it."""
-        if self._signal:
-            self._stop(self._signal, where)
+    def stop_if_told(self, where: str, trainer: pl.Trainer | None = None) -> None:
+        """Raise ``Interrupted`` where a signal came, to any process where the Trainer is given, and nothing followed."""
+        reason = self._signal if trainer is None else self._agree(trainer)[0]
+        if reason not in (0, TIME_LIMIT):
+            self._stop(reason, where)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int

@@ -27,11 +27,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from crysldnet import __version__
 from crysldnet.errors import ConfigError
+from crysldnet.stopping import RUN_NAME, started_by_the_first
 from crysldnet.training.atomic import write_atomically
 from crysldnet.training.resume import started
-
-NAME_VARIABLE = "CRYSLDNET_RUN_NAME"
-"""Carries the first process's id and the run's name, as ID:NAME, to the processes that it starts."""
 
 
 def code_version() -> str:
@@ -88,17 +86,12 @@ def _given_name() -> str | None:
 
     A name that was given to some other process, which started this one's rank 0 too, says nothing.
     """
-    parent, _, name = os.environ.get(NAME_VARIABLE, "").partition(":")
-    return name if _rank() and name and parent == str(os.getppid()) else None
+    name = os.environ.get(RUN_NAME, "").partition(":")[2]
+    return name if _rank() and name and started_by_the_first() else None
 
 
 def _rank() -> int:
     return getattr(rank_zero_only, "rank", 0)
-
-
-def started_by_the_first() -> bool:
-    """Say whether Lightning started this process from the first one, which tells the exit status of all."""
-    return _given_name() is not None
 
 
 def _agreed_name(base: Path) -> str:
@@ -111,7 +104,7 @@ def _agreed_name(base: Path) -> str:
         from torch.distributed import TCPStore
 
         store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        key = f"{NAME_VARIABLE}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{base}"
+        key = f"{RUN_NAME}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{base}"
         if _rank() == 0:
             store.set(key, _free_name(base))
         return store.get(key).decode()
@@ -153,7 +146,7 @@ class RunFolder:
             raise ConfigError(f"name={name}: a run's name can't hold a path", "name")
         if _rank() == 0:
             self._claim(resume, lock)
-            os.environ[NAME_VARIABLE] = f"{os.getpid()}:{self.name}"
+            os.environ[RUN_NAME] = f"{os.getpid()}:{self.name}"
 
     def _claim(self, resume: bool, lock: bool) -> None:
         exists = (self.path / "config.yaml").exists()

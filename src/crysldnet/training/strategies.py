@@ -53,7 +53,7 @@ def fsdp(
     cpu_offload: bool = False,
     timeout_minutes: float = 30.0,
 ) -> Strategy:
-    """Use one process a GPU, parameters, gradients and optimizer state sharded among them."""
+    """Use one process a GPU, parameters, gradients and optimizer state sharded among them as one flat vector."""
     return _patient(
         FullyShardedFlat,
         timeout_minutes,
@@ -107,6 +107,13 @@ class FullyShardedFlat(FSDPStrategy):
         plugin: Any = self.precision_plugin
         plugin.clip_grad_by_norm = lambda _, clip: wrapped.clip_grad_norm_(clip)  # Lightning's refuses
         return wrapped
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a checkpoint once it is verified and known to hold plain values alone; Lightning's would unpickle it."""
+        if self.is_global_zero:
+            self.checkpoint_io.load_checkpoint(checkpoint_path)
+        self.barrier("checked")
+        return super().load_checkpoint(checkpoint_path, weights_only)
 
 
 class FullyShardedLayers(ModelParallelStrategy):
@@ -176,7 +183,7 @@ def refusals(name: Name, settings: Settings, accelerator: Literal["cpu", "gpu"])
     processes = settings.devices * settings.nodes
     if name == "single" and processes > 1:
         yield ConfigError(f"{processes} processes need strategy=ddp (or fsdp2), not single", "strategy")
-    if name in ("fsdp", "deepspeed") and accelerator == "cpu":
+    if name in ("fsdp", "deepspeed") and accelerator == "cpu":  # torch 2.13 crashes as it gathers fsdp's weights there
         yield ConfigError(f"strategy={name} needs GPUs; on CPU use strategy=ddp or strategy=fsdp2", "strategy")
     if name == "ddp_static" and settings.accumulate > 1:
         yield ConfigError(
@@ -241,6 +248,12 @@ def check_combination(strategy: Strategy | str, settings: Settings, accelerator:
         raise refusal
     started = started_processes()
     asked = settings.devices * settings.nodes
+    if started is None and settings.nodes > 1 and "MASTER_ADDR" not in os.environ:
+        raise ConfigError(
+            f"trainer.nodes={settings.nodes}: nothing has started processes on other machines; use srun (make … "
+            "SLURM=1) or torchrun, or run this on each with MASTER_ADDR, MASTER_PORT and NODE_RANK set",
+            "trainer.nodes",
+        )
     if started is not None and started[0] != asked:
         raise ConfigError(
             f"{started[1]} started {started[0]} process(es), but trainer.devices={settings.devices} × "

@@ -26,6 +26,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
+from crysldnet import stopping
 from crysldnet.console import note
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.errors import CheckpointError, DataError, DeviceError, Interrupted
@@ -234,7 +235,7 @@ def make_trainer(
         every_epochs=validate_every,
         start=start,
     )
-    return pl.Trainer(
+    trainer = pl.Trainer(
         accelerator=accelerator,
         devices=settings.devices,
         num_nodes=settings.nodes,
@@ -254,6 +255,20 @@ def make_trainer(
         num_sanity_val_steps=0,
         plugins=[files, *environment()],
     )
+    _heed_signals(trainer)
+    return trainer
+
+
+def _heed_signals(trainer: pl.Trainer) -> None:
+    """Let signals be heeded at once wherever this Trainer isn't training; Lightning's handler has ranks wait there."""
+    connector = trainer._signal_connector
+    register = connector.register_signal_handlers
+
+    def register_and_heed() -> None:
+        register()
+        stopping.heed_again()
+
+    connector.register_signal_handlers = register_and_heed  # type: ignore[method-assign]
 
 
 def _callbacks(
@@ -339,7 +354,8 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule
         raise Interrupted(
             f"stopped after epoch {trainer.current_epoch} of {trainer.max_epochs}; continue with resume=last"
         )
-    save_and_stop.stop_if_told("after training")
+    if not stopped_early:
+        save_and_stop.stop_if_told("after training", trainer)
     # The averaged weights are in the module now. The callback would swap them out again in a later validation, and
     # load the unaveraged ones for a test.
     trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]

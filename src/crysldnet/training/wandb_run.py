@@ -97,6 +97,7 @@ class WandbRun(WandbLogger):
         super().__init__(**settings)
         self.target_units = target_units
         self.units: dict[str, str] = {}
+        self._gone = False
         self._close_another()
 
     @rank_zero_only
@@ -115,7 +116,15 @@ class WandbRun(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log values at a step."""
+        """Log values at a step; where W&B's own process is gone, training goes on without it."""
+        if not self._gone:
+            try:
+                self._log(metrics, step)
+            except ConnectionError as error:  # a signal to all processes ends it, and a run has to save first
+                self._gone = True
+                note(f"W&B's process is gone ({error}); the rows that follow are in metrics.csv alone")
+
+    def _log(self, metrics: Mapping[str, float], step: int | None) -> None:
         names = [f"{self._prefix}/{name}" if self._prefix else name for name in metrics]
         new = {name: unit_of(name, self.target_units) for name in names if name not in self.units}
         for name in new:
@@ -132,6 +141,9 @@ class WandbRun(WandbLogger):
     def publish(self, folder: Path, pretrained: Path | None) -> None:
         """Log what a complete run left in its folder, and close the W&B run."""
         import wandb
+
+        if self._gone:
+            return
 
         predictions = folder / "predictions_test.csv"
         if predictions.exists():
