@@ -1,6 +1,8 @@
 """Batches: who is in them, what is done to them, and what they may not see."""
 
 import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from conftest import COPPER, PEROVSKITE, ROCKSALT, TRICLINIC, cell, cells_of, put_together
+from crysldnet.data import edge_counts
 from crysldnet.data.batch import make_batch
 from crysldnet.data.corruption import Corruption
 from crysldnet.data.crystals import Crystals
@@ -140,7 +143,7 @@ def test_a_crystal_over_the_budget_is_named_by_its_cost() -> None:
         DataError, match=r"one crystal alone \(90 atoms\) is over the budget of a batch.*, 50; .*max_atoms"
     ):
         pack(atoms, None, Budget(crystals=8, atoms=50), 1, np.arange(3))
-    with pytest.raises(DataError, match=r"\(700\) is over the batch's budget of 600"):
+    with pytest.raises(DataError, match=r"\(700 edges\) is over the budget of a batch.*, 600; .*max_edges"):
         pack(atoms, np.array([700, 30, 60]), Budget(crystals=8, edges=600), 1, np.arange(3))
     assert len(pack(atoms, None, Budget(crystals=8, atoms=90), 1, np.arange(3))) == 2
 
@@ -441,6 +444,21 @@ def test_batches_hold_no_more_edges_than_allowed() -> None:
     assert max(batch.num_atoms for batch in batches) <= 700
     free = data_module(**settings)
     assert max(batch.edge_index.shape[1] for batch in free.train_dataloader()) > largest
+
+
+def test_edges_are_counted_once_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    module = data_module(max_edges=4_500, split=Split(train_fraction=0.05))
+    counted, count = [], edge_counts._count
+    monkeypatch.setattr(edge_counts, "_count", lambda *given: counted.append(1) or count(*given))
+    with ThreadPoolExecutor(4) as pool:  # as four ranks would
+        samplers = list(pool.map(lambda rank: module._sampler("train", rank, 4, 1), range(4)))
+    assert counted == [1]
+    assert all(np.array_equal(sampler.edges, samplers[0].edges) for sampler in samplers)
+    (file,) = tmp_path.rglob("edges-*.npy")
+    file.write_bytes(file.read_bytes()[:100])
+    assert np.array_equal(module._sampler("train", 0, 4, 1).edges, samplers[0].edges), "a damaged file is made again"
+    assert counted == [1, 1]
 
 
 def test_a_batch_holds_the_crystals_of_its_rows(starter: CrystalStore) -> None:

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -237,6 +238,26 @@ def test_a_resumed_run_keeps_its_wandb_id(tmp_path, small, monkeypatch):
     assert wandb.run is None or wandb.run.id == new
 
 
+def test_training_goes_on_where_the_process_of_wandb_is_gone(tmp_path, small, monkeypatch, capsys):
+    """As when a scheduler signals all processes, that one included; the run has to come to its checkpoint."""
+    pytest.importorskip("wandb")
+
+    def end_wandb():
+        own = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()
+        found = [int(line.split()[0]) for line in own if f" {os.getpid()} " in line and "wandb-core" in line]
+        assert found
+        for pid in found:
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(1.0)
+
+    at_batch(monkeypatch, 3, end_wandb)
+    folder = run(tmp_path, small, "logger=wandb", "logger.mode=offline")
+    assert "W&B's process is gone" in capsys.readouterr().err
+    rows = list(csv.DictReader((folder / "vae/metrics.csv").open(newline="")))
+    assert max(int(row["step"]) for row in rows) > 3
+    assert (folder / "summary.json").exists()
+
+
 def test_metrics_survive_a_cut_off_row_and_new_columns(tmp_path):
     file = tmp_path / "metrics.csv"
     log = MetricsFile(file)
@@ -284,6 +305,7 @@ def test_two_ranks_stop_resume_and_skip_together(tmp_path):
     assert found["equal_weights"]
     assert found["equal_metrics"]
     assert found["one_then_two"] == [75, 0, 0]
+    assert found["seen_on_two"] == [64, 64, [1]], "the epoch that two took over has every crystal once"
     assert found["sharded_whole"] == [0, 0]
     assert found["sharded_stopped"] == [75, 75]
     assert found["sharded_resumed"] == [0, 0]

@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from crysldnet.training.ranks import BEAT_S, GONE_S, SEARCH_S, of_a_collective
+from crysldnet.training.ranks import BEAT_S, GONE_S, SEARCH_S, RankWatch, of_a_collective
 from tiny import DENOISER, ENCODER, QUIET, subset
 
 TIMEOUT_S = 10.0
@@ -118,6 +119,20 @@ def test_a_rank_that_answers_but_never_comes_is_named(tmp_path: Path, ranks: lis
             if not gone(pid):
                 os.kill(pid, signal.SIGKILL)
     assert re.search(says.format(pids=pids), said(tmp_path)), said(tmp_path)
+
+
+def test_the_rank_that_all_others_wait_for_is_told_from_them() -> None:
+    watch = RankWatch(timedelta(minutes=1))
+    watch.rank, watch._names = 0, [f"rank {i}" for i in range(4)]
+    watch._moves, watch._place = 12, "in the backward pass of batch 5"
+    watch._heard = dict.fromkeys((1, 2, 3), ("9", 0.0, 12, watch._place))
+    watch._heard[2] = ("9", 0.0, 11, "in the forward pass of batch 5")
+    said = watch._places()
+    assert said == (
+        "The others wait for rank 2: in the forward pass of batch 5; rank 1, 3, 0: in the backward pass of batch 5"
+    )
+    watch._heard.pop(2)
+    assert watch._places() == "All are in the backward pass of batch 5"
 
 
 def test_errors_of_a_collective_are_told_from_a_ranks_own() -> None:

@@ -189,6 +189,52 @@ def test_finetuning_stopped_inside_an_epoch_ends_alike_with_the_same_best_epoch(
     assert rest_found == rest
 
 
+def trap_in(folder):
+    """What makes a file in a folder when it is unpickled."""
+
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(folder / "owned"), "w"))
+
+    return Trap()
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_ends_alike(tmp_path, small, whole, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        at_batch(patch, 8, send(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            run(tmp_path, small, "trainer.checkpoint_every_steps=2")
+    last = tmp_path / "pretrain/run/vae/checkpoints" / LAST
+    last.write_bytes(last.read_bytes()[:-1000])
+    assert_equal_runs(whole, run(tmp_path, small, "resume=last"))
+    assert "going on from last-1.ckpt" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    done = []
+    sync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append("fsync"), sync(descriptor))[1])
+    monkeypatch.setattr(Path, "replace", lambda self, to: (done.append(Path(to).name), replace(self, to))[1])
+    files = CheckpointFile({}, keep=2)
+    for _ in range(2):
+        files.save_checkpoint({"state_dict": {"a": torch.ones(3)}}, tmp_path / LAST)
+    assert done == ["fsync", LAST, "fsync", "fsync", "last-1.ckpt", LAST, "fsync"]  # the folder comes last
+
+
+def test_fsdp_verifies_a_checkpoint_before_lightning_unpickles_it(tmp_path, monkeypatch):
+    from crysldnet.training import strategies
+
+    strategy = strategies.fsdp()
+    strategy.checkpoint_io = CheckpointFile({})
+    monkeypatch.setattr(type(strategy), "is_global_zero", True)
+    monkeypatch.setattr(type(strategy), "barrier", lambda *_: None)
+    trap = tmp_path / LAST
+    CheckpointFile({}).save_checkpoint({"state_dict": {}, "more": trap_in(tmp_path)}, trap)
+    with pytest.raises(CheckpointError, match="more than plain values"):
+        strategy.load_checkpoint(trap)
+    assert not (tmp_path / "owned").exists()
+
+
 def test_a_damaged_checkpoint_of_the_best_epoch_is_said_with_its_mend(tmp_path, small, monkeypatch, capsys):
     def train(*arguments):
         config, values = finetune_config(
@@ -404,16 +450,12 @@ def test_a_checkpoint_of_another_model_or_a_newer_version_is_refused(tmp_path, m
 
 
 def test_a_checkpoint_is_never_unpickled(tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "owned"), "w"))
-
     files, last = CheckpointFile(OWNER), tmp_path / LAST
-    files.save_checkpoint({"weights": Trap(), HEADER: {"step": 1}}, last)  # whole, with the right digest
+    files.save_checkpoint({"weights": trap_in(tmp_path), HEADER: {"step": 1}}, last)  # whole, with the right digest
     assert files.newest(tmp_path) is not None
     with pytest.raises(CheckpointError, match="isn't loaded"):
         files.load_checkpoint(last)
-    last.write_bytes(pickle.dumps(Trap()))
+    last.write_bytes(pickle.dumps(trap_in(tmp_path)))
     with pytest.raises(CheckpointError, match="damaged"):
         files.newest(tmp_path)
     assert not (tmp_path / "owned").exists()

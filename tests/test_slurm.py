@@ -154,5 +154,29 @@ def test_another_number_of_processes_is_refused(
     assert not (tmp_path / "runs").exists()
 
 
+def test_more_nodes_than_anything_has_started_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("MASTER_ADDR", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match=r"trainer\.nodes=4: nothing has started processes on other machines"):
+        cli.run(["pretrain", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.nodes=4", "strategy=ddp"])
+
+
+def test_torchrun_starts_the_command_itself(tmp_path: Path) -> None:
+    data = subset(tmp_path / "data.parquet", train=16, val=8)
+    words = [*ENCODER, f"data.path={data}", "data.batch_size=16", "stage=vae", "stages.vae.epochs=1", "name=a"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "crysldnet"]
+    done = subprocess.run(
+        [*torchrun, "pretrain", "trainer.devices=2", "strategy=ddp", "trainer.progress_bar=false", *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("masked species found") == 1
+    assert json.loads((tmp_path / "runs/pretrain/a/summary.json").read_text())["status"] == "complete"
+
+
 def test_the_template_is_part_of_the_configuration() -> None:
     assert (conf_folder() / "slurm.sh").is_file()

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from crysldnet import finetune
 from crysldnet.training.checkpoint_file import verify
-from tiny import DENOISER, ENCODER, QUIET, subset
+from tiny import DENOISER, ENCODER, QUIET, finetune_config, subset
 
 AT = """
 import importlib, os, signal, sys
@@ -71,15 +72,56 @@ def test_pretraining_is_stopped_while_it_reads_and_between_its_stages(tmp_path, 
 
 def test_finetuning_is_stopped_between_its_members_and_while_it_is_tested(tmp_path, small):
     words = [*ENCODER, *QUIET, f"data.path={small}", "data.batch_size=8", "epochs=1", "min_steps=0", "ensemble=2"]
+    stopped(run(tmp_path, "finetune", *words, "name=a", "trainer.time_limit_minutes=1e-9"), "the time limit")
+    words = [*words, "resume=last", "trainer.time_limit_minutes=null"]
     between = ("crysldnet.finetune.training", "", "calibrate", "1", "SIGTERM")
     stopped(run(tmp_path, "finetune", *words, "name=a", at=between), "SIGTERM")
     testing = ("crysldnet.finetune.module", "FinetuneModule", "test_step", "1", "SIGUSR1")
-    stopped(run(tmp_path, "finetune", "name=a", "resume=last", at=testing), "SIGUSR1")
-    for name, resume in (("a", "last"), ("whole", "null")):
-        done = run(tmp_path, "finetune", *words, f"name={name}", f"resume={resume}")
-        assert done.returncode == 0, done.stderr
+    stopped(run(tmp_path, "finetune", *words, "name=a", at=testing), "SIGUSR1")
+    done = run(tmp_path, "finetune", *words, "name=a")
+    assert done.returncode == 0, done.stderr
+    config, values = finetune_config(*words[:-2], f"runs={tmp_path / 'runs'}", "name=whole")
+    assert finetune.run(config, values) == 0
     a, whole = ((tmp_path / "runs/finetune" / name / "predictions_test.csv").read_text() for name in ("a", "whole"))
     assert a == whole
+
+
+IMPORTING = """
+import os, signal, sys
+from importlib.abc import MetaPathFinder
+class Told(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torch.nn":
+            os.kill(os.getpid(), signal.SIGTERM)
+sys.meta_path.insert(0, Told())
+from crysldnet import cli
+sys.argv = ["crysldnet", "pretrain"]
+cli.main()
+"""
+STUCK = """
+import os, signal, sys, threading, time
+from datetime import timedelta
+from torch import distributed
+from crysldnet import cli, config
+def compose(*_):
+    threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    where = {"init_method": "tcp://127.0.0.1:0", "rank": 0, "world_size": 2}
+    distributed.init_process_group("gloo", **where, timeout=timedelta(seconds=60))
+config.compose = compose
+sys.argv = ["crysldnet", "pretrain"]
+cli.main()
+"""
+"""A command that waits for another process, where Python doesn't come to its handlers."""
+
+
+@pytest.mark.parametrize("program", [IMPORTING, STUCK])
+def test_a_signal_is_heeded_while_torch_is_imported_and_in_a_collective(tmp_path, program):
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT, timeout=120
+    )
+    stopped(done, "SIGTERM")
+    assert time.monotonic() - begun < 50, "not only when the collective has given up"
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="who sent a signal is known on Linux alone")

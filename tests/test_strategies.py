@@ -65,6 +65,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
     said = in_two_processes(folder, data)
     with contextlib.redirect_stdout(io.StringIO()):
         losses = {"one": train(folder, data, "one", "trainer.accumulate=2")}
+        train(folder, data, "one_averaging", "trainer.accumulate=2", "trainer.ema_decay=0.9")
         losses["one_accumulating"] = train(folder, data, "one_accumulating", "trainer.accumulate=4")
         export_untrained(folder, data, "single")
     losses |= {case: losses_of(folder, case) for case in CASES}
@@ -75,7 +76,7 @@ def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return checkpoint.read(folder / "pretrain" / name / "vae" / "pretraining.safetensors", "pretraining")[1]
 
 
-@pytest.mark.parametrize("case", ["ddp", "ddp_static", "fsdp2", "ddp_less_memory"])
+@pytest.mark.parametrize("case", ["ddp", "ddp_static", "fsdp2", "ddp_less_memory", "ddp_static_less_memory"])
 def test_two_processes_train_as_one_with_two_batches_a_step(runs: Any, case: str) -> None:
     """Same crystals a step: the losses of all batches agree to 1e-6, through two epochs."""
     _, losses, _ = runs
@@ -90,13 +91,25 @@ def test_two_processes_end_at_the_weights_of_one(runs: Any) -> None:
     one, two, other = weights(folder, "one"), weights(folder, "ddp"), weights(folder, "fsdp2_half")
     learned = [key for key in one if "running_" not in key and "num_batches" not in key]
     assert all(torch.allclose(one[key], two[key], atol=1e-6) for key in learned)
+    for case in ("ddp_less_memory", "ddp_static_less_memory"):
+        average, averaged = weights(folder, "one_averaging"), weights(folder, case)
+        assert all(torch.allclose(average[key], averaged[key], atol=1e-6) for key in learned)
+        assert not all(torch.allclose(average[key], one[key], atol=1e-6) for key in learned)
     assert not all(torch.allclose(one[key], other[key], atol=1e-6) for key in learned)
 
 
 def test_sharding_accumulates_and_recomputes_as_one_process_does(runs: Any) -> None:
     _, losses, _ = runs
     # Rank r takes batches r, r + 2, …, so both go through the same four batches a step.
-    assert losses["fsdp2_less_memory"] == pytest.approx(losses["one_accumulating"], rel=1e-6, abs=1e-6)
+    for case in ("fsdp2_less_memory", "ddp_accumulating"):
+        assert losses[case] == pytest.approx(losses["one_accumulating"], rel=1e-6, abs=1e-6)
+
+
+def test_processes_train_in_half_and_double_precision(runs: Any) -> None:
+    _, losses, _ = runs
+    assert losses["ddp_half"] == pytest.approx(losses["one"], rel=0.05)
+    assert losses["ddp_half"] != pytest.approx(losses["one"], abs=1e-6)
+    assert losses["ddp_double"] == pytest.approx(losses["one"], rel=1e-3)
 
 
 def test_sharding_trains_in_half_precision_and_with_a_teacher(runs: Any) -> None:

@@ -98,7 +98,11 @@ def main(folder: Path, data: Path) -> dict:
     restore = stop_after_validation()
     found["one_then_two"] = go("grown", "stage=vae", ranks=1)[0]
     restore()
+    before = lines_of(folder / "audit.jsonl")
     found["one_then_two"] += go("grown", "stage=vae", "resume=last")[0]
+    rows = [json.loads(line) for line in (folder / "audit.jsonl").read_text().splitlines()[before:]]
+    seen = [row for line in rows for row in line["rows"]]
+    found["seen_on_two"] = [len(seen), len(set(seen)), sorted({line["epoch"] for line in rows})]
     sharded = ["stage=vae", "strategy=fsdp2", "trainer.ema_decay=null"]
     found["sharded_whole"] = go("sharded_whole", *sharded)[0]
     found["sharded_stopped"] = go("sharded", *sharded, stop_after=9)[0]

@@ -18,6 +18,7 @@ from crysldnet.build import Part
 from crysldnet.data.batch import CrystalBatch, make_batch
 from crysldnet.data.corruption import Corruption, Undo
 from crysldnet.data.crystals import Crystals, concatenate
+from crysldnet.data.edge_counts import edge_counts
 from crysldnet.data.exclusion import By, shared_rows
 from crysldnet.data.graph import GraphSpec
 from crysldnet.data.labels import read_target
@@ -271,7 +272,7 @@ class CrystalDataModule(pl.LightningDataModule):
         return BatchSampler(
             rows,
             self.store.crystals.sizes[rows],
-            self._edge_counts(name) if self.max_edges is not None else None,
+            edge_counts(self.store, rows, self.graph) if self.max_edges is not None else None,
             self.share_of_a_step(parts),
             shuffle=train,
             seed=self.seed,
@@ -287,14 +288,6 @@ class CrystalDataModule(pl.LightningDataModule):
         atoms += [] if self.batch_atoms is None else [self.batch_atoms // parts]
         crystals = None if self.batch_size is None else self.batch_size // parts
         return Budget(crystals=crystals, atoms=min(atoms, default=None), edges=self.max_edges)
-
-    def _edge_counts(self, name: str) -> NDArray[np.int64]:
-        counts = []
-        for start in range(0, len(self.rows[name]), 1024):
-            crystals = self.store.crystals.take(self.rows[name][start : start + 1024])
-            owner = crystals.crystal[self.graph.build(crystals).neighbors.target]
-            counts.append(np.bincount(owner, minlength=len(crystals)))
-        return np.concatenate(counts)
 
     def _loader(self, name: str) -> DataLoader[CrystalBatch]:
         rank, world_size, accumulate = 0, 1, 1

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[io.BufferedRandom]:
-    """Open a file for writing that takes its name once it is whole and on the disk.
+def whole_file(path: Path, before: Callable[[], object] = lambda: None) -> Iterator[io.BufferedRandom]:
+    """Open a file for writing that takes its name once it is whole and on the disk; ``before`` is called just then.
 
     Where writing fails, what stood under the name before stays.
     """
@@ -21,6 +21,7 @@ def whole_file(path: Path) -> Iterator[io.BufferedRandom]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        before()
         partial.replace(path)
         sync_folder(path.parent)
     except BaseException:

@@ -58,11 +58,9 @@ class CheckpointFile(CheckpointIO):
         header = {"format_version": FORMAT_VERSION, "owner": self.owner, **checkpoint.get(HEADER, {})}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as file:
+            with whole_file(path, before=lambda: self._move_up(path)) as file:
                 torch.save(checkpoint, file)
                 _seal(file, header)
-                if path.name == LAST:
-                    self._move_up(path)
         except (OSError, RuntimeError) as error:  # torch's archive writer turns the former into the latter
             reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or error
             raise CheckpointError(
@@ -70,6 +68,8 @@ class CheckpointFile(CheckpointIO):
             ) from error
 
     def _move_up(self, path: Path) -> None:
+        if path.name != LAST:
+            return
         for number in range(self.keep - 1, 0, -1):
             younger = path if number == 1 else _older(path, number - 1)
             if younger.exists():

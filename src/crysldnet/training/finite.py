@@ -118,8 +118,11 @@ class RefuseNonFinite(Callback):
             found = [entry for entry in found if "the gradient's norm" not in entry["not_finite"]]
         where = {"step": trainer.global_step, "epoch": trainer.current_epoch}
         if trainer.is_global_zero:
-            with self.path.open("a") as file:
-                file.writelines(json.dumps({**where, **entry}) + "\n" for entry in found)
+            try:
+                with self.path.open("a") as file:
+                    file.writelines(json.dumps({**where, **entry}) + "\n" for entry in found)
+            except OSError as error:  # what follows says it too
+                note(f"can't write {self.path}: {error.strerror}")
         first = found[0]
         what = ", ".join(f"{name} is {value}" for name, value in first["not_finite"].items())
         ids = first["material_ids"]

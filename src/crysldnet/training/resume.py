@@ -89,7 +89,7 @@ class SaveAndStop(Checkpoint):
         self._signal = number
 
     def stop_if_told(self, where: str, trainer: pl.Trainer | None = None) -> None:
-        """Raise ``Interrupted`` where a signal came, to any process where the Trainer is given, and nothing followed."""
+        """Raise ``Interrupted`` where a signal came, given the Trainer to any process, and nothing followed."""
         reason = self._signal if trainer is None else self._agree(trainer)[0]
         if reason not in (0, TIME_LIMIT):
             self._stop(reason, where)
