@@ -297,8 +297,7 @@ def test_two_ranks_stop_resume_and_skip_together(tmp_path):
     assert found["whole"] == [0, 0]
     assert found["wandb_runs"] == (1 if importlib.util.find_spec("wandb") else 0), "one for both ranks"
     assert found["stopped"] == [75, 75], "one rank was told to stop, and both do, at the same step"
-    assert "stopped by SIGTERM in epoch" in found["stopped_says"]
-    assert "stopped by another process in epoch" in found["stopped_says"]
+    assert found["stopped_says"].count("stopped by SIGTERM in epoch") == 2, "the other one knows why, too"
     assert found["on_one"] == [2]
     assert "whose batches are shared by 2 process(es)" in found["on_one_says"]
     assert found["resumed"] == [0, 0]
