@@ -21,6 +21,7 @@ from crysldnet import cli, finetune
 from crysldnet.data.locations import DATA_VARIABLE
 from crysldnet.data.published.catalog import PUBLISHED
 from crysldnet.data.published.store_maker import make_store
+from crysldnet.data.sampler import Budget
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import ConfigError, CrysldnetError, Interrupted
 from crysldnet.stopping import RUN_NAME
@@ -139,7 +140,7 @@ def test_an_ensemble_predicts_the_mean_and_records_its_spread(small: dict[str, l
     loaded = tasks.import_matbench().MatbenchTask(task, autoload=False)
     tasks.load_task(loaded)
     crystals = tasks.crystals_of(loaded.get_test_data(1))
-    each = [folds.predict([load_property_model(path)[0]], crystals, 64, None)[0] for path in paths]
+    each = [folds.predict([load_property_model(path)[0]], crystals, Budget(crystals=64))[0] for path in paths]
     assert not np.allclose(each[0], each[1])
     assert list(fold["data"].values()) == pytest.approx(np.mean(each, 0), rel=1e-4, abs=1e-5)
     stds = [values["std"] for values in fold["uncertainty"].values()]
