@@ -350,7 +350,15 @@ def test_two_processes_train_a_frozen_model_and_score_all_of_its_classes(tmp_pat
     table = table.append_column("is_metal", pa.array(table["band_gap"].to_numpy() == 0))
     pq.write_table(table, tmp_path / "data.parquet")
     arguments = [f"data.path={tmp_path}/data.parquet", "data.targets=[is_metal,band_gap]", f"pretrained={pretrained}"]
-    arguments += ["mode=frozen", "epochs=2", "data.batch_size=16", "trainer.devices=2", "strategy=ddp", *QUIET]
+    arguments += [
+        "mode=frozen",
+        "epochs=2",
+        "min_steps=0",
+        "data.batch_size=16",
+        "trainer.devices=2",
+        "strategy=ddp",
+        *QUIET,
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "crysldnet", "finetune", "name=two", "trainer.accelerator=cpu", *arguments],
         cwd=tmp_path,

@@ -28,7 +28,14 @@ from html_page import Page, assert_self_contained
 from tiny import ENCODER, QUIET, keep_two_curves, subset
 
 TARGETS = ("formation_energy_per_atom", "band_gap")
-TRAIN = ["trainer.accelerator=cpu", "trainer.log_every=1", "data.batch_size=16", "epochs=2", "pretrained=none"]
+TRAIN = [
+    "trainer.accelerator=cpu",
+    "trainer.log_every=1",
+    "data.batch_size=16",
+    "epochs=2",
+    "min_steps=0",
+    "pretrained=none",
+]
 
 
 @pytest.fixture(scope="module")

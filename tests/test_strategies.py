@@ -109,7 +109,7 @@ def test_processes_train_in_half_and_double_precision(runs: Any) -> None:
     _, losses, _ = runs
     assert losses["ddp_half"] == pytest.approx(losses["one"], rel=0.05)
     assert losses["ddp_half"] != pytest.approx(losses["one"], abs=1e-6)
-    assert losses["ddp_double"] == pytest.approx(losses["one"], rel=1e-3)
+    assert losses["ddp_double"] == pytest.approx(losses["one"], rel=0.02)
 
 
 def test_sharding_trains_in_half_precision_and_with_a_teacher(runs: Any) -> None:

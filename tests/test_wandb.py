@@ -48,9 +48,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         short = ["stages.vae.epochs=2", "stages.diffusion.epochs=1"]
         assert cli.run(["pretrain", *line, *ENCODER, *DENOISER, *short, "name=p"]) == 0
         os.environ.pop(RUN_NAME)
-        assert cli.run(["finetune", *line, f"pretrained={folder / 'pretrain' / 'p'}", "epochs=2", "name=f"]) == 0
+        assert (
+            cli.run(["finetune", *line, f"pretrained={folder / 'pretrain' / 'p'}", "epochs=2", "min_steps=0", "name=f"])
+            == 0
+        )
         os.environ.pop(RUN_NAME)
-        further = [f"pretrained={folder / 'finetune' / 'f'}", "epochs=1", "ensemble=2", "name=e"]
+        further = [f"pretrained={folder / 'finetune' / 'f'}", "epochs=1", "min_steps=0", "ensemble=2", "name=e"]
         assert cli.run(["finetune", *line, *further]) == 0
         __import__("wandb").teardown()  # its process writes the last block of a file when it ends
     yield folder
