@@ -243,7 +243,7 @@ def test_training_goes_on_where_the_process_of_wandb_is_gone(tmp_path, small, mo
     pytest.importorskip("wandb")
 
     def end_wandb():
-        own = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()
+        own = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()
         found = [int(line.split()[0]) for line in own if f" {os.getpid()} " in line and "wandb-core" in line]
         assert found
         for pid in found:
