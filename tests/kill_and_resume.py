@@ -7,6 +7,7 @@ writes the rows of every batch that it trains on to ``audit.jsonl``: that is how
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import socket
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +65,12 @@ def audit_every_batch(file: Path) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    """Return a port that nothing listens on, of those that no outgoing connection is given."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            return port
 
 
 def start(arguments: list[str], ranks: int, log: Path) -> list[int]:
@@ -80,6 +85,7 @@ def start(arguments: list[str], ranks: int, log: Path) -> list[int]:
         output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        faulthandler.register(signal.SIGUSR2, file=2)
         os.environ.pop(RUN_NAME, None)
         if ranks > 1:
             rank_zero_only.rank = rank
@@ -103,12 +109,13 @@ def start(arguments: list[str], ranks: int, log: Path) -> list[int]:
     return pids
 
 
-def wait(pids: list[int], seconds: float = 600.0, *, agent: bool = False) -> list[int]:
+def wait(pids: list[int], log: Path, seconds: float = 300.0, *, agent: bool = False) -> list[int]:
     """Return the exit status of each process.
 
     Args:
         pids: the processes.
-        seconds: after which one that hasn't ended is an error, or with an agent is killed.
+        log: what they wrote.
+        seconds: after which one that hasn't ended is an error that says where it stands, or with an agent is killed.
         agent: end what is left as torchrun does: a rank that waits for a dead one to come to their meeting, at the
             start of a run, would wait for half an hour.
     """
@@ -121,10 +128,15 @@ def wait(pids: list[int], seconds: float = 600.0, *, agent: bool = False) -> lis
                 if done:
                     status[pid] = os.waitstatus_to_exitcode(code)
         if time.monotonic() > deadline:
-            for pid in set(pids) - status.keys():
+            left = set(pids) - status.keys()
+            if not agent:
+                for pid in left:
+                    os.kill(pid, signal.SIGUSR2)
+                    time.sleep(1.0)
+            for pid in left:
                 os.kill(pid, signal.SIGKILL)
             if not agent:
-                raise TimeoutError(f"no end after {seconds} s")
+                raise TimeoutError(f"{left} of {pids} didn't end in {seconds} s, {status} did\n{log.read_text()}")
             deadline += seconds
         time.sleep(0.01)
     return [status[pid] for pid in pids]
@@ -187,7 +199,7 @@ def main(folder: Path, data: Path, kills: int, ranks: int, seed: int) -> dict[st
     audit_every_batch(folder / "whole.jsonl")
     log = folder / "log.txt"
     begun = time.monotonic()
-    assert wait(start([*common, "name=whole"], ranks, log)) == [0] * ranks, log.read_text()
+    assert wait(start([*common, "name=whole"], ranks, log), log) == [0] * ranks, log.read_text()
     alone = time.monotonic() - begun
     steps = lines_of(folder / "whole.jsonl")
 
@@ -202,7 +214,7 @@ def main(folder: Path, data: Path, kills: int, ranks: int, seed: int) -> dict[st
         earlier = lines_of(audit)
         pids = start([*common, "name=cut", *resume], ranks, log)
         if done == kills:
-            assert wait(pids) == [0] * ranks, log.read_text()[-3000:]
+            assert wait(pids, log) == [0] * ranks, log.read_text()[-3000:]
             break
         wanted = rng.choice([0, 0, 1, 1, 2, 2, 3] if kills > 10 else [0, 2, 4, 6]) * ranks
         pause = rng.uniform(0, 2.0 * alone / steps * ranks) if wanted else rng.uniform(0, 0.5)
@@ -215,7 +227,7 @@ def main(folder: Path, data: Path, kills: int, ranks: int, seed: int) -> dict[st
         time.sleep(pause)
         victim = rng.choice(pids)
         os.kill(victim, signal.SIGKILL)
-        for status in wait(pids, 20.0, agent=True):
+        for status in wait(pids, log, 20.0, agent=True):
             statuses[str(status)] += 1
         done += 1
         in_writing += any(cut.rglob(".*.partial"))

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -119,6 +120,35 @@ def test_a_rank_that_answers_but_never_comes_is_named(tmp_path: Path, ranks: lis
             if not gone(pid):
                 os.kill(pid, signal.SIGKILL)
     assert re.search(says.format(pids=pids), said(tmp_path)), said(tmp_path)
+
+
+def test_ranks_that_cannot_meet_end_and_say_why(tmp_path: Path) -> None:
+    data = subset(tmp_path / "data.parquet", train=8, val=4)
+    program = tmp_path / "orphan.py"
+    program.write_text("from crysldnet import cli, stopping\nstopping.ORPHAN_S = 1.0\ncli.main()\n")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        run = subprocess.Popen(
+            [sys.executable, str(program), "pretrain", *ENCODER, *DENOISER, *QUIET, *TWO, f"data.path={data}"],
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=(tmp_path / "stderr").open("w"),
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        )
+        children: list[int] = []
+        while run.poll() is None:
+            children = [*map(int, Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split())] or children
+            time.sleep(0.1)
+        ended = time.monotonic()
+        assert run.returncode == 2, said(tmp_path)
+        assert f"error: the processes of this run can't meet at 127.0.0.1:{port}: " in said(tmp_path)
+        assert "set MASTER_PORT to a free one" in said(tmp_path)
+        assert len(children) == 1
+        while not gone(children[0]):
+            assert time.monotonic() - ended < 60, "a rank outlives the one that started it"
+            time.sleep(0.1)
 
 
 def test_the_rank_that_all_others_wait_for_is_told_from_them() -> None:

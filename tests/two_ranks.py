@@ -82,7 +82,7 @@ def main(folder: Path, data: Path) -> dict:
             while lines_of(folder / "audit.jsonl") < before + stop_after:
                 time.sleep(0.01)
             os.kill(pids[1], signal.SIGTERM)
-        return wait(pids), log.read_text()
+        return wait(pids, log), log.read_text()
 
     audit_every_batch(folder / "audit.jsonl")
     found["whole"] = go("whole", *OFFLINE)[0]

@@ -131,6 +131,7 @@ def main() -> None:
     try:
         if len(sys.argv) > 1 and sys.argv[1] in RESUMABLE and sys.argv[2:3] != ["validate"]:
             stopping.heed()
+            stopping.end_with_the_first()
         status = run(sys.argv[1:])
     except (Interrupted, stopping.Stopped) as error:
         stopping.ignore()

@@ -26,6 +26,8 @@ DEAF_S = 10.0
 
 STUCK_S = 5.0
 """How long a signal may wait for Python to heed it; in a collective that waits for another process it never does."""
+ORPHAN_S = 20.0
+"""How long a process outlives the one that started it: time to find and to say what became of that one."""
 RUN_NAME = "CRYSLDNET_RUN_NAME"
 """Carries the first process's id and the run's name, as ID:NAME, to the processes that it starts."""
 
@@ -82,6 +84,19 @@ def _end_where_stuck(arrived: socket.socket, _: socket.socket) -> None:
 def started_by_the_first() -> bool:
     """Say whether Lightning started this process from the first one, which tells the exit status of all."""
     return os.environ.get(RUN_NAME, "").partition(":")[0] == str(os.getppid())
+
+
+def end_with_the_first() -> None:
+    """Let this process, where the first one started it, not outlive that: nobody comes to where it may wait."""
+    if started_by_the_first():
+        threading.Thread(target=_end_soon_after, args=(os.getppid(),), daemon=True, name="orphan").start()
+
+
+def _end_soon_after(first: int) -> None:
+    while os.getppid() == first:
+        time.sleep(1.0)
+    time.sleep(ORPHAN_S)
+    os._exit(1)
 
 
 def end_children() -> None:

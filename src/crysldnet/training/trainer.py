@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
-from torch import nn
+from torch import distributed, nn
 
 from crysldnet import stopping
 from crysldnet.console import note
@@ -35,7 +35,7 @@ from crysldnet.training.checkpoint_file import BEST, CheckpointFile, check_best
 from crysldnet.training.diagnostics import Diagnostics
 from crysldnet.training.finite import RefuseNonFinite
 from crysldnet.training.loggers import MetricsFile
-from crysldnet.training.ranks import RankWatch
+from crysldnet.training.ranks import RankWatch, of_a_collective
 from crysldnet.training.resume import SaveAndStop, check_position
 from crysldnet.training.strategies import check_combination, environment, timeout_of
 
@@ -327,6 +327,7 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule
         Interrupted: the run was stopped before its last epoch.
         CheckpointError: the checkpoint stands inside an epoch, and there is another number of processes now.
         DataError: a process that builds batches died.
+        DeviceError: the processes of the run can't meet.
     """
     path: Path | None = None
     header: dict[str, Any] = {"epoch": 0, "batch": 0, "finished": False, "metrics": {}}
@@ -341,6 +342,12 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule
             with contextlib.suppress(SystemExit):  # Lightning exits by itself on the second Ctrl-C
                 trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
     except RuntimeError as error:
+        if of_a_collective(error) and not distributed.is_initialized():
+            raise DeviceError(
+                f"the processes of this run can't meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
+                f"{str(error).splitlines()[0]}; where that port is in use, set MASTER_PORT to a free one, or let it be "
+                "chosen by leaving it unset"
+            ) from error
         if "DataLoader worker" not in str(error):
             raise
         save_and_stop.stop_if_told("where it can't go on without its workers; the last checkpoint stands")
