@@ -85,7 +85,7 @@ def study(runs: Path, files: dict[str, Path], seed: int) -> dict[tuple[str, floa
             runs,
             "finetune",
             f"{arm.replace(' ', '_')}-{share:g}-seed{seed}",
-            ENCODER,
+            *([ENCODER] if pretrained == "none" else []),
             "data=custom",
             f"data.targets=[{','.join(TARGETS)}]",
             f"data.path={{train: {files['train']}, val: {files['val']}, test: {files['test']}}}",
