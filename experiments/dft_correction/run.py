@@ -33,7 +33,7 @@ IMPLAUSIBLE = 5.0
 """eV/atom; formation energies beyond ± this are errors of the source."""
 RIDGE = 1.0
 """Pseudo-count of the linear correction: an element seen in few crystals is corrected less."""
-MODEL = ("encoder=neighbor_attention_small", "trainer.precision=bf16-mixed")
+ENCODER = "encoder=neighbor_attention_small"
 DFT_EPOCHS, EPOCHS = 8, 60
 
 
@@ -93,7 +93,7 @@ def linear_correction(store: CrystalStore, rows: dict[str, np.ndarray]) -> float
 
 def finetune(runs: Path, name: str, *arguments: str) -> dict:
     """Train one model."""
-    return evidence.launch(runs, "finetune", name, "data=custom", *MODEL, *arguments)
+    return evidence.launch(runs, "finetune", name, "data=custom", "trainer.precision=bf16-mixed", *arguments)
 
 
 def study(runs: Path, measured: CrystalStore, share: float, seed: int) -> dict[str, float]:
@@ -115,6 +115,7 @@ def study(runs: Path, measured: CrystalStore, share: float, seed: int) -> dict[s
         result = finetune(
             runs,
             f"way{place}-{share:g}-seed{seed}",
+            *([ENCODER] if pretrained == "none" else []),
             f"data.path={path}",
             f"data.targets=[{target}]",
             "data.split.by=column",
@@ -144,6 +145,7 @@ def main() -> None:
     finetune(
         runs,
         "dft",
+        ENCODER,
         f"data.path={runs / 'data' / 'dft.parquet'}",
         "data.targets=[formation_energy_per_atom]",
         "data.split.by=column",
