@@ -212,6 +212,14 @@ def test_a_run_without_the_package_says_what_to_install(tmp_path: Path, monkeypa
         wandb(folder=tmp_path, name="x", config={})
 
 
+def test_a_run_that_cannot_begin_says_why_and_what_else_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(ConfigError, match=r"W&B can't begin a run: .*wandb login.*; logger\.mode=offline needs"):
+        wandb(folder=tmp_path, name="run", config={}, mode="online")
+
+
 def test_a_list_of_loggers_is_composed_in_its_order() -> None:
     both = compose("finetune", ["logger=[csv,wandb]", "logger.mode=offline"])
     assert both.values["logger"] == compose("finetune", ["logger=wandb", "logger.mode=offline"]).values["logger"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv as csv_module
 import io
+import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,9 @@ from crysldnet.errors import ConfigError, DataError
 from crysldnet.training.atomic import write_atomically
 from crysldnet.training.run_folder import code_version
 from crysldnet.training.wandb_run import WandbRun
+
+SERVICE_WAIT_S = 120
+"""How long W&B's own process may take to start; W&B's default is exceeded on a busy machine."""
 
 
 class MetricsFile(Logger):
@@ -147,7 +151,7 @@ def wandb(
         mode: ``offline`` needs no account and no network (``wandb sync`` later); by default WANDB_MODE decides.
 
     Raises:
-        ConfigError: wandb isn't installed.
+        ConfigError: wandb isn't installed, or can't begin a run.
     """
     try:
         import wandb as library
@@ -167,5 +171,12 @@ def wandb(
         mode=mode,
         settings=library.Settings(console="off"),
     )
-    logger.log_hyperparams({**config, "code_version": code_version()})
+    os.environ.setdefault("WANDB__SERVICE_WAIT", str(SERVICE_WAIT_S))
+    try:
+        logger.log_hyperparams({**config, "code_version": code_version()})
+    except library.errors.Error as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"W&B can't begin a run: {reason}; logger.mode=offline needs neither account nor network", "logger"
+        ) from error
     return [logger]

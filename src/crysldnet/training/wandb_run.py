@@ -95,6 +95,7 @@ class WandbRun(WandbLogger):
 
     def __init__(self, *, target_units: Mapping[str, str], **settings: Any) -> None:
         super().__init__(**settings)
+        self._wandb_init.pop("anonymous", None)  # of which W&B would warn
         self.target_units = target_units
         self.units: dict[str, str] = {}
         self._gone = False
