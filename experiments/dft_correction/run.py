@@ -34,7 +34,7 @@ IMPLAUSIBLE = 5.0
 RIDGE = 1.0
 """Pseudo-count of the linear correction: an element seen in few crystals is corrected less."""
 ENCODER = "encoder=neighbor_attention_small"
-DFT_EPOCHS, EPOCHS = 8, 60
+DFT_EPOCHS, EPOCHS, MIN_STEPS = 8, 25, 700
 
 
 def formulas(store: CrystalStore) -> np.ndarray:
@@ -122,6 +122,7 @@ def study(runs: Path, measured: CrystalStore, share: float, seed: int) -> dict[s
             f"pretrained={pretrained}",
             f"seed={seed}",
             f"epochs={EPOCHS}",
+            f"min_steps={MIN_STEPS}",
         )
         results[title] = result["test/mae"]
     return results
@@ -132,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the two files")
     parser.add_argument("--runs", type=Path, default=Path("runs/dft_correction"), help="folder of the runs")
-    parser.add_argument("--seeds", type=int, default=5, help="divisions of the measured crystals")
+    parser.add_argument("--seeds", type=int, default=3, help="divisions of the measured crystals")
     settings = parser.parse_args()
     runs = settings.runs
     (runs / "data").mkdir(parents=True, exist_ok=True)
