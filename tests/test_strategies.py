@@ -36,9 +36,10 @@ from two_processes import CASES, export_untrained, train
 WORKER = Path(__file__).parent / "two_processes.py"
 
 
-def in_two_processes(folder: Path, data: str, *cases: str) -> str:
-    """Run cases, or all, in two processes that torchrun starts; return what they print."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER), str(folder), data]
+def in_two_processes(folder: Path, data: str, *cases: str, processes: int = 2) -> str:
+    """Run cases, or all, in two processes that torchrun starts, or another number; return what they print."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*torchrun, str(WORKER), str(folder), data]
     source = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(
         [sys.executable, *command, *cases],
@@ -52,8 +53,8 @@ def in_two_processes(folder: Path, data: str, *cases: str) -> str:
 
 
 def losses_of(folder: Path, case: str) -> list[float]:
-    """Return the losses of both processes' batches in the order in which one process would take them."""
-    ranks = [json.loads((folder / f"{case}.{rank}.json").read_text()) for rank in (0, 1)]
+    """Return the losses of all processes' batches in the order in which one process would take them."""
+    ranks = [json.loads(file.read_text()) for file in sorted(folder.glob(f"{case}.[0-9].json"))]
     return [loss for together in zip(*ranks, strict=True) for loss in together]
 
 

@@ -1,4 +1,4 @@
-"""What test_strategies.py runs in two processes, many cases in one launch: torchrun … two_processes.py FOLDER DATA.
+"""What test_strategies.py and test_gpu.py run, many cases in one launch: torchrun … two_processes.py FOLDER DATA.
 
 Each rank writes the loss of every batch that it trained on, as FOLDER/CASE.RANK.json.
 """
@@ -41,6 +41,17 @@ COMPILED = {
     "ddp_static_compiled": ["strategy=ddp_static", "trainer.compile=true"],
 }
 """Run only by name: compiling takes half a minute."""
+ON_GPUS = {
+    "gpu_ddp": ["strategy=ddp"],
+    "gpu_ddp_static": ["strategy=ddp_static"],
+    "gpu_fsdp": ["strategy=fsdp"],
+    "gpu_fsdp2": ["strategy=fsdp2"],
+    "gpu_deepspeed": ["strategy=deepspeed"],
+    "gpu_ddp_half": ["strategy=ddp", "trainer.precision=bf16-mixed"],
+    "gpu_ddp_float16": ["strategy=ddp", "trainer.precision=16-mixed"],
+    "gpu_fsdp_less_memory": ["strategy=fsdp", "trainer.activation_checkpointing=true"],
+}
+"""Run only by name, where there are GPUs."""
 FINETUNE = ["strategy=fsdp2", "trainer.devices=2", "epochs=2", "data.batch_size=16"]
 
 
@@ -92,7 +103,11 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     runs, crystals_file, *only = sys.argv[1:]
     for case in only or CASES:
-        found = train(Path(runs), crystals_file, case, *(CASES | COMPILED)[case], "trainer.devices=2")
+        where = [
+            f"trainer.devices={os.environ['WORLD_SIZE']}",
+            f"trainer.accelerator={'gpu' if case in ON_GPUS else 'cpu'}",
+        ]
+        found = train(Path(runs), crystals_file, case, *(CASES | COMPILED | ON_GPUS)[case], *where)
         (Path(runs) / f"{case}.{os.environ['RANK']}.json").write_text(json.dumps(found))
     if not only or only == ["finetune"]:
         settings, plain = finetune_config(f"runs={runs}", "name=fsdp2", f"data.path={crystals_file}", *FINETUNE)
