@@ -23,7 +23,7 @@ from crysldnet.errors import ConfigError
 from crysldnet.stopping import RUN_NAME
 from crysldnet.training.diagnostics import Diagnostics
 from crysldnet.training.loggers import wandb
-from crysldnet.training.wandb_run import publish, summary_of, unit_of
+from crysldnet.training.wandb_run import prediction_tables, publish, summary_of, unit_of
 from tiny import DENOISER, ENCODER, QUIET, subset
 
 if importlib.util.find_spec("wandb") is None:
@@ -194,6 +194,18 @@ def test_predictions_and_the_worst_of_them_are_tables_and_parity_is_a_chart(runs
     assert charts["panel_config"]["panelDefId"] == "wandb/scatter/v0"
     logged = {name.split("/_type")[0] for row in wandb_file.rows(file_of(folder)) for name in row}
     assert {"plots/curves", "plots/parity_formation_energy_per_atom"} <= logged
+
+
+def test_the_worst_classes_are_the_wrong_ones_of_which_the_model_was_surest(tmp_path: Path) -> None:
+    file = tmp_path / "predictions_test.csv"
+    lines = ["a,metal,True,False,,,0.9", "b,metal,True,True,,,0.99", "c,metal,False,True,,,0.95", "d,metal,,True,,,1.0"]
+    lines += ["a,gap,0.5,0.1,eV,,", "c,gap,1.5,1.4,eV,,"]
+    file.write_text("\n".join(["material_id,target,true,prediction,unit,std,probability", *lines]) + "\n")
+    logged = prediction_tables(file)
+    assert [row[0] for row in logged["test/worst_classes"].data] == ["c", "a"]
+    assert [row[0] for row in logged["test/worst"].data] == ["a", "c"]
+    assert "test/parity/gap" in logged
+    assert "test/parity/metal" not in logged
 
 
 def test_disabled_writes_nothing_and_other_ranks_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

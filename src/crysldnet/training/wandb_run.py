@@ -148,7 +148,7 @@ class WandbRun(WandbLogger):
 
         predictions = folder / "predictions_test.csv"
         if predictions.exists():
-            self.experiment.log(_prediction_tables(predictions))
+            self.experiment.log(prediction_tables(predictions))
         plots = {f"plots/{path.stem}": wandb.Image(str(path)) for path in sorted((folder / "plots").glob("*.png"))}
         if plots:
             self.experiment.log(plots)
@@ -185,8 +185,11 @@ class WandbRun(WandbLogger):
             self.experiment.log_artifact(artifact, aliases=["latest", re.sub(r"[/:]", "-", folder.name)])
 
 
-def _prediction_tables(path: Path) -> dict[str, Any]:
-    """Return all predictions, the worst of them, and a parity plot of each target of numbers."""
+def prediction_tables(path: Path) -> dict[str, Any]:
+    """Return all predictions, the worst of each target, and a parity plot of each target of numbers.
+
+    The worst are those farthest off, and of classes the wrong ones of which the model was surest.
+    """
     import wandb
 
     with path.open(newline="") as file:
@@ -194,12 +197,15 @@ def _prediction_tables(path: Path) -> dict[str, Any]:
     columns = list(rows[0]) if rows else []
     logged: dict[str, Any] = {"test/predictions": wandb.Table(columns, [list(row.values()) for row in rows[:PLOTTED]])}
     worst: list[list[Any]] = []
+    wrong: list[list[Any]] = []
     for target in dict.fromkeys(row["target"] for row in rows):
         own = [row for row in rows if row["target"] == target]
-        try:
-            points = [(r["material_id"], float(r["true"]), float(r["prediction"])) for r in own if r["true"]]
-        except ValueError:  # classes
+        if any(row["probability"] for row in own):  # of a class
+            missed = [row for row in own if row["true"] and row["true"] != row["prediction"]]
+            surest = sorted(missed, key=lambda row: -float(row["probability"]))[:WORST]
+            wrong += [[r["material_id"], target, r["true"], r["prediction"], float(r["probability"])] for r in surest]
             continue
+        points = [(r["material_id"], float(r["true"]), float(r["prediction"])) for r in own if r["true"]]
         table = wandb.Table(["material_id", "true", "prediction"], [list(point) for point in points[:PLOTTED]])
         unit = own[0]["unit"]
         title = f"{target}{f' ({unit})' if unit else ''}, test split"
@@ -209,6 +215,9 @@ def _prediction_tables(path: Path) -> dict[str, Any]:
     if worst:
         header: list[str | int] = ["material_id", "target", "true", "prediction", "error", "unit"]
         logged["test/worst"] = wandb.Table(header, worst)
+    if wrong:
+        columns = ["material_id", "target", "true", "prediction", "probability"]
+        logged["test/worst_classes"] = wandb.Table(columns, wrong)
     return logged
 
 
