@@ -10,7 +10,7 @@ import torch
 from crysldnet.training import checkpoint
 from test_strategies import in_two_processes, losses_of
 from tiny import subset
-from two_processes import ON_GPUS, train
+from two_processes import EXACT, ON_GPUS, train
 
 GPUS = min(torch.cuda.device_count(), 2)
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="there is no GPU")
@@ -21,8 +21,8 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[f
     """Return the folder of a run on one CPU with as many batches a step as there are GPUs, its data and losses."""
     folder = tmp_path_factory.mktemp("gpu")
     data = subset(folder / "data.parquet", train=48, val=16)
-    on_cpu = ["trainer.accelerator=cpu", f"trainer.accumulate={GPUS}"]
-    return folder, data, train(folder, str(data), "cpu", *on_cpu)
+    words = ["trainer.accelerator=cpu", f"trainer.accumulate={GPUS}", *EXACT]
+    return folder, data, train(folder, str(data), "cpu", *words)
 
 
 @pytest.mark.parametrize("case", ON_GPUS)

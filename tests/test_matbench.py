@@ -362,6 +362,7 @@ def test_missing_data_are_refused_with_what_to_put_where(tmp_path: Path, monkeyp
         ("folds=[]", "folds"),
         ("validation_fraction=1.0", "validation_fraction"),
         ("algorithm=../elsewhere", "algorithm"),
+        ("authors=", "authors"),
         ("tasks=[]", "tasks"),
         ("parallel=0", "parallel"),
         ("recipes=[epochs=1,epochs=1]", "recipes"),
@@ -407,6 +408,23 @@ def test_the_command_is_as_typed_with_task_and_seed(monkeypatch: pytest.MonkeyPa
     assert line == ["crysldnet", "matbench", f'tasks=["{TASK}"]', "epochs=3", "seed=7"]
 
 
+def test_a_run_that_goes_on_keeps_the_command_it_was_begun_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = compose("matbench", []).values
+    for words in ("name=a epochs=3 ensemble=4 authors=One", "name=a resume=last authors=Two", "name=a resume=last"):
+        monkeypatch.setattr("sys.argv", ["crysldnet", "matbench", *words.split()])
+        submission.keep_command(tmp_path, values)
+    line = json.loads((tmp_path / submission.COMMAND).read_text())
+    assert line == ["crysldnet", "matbench", f'tasks=["{TASK}"]', "seed=0", "epochs=3", "ensemble=4", "authors=Two"]
+
+
+def test_a_name_of_the_leaderboard_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="algorithm=coGN: the leaderboard has an entry of that name"):
+        run(f"runs={tmp_path}", "algorithm=coGN")
+    assert not (tmp_path / "matbench").exists()
+
+
 def test_a_run_goes_on_with_the_fold_it_was_stopped_in(whole: Whole, tmp_path: Path) -> None:
     folder = tmp_path / "matbench" / "stopped"
     shutil.copytree(whole.folder, folder)
@@ -422,7 +440,8 @@ def test_a_run_goes_on_with_the_fold_it_was_stopped_in(whole: Whole, tmp_path: P
     before = {fold: path.stat().st_mtime_ns for fold, path in models.items()}
     with pytest.raises(ConfigError, match="begun with seed=0, not 1"):
         run(f"runs={tmp_path}", "name=stopped", "resume=last", "seed=1")
-    run(f"runs={tmp_path}", "name=stopped", "resume=last")
+    run(f"runs={tmp_path}", "name=stopped", "resume=last", "authors=Somebody")
+    assert json.loads((folder / "matbench_v0.1_CrysLDNet/info.json").read_text())["authors"] == "Somebody"
     assert {fold: path.stat().st_mtime_ns for fold, path in models.items()} == before
     finished = Whole(folder, "")
     assert finished.fold(3) == whole.fold(3)

@@ -248,6 +248,16 @@ def test_a_fold_of_no_run_is_refused(tmp_path: Path) -> None:
         cli.run(["matbench", "fold", str(tmp_path), "matbench_jdft2d", "0"])
 
 
+def test_a_fold_is_found_from_inside_the_folder_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, "tasks=matbench_mp_gap", "folds=[2]")
+    monkeypatch.chdir(tmp_path / "matbench")
+    folder = Path("a/matbench_mp_gap/fold_2")
+    before = json.loads((folder / "predictions.json").read_text())
+    (folder / "predictions.json").unlink()
+    assert cli.run(["matbench", "fold", "a", "matbench_mp_gap", "2"]) == 0
+    assert json.loads((folder / "predictions.json").read_text())["predictions"] == before["predictions"]
+
+
 def test_each_process_has_a_place_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     assert [p["CUDA_VISIBLE_DEVICES"] for p in places(3, "cuda")] == ["4", "6", "4"]

@@ -28,6 +28,7 @@ from crysldnet.finetune.settings import make_data, make_encoder, make_types
 from crysldnet.finetune.training import make_model
 from crysldnet.models.ensemble import combine
 from crysldnet.models.head import Prediction, PropertyModel
+from crysldnet.models.target import Classes, Number, TwoPart
 from crysldnet.stopping import RUN_NAME
 from crysldnet.training import checkpoint
 from crysldnet.training.optimizer import AdamW
@@ -313,7 +314,7 @@ def test_combined_predictions_have_the_variance_of_the_mixture():
     value, std = np.array([[1.0], [2.0]]), np.array([[0.3], [0.5]])
     members = [Prediction(torch.tensor(v)[None], torch.tensor(s)[None], None) for v, s in zip(value, std, strict=True)]
     draws = rng.normal(value[:, 0], std[:, 0], (200_000, 2)).ravel()
-    found = combine(members)
+    found = combine(members, [Number()])
     assert float(found.value) == pytest.approx(1.5)
     assert float(found.std) == pytest.approx(draws.std(), rel=0.01)
 
@@ -322,10 +323,27 @@ def test_combined_classes_are_the_likeliest_of_the_mean_probability():
     probability = [[[[0.9, 0.1, 0.0]]], [[[0.4, 0.6, 0.0]]], [[[0.4, 0.6, 0.0]]]]
     value = [[[0.0]], [[1.0]], [[1.0]]]
     found = combine(
-        [Prediction(torch.tensor(v), None, torch.tensor(p)) for v, p in zip(value, probability, strict=True)]
+        [Prediction(torch.tensor(v), None, torch.tensor(p)) for v, p in zip(value, probability, strict=True)],
+        [Classes(["a", "b", "c"])],
     )
     assert float(found.value) == 0.0  # two of three say 1, but less surely
     assert torch.isnan(found.std).all()
+
+
+def test_combined_numbers_of_two_parts_are_zero_where_most_members_say_so():
+    values = [[0.0, 1.0], [0.0, 1.0], [1.5, 4.0]], [[0.0, 0.0], [1.2, 3.0], [1.5, 3.0]]
+    found = [
+        combine([Prediction(torch.tensor([v]), None, None) for v in value], [TwoPart(), Number()]) for value in values
+    ]
+    torch.testing.assert_close(found[0].value, torch.tensor([[0.0, 2.0]]))
+    torch.testing.assert_close(found[1].value, torch.tensor([[1.35, 2.0]]))
+
+
+def test_ensembles_of_neighbouring_seeds_have_no_member_in_common():
+    seeds = [ensemble.member_seed(seed, i) for seed in range(20) for i in range(10)]
+    assert len(set(seeds)) == 200
+    assert [ensemble.member_seed(seed, 0) for seed in range(3)] == [0, 1, 2]
+    assert all(0 <= seed < 2**32 for seed in seeds)
 
 
 def test_a_frozen_epoch_on_hundreds_of_crystals_takes_well_under_a_second(tmp_path, pretrained):

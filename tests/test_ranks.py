@@ -51,8 +51,12 @@ def start(folder: Path, *program: str) -> tuple[subprocess.Popen, list[int]]:
         assert time.monotonic() < until, said(folder)
         time.sleep(0.2)
     time.sleep(2 * BEAT_S)  # so that each has told the others where it is
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    return run, [run.pid, *map(int, children)]
+    return run, [run.pid, *started_by(run.pid)]
+
+
+def started_by(pid: int) -> list[int]:
+    """Return the processes that a process has started."""
+    return [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
 
 
 def said(folder: Path) -> str:
@@ -122,33 +126,49 @@ def test_a_rank_that_answers_but_never_comes_is_named(tmp_path: Path, ranks: lis
     assert re.search(says.format(pids=pids), said(tmp_path)), said(tmp_path)
 
 
-def test_ranks_that_cannot_meet_end_and_say_why(tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", [False, True])
+def test_ranks_that_cannot_meet_end_and_say_why(tmp_path: Path, killed: bool) -> None:
+    """The port is in use; or the first process is killed while the other one is on its way to their meeting."""
     data = subset(tmp_path / "data.parquet", train=8, val=4)
     program = tmp_path / "orphan.py"
-    program.write_text("from crysldnet import cli, stopping\nstopping.ORPHAN_S = 1.0\ncli.main()\n")
+    program.write_text("from crysldnet import cli, stopping\nstopping.ORPHAN_S = 3.0\ncli.main()\n")
+    children: list[int] = []
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
+        place = {} if killed else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         run = subprocess.Popen(
             [sys.executable, str(program), "pretrain", *ENCODER, *DENOISER, *QUIET, *TWO, f"data.path={data}"],
             cwd=tmp_path,
             stdout=subprocess.DEVNULL,
             stderr=(tmp_path / "stderr").open("w"),
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **place},
         )
-        children: list[int] = []
-        while run.poll() is None:
-            children = [*map(int, Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split())] or children
-            time.sleep(0.1)
-        ended = time.monotonic()
+        try:
+            until = time.monotonic() + 180
+            while run.poll() is None:
+                assert time.monotonic() < until, said(tmp_path)
+                children = started_by(run.pid) or children
+                if killed and children and len(os.listdir(f"/proc/{children[0]}/task")) > 2:  # it watches the first one
+                    run.kill()
+                time.sleep(0.02)
+            ended = time.monotonic()
+            while not all(gone(pid) for pid in children):
+                assert time.monotonic() - ended < 60, "a rank outlives the one that started it"
+                time.sleep(0.1)
+        finally:
+            for pid in (run.pid, *children):
+                if not gone(pid):
+                    os.kill(pid, signal.SIGKILL)
+    assert len(children) == 1
+    if killed:
+        assert f"process {run.pid}, which started this one, is gone; this one ends" in said(tmp_path)
+    else:
         assert run.returncode == 2, said(tmp_path)
         assert f"error: the processes of this run can't meet at 127.0.0.1:{port}: " in said(tmp_path)
-        assert "set MASTER_PORT to a free one" in said(tmp_path)
-        assert len(children) == 1
-        while not gone(children[0]):
-            assert time.monotonic() - ended < 60, "a rank outlives the one that started it"
-            time.sleep(0.1)
+        assert "set MASTER_PORT to a free one, or leave it unset" in said(tmp_path)
+        assert "which started this one" not in said(tmp_path)
 
 
 def test_the_rank_that_all_others_wait_for_is_told_from_them() -> None:

@@ -11,7 +11,7 @@ from scipy import stats
 from conftest import PEROVSKITE, ROCKSALT_CUBE, cell, put_together
 from crysldnet.data.elements import SYMBOLS
 from crysldnet.reports.figures import parity, svg
-from crysldnet.reports.predictions import Predictions
+from crysldnet.reports.predictions import Predictions, read_predictions
 from crysldnet.reports.statistics import (
     CalibrationOfRun,
     bootstrap,
@@ -180,3 +180,14 @@ def test_atoms_on_faces_edges_and_corners_are_drawn_wherever_they_repeat() -> No
     one = put_together([PEROVSKITE])
     drawn = draw_structure(one.lattice[0], one.numbers, one.frac_coords)
     assert drawn.count("<line") == 12
+
+
+@pytest.mark.parametrize("names", [("222", "m-3m"), ("1", "2")])
+def test_classes_whose_names_look_like_numbers_are_classes(tmp_path, names):
+    one, two = names
+    file = tmp_path / "predictions_test.csv"
+    rows = [f"a,group,{one},{one},,,0.9", f"b,group,{two},{one},,,0.6", f"c,group,,{two},,,0.6"]
+    file.write_text("\n".join(["material_id,target,true,prediction,unit,std,probability", *rows]) + "\n")
+    found = read_predictions(file, {})["group"]
+    assert found.classes == [one, two]
+    np.testing.assert_array_equal(found.errors, [0.0, 1.0, np.nan])

@@ -122,7 +122,11 @@ def results(folder: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("name", choices("sweep"))
-def test_every_sweep_that_ships_is_valid_and_has_known_keys(name: str) -> None:
+def test_every_sweep_that_ships_is_valid_and_has_known_keys(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fold_0.json").touch()  # of the sweep of Matbench, see below
     loaded = sweep.load_sweep(name)
     assert loaded.config["program"]  # W&B's agent reads it, though the command doesn't use it
     first = sweep.propose(loaded, [], 0)
@@ -202,6 +206,23 @@ def test_a_sweep_whose_runs_all_fail_says_so(write: Any, tmp_path: Path, program
     assert cli.run(["sweep", f"sweep={path}", "count=8", "name=none", f"runs={tmp_path}"]) == 1
     assert [row["state"] for row in results(tmp_path / "sweep" / "none")] == ["failed"] * 5  # then it gives up
     assert not (tmp_path / "sweep" / "none" / "summary.json").exists()
+
+
+def test_a_sweep_by_a_metric_that_its_runs_lack_stops_at_the_first_and_names_those_they_have(
+    write: Any, tmp_path: Path, program: Program
+) -> None:
+    path = write(metric={"name": "val/maee", "goal": "minimize"}, parameters=grid(0.1, 0.2, 0.3))
+    program.does(**{f"lr{i / 10}": {"values": [1.0]} for i in range(1, 4)})
+    with pytest.raises(ConfigError, match=r"has no val/maee, by which .*grid\.yaml chooses; it has val/mae\. Name one"):
+        cli.run(["sweep", f"sweep={path}", "count=3", "name=lacks", f"runs={tmp_path}"])
+    assert len(program.runs) == 1
+
+
+def test_a_sweep_over_a_split_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.split\.file=fold_0\.json: no such file; docs/sweep\.md shows"):
+        cli.run(["sweep", "sweep=matbench", "count=1", "name=x", f"runs={tmp_path}"])
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_a_run_is_this_interpreter_with_a_name_of_its_own(

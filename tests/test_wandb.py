@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -108,7 +109,12 @@ def test_an_ensemble_has_a_run_of_each_member_and_one_of_what_they_say_together(
     summary = json.loads((whole / "summary.json").read_text())
     logged = {name: value for name, _, value in values_in_wandb(file_of(whole))}
     assert logged["test/mae"] == summary["test/mae"]
-    assert set(wandb_file.artifacts(file_of(whole))) == {"predictions"}
+    artifacts = wandb_file.artifacts(file_of(whole))
+    assert set(artifacts) == {"predictions"}
+    members = [whole / member / "model.safetensors" for member in ("member_0", "member_1")]
+    assert artifacts["predictions"]["made_from"] == {
+        "model": [hashlib.sha256(member.read_bytes()).hexdigest() for member in members]
+    }
     start = hashlib.sha256((runs / "finetune" / "f" / "model.safetensors").read_bytes()).hexdigest()
     for member in ("member_0", "member_1"):
         assert wandb_file.artifacts(file_of(whole / member))["model"]["made_from"] == {"model": start}
@@ -225,9 +231,12 @@ def test_a_run_without_the_package_says_what_to_install(tmp_path: Path, monkeypa
 
 
 def test_a_run_that_cannot_begin_says_why_and_what_else_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    __import__("wandb").teardown()  # which would remember a key
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("sys.stdin", io.StringIO())
     with pytest.raises(ConfigError, match=r"W&B can't begin a run: .*wandb login.*; logger\.mode=offline needs"):
         wandb(folder=tmp_path, name="run", config={}, mode="online")
 

@@ -225,8 +225,11 @@ def validate(composition: Composition, schema: type) -> Any:
     return settings
 
 
-MAY_CHANGE = {"name", "runs", "resume", "trainer", "strategy", "logger", "stages", "epochs", "parallel"}
-"""What a resumed run may do otherwise than it was begun: how it is executed, and how long."""
+MAY_CHANGE = {
+    *("name", "runs", "resume", "trainer", "strategy", "logger", "stages", "epochs"),
+    *("parallel", "folds", "out", "algorithm", "authors"),
+}
+"""What a resumed run may do otherwise than it was begun: how it is executed, how long, and what its submission says."""
 
 
 def refuse_changed(composition: Composition, saved: Path) -> None:

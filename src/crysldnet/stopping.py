@@ -87,8 +87,11 @@ def started_by_the_first() -> bool:
 
 
 def end_with_the_first() -> None:
-    """Let this process, where the first one started it, not outlive that: nobody comes to where it may wait."""
-    if started_by_the_first():
+    """Let this process, where the first one started it, not outlive that: nobody comes to where it may wait.
+
+    Lightning numbers the processes that it starts; another one may go on by itself.
+    """
+    if started_by_the_first() and os.environ.get("LOCAL_RANK", "0") != "0":
         threading.Thread(target=_end_soon_after, args=(os.getppid(),), daemon=True, name="orphan").start()
 
 
@@ -96,6 +99,8 @@ def _end_soon_after(first: int) -> None:
     while os.getppid() == first:
         time.sleep(1.0)
     time.sleep(ORPHAN_S)
+    sys.stderr.write(f"process {first}, which started this one, is gone; this one ends\n")
+    sys.stderr.flush()
     os._exit(1)
 
 

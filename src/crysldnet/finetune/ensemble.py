@@ -57,6 +57,11 @@ def member_rows(data: CrystalDataModule, config: FinetuneConfig) -> list[Rows]:
     ]
 
 
+def member_seed(seed: int, member: int) -> int:
+    """Return the seed of a member; ensembles of neighbouring seeds have no member in common."""
+    return int(np.random.SeedSequence([seed, member]).generate_state(1)[0]) if member else seed
+
+
 def train_ensemble(
     config: FinetuneConfig, values: dict[str, Any], folder: Path, name: str, data: CrystalDataModule
 ) -> Finetuned:
@@ -72,7 +77,7 @@ def train_ensemble(
     results, parts = [], member_rows(data, config)
     for i, rows in enumerate(parts):
         path = folder / f"member_{i}"
-        own = replace(config, seed=config.seed + i)
+        own = replace(config, seed=member_seed(config.seed, i))
         if not (path / "model.safetensors").exists():
             _train_member(own, {**values, "seed": own.seed}, path, data, rows, f"{name}-member_{i}")
         info = load_property_model(path)[1]
@@ -124,7 +129,7 @@ def _together(folder: Path, infos: list[dict[str, Any]], data: CrystalDataModule
     for rows in _batches(data, data.rows["test"]):
         batch = make_batch(data.store.crystals.take(rows), model.encoder.graph).to(device)
         with torch.inference_mode():
-            combined = combine([member.predict(batch) for member in loaded])
+            combined = combine([member.predict(batch) for member in loaded], model.types)
         true = torch.from_numpy(data.target_values[rows]).float().to(device)
         scores.update(combined, true, torch.zeros_like(true), model.std)
         predictions |= rows_of(rows, combined)

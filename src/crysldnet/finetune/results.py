@@ -74,7 +74,7 @@ def _tested(result: Finetuned) -> Iterator[list[str]]:
 def _cell(value: float, labels: list[str] | None = None) -> str:
     if math.isnan(value):
         return ""
-    return f"{value:.6g}" if labels is None else labels[int(value)]
+    return f"{value:.9g}" if labels is None else labels[int(value)]
 
 
 def _plot_parity(folder: Path, result: Finetuned) -> None:

@@ -135,7 +135,7 @@ class Predictor(Embedder):
         """Predict crystals whose graphs are there."""
         crystals, batch = portion.crystals, portion.batches[self.encoder.graph].to(self.device)
         with catch_features(self.encoder) as caught:
-            found = together([member.predict(batch) for member in self.members])
+            found = together(self.members, [member.predict(batch) for member in self.members])
             features = caught.of_crystals(batch)
         value = found.value.double().cpu().numpy()
         std = np.full_like(value, np.nan) if found.std is None else found.std.double().cpu().numpy()

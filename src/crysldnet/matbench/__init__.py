@@ -25,12 +25,12 @@ from crysldnet.errors import ConfigError, DataError
 from crysldnet.finetune.settings import make_encoder
 from crysldnet.matbench.begun import Begun, open_task
 from crysldnet.matbench.folds import TaskRun, read_fold, record_folds, run_fold, write_tested
-from crysldnet.matbench.leaderboard import print_scores, write_comparison
+from crysldnet.matbench.leaderboard import print_scores, taken_names, write_comparison
 from crysldnet.matbench.parallel import run_folds
 from crysldnet.matbench.recipes import make_recipes
 from crysldnet.matbench.scores import TaskScores, true_roc_auc
 from crysldnet.matbench.settings import MAY_CHANGE, MatbenchConfig, check_settings
-from crysldnet.matbench.submission import Told, write_submission
+from crysldnet.matbench.submission import Told, keep_command, write_submission
 from crysldnet.matbench.tasks import find_source, task_metadata
 from crysldnet.matbench.validation import check_submission
 from crysldnet.training.pretraining_set import print_overlap
@@ -53,11 +53,14 @@ def run(config: MatbenchConfig, values: dict[str, Any]) -> int:
     for name in config.names:
         find_source(name)
     _check_targets(config)
+    if config.algorithm in taken_names():
+        raise ConfigError(f"algorithm={config.algorithm}: the leaderboard has an entry of that name", "algorithm")
     make_recipes(config, values)
     make_encoder(config)
     folder = RunFolder(config.runs, "matbench", config.name, resume=config.resume is not None)
     _check_resumed(folder, values)
     folder.save_config(values)
+    keep_command(folder.path, values)
     begun = Begun.of(config, values, folder)
     if config.parallel > 1:
         run_folds(begun)
@@ -68,7 +71,7 @@ def run(config: MatbenchConfig, values: dict[str, Any]) -> int:
             run_fold(task_run, fold)
         told[name] = _score(task_run)
         task_run.task.df = None  # the crystals of one task are in memory at a time
-    _finish(begun, values, told)
+    _finish(begun, told)
     return 0
 
 
@@ -114,9 +117,9 @@ def _score(task_run: TaskRun) -> Told:
 
 
 @rank_zero_only
-def _finish(begun: Begun, values: dict[str, Any], told: dict[str, Told]) -> None:
+def _finish(begun: Begun, told: dict[str, Told]) -> None:
     config = begun.config
-    submission = write_submission(begun, values, told)
+    submission = write_submission(begun, told)
     complete = all(len(t.scores.folds) == len(begun.benchmark.tasks_map[name].folds) for name, t in told.items())
     if complete:
         checked = check_submission(submission)

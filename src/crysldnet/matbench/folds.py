@@ -143,7 +143,7 @@ def predict(
         batch = make_batch(crystals.take(rows), models[0].encoder.graph).to(device)
         with torch.inference_mode():
             each = [model.predict(batch) for model in models]
-        predicted = combine(each) if len(each) > 1 else each[0]
+        predicted = combine(each, models[0].types) if len(each) > 1 else each[0]
         value = predicted.value[:, 0] if predicted.probability is None else predicted.probability[:, 0, 1]
         values[rows] = value.double().cpu().numpy()
         if predicted.std is not None:
@@ -167,6 +167,8 @@ def run_fold(run: TaskRun, fold: int) -> None:
     else:
         paths = [_train(run, recipe, fold, folder)]
     _keep_predictions(run, fold, paths, data, {**tried, "recipe": recipe.text} if recipe.text else {})
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the other processes read what the first one has kept
 
 
 def _choose_recipe(run: TaskRun, fold: int, folder: Path) -> tuple[Recipe, dict[str, float]]:

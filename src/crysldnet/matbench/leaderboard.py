@@ -15,6 +15,11 @@ from crysldnet.matbench.settings import FOLDS
 from crysldnet.training.run_folder import write_atomically
 
 
+def taken_names() -> set[str]:
+    """Return the names of all entries; a submission needs another one."""
+    return {name for task in load_leaderboard()["tasks"].values() for name, *_ in task["entries"]}
+
+
 @cache
 def load_leaderboard() -> dict[str, Any]:
     """Return the entries, with their source and date."""

@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("task", help="one of its tasks")
     parser.add_argument("fold", type=int, choices=range(FOLDS), help="number of the fold")
     arguments = parser.parse_args(list(argv))
-    path: Path = arguments.run
+    path = arguments.run.absolute()
     saved = path / "config.yaml"
     if not saved.is_file():
         raise ConfigError(f"{path}: no run was begun there; begin one with crysldnet matbench", "run")

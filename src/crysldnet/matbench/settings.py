@@ -68,6 +68,8 @@ def check_settings(config: MatbenchConfig) -> None:
         raise ConfigError(f"folds={config.folds}: name some of 0, 1, 2, 3, 4, each once", "folds")
     if not re.fullmatch(r"[\w.+-]+", config.algorithm):
         raise ConfigError(f"algorithm={config.algorithm!r}: letters, digits and . _ + - make a folder", "algorithm")
+    if not config.authors.strip():
+        raise ConfigError("authors: a submission must name them", "authors")
     _check_parallel(config)
     _check_recipes(config)
     if config.out is not None and config.resume is None and (Path(config.out) / submission_name(config)).exists():

@@ -7,10 +7,12 @@ import importlib.metadata
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
 
 from crysldnet import __version__
 from crysldnet.matbench.begun import Begun
@@ -24,6 +26,8 @@ from crysldnet.training.run_folder import code_version
 RESULTS, INFO = "results.json.gz", "info.json"
 PER_RUN = ("name", "runs", "resume", "out", "parallel")
 """Keys that say where a run is kept, not what it is."""
+COMMAND = "command.json"
+"""File of the run folder."""
 ALGORITHM = (
     "CrysLDNet: a crystal graph encoder, pretrained without labels by a variational autoencoder and latent diffusion "
     "where the notes name a pretraining set, then finetuned with a readout and an MLP."
@@ -60,13 +64,28 @@ def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def command_line(values: Mapping[str, Any]) -> list[str]:
-    """Return the command that repeats a run: as it was typed, or where it was called from Python, every key."""
-    arguments = sys.argv[2:] if sys.argv[1:2] == ["matbench"] else list(_leaves(values))
-    said = {a: a.lstrip("-").partition("=")[0] for a in arguments}
+def command_line(values: Mapping[str, Any], earlier: Sequence[str] = ()) -> list[str]:
+    """Return the command that repeats a run: as it was typed, or where it was called from Python, every key.
+
+    Args:
+        values: the configuration as plain values.
+        earlier: what the run was begun with, where it is resumed: ``resume=last`` alone says nothing of it.
+    """
+    typed = sys.argv[2:] if sys.argv[1:2] == ["matbench"] else list(_leaves(values))
+    said = {a: a.lstrip("-").partition("=")[0] for a in [*earlier[2:], *typed]}
+    now = {said[a] for a in typed}
+    arguments = [*(a for a in earlier[2:] if said[a] not in now), *typed]
     kept = [a for a in arguments if said[a] not in PER_RUN]
     unsaid = [f"{key}={_word(values[key])}" for key in ("tasks", "seed") if key not in said.values()]
     return ["crysldnet", "matbench", *unsaid, *kept]
+
+
+@rank_zero_only
+def keep_command(folder: Path, values: Mapping[str, Any]) -> None:
+    """Keep the command of a run that begins, or that goes on, in its folder."""
+    path = folder / COMMAND
+    earlier = json.loads(path.read_text()) if path.exists() else ()
+    write_atomically(path, json.dumps(command_line(values, earlier)))
 
 
 @dataclass(frozen=True)
@@ -102,25 +121,28 @@ def _notes(begun: Begun, told: Mapping[str, Told]) -> str:
         notes += [f"{name}: {describe_overlap(t.overlap)}" for name, t in told.items() if t.overlap is not None]
     else:
         notes.append("Trained from scratch, without pretraining.")
-    notes.append(
-        f"Best epoch chosen on {config.validation_fraction:g} of each fold's training part, drawn with the seed; "
-        "targets normalised by the rest of it."
-    )
+    if config.ensemble == 1 or config.ensemble_by == "seeds" or config.recipes:
+        notes.append(
+            f"{'Best epoch' if config.ensemble == 1 or config.ensemble_by == 'seeds' else 'Recipe'} chosen on "
+            f"{config.validation_fraction:g} of each fold's training part, drawn with the seed; targets normalised by "
+            "the rest of it."
+        )
     if config.recipes:
         recipes = "; ".join(config.recipes)
         notes.append(f"Each fold took, of {len(config.recipes)} recipes, the one of lowest error there: {recipes}.")
     if config.ensemble > 1:
-        by = "that differ by seed" if config.ensemble_by == "seeds" else "that each validate on another part"
+        by = "that differ by seed"
+        if config.ensemble_by == "folds":
+            by = f"that each choose their epoch on another {config.ensemble}th of the training part's formulas"
         notes.append(f"Predictions are the means of {config.ensemble} models {by}; std is their spread.")
     return " ".join(notes)
 
 
-def write_submission(begun: Begun, values: Mapping[str, Any], told: Mapping[str, Told]) -> Path:
+def write_submission(begun: Begun, told: Mapping[str, Told]) -> Path:
     """Write ``results.json.gz``, ``info.json`` and a script; return their folder.
 
     Args:
         begun: the run, all its folds recorded.
-        values: its configuration as plain values.
         told: what is told of each task.
     """
     config = begun.config
@@ -130,7 +152,7 @@ def write_submission(begun: Begun, values: Mapping[str, Any], told: Mapping[str,
     begun.benchmark.add_metadata({"algorithm": config.algorithm, "seed": config.seed, "data": data})
     content = json.dumps(begun.benchmark.as_dict()).encode()
     (folder / RESULTS).write_bytes(gzip.compress(content, mtime=0))  # the package itself writes no gzip
-    command = command_line(values)
+    command = json.loads((begun.folder.path / COMMAND).read_text())
     packages = ("torch", "lightning", "torch-geometric", "pymatgen", "matminer", "matbench")
     info = {
         "authors": config.authors,

@@ -20,7 +20,7 @@ from typing import Any
 
 from crysldnet.console import print_table
 from crysldnet.errors import CrysldnetError, DataError
-from crysldnet.matbench.leaderboard import load_leaderboard, print_scores
+from crysldnet.matbench.leaderboard import print_scores, taken_names
 from crysldnet.matbench.scores import TaskScores, official_scores, true_roc_auc
 from crysldnet.matbench.settings import BENCHMARK
 from crysldnet.matbench.submission import INFO, RESULTS
@@ -102,8 +102,7 @@ def _check_info(path: Path) -> tuple[str, list[str]]:
     if "notes" not in info:
         problems.append(f"{INFO}: notes is missing")
     algorithm = str(info.get("algorithm") or "")
-    taken = {name for task in load_leaderboard()["tasks"].values() for name, *_ in task["entries"]}
-    if algorithm in taken:
+    if algorithm in taken_names():
         problems.append(f"{INFO}: the leaderboard has an algorithm {algorithm!r} already; names must be unique")
     return algorithm, problems
 

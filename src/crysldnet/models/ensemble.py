@@ -10,17 +10,20 @@ from collections.abc import Sequence
 import torch
 
 from crysldnet.models.head import Prediction
+from crysldnet.models.target import TargetType, TwoPart
 
 
-def combine(predictions: Sequence[Prediction]) -> Prediction:
+def combine(predictions: Sequence[Prediction], types: Sequence[TargetType]) -> Prediction:
     """Return the mean of the members' predictions, and the spread between and within them.
 
     The standard deviation is that of the mixture of the members' distributions,
     std² = mean(value² + std²) − mean(value)² (Lakshminarayanan et al., arXiv 1612.01474); members without one of their
-    own count as exact. Probabilities are averaged, and the likeliest class of the average is predicted.
+    own count as exact. Probabilities are averaged, and the likeliest class of the average is predicted. A number of two
+    parts is 0 where most members say 0, else the mean of those that don't.
 
     Args:
         predictions: of the M members, for the same B crystals.
+        types: of the T targets.
 
     Returns:
         ``std`` [B, T] is NaN for classifications.
@@ -32,6 +35,9 @@ def combine(predictions: Sequence[Prediction]) -> Prediction:
         within = torch.stack([p.std for p in predictions if p.std is not None])
         variance = variance + within.nan_to_num(0.0).square().mean(0)
     std = variance.sqrt()
+    gated = torch.tensor([isinstance(kind, TwoPart) for kind in types], device=mean.device)
+    over = (values != 0).sum(0)
+    mean = torch.where(gated, torch.where(2 * over >= len(values), values.sum(0) / over.clamp_min(1), 0.0), mean)
     if predictions[0].probability is None:
         return Prediction(mean, std, None)
     probability = torch.stack([p.probability for p in predictions if p.probability is not None]).mean(0)

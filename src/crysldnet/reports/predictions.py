@@ -124,7 +124,8 @@ def _of_target(rows: list[dict[str, str]], *, classes: bool, file: Path) -> Pred
     target, unit, ids = rows[0]["target"], rows[0]["unit"], [row["material_id"] for row in rows]
     folds = np.array(_numbers(rows, "fold", file), np.int64) if "fold" in rows[0] else None
     known = [row["true"] for row in rows if row["true"] != ""]
-    if classes or (known and not any(map(_is_number, known))):
+    named = any(row.get("probability") for row in rows) or (known and not any(map(_is_number, known)))
+    if classes or named:
         labels = sorted({row[name] for row in rows for name in ("true", "prediction")} - {""})
         place = {label: float(i) for i, label in enumerate(labels)} | {"": math.nan}
         true, predicted = (np.array([place[row[name]] for row in rows]) for name in ("true", "prediction"))

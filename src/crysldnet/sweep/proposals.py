@@ -176,6 +176,10 @@ def check_parameters(sweep: Sweep, first: Mapping[str, Any], common: Sequence[st
     for name, parameter in sweep.config["parameters"].items():
         for value in parameter.get("values", []):
             _check_line(sweep, sweep.line({**first, name: value}, common))
+    words = dict(word.partition("=")[::2] for word in sweep.line(first, common))
+    split = words.get("data.split.file")
+    if split is not None and not Path(split).is_file():
+        raise ConfigError(f"data.split.file={split}: no such file; docs/sweep.md shows how to make it", "sweep")
 
 
 def propose(sweep: Sweep, trials: Sequence[Trial], seed: int) -> dict[str, Any] | None:

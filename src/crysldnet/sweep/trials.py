@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from crysldnet.errors import ConfigError
 from crysldnet.stopping import noted
 from crysldnet.sweep.proposals import Sweep, Trial, propose, to_stop
 from crysldnet.training.processes import Environment, Job, end, own_command, start
@@ -35,6 +36,13 @@ def find_metric(summary: Mapping[str, Any], name: str) -> float | None:
     own = summary.get(stage)
     value = own.get(rest) if isinstance(own, Mapping) else summary.get(name)
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def metrics_of(summary: Mapping[str, Any]) -> list[str]:
+    """Return the names that :func:`find_metric` finds, of validation."""
+    names = [name for name in summary if "/" in name]
+    names += [f"{stage}/{name}" for stage, own in summary.items() if isinstance(own, Mapping) for name in own]
+    return [name for name in names if "val/" in name and find_metric(summary, name) is not None]
 
 
 def read_history(run: Path, name: str) -> tuple[float, ...]:
@@ -164,6 +172,14 @@ class LocalRuns:
             metric = find_metric(summary, self.sweep.metric)
             trial = replace(trial, state="failed" if metric is None else "finished", metric=metric)
             trial = replace(trial, seconds=summary["wall_time_s"])
+            if metric is None:
+                self.trials[trial.name] = trial
+                self._save()
+                raise ConfigError(
+                    f"{path} has no {self.sweep.metric}, by which {self.sweep.path} chooses; it has "
+                    f"{', '.join(metrics_of(summary))}. Name one of them in a copy of the sweep: sweep=FILE.yaml",
+                    "sweep",
+                )
         else:
             trial = replace(trial, state="stopped" if stopped else "failed")
             if stopped and trial.history:

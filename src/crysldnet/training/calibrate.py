@@ -152,7 +152,7 @@ def _held_out(models: list[PropertyModel], data: CrystalDataModule, rows: NDArra
     assert data.target_values is not None
     values, stds = [np.empty((0, len(data.targets)))], []
     for _, batch in _batches(models[0], data, rows):
-        found = together([model.predict(batch) for model in models])
+        found = together(models, [model.predict(batch) for model in models])
         values.append(found.value.double().cpu().numpy())
         if found.std is not None:
             stds.append(found.std.double().cpu().numpy())
@@ -168,9 +168,9 @@ def _held_out(models: list[PropertyModel], data: CrystalDataModule, rows: NDArra
     return HeldOut(errors, std)
 
 
-def together(predictions: Sequence[Prediction]) -> Prediction:
+def together(models: Sequence[PropertyModel], predictions: Sequence[Prediction]) -> Prediction:
     """Return the prediction of an ensemble, or of the one model that there is."""
-    return combine(predictions) if len(predictions) > 1 else predictions[0]
+    return combine(predictions, models[0].types) if len(predictions) > 1 else predictions[0]
 
 
 @torch.inference_mode()

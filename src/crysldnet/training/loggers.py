@@ -175,8 +175,8 @@ def wandb(
     try:
         logger.log_hyperparams({**config, "code_version": code_version()})
     except library.errors.Error as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(
-            f"W&B can't begin a run: {reason}; logger.mode=offline needs neither account nor network", "logger"
-        ) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        remote = isinstance(error, library.errors.CommError) or "API key" in reason
+        hint = "; logger.mode=offline needs neither account nor network" if remote else ""
+        raise ConfigError(f"W&B can't begin a run: {reason}{hint}", "logger") from error
     return [logger]

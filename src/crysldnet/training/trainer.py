@@ -320,6 +320,17 @@ def announce(stage: str, trainer: pl.Trainer, model: nn.Module, data: CrystalDat
         note(f"{count:,} crystals left out: {reason}")
 
 
+def _no_meeting(error: RuntimeError, nodes: int) -> str:
+    """Say why the processes of a run don't come together, and what mends it."""
+    reason = str(error).splitlines()[0].rstrip(".")
+    if "in use" in reason:
+        mend = f"set MASTER_PORT to a free one{', or leave it unset' if nodes == 1 else ''}"
+    else:
+        mend = "where one of them isn't there, its own error stands further up"
+    place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    return f"the processes of this run can't meet at {place}: {reason}; {mend}"
+
+
 def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule) -> dict[str, float]:
     """Train to the end, from the checkpoint that the Trainer was made to resume; return the last value of each metric.
 
@@ -342,12 +353,10 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule
             with contextlib.suppress(SystemExit):  # Lightning exits by itself on the second Ctrl-C
                 trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
     except RuntimeError as error:
-        if of_a_collective(error) and not distributed.is_initialized():
-            raise DeviceError(
-                f"the processes of this run can't meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
-                f"{str(error).splitlines()[0]}; where that port is in use, set MASTER_PORT to a free one, or let it be "
-                "chosen by leaving it unset"
-            ) from error
+        if trainer.world_size > 1 and of_a_collective(error) and not distributed.is_initialized():
+            stopping.children[:] = getattr(trainer.strategy.launcher, "procs", [])
+            stopping.end_children()  # they would wait, and come to the meeting of the next run at that place
+            raise DeviceError(_no_meeting(error, trainer.num_nodes)) from error
         if "DataLoader worker" not in str(error):
             raise
         save_and_stop.stop_if_told("where it can't go on without its workers; the last checkpoint stands")

@@ -32,8 +32,6 @@ UNITS = {
 OF_TARGET = ("mae", "rmse")
 ARTIFACTS = {"encoder.safetensors": "encoder", "model.safetensors": "model", "predictions_test.csv": "predictions"}
 """File of a run folder to the type and the collection of its artifact."""
-MADE_FROM = {"encoder": [], "model": ["encoder", "model"], "predictions": ["model"]}
-"""What an artifact may have been made from; a model from another one whose encoder it took."""
 WORST = 20
 PLOTTED = 10_000
 """Rows of a table; W&B draws no more in a chart."""
@@ -158,26 +156,30 @@ class WandbRun(WandbLogger):
     def _log_artifacts(self, folder: Path, pretrained: Path | None) -> None:
         import wandb
 
-        hashes: dict[str, str] = {}
+        made_from: dict[str, dict[str, str | list[str]]] = {"encoder": {}, "model": {}, "predictions": {}}
         if pretrained is not None:
             start = "model" if kind_of(pretrained) == "property_model" else "encoder"
-            hashes[start] = file_sha256(pretrained)
+            sha256 = file_sha256(pretrained)
+            made_from["model"] = {start: sha256}
             if not self.experiment.offline and not self.experiment.disabled:
-                used = wandb.Artifact(start, start, metadata={"sha256": hashes[start]})
+                used = wandb.Artifact(start, start, metadata={"sha256": sha256})
                 used.add_file(str(pretrained), f"{start}.safetensors")
                 self.experiment.use_artifact(used)  # the same content is the same version, whoever logged it first
+        models = [file_sha256(path) for path in sorted(folder.glob("member_*/model.safetensors"))]
+        if (folder / "model.safetensors").exists():
+            made_from["predictions"] = {"model": file_sha256(folder / "model.safetensors")}
+        elif models:
+            made_from["predictions"] = {"model": models}
         for name, kind in ARTIFACTS.items():
             path = folder / name
             if not path.exists():
                 continue
-            origins = {origin: hashes[origin] for origin in MADE_FROM[kind] if origin in hashes}
-            hashes[kind] = file_sha256(path)
             artifact = wandb.Artifact(
                 kind,
                 kind,
                 metadata={
-                    "sha256": hashes[kind],
-                    "made_from": origins,
+                    "sha256": file_sha256(path),
+                    "made_from": made_from[kind],
                     "run_folder": folder.name,
                 },
             )
