@@ -248,12 +248,15 @@ def test_a_fold_of_no_run_is_refused(tmp_path: Path) -> None:
         cli.run(["matbench", "fold", str(tmp_path), "matbench_jdft2d", "0"])
 
 
-def test_a_fold_is_found_from_inside_the_folder_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fold_is_found_from_inside_the_folder_of_runs(
+    small: dict[str, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(tmp_path, "tasks=matbench_mp_gap", "folds=[2]")
     monkeypatch.chdir(tmp_path / "matbench")
     folder = Path("a/matbench_mp_gap/fold_2")
     before = json.loads((folder / "predictions.json").read_text())
     (folder / "predictions.json").unlink()
+    Path("a/summary.json").unlink()
     assert cli.run(["matbench", "fold", "a", "matbench_mp_gap", "2"]) == 0
     assert json.loads((folder / "predictions.json").read_text())["predictions"] == before["predictions"]
 
