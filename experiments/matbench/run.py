@@ -149,6 +149,7 @@ def launch(arm: str, runs: Path, encoder: Path, settings: argparse.Namespace) ->
         f"ensemble={settings.members}",
         "ensemble_by=folds",
         f"epochs={settings.epochs}",
+        "min_steps=0",
         "data.batch_size=32",
         "optimizer.lr=1e-3",
         "trainer.precision=bf16-mixed",
