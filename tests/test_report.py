@@ -232,6 +232,20 @@ def test_standard_deviations_are_calibrated(folder: Path) -> None:
     assert "0.0 % in 50 %, 0.0 % in 80 %, 100.0 % in 95 %" in text
 
 
+def test_the_intervals_of_predict_are_told_with_how_often_they_held(folder: Path) -> None:
+    file = Path("runs/finetune/seed0/summary.json")
+    summary = json.loads(file.read_text())
+    summary["calibration"] = {TARGETS[0]: {"crystals": 40.0, "coverage_50": 0.512, "coverage_95": 0.96}}
+    file.write_text(json.dumps(summary))
+    text = report("runs/finetune/seed0")
+    assert text.count("Intervals of crysldnet predict") == 1
+    assert "of the 40 calibration crystals" in text
+    assert "51.2 % in 50 %, 96.0 % in 95 %.</p>" in text
+    summary["calibration"][TARGETS[0]] |= {"miscalibration_area": 0.2, "miscalibration_area_scaled": 0.05}
+    file.write_text(json.dumps(summary))
+    assert "Miscalibration area of the standard deviations 0.200, scaled 0.050" in report("runs/finetune/seed0")
+
+
 def test_classes_have_an_accuracy_and_a_table(folder: Path) -> None:
     def classify(row: dict[str, str]) -> dict[str, str] | None:
         if row["target"] != "band_gap" or not row["true"]:

@@ -167,6 +167,7 @@ class Report:
             if p.folds is not None:
                 yield '<p class="soft">Of all folds together; the score of Matbench is the mean over the folds.</p>'
             yield from self._errors_of(f"{self.names[place]}_{name}", p, crystals.get(name), _disagreement(run, name))
+            yield _intervals(run, name)
 
     def _errors_of(self, name: str, p: Predictions, crystals: Crystals | None, warning: str) -> Iterator[str]:
         found = statistics.metrics(p)
@@ -211,6 +212,22 @@ class Report:
             f"{found.mean_std:.4g}, RMSE {found.rmse:.4g}{p.suffix}."
         )
         return self.figure(figures.reliability(found, html.SERIES[0]), name, "Calibration", note)
+
+
+def _intervals(run: Run, name: str) -> str:
+    """Say how well the intervals of ``predict`` held on the crystals that they are made from."""
+    found = (run.summary.get("calibration") or {}).get(name) or {}
+    levels = [key for key in found if key.startswith("coverage_")]
+    covered = [f"{100 * found[key]:.1f} % in {key.removeprefix('coverage_')} %" for key in levels]
+    if not covered:
+        return ""
+    area, scaled = (found.get(f"miscalibration_area{end}") for end in ("", "_scaled"))
+    areas = "" if area is None else f" Miscalibration area of the standard deviations {area:.3f}, scaled {scaled:.3f}."
+    return (
+        f"<h3>Intervals of crysldnet predict</h3><p>How many true values lie in them, of the {found['crystals']:,.0f} "
+        "calibration crystals, none of which was trained on; made from one half of them and measured on the other: "
+        f"{', '.join(covered)}.{areas}</p>"
+    )
 
 
 def _disagreement(run: Run, name: str) -> str:
