@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import hashlib
 import importlib.util
 import json
 import os
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata
 
+import wandb_file
 from crysldnet import cli, finetune
 from crysldnet.data.locations import DATA_VARIABLE
 from crysldnet.data.published.catalog import PUBLISHED
@@ -37,6 +39,7 @@ from crysldnet.matbench.begun import refuse_seen_labels
 N = 60
 TINY = [
     "epochs=1",
+    "min_steps=0",
     "encoder.width=16",
     "encoder.layers=2",
     "encoder.k=6",
@@ -127,6 +130,23 @@ def test_a_classification_and_a_regression_make_one_submission(
     comparison = (tmp_path / "matbench" / "a" / "comparison.md").read_text()
     assert comparison.count("**CrysLDNet**") == 2
     assert "area under the ROC curve of the probabilities" in comparison
+
+
+def test_scores_predictions_and_submission_go_to_wandb(small: dict[str, list[Any]], tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    online = ["logger=wandb", "logger.mode=offline"]
+    summary = run(tmp_path, "tasks=[matbench_mp_is_metal,matbench_mp_gap]", "folds=[1]", *online)
+    __import__("wandb").teardown()  # its process writes the last block of a file when it ends
+    (file,) = (tmp_path / "matbench" / "a").glob("wandb/offline-run-*/*.wandb")
+    logged = {name: value for row in wandb_file.rows(file) for name, value in row.items()}
+    for task, metric in (("matbench_mp_is_metal", "rocauc"), ("matbench_mp_gap", "mae")):
+        assert logged[f"{task}/{metric}_mean"] == summary["tasks"][task][f"{metric}_mean"]
+        assert f"{task}/predictions/_type" in logged
+    assert "matbench_mp_gap/worst/_type" in logged
+    artifact = wandb_file.artifacts(file)["submission"]
+    for name in ("info.json", "reproduce.py", "results.json.gz"):
+        content = (Path(summary["submission"]) / name).read_bytes()
+        assert artifact["sha256"][name] == hashlib.sha256(content).hexdigest()
 
 
 def test_an_ensemble_predicts_the_mean_and_records_its_spread(small: dict[str, list[Any]], tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from crysldnet.matbench.validation import check_submission
 from crysldnet.training.pretraining_set import print_overlap
 from crysldnet.training.run_folder import RunFolder
 from crysldnet.training.trainer import TrainerSettings
+from crysldnet.training.wandb_run import publish_submission
 
 __all__ = ["MatbenchConfig", "check_settings", "run"]
 
@@ -71,7 +72,7 @@ def run(config: MatbenchConfig, values: dict[str, Any]) -> int:
             run_fold(task_run, fold)
         told[name] = _score(task_run)
         task_run.task.df = None  # the crystals of one task are in memory at a time
-    _finish(begun, told)
+    _finish(begun, values, told)
     return 0
 
 
@@ -117,7 +118,7 @@ def _score(task_run: TaskRun) -> Told:
 
 
 @rank_zero_only
-def _finish(begun: Begun, told: dict[str, Told]) -> None:
+def _finish(begun: Begun, values: dict[str, Any], told: dict[str, Told]) -> None:
     config = begun.config
     submission = write_submission(begun, told)
     complete = all(len(t.scores.folds) == len(begun.benchmark.tasks_map[name].folds) for name, t in told.items())
@@ -140,6 +141,9 @@ def _finish(begun: Begun, told: dict[str, Told]) -> None:
             "submission": str(submission),
         }
     )
+    loggers = build(config.logger, "logger", folder=begun.folder.path, name=begun.folder.name, config=values)
+    totals = {f"{name}/{key}": value for name, t in told.items() for key, value in _total(t).items()}
+    publish_submission(loggers, begun.folder.path, totals, submission)
     for t in told.values():
         print_scores(t.scores.task, config.algorithm, t.scores)
         print_overlap(t.overlap)
@@ -147,11 +151,15 @@ def _finish(begun: Begun, told: dict[str, Told]) -> None:
     print_table("", ["", ""], [*written, ["state", state]])
 
 
+def _total(told: Told) -> dict[str, float]:
+    scores = told.scores
+    return {f"{scores.metric}_mean": scores.mean(), f"{scores.metric}_std": scores.std()}
+
+
 def _summary(told: Told) -> dict[str, Any]:
     scores = told.scores
     return {
-        f"{scores.metric}_mean": scores.mean(),
-        f"{scores.metric}_std": scores.std(),
+        **_total(told),
         "unit": scores.unit,
         "scores": {f"fold_{fold}": s for fold, s in scores.folds.items()},
         **({"true_roc_auc": {f"fold_{fold}": a for fold, a in scores.true_auc.items()}} if scores.true_auc else {}),

@@ -191,6 +191,7 @@ def _train(run: TaskRun, recipe: Recipe, fold: int, folder: Path) -> Path:
         return path
     name = f"{run.folder.name}-{path.relative_to(run.folder.path).as_posix().replace('/', '-')}"
     data = fold_data(run, fold, recipe)
+    path.mkdir(parents=True, exist_ok=True)
     loggers = build(recipe.config.logger, "logger", folder=path, name=name, config=recipe.values | describe_data(data))
     train(_of_task(run, recipe.config), recipe.values, path, data=data, loggers=loggers)
     publish(loggers, path, encoder_file(recipe.config.pretrained))

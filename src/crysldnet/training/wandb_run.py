@@ -153,6 +153,22 @@ class WandbRun(WandbLogger):
         self._log_artifacts(folder, pretrained)
         self.experiment.finish()
 
+    @rank_zero_only
+    def publish_submission(self, folder: Path, submission: Path) -> None:
+        """Log the predictions of a benchmark's tasks and the submission made of them, and close the W&B run."""
+        import wandb
+
+        if self._gone:
+            return
+        for path in sorted(folder.glob("*/predictions.csv")):
+            tables = prediction_tables(path)
+            self.experiment.log({f"{path.parent.name}/{name.removeprefix('test/')}": t for name, t in tables.items()})
+        hashes = {path.name: file_sha256(path) for path in sorted(submission.iterdir())}
+        artifact = wandb.Artifact("submission", "submission", metadata={"sha256": hashes, "run_folder": folder.name})
+        artifact.add_dir(str(submission))
+        self.experiment.log_artifact(artifact, aliases=["latest", re.sub(r"[/:]", "-", folder.name)])
+        self.experiment.finish()
+
     def _log_artifacts(self, folder: Path, pretrained: Path | None) -> None:
         import wandb
 
@@ -228,6 +244,21 @@ def begin_stage(loggers: Iterable[Logger], stage: str) -> None:
     for logger in loggers:
         if isinstance(logger, WandbRun):
             logger.begin_stage(stage)
+
+
+def publish_submission(loggers: Iterable[Logger], folder: Path, scores: Mapping[str, float], submission: Path) -> None:
+    """Log what a run of a benchmark came to.
+
+    Args:
+        loggers: of the run.
+        folder: of the run.
+        scores: by TASK/NAME.
+        submission: its folder.
+    """
+    for logger in loggers:
+        logger.log_metrics(dict(scores), 0)
+        if isinstance(logger, WandbRun):
+            logger.publish_submission(folder, submission)
 
 
 def publish(loggers: Iterable[Logger], folder: Path, pretrained: Path | None = None) -> None:
