@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from crysldnet.build import Part
+from crysldnet.console import note
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.errors import ConfigError, DataError
 from crysldnet.training.atomic import write_atomically
@@ -130,6 +131,17 @@ def csv(*, folder: Part[Path], name: Part[str], config: Part[dict[str, Any]]) ->
     return []
 
 
+def _begin(logger: WandbRun, config: dict[str, Any]) -> None:
+    """Begin the run; where the environment names a W&B process that is gone, in one of this process's own."""
+    try:
+        logger.log_hyperparams(config)
+    except Exception as error:
+        if type(error).__name__ != "WandbServiceConnectionError" or os.environ.pop("WANDB_SERVICE", None) is None:
+            raise
+        note("the W&B process that WANDB_SERVICE names is gone; this run starts its own")
+        logger.log_hyperparams(config)
+
+
 def wandb(
     *,
     folder: Part[Path],
@@ -173,7 +185,7 @@ def wandb(
     )
     os.environ.setdefault("WANDB__SERVICE_WAIT", str(SERVICE_WAIT_S))
     try:
-        logger.log_hyperparams({**config, "code_version": code_version()})
+        _begin(logger, {**config, "code_version": code_version()})
     except library.errors.Error as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         remote = isinstance(error, library.errors.CommError) or "API key" in reason

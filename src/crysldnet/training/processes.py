@@ -94,7 +94,7 @@ def run_jobs(
 
 def start(job: Job, environment: Environment) -> subprocess.Popen[bytes]:
     """Start a job."""
-    whole = {**os.environ, RUN_NAME: None, **environment}
+    whole = {**os.environ, RUN_NAME: None, "WANDB_SERVICE": None, **environment}  # those are of this process's own run
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
         return subprocess.Popen(
