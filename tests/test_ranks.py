@@ -126,7 +126,7 @@ def test_a_rank_that_answers_but_never_comes_is_named(tmp_path: Path, ranks: lis
     assert re.search(says.format(pids=pids), said(tmp_path)), said(tmp_path)
 
 
-@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_ranks_that_cannot_meet_end_and_say_why(tmp_path: Path, killed: bool) -> None:
     """The port is in use; or the first process is killed while the other one is on its way to their meeting."""
     data = subset(tmp_path / "data.parquet", train=8, val=4)

@@ -241,19 +241,18 @@ def test_a_run_that_cannot_begin_says_why_and_what_else_to_do(tmp_path: Path, mo
         wandb(folder=tmp_path, name="run", config={}, mode="online")
 
 
-def test_a_run_begins_where_the_wandb_process_of_its_parent_is_gone(tmp_path: Path) -> None:
-    data = subset(tmp_path / "small.parquet", train=8, val=4)
-    words = [*COMMON, *ENCODER, *DENOISER, "stage=vae", "stages.vae.epochs=1", f"data.path={data}", "name=p"]
-    done = subprocess.run(
-        [sys.executable, "-m", "crysldnet", "pretrain", *words, "logger=wandb", "logger.mode=offline"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SERVICE": f"3-1-unix-{tmp_path}/socket"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "the W&B process that WANDB_SERVICE names is gone; this run starts its own" in done.stderr
-    assert values_in_wandb(file_of(tmp_path / "runs/pretrain/p"))
+def test_a_run_begins_where_the_wandb_process_of_its_parent_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    library = __import__("wandb")
+    library.teardown()
+    monkeypatch.setenv("WANDB_SERVICE", f"3-1-unix-{tmp_path}/socket")
+    (logger,) = wandb(folder=tmp_path, name="x", config={}, mode="offline")
+    logger.log_metrics({"val/mae": 0.5}, 0)
+    logger.experiment.finish()
+    library.teardown()
+    assert "the W&B process that WANDB_SERVICE names is gone; this run starts its own" in capsys.readouterr().err
+    assert ("val/mae", 0, 0.5) in values_in_wandb(file_of(tmp_path))
 
 
 def test_a_list_of_loggers_is_composed_in_its_order() -> None:
