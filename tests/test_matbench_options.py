@@ -335,7 +335,14 @@ def test_a_finetuned_model_is_taken_or_refused_by_the_crystals_it_has_seen(tmp_p
             "data.exclude=[embedded:matbench_jdft2d]" if name == "others" else "data.split.by=formula",
         )  # fmt: skip
         assert finetune.run(config, values) == 0
-    arguments = ["tasks=[matbench_jdft2d]", "folds=[0]", "epochs=1", f"runs={tmp_path}", "trainer.progress_bar=false"]
+    arguments = [
+        "tasks=[matbench_jdft2d]",
+        "folds=[0]",
+        "epochs=1",
+        "min_steps=0",
+        f"runs={tmp_path}",
+        "trainer.progress_bar=false",
+    ]
     with pytest.raises(ConfigError, match=r"labels \(exfoliation_energy\).* data.exclude=\[embedded:matbench_jd"):
         cli.run(["matbench", f"pretrained={tmp_path / 'finetune/task'}", *arguments, "name=refused"])
     assert cli.run(["matbench", f"pretrained={tmp_path / 'finetune/others'}", *arguments, "name=taken"]) == 0

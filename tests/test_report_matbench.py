@@ -41,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Calls]:
         calls.append((include_target, len(list(folder.glob("runs/matbench/a/*/*/predictions.json")))))
         return given(task, fold, as_type, include_target)
 
-    line = ["epochs=1", "loss=laplace", "trainer.accelerator=cpu", *ENCODER, *QUIET]
+    line = ["epochs=1", "min_steps=0", "loss=laplace", "trainer.accelerator=cpu", *ENCODER, *QUIET]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("MATMINER_DATA", raising=False)
