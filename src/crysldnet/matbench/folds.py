@@ -31,9 +31,9 @@ from crysldnet.finetune.training import train
 from crysldnet.matbench.recipes import Recipe
 from crysldnet.matbench.settings import MatbenchConfig
 from crysldnet.matbench.tasks import Source, crystals_of, file_hash, target_values
-from crysldnet.models.ensemble import combine
 from crysldnet.models.head import PropertyModel
 from crysldnet.training.atomic import write_atomically
+from crysldnet.training.calibrate import together
 from crysldnet.training.checkpoint import load_property_model
 from crysldnet.training.loggers import describe_data
 from crysldnet.training.pretraining_set import encoder_file, pretraining_overlap
@@ -143,7 +143,7 @@ def predict(
         batch = make_batch(crystals.take(rows), models[0].encoder.graph).to(device)
         with torch.inference_mode():
             each = [model.predict(batch) for model in models]
-        predicted = combine(each, models[0].types) if len(each) > 1 else each[0]
+        predicted = together(models, each)
         value = predicted.value[:, 0] if predicted.probability is None else predicted.probability[:, 0, 1]
         values[rows] = value.double().cpu().numpy()
         if predicted.std is not None:
