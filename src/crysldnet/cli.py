@@ -73,7 +73,7 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
         if earlier is not None:
             saved = earlier / "config.yaml"
             composition = compose(name, arguments, saved)
-            refuse_changed(composition, saved)
+            refuse_changed(name, composition, saved)
             if is_complete(earlier):
                 print(f"{earlier}: this run is complete", file=sys.stderr)
                 return 0

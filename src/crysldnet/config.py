@@ -135,11 +135,11 @@ def _parse(value: str) -> Any:
         return value
 
 
-def compose(command: str, arguments: Sequence[str] = (), saved: Path | None = None) -> Composition:
+def compose(command: str | Path, arguments: Sequence[str] = (), saved: Path | None = None) -> Composition:
     """Merge a command's file, its groups, a preset and the command line.
 
     Args:
-        command: the name of a file in ``conf/``.
+        command: the name of a file in ``conf/``, or the path of one elsewhere.
         arguments: ``group=name`` and ``key=value``; a leading ``--`` is allowed. Of the commands in ``PLAIN_WORDS``
             also plain words.
         saved: the resolved configuration of a run that is resumed, in place of the defaults and presets.
@@ -147,8 +147,8 @@ def compose(command: str, arguments: Sequence[str] = (), saved: Path | None = No
     Raises:
         ConfigError: a file, group or choice is unknown, a value is missing or can't be parsed.
     """
-    pairs = _split(arguments, PLAIN_WORDS.get(command))
-    root_file = conf_folder() / f"{command}.yaml"
+    pairs = _split(arguments, PLAIN_WORDS.get(str(command)))
+    root_file = command if isinstance(command, Path) else conf_folder() / f"{command}.yaml"
     layers = [(str(root_file), load_yaml(root_file))]
     for key, value in pairs:
         if key == "preset" and value not in ("null", ""):
@@ -225,15 +225,18 @@ def validate(composition: Composition, schema: type) -> Any:
     return settings
 
 
+_WHERE_IT_RUNS = {"name", "runs", "resume", "strategy", "logger"}
 MAY_CHANGE = {
-    *("name", "runs", "resume", "trainer", "strategy", "logger", "stages", "epochs"),
-    *("parallel", "folds", "out", "algorithm", "authors"),
+    "pretrain": {*_WHERE_IT_RUNS, "trainer", "stages"},
+    "finetune": {*_WHERE_IT_RUNS, "trainer", "epochs"},
+    "matbench": {*_WHERE_IT_RUNS, "parallel", "folds", "out", "algorithm", "authors"},
 }
-"""What a resumed run may do otherwise than it was begun: how it is executed, how long, and what its submission says."""
+"""Of each command, what a resumed run may do otherwise than it was begun: how it is executed, how long, and what its
+submission says. All folds of a benchmark are trained alike."""
 
 
-def refuse_changed(composition: Composition, saved: Path) -> None:
-    """Refuse to resume a run as another one.
+def refuse_changed(command: str, composition: Composition, saved: Path) -> None:
+    """Refuse to resume a run of a command as another one.
 
     Raises:
         ConfigError: naming the key that differs.
@@ -244,7 +247,7 @@ def refuse_changed(composition: Composition, saved: Path) -> None:
         differs = _first_difference(key, before.get(key), value, given)
         if differs is None or (key not in before and not _is_given(key, given)):
             continue
-        if key not in MAY_CHANGE:
+        if key not in MAY_CHANGE[command]:
             name, then, now = differs
             raise ConfigError(
                 f"{name}: the run in {saved.parent} was begun with {name}={then}, not {now}; "

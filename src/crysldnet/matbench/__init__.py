@@ -12,11 +12,9 @@ crysldnet matbench validate FOLDER checks a submission folder, and scores its pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
-import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
 from crysldnet.build import build
@@ -29,7 +27,7 @@ from crysldnet.matbench.leaderboard import print_scores, taken_names, write_comp
 from crysldnet.matbench.parallel import run_folds
 from crysldnet.matbench.recipes import make_recipes
 from crysldnet.matbench.scores import TaskScores, true_roc_auc
-from crysldnet.matbench.settings import MAY_CHANGE, MatbenchConfig, check_settings
+from crysldnet.matbench.settings import MatbenchConfig, check_settings
 from crysldnet.matbench.submission import Told, keep_command, write_submission
 from crysldnet.matbench.tasks import find_source, task_metadata
 from crysldnet.matbench.validation import check_submission
@@ -59,7 +57,6 @@ def run(config: MatbenchConfig, values: dict[str, Any]) -> int:
     make_recipes(config, values)
     make_encoder(config)
     folder = RunFolder(config.runs, "matbench", config.name, resume=config.resume is not None)
-    _check_resumed(folder, values)
     folder.save_config(values)
     keep_command(folder.path, values)
     begun = Begun.of(config, values, folder)
@@ -84,18 +81,6 @@ def _check_targets(config: MatbenchConfig) -> None:
                 close = get_close_matches(name, targets, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"they are: {', '.join(targets)}"
                 raise ConfigError(f"{key}: {name!r} is not a target of the tasks; {hint}", key)
-
-
-def _check_resumed(folder: RunFolder, values: Mapping[str, Any]) -> None:
-    path = folder.path / "config.yaml"
-    before = yaml.safe_load(path.read_text()) if path.exists() else values
-    for key in values.keys() - set(MAY_CHANGE):
-        if before.get(key) != values[key]:
-            raise ConfigError(
-                f"{folder.path} was begun with {key}={before.get(key)}, not {values[key]}: all folds of a run are "
-                "trained alike; resume it as it was, or choose another name",
-                key,
-            )
 
 
 def _score(task_run: TaskRun) -> Told:

@@ -18,8 +18,6 @@ RECIPE = (
     "trainer"
 ).split()
 """Keys that a recipe may set: how a model is trained, and nothing of what it is trained on or from."""
-MAY_CHANGE = "name runs resume folds parallel out algorithm authors strategy logger".split()
-"""Keys that may differ where a run is resumed; all folds of a run are trained alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
