@@ -1,14 +1,14 @@
 """Correct formation energies from DFT by measured enthalpies: 20 % and 80 % of them to learn from, the rest to test on.
 
-python experiments/dft_correction/run.py --data FOLDER [--runs FOLDER] [--seeds N]
+python experiments/dft_correction/run.py data=FOLDER [key=value …]
 
-FOLDER holds mp_cgcnn_train.parquet and expt_formation_kingsbury.parquet. Runs that are complete are not run again, so
-an interrupted study goes on where it stopped.
+The keys are those of config.yaml beside this file. Runs that are complete are not run again, so an interrupted study
+goes on where it stopped.
 """
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +21,43 @@ from crysldnet.data.elements import reduced_formula
 from crysldnet.data.store import CrystalStore
 
 HERE = Path(__file__).parent
-MEASURED, COMPUTED, DIFFERENCE = (
-    "expt_formation_enthalpy_per_atom",
-    "dft_formation_energy_per_atom",
-    "measured_minus_dft",
-)
-SHARES = (0.2, 0.8)
-INNER = 0.15
-"""Share of the rows to learn from that chooses the epoch."""
-IMPLAUSIBLE = 5.0
-"""eV/atom; formation energies beyond ± this are errors of the source."""
-RIDGE = 1.0
-"""Pseudo-count of the linear correction: an element seen in few crystals is corrected less."""
-ENCODER = "encoder=neighbor_attention_small"
-DFT_EPOCHS, EPOCHS, MIN_STEPS = 8, 25, 700
+DIFFERENCE = "measured_minus_dft"
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Crystals with a formation energy from DFT."""
+
+    file: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Crystals with a measured value, and the name of the value from DFT beside it."""
+
+    file: str
+    target: str
+    dft: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """See config.yaml."""
+
+    data: str
+    dft: Computed
+    measured: Measured
+    runs: str
+    out: str | None
+    seeds: list[int]
+    shares: list[float]
+    inner: float
+    plausible: float
+    ridge: float
+    encoder: str
+    dft_training: list[str]
+    finetuning: list[str]
 
 
 def formulas(store: CrystalStore) -> np.ndarray:
@@ -53,123 +76,137 @@ def composition(store: CrystalStore) -> np.ndarray:
     return made / made.sum(1, keepdims=True)
 
 
-def write_dft(data: Path, measured: CrystalStore, path: Path) -> None:
-    """Write the crystals with energies from DFT, none of a formula that was measured; a twentieth of them validates."""
-    store = open_store(str(data / "mp_cgcnn_train.parquet"))
-    names = formulas(store)
-    energy = store.numbers_of("formation_energy_per_atom")
-    rows = np.flatnonzero(~np.isin(names, formulas(measured)) & (np.abs(energy) <= IMPLAUSIBLE))
-    held = np.random.default_rng(0).permutation(np.unique(names[rows]))
-    held = held[: len(held) // 20]
-    table = store.to_table().take(pa.array(rows))
-    table = table.select([c for c in table.column_names if c != "split"])
-    split = np.where(np.isin(names[rows], held), "val", "train")
-    pq.write_table(table.append_column("split", pa.array(split)), path)
+@dataclass(frozen=True)
+class Study:
+    """The settings, and the crystals that have both a measured value and one from DFT.
 
+    Attributes:
+        settings: of the study.
+        crystals: with ``measured`` and ``dft``, [n] each, in eV/atom.
+    """
 
-def write_measured(store: CrystalStore, share: float, seed: int, path: Path) -> dict[str, np.ndarray]:
-    """Divide the measured crystals by formula; return the rows of train, val and test."""
-    names = formulas(store)
-    order = np.random.default_rng([seed, 1]).permutation(np.unique(names))
-    learned = order[: round(share * len(order))]
-    inner = learned[: round(INNER * len(learned))]
-    split = np.where(np.isin(names, inner), "val", np.where(np.isin(names, learned), "train", "test"))
-    table = store.to_table()
-    table = table.select([c for c in table.column_names if c not in ("split", DIFFERENCE)])
-    difference = store.numbers_of(MEASURED) - store.numbers_of(COMPUTED)
-    field = pa.field(DIFFERENCE, pa.float64(), metadata={"unit": "eV/atom"})
-    table = table.append_column(field, pa.array(difference)).append_column("split", pa.array(split))
-    pq.write_table(table, path)
-    return {name: np.flatnonzero(split == name) for name in ("train", "val", "test")}
+    settings: Settings
+    crystals: CrystalStore
+    measured: np.ndarray
+    dft: np.ndarray
 
+    @classmethod
+    def of(cls, settings: Settings) -> Study:
+        """Open the measured crystals."""
+        whole = open_store(settings.measured.file)
+        measured, dft = whole.numbers_of(settings.measured.target), whole.numbers_of(settings.measured.dft)
+        known = np.flatnonzero(np.isfinite(measured) & np.isfinite(dft))
+        crystals = CrystalStore.from_table(whole.to_table().take(pa.array(known)), whole.name)
+        return cls(settings, crystals, measured[known], dft[known])
 
-def linear_correction(store: CrystalStore, rows: dict[str, np.ndarray]) -> float:
-    """Return the test MAE of DFT and a correction of each element, by ridge regression on all rows to learn from."""
-    learn = np.concatenate([rows["train"], rows["val"]])
-    x, y = composition(store), store.numbers_of(MEASURED) - store.numbers_of(COMPUTED)
-    weights = np.linalg.solve(x[learn].T @ x[learn] + RIDGE / len(learn) * np.eye(x.shape[1]), x[learn].T @ y[learn])
-    return float(np.abs(y[rows["test"]] - x[rows["test"]] @ weights).mean())
+    @property
+    def runs(self) -> Path:
+        """Folder of the runs."""
+        return Path(self.settings.runs)
 
+    def write_dft(self, path: Path) -> None:
+        """Write the crystals from DFT, none of a formula that was measured; a twentieth of their formulas validates."""
+        store = open_store(self.settings.dft.file)
+        names = formulas(store)
+        energy = store.numbers_of(self.settings.dft.target)
+        rows = np.flatnonzero(~np.isin(names, formulas(self.crystals)) & (np.abs(energy) <= self.settings.plausible))
+        held = np.random.default_rng(0).permutation(np.unique(names[rows]))
+        held = held[: len(held) // 20]
+        table = store.to_table().take(pa.array(rows))
+        table = table.select([c for c in table.column_names if c != "split"])
+        split = np.where(np.isin(names[rows], held), "val", "train")
+        pq.write_table(table.append_column("split", pa.array(split)), path)
 
-def finetune(runs: Path, name: str, *arguments: str) -> dict:
-    """Train one model."""
-    return evidence.launch(runs, "finetune", name, "data=custom", "trainer.precision=bf16-mixed", *arguments)
+    def write_measured(self, share: float, seed: int, path: Path) -> dict[str, np.ndarray]:
+        """Divide the measured crystals by formula; return the rows of train, val and test."""
+        names = formulas(self.crystals)
+        order = np.random.default_rng([seed, 1]).permutation(np.unique(names))
+        learned = order[: round(share * len(order))]
+        inner = learned[: round(self.settings.inner * len(learned))]
+        split = np.where(np.isin(names, inner), "val", np.where(np.isin(names, learned), "train", "test"))
+        table = self.crystals.to_table()
+        table = table.select([c for c in table.column_names if c not in ("split", DIFFERENCE)])
+        field = pa.field(DIFFERENCE, pa.float64(), metadata={"unit": "eV/atom"})
+        table = table.append_column(field, pa.array(self.measured - self.dft))
+        pq.write_table(table.append_column("split", pa.array(split)), path)
+        return {name: np.flatnonzero(split == name) for name in ("train", "val", "test")}
 
+    def linear_correction(self, rows: dict[str, np.ndarray]) -> float:
+        """Return the test MAE of DFT, corrected by a ridge regression on the fractions of the elements."""
+        learn = np.concatenate([rows["train"], rows["val"]])
+        x, y = composition(self.crystals), self.measured - self.dft
+        penalty = self.settings.ridge / len(learn) * np.eye(x.shape[1])
+        weights = np.linalg.solve(x[learn].T @ x[learn] + penalty, x[learn].T @ y[learn])
+        return float(np.abs(y[rows["test"]] - x[rows["test"]] @ weights).mean())
 
-def study(runs: Path, measured: CrystalStore, share: float, seed: int) -> dict[str, float]:
-    """Return the test MAE of every way to use the measured values."""
-    path = runs / "data" / f"measured_{share:g}_{seed}.parquet"
-    rows = write_measured(measured, share, seed, path)
-    dft = measured.numbers_of(COMPUTED)[rows["test"]]
-    results = {
-        "DFT as it is": float(np.abs(dft - measured.numbers_of(MEASURED)[rows["test"]]).mean()),
-        "DFT, linear correction of each element": linear_correction(measured, rows),
-    }
-    ways = {
-        "structure alone, from scratch": ("none", MEASURED),
-        "structure alone, trained on DFT first": (str(runs / "finetune" / "dft"), MEASURED),
-        "DFT, learned correction, from scratch": ("none", DIFFERENCE),
-        "DFT, learned correction, trained on DFT first": (str(runs / "finetune" / "dft"), DIFFERENCE),
-    }
-    for place, (title, (pretrained, target)) in enumerate(ways.items()):
-        result = finetune(
-            runs,
-            f"way{place}-{share:g}-seed{seed}",
-            *([ENCODER] if pretrained == "none" else []),
+    def finetune(self, name: str, path: Path, target: str, *arguments: str) -> dict:
+        """Train one model on the split that stands in a file."""
+        return evidence.launch(
+            self.runs,
+            "finetune",
+            name,
+            "data=custom",
+            "trainer.precision=bf16-mixed",
             f"data.path={path}",
             f"data.targets=[{target}]",
             "data.split.by=column",
-            f"pretrained={pretrained}",
-            f"seed={seed}",
-            f"epochs={EPOCHS}",
-            f"min_steps={MIN_STEPS}",
+            *arguments,
         )
-        results[title] = result["test/mae"]
-    return results
+
+    def learn_dft(self) -> Path:
+        """Train the model that the others start from; return its run."""
+        path = self.runs / "data" / "dft.parquet"
+        if not path.exists():
+            self.write_dft(path)
+        settings = self.settings
+        self.finetune("dft", path, settings.dft.target, f"encoder={settings.encoder}", *settings.dft_training)
+        return self.runs / "finetune" / "dft"
+
+    def errors(self, trained_on_dft: Path, share: float, seed: int) -> dict[str, float]:
+        """Return the test MAE of every way to use the measured values."""
+        path = self.runs / "data" / f"measured_{share:g}_{seed}.parquet"
+        rows = self.write_measured(share, seed, path)
+        results = {
+            "DFT as it is": float(np.abs(self.dft - self.measured)[rows["test"]].mean()),
+            "DFT, linear correction of each element": self.linear_correction(rows),
+        }
+        scratch, trained = ("none", f"encoder={self.settings.encoder}"), (str(trained_on_dft),)
+        ways = {
+            "structure alone, from scratch": (self.settings.measured.target, *scratch),
+            "structure alone, trained on DFT first": (self.settings.measured.target, *trained),
+            "DFT, learned correction, from scratch": (DIFFERENCE, *scratch),
+            "DFT, learned correction, trained on DFT first": (DIFFERENCE, *trained),
+        }
+        for place, (title, (target, pretrained, *encoder)) in enumerate(ways.items()):
+            name = f"way{place}-{share:g}-seed{seed}"
+            own = [f"pretrained={pretrained}", *encoder, f"seed={seed}", *self.settings.finetuning]
+            results[title] = self.finetune(name, path, target, *own)["test/mae"]
+        return results
 
 
 def main() -> None:
     """Run everything; write results.json and the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the two files")
-    parser.add_argument("--runs", type=Path, default=Path("runs/dft_correction"), help="folder of the runs")
-    parser.add_argument("--seeds", type=int, default=3, help="divisions of the measured crystals")
-    settings = parser.parse_args()
-    runs = settings.runs
-    (runs / "data").mkdir(parents=True, exist_ok=True)
-    commit = evidence.current_commit(HERE)
-    whole = open_store(str(settings.data / "expt_formation_kingsbury.parquet"))
-    known = np.isfinite(whole.numbers_of(MEASURED)) & np.isfinite(whole.numbers_of(COMPUTED))
-    measured = CrystalStore.from_table(whole.to_table().take(pa.array(np.flatnonzero(known))), whole.name)
-    if not (runs / "data" / "dft.parquet").exists():
-        write_dft(settings.data, measured, runs / "data" / "dft.parquet")
-    finetune(
-        runs,
-        "dft",
-        ENCODER,
-        f"data.path={runs / 'data' / 'dft.parquet'}",
-        "data.targets=[formation_energy_per_atom]",
-        "data.split.by=column",
-        f"epochs={DFT_EPOCHS}",
-    )
-    seeds = list(range(settings.seeds))
+    settings = evidence.settings(Settings, HERE, __doc__ or "")
+    out = Path(settings.out or HERE)
+    study = Study.of(settings)
+    (study.runs / "data").mkdir(parents=True, exist_ok=True)
+    known = {
+        "unit": "eV/atom",
+        "seeds": settings.seeds,
+        "data": f"{len(study.crystals)} measured formation enthalpies",
+        "command": "python experiments/dft_correction/run.py data=FOLDER",
+        "commit": evidence.current_commit(HERE),
+    }
+    trained_on_dft = study.learn_dft()
     records = []
-    for share in SHARES:
-        results = [study(runs, measured, share, seed) for seed in seeds]
+    for share in settings.shares:
+        results = [study.errors(trained_on_dft, share, seed) for seed in settings.seeds]
+        metric = f"test MAE, {share:.0%} to learn from"
         for title in results[0]:
-            records.append(
-                evidence.summarise(
-                    [result[title] for result in results],
-                    name=title,
-                    metric=f"test MAE, {share:.0%} to learn from",
-                    unit="eV/atom",
-                    seeds=seeds,
-                    data=f"{len(measured)} measured formation enthalpies",
-                    command="python experiments/dft_correction/run.py --data FOLDER",
-                    commit=commit,
-                )
-            )
-    evidence.write(HERE, records)
+            errors = [result[title] for result in results]
+            records.append(evidence.summarise(errors, name=title, metric=metric, **known))
+    out.mkdir(parents=True, exist_ok=True)
+    evidence.write(out, records)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
 """Which recipe of finetuning is good at 100 labels and at many?
 
-python experiments/finetune_recipe/run.py --data FOLDER [--pretrained FILE] [--runs FOLDER] [--sizes N …]
-    [--seeds N …] [--parallel N]
+python experiments/finetune_recipe/run.py data=FOLDER [key=value …]
 
-FOLDER holds mp_cgcnn_train.parquet. Without --pretrained a small encoder is pretrained on the crystals in the package
-first. Runs that are complete are not run again, so an interrupted study goes on where it stopped.
+The keys are those of config.yaml beside this file. Runs that are complete are not run again, so an interrupted study
+goes on where it stopped.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from statistics import geometric_mean
 
 import numpy as np
 import pyarrow as pa
@@ -25,129 +24,156 @@ from crysldnet.data.datamodule import open_store
 from crysldnet.data.split import Split
 
 HERE = Path(__file__).parent
-SEEDS = (0, 1, 2)
-SIZES = (100, 1000)
-TARGET, UNIT = "formation_energy_per_atom", "eV/atom"
-MAX_ATOMS = 20
-HELD_OUT = {"inner": 300, "second": 1000}
-IMPLAUSIBLE = 5.0
-"""eV/atom; formation energies beyond ± this are errors of the source."""
+COMMAND = "python experiments/finetune_recipe/run.py data=FOLDER"
 
-EPOCHS, BATCH = 40, 32
-BUDGETS = (0, 3000)
-"""Of ``min_steps``."""
-RATES = (1e-3, 2e-3)
+
+@dataclass(frozen=True)
+class Settings:
+    """See config.yaml."""
+
+    data: str
+    file: str
+    target: str
+    pretrained: str | None
+    runs: str
+    out: str | None
+    parallel: int
+    seeds: list[int]
+    sizes: list[int]
+    budgets: list[int]
+    rates: list[float]
+    held_out: dict[str, int]
+    max_atoms: int
+    plausible: float
+    epochs: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A least number of steps and a learning rate."""
+
+    steps: int
+    rate: float
+
+    @property
+    def name(self) -> str:
+        """As in the table."""
+        return f"at least {self.steps:,} steps, lr {self.rate:g}"
 
 
 @dataclass(frozen=True)
 class Study:
-    """Where the study is, and how much of it to run."""
+    """The settings, and the encoder that all runs start from."""
 
-    data: Path
+    settings: Settings
     runs: Path
     encoder: Path
-    sizes: tuple[int, ...]
-    seeds: tuple[int, ...]
-    pool: ThreadPoolExecutor
 
-    def errors(self, recipe: tuple[str, ...]) -> dict[int, list[float]]:
-        """Return the MAE of each seed at each size, having trained what isn't there yet."""
-        jobs = {
-            (size, seed): self.pool.submit(finetune, self, size, recipe, seed)
-            for size, seed in product(self.sizes, self.seeds)
-        }
-        return {size: [jobs[size, seed].result() for seed in self.seeds] for size in self.sizes}
+    def prepare(self, size: int) -> dict[str, Path]:
+        """Draw the crystals by formula: to train on, to choose the epoch on, and to compare on.
 
-
-def grid_recipe(steps: int, rate: float) -> tuple[str, ...]:
-    """Return a budget and a learning rate as arguments."""
-    return (f"min_steps={steps}", f"optimizer.lr={rate:g}")
-
-
-def prepare(data: Path, runs: Path, size: int) -> dict[str, Path]:
-    """Draw the crystals from the training file by formula: to train on, to choose the epoch on, and to compare on.
-
-    Smaller training sets lie within larger ones.
-    """
-    files = {name: runs / "data" / f"{name}.parquet" for name in (f"train_{size}", *HELD_OUT)}
-    if all(file.exists() for file in files.values()):
+        Smaller training sets lie within larger ones.
+        """
+        settings = self.settings
+        files = {name: self.runs / "data" / f"{name}.parquet" for name in (f"train_{size}", *settings.held_out)}
+        if all(file.exists() for file in files.values()):
+            return files
+        (self.runs / "data").mkdir(parents=True, exist_ok=True)
+        store = open_store(settings.file)
+        values = store.numbers_of(settings.target)
+        good = np.isfinite(values) & (np.abs(values) <= settings.plausible)
+        good &= store.crystals.sizes <= settings.max_atoms
+        parts = Split(by="formula", fractions=[0.8, 0.1, 0.1], seed=0).rows(store)
+        counts = {f"train_{size}": size, **settings.held_out}
+        table = store.to_table()
+        table = table.select([c for c in table.column_names if c != "split"])
+        for (name, count), part in zip(counts.items(), ("train", "val", "test"), strict=True):
+            rows = np.random.default_rng(0).permutation(parts[part][good[parts[part]]])[:count]
+            if len(rows) < count:
+                raise SystemExit(f"{name}: {len(rows)} crystals are there, {count} were asked for")
+            pq.write_table(table.take(pa.array(np.sort(rows))), files[name])
         return files
-    (runs / "data").mkdir(parents=True, exist_ok=True)
-    store = open_store(str(data / "mp_cgcnn_train.parquet"))
-    values = store.numbers_of(TARGET)
-    good = np.isfinite(values) & (np.abs(values) <= IMPLAUSIBLE) & (store.crystals.sizes <= MAX_ATOMS)
-    parts = Split(by="formula", fractions=[0.8, 0.1, 0.1], seed=0).rows(store)
-    chosen = {f"train_{size}": (parts["train"], size), "inner": (parts["val"], HELD_OUT["inner"])}
-    chosen["second"] = (parts["test"], HELD_OUT["second"])
-    table = store.to_table()
-    table = table.select([c for c in table.column_names if c != "split"])
-    for name, (rows, count) in chosen.items():
-        rows = np.random.default_rng(0).permutation(rows[good[rows]])[:count]
-        if len(rows) < count:
-            raise SystemExit(f"{name}: {len(rows)} crystals are there, {count} were asked for")
-        pq.write_table(table.take(pa.array(np.sort(rows))), files[name])
-    return files
+
+    def finetune(self, size: int, recipe: Recipe, seed: int) -> float:
+        """Train one model; its best epoch is chosen on the first held-out part, its MAE is that on the second."""
+        settings = self.settings
+        train, inner, second = self.prepare(size).values()
+        steps = settings.epochs * -(-size // settings.batch_size)
+        passes = max(1, -(-recipe.steps // steps))  # budgets that make no difference share a run
+        summary = evidence.launch(
+            self.runs,
+            "finetune",
+            f"{size}-{passes}x-lr{recipe.rate:g}-{seed}".replace(".", "_"),
+            "data=custom",
+            f"data.targets=[{settings.target}]",
+            f"data.path={{train: {train}, val: {inner}, test: {second}}}",
+            f"data.batch_size={settings.batch_size}",
+            f"epochs={settings.epochs}",
+            f"pretrained={self.encoder}",
+            f"seed={seed}",
+            f"min_steps={recipe.steps}",
+            f"optimizer.lr={recipe.rate:g}",
+        )
+        return float(summary["test/mae"])
+
+    def records(self) -> list[evidence.Record]:
+        """Train what isn't there yet; return the error of every recipe at every size."""
+        settings = self.settings
+        grid = [Recipe(*pair) for pair in product(settings.budgets, settings.rates)]
+        for size in settings.sizes:
+            self.prepare(size)
+        with ThreadPoolExecutor(settings.parallel) as pool:
+            jobs = {job: pool.submit(self.finetune, *job) for job in product(settings.sizes, grid, settings.seeds)}
+            errors = {job: started.result() for job, started in jobs.items()}
+        return [
+            evidence.summarise(
+                [errors[size, recipe, seed] for seed in settings.seeds],
+                name=recipe.name,
+                metric=f"MAE, {size:,} labels",
+                unit=open_store(settings.file).units.get(settings.target, "1"),
+                seeds=settings.seeds,
+                data=f"{Path(settings.file).stem} of ≤ {settings.max_atoms} atoms, "
+                f"compared on {settings.held_out['second']:,} held out",
+                command=COMMAND,
+                commit=self.commits(size),
+            )
+            for size, recipe in product(settings.sizes, grid)
+        ]
+
+    def commits(self, size: int) -> str:
+        """Return the commits that the runs of a size were made with."""
+        summaries = sorted((self.runs / "finetune").glob(f"{size}-*/summary.json"))
+        versions = [json.loads(file.read_text())["code_version"] for file in summaries]
+        return ", ".join(dict.fromkeys(version.rpartition("+")[2] for version in versions))
 
 
-def finetune(study: Study, size: int, recipe: tuple[str, ...], seed: int) -> float:
-    """Train one model; its best epoch is chosen on the first inner part, its MAE is that on the second."""
-    files = {name: study.runs / "data" / f"{name}.parquet" for name in (f"train_{size}", *HELD_OUT)}
-    paths = f"data.path={{train: {files[f'train_{size}']}, val: {files['inner']}, test: {files['second']}}}"
-    passes = {f"min_steps={s}": max(1, -(-s // (EPOCHS * -(-size // BATCH)))) for s in BUDGETS}
-    said = [f"{passes[a]}x" if a in passes else a for a in recipe]  # budgets that make no difference share a run
-    name = "".join(c if c.isalnum() else "_" for c in "-".join(said))
-    fixed = ["data=custom", f"data.targets=[{TARGET}]", paths, f"data.batch_size={BATCH}", f"epochs={EPOCHS}"]
-    own = [f"pretrained={study.encoder}", f"seed={seed}", *recipe]
-    summary = evidence.launch(study.runs, "finetune", f"{size}-{name}-{seed}", *fixed, *own)
-    return float(summary["test/mae"])
-
-
-def score(errors: dict[int, list[float]], best: dict[int, float]) -> float:
-    """Return how much larger than the lowest of each size a recipe's errors are, as a mean factor over the sizes."""
-    return float(np.exp(np.mean([np.log(np.mean(values) / best[size]) for size, values in errors.items()])))
-
-
-def records(study: Study, found: dict[str, dict[int, list[float]]]) -> list[evidence.Record]:
-    """Return every recipe's error at every size, and its mean factor over the lowest."""
-    best = {size: min(float(np.mean(errors[size])) for errors in found.values()) for size in study.sizes}
-    summaries = [json.loads(file.read_text()) for file in sorted((study.runs / "finetune").glob("*/summary.json"))]
-    commits = dict.fromkeys(summary["code_version"].rpartition("+")[2] for summary in summaries)
-    common = {
-        "data": f"mp_cgcnn training file of ≤ {MAX_ATOMS} atoms, compared on {HELD_OUT['second']:,} held out",
-        "command": "python experiments/finetune_recipe/run.py --data FOLDER",
-        "commit": ", ".join(commits),
-        "seeds": study.seeds,
-    }
-    made = []
-    for name, errors in found.items():
-        for size, values in errors.items():
-            made.append(evidence.summarise(values, name=name, metric=f"MAE, {size:,} labels", unit=UNIT, **common))
-        factor = [score(errors, best)]
-        made.append(evidence.summarise(factor, name=name, metric="over the lowest", unit="factor", **common))
-    return made
+def compare(records: list[evidence.Record]) -> list[evidence.Record]:
+    """Return how much larger than the lowest of each size each recipe's error is, as a mean factor over the sizes."""
+    sizes = list(dict.fromkeys(r.metric for r in records))
+    best = {size: min(r.value for r in records if r.metric == size) for size in sizes}
+    compared = []
+    for name in dict.fromkeys(r.name for r in records):
+        own = {r.metric: r for r in records if r.name == name}
+        if len(own) == len(sizes):
+            factor = geometric_mean(own[size].value / best[size] for size in sizes)
+            compared.append(replace(own[sizes[-1]], metric="over the lowest", unit="factor", value=factor, spread=None))
+    return compared
 
 
 def main() -> None:
-    """Try all pairs of a budget and a rate, and write what came out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--pretrained", type=Path)
-    parser.add_argument("--runs", type=Path, default=Path("runs/finetune_recipe"))
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--parallel", type=int, default=1)
-    options = parser.parse_args()
-    runs = options.runs.resolve()
-    if options.pretrained is None:
+    """Try all pairs of a budget and a rate, and write what came out beside what was measured at other sizes."""
+    settings = evidence.settings(Settings, HERE, __doc__ or "")
+    runs, out = Path(settings.runs).resolve(), Path(settings.out or HERE)
+    if settings.pretrained is None:
         evidence.launch(runs, "pretrain", "small")
-    encoder = (options.pretrained or runs / "pretrain" / "small" / "encoder.safetensors").resolve()
-    for size in options.sizes:
-        prepare(options.data, runs, size)
-    with ThreadPoolExecutor(options.parallel) as pool:
-        study = Study(options.data, runs, encoder, tuple(options.sizes), tuple(options.seeds), pool)
-        grid = {pair: study.errors(grid_recipe(*pair)) for pair in product(BUDGETS, RATES)}
-    named = {f"at least {s:,} steps, lr {r:g}": errors for (s, r), errors in grid.items()}
-    evidence.write(HERE, records(study, named))
+    encoder = Path(settings.pretrained or runs / "pretrain" / "small" / "encoder.safetensors").resolve()
+    records = Study(settings, runs, encoder).records()
+    kept = evidence.read(out / "results.json") if (out / "results.json").exists() else []
+    measured = {r.metric for r in records} | {"over the lowest"}
+    records = sorted([*(r for r in kept if r.metric not in measured), *records], key=lambda r: (r.name, len(r.metric)))
+    out.mkdir(parents=True, exist_ok=True)
+    evidence.write(out, [*records, *compare(records)])
 
 
 if __name__ == "__main__":

@@ -20,7 +20,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from crysldnet.config import compose, validate
+from crysldnet.errors import ConfigError
+
+T = TypeVar("T")
 
 BLOCK = re.compile(
     r"(?P<begin><!-- results(?P<by_name> by name)?(?: of (?P<command>[^\n]+?))? -->\n)"
@@ -58,6 +63,23 @@ class Record:
     commit: str
     machine: str
     date: str
+
+
+def settings(schema: type[T], folder: Path, description: str, arguments: Sequence[str] | None = None) -> T:
+    """Return the settings of a study: those of ``config.yaml`` in its folder, and key=value of its command line.
+
+    ``--help`` prints the description and the file. An unknown key or a wrong value ends the program with status 2.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    file = folder / "config.yaml"
+    if {"-h", "--help"} & set(arguments):
+        print(f"{description.strip()}\n\n{file.read_text()}", end="")
+        raise SystemExit(0)
+    try:
+        return validate(compose(file, arguments), schema)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def describe_machine() -> str:
@@ -205,11 +227,17 @@ def render(text: str, records: Sequence[Record]) -> str:
     return BLOCK.sub(block, text)
 
 
+def _program(record: Record) -> list[str]:
+    """Return what was run, such as ``python`` and a script, without its settings."""
+    return record.command.split()[:2]
+
+
 def write(folder: Path, records: Sequence[Record]) -> None:
-    """Write ``results.json`` and the tables in ``README.md``; records of other commands are kept."""
-    file, commands = folder / "results.json", {r.command for r in records}
-    others = [r for r in read(file) if r.command not in commands] if file.exists() else []
+    """Write ``results.json``, and the tables in ``README.md`` where there is one; other programs' records are kept."""
+    file, programs = folder / "results.json", [_program(r) for r in records]
+    others = [r for r in read(file) if _program(r) not in programs] if file.exists() else []
     everything = [*others, *records]
     file.write_text(json.dumps([asdict(r) for r in everything], indent=1, ensure_ascii=False) + "\n")
     readme = folder / "README.md"
-    readme.write_text(render(readme.read_text(), everything))
+    if readme.exists():
+        readme.write_text(render(readme.read_text(), everything))
