@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from crysldnet import finetune
+from crysldnet import finetune, load
 from crysldnet.build import build_dataclass
 from crysldnet.data.batch import make_batch
 from crysldnet.data.crystals import from_lists
@@ -20,7 +20,7 @@ from crysldnet.errors import ConfigError, DataError
 from crysldnet.finetune import FinetuneConfig
 from crysldnet.models.head import Prediction, PropertyHead, PropertyModel
 from crysldnet.models.references import fit_references
-from crysldnet.models.target import Classes, Log, NonNegative, Number, TwoPart, make_target
+from crysldnet.models.target import Bounded, Classes, Log, Number, TwoPart, make_number, make_target
 from crysldnet.training import checkpoint
 from crysldnet.training.checkpoint import load_property_model
 from crysldnet.training.metrics import ClassificationScores, TargetMetrics
@@ -98,6 +98,22 @@ def test_the_loaded_model_predicts_what_the_run_wrote(tmp_path, small):
             assert row["std"] == ""
 
 
+def test_a_bounded_target_and_its_intervals_stay_within_its_bounds(tmp_path, small):
+    table = pq.read_table(small)
+    shares = np.array([np.mean(np.array(z) == 8) for z in table["atomic_numbers"].to_pylist()])
+    pq.write_table(table.append_column("oxygen", pa.array(shares)), tmp_path / "shares.parquet")
+    given = [f"data.path={tmp_path}/shares.parquet", "data.targets=[oxygen]", "target_types={oxygen: [0, 0.7]}"]
+    folder, _, rows = run(tmp_path, "shares", *given, "epochs=12", "optimizer.lr=3e-3", "loss=laplace")
+    predicted = [float(row["prediction"]) for row in rows]
+    assert min(predicted) == 0.0, "crystals without oxygen are met exactly"
+    assert max(predicted) > 0.2
+    found = load(folder).predict(str(tmp_path / "shares.parquet"), interval=0.95)
+    assert ((found.values >= 0) & (found.values <= 0.7)).all()
+    assert found.low.min() == 0.0
+    assert found.high.max() == 0.7
+    assert (found.low <= found.high).all()
+
+
 def test_classes_and_gaps_are_learned_by_heart(tmp_path, small):
     table = pq.read_table(small)
     pq.write_table(
@@ -122,6 +138,12 @@ def test_classes_and_gaps_are_learned_by_heart(tmp_path, small):
         ([f"target_types={{{ENERGY}: log}}"], DataError, r"must be over 0, but \S+ \(row \d+\) has -"),
         (["data.targets=[band_gap]", "target_types={band_gap: log}"], DataError, r"but \S+ \(row \d+\) has 0 \("),
         ([f"target_types={{{ENERGY}: two_part}}"], DataError, "must be 0 or more"),
+        ([f"target_types={{{ENERGY}: [0, null]}}"], DataError, "must be 0 or more"),
+        (["data.targets=[band_gap]", "target_types={band_gap: [0, 1]}"], DataError, r"must be from 0 to 1, but \S+"),
+        (["data.targets=[band_gap]", "target_types={band_gap: [1, 0]}"], ConfigError, "band_gap: bounds must be two"),
+        (["data.targets=[band_gap]", "target_types={band_gap: [null, null]}"], ConfigError, "the lower first"),
+        (["data.targets=[band_gap]", "target_types={band_gap: [0, 1, 2]}"], ConfigError, "bounds are two"),
+        (["data.targets=[band_gap]", "target_types={band_gap: bounded}"], ConfigError, "target_types"),
         ([f"target_types={{{ENERGY}: classes}}"], DataError, "a class is a whole number"),
         (["data.targets=[formula]"], DataError, "not numbers, and too many for classes"),
         (["data.targets=[family]", "target_types={family: log}"], DataError, "holds string, not numbers"),
@@ -163,7 +185,7 @@ def column(*values):
 def test_a_number_is_undone_by_its_normalisation():
     center, scale = column(2.0, 2.0), column(3.0)[0]
     output = column(-1.0, 0.5)[:, None]
-    for kind, expected in ((Number(), [-1.0, 3.5]), (NonNegative(), [0.0, 3.5]), (Log(), np.exp([-1.0, 3.5]))):
+    for kind, expected in ((Number(), [-1.0, 3.5]), (Bounded(low=0.0), [0.0, 3.5]), (Log(), np.exp([-1.0, 3.5]))):
         np.testing.assert_allclose(kind.estimate(output, center, scale).value, expected)
     true = column(-1.0, 3.5)
     assert Number().loss(output, true, center, scale, "l1").abs().max() < 1e-12
@@ -173,11 +195,23 @@ def test_a_number_is_undone_by_its_normalisation():
 def test_below_a_true_zero_a_bounded_number_costs_nothing_and_a_plain_one_does():
     center, scale, true = column(1.0, 1.0, 1.0), column(2.0)[0], column(0.0, 0.0, 1.0)
     output = column(-3.0, 0.5, -3.0)[:, None].requires_grad_()
-    loss = NonNegative().loss(output, true, center, scale, "l1")
+    loss = make_number("non_negative", None).loss(output, true, center, scale, "l1")
     assert loss.tolist() == [0.0, 1.0, 3.0]
     loss.sum().backward()
     assert output.grad[:, 0].tolist() == [0.0, 1.0, -1.0]
     assert Number().loss(output, true, center, scale, "l1")[0] > 0
+
+
+def test_both_bounds_cut_predictions_and_cost_nothing_beyond():
+    kind = make_number([0, 1], None)
+    center, scale = column(0.5, 0.5, 0.5, 0.5), column(0.25)[0]
+    output = column(-4.0, 4.0, 4.0, -4.0)[:, None]  # -0.5, 1.5, 1.5, -0.5
+    assert kind.estimate(output, center, scale).value.tolist() == [0.0, 1.0, 1.0, 0.0]
+    assert kind.loss(output, column(0.0, 1.0, 0.0, 0.5), center, scale, "l1").tolist() == [0.0, 0.0, 6.0, 4.0]
+    wrong, wanted = kind.wrong(np.array([-0.1, 0.0, 1.0, 1.1]))
+    assert (wrong.tolist(), wanted) == ([True, False, False, True], "from 0 to 1")
+    wrong, wanted = make_number([None, 0.5], None).wrong(np.array([-9.0, 0.6]))
+    assert (wrong.tolist(), wanted) == ([False, True], "0.5 or less")
 
 
 def test_the_two_parts_learn_apart_and_the_gate_gives_exact_zeros():
@@ -242,7 +276,8 @@ def test_the_spread_follows_the_noise():
 
 
 @pytest.mark.parametrize(
-    "kind", [Number("laplace"), Log(), NonNegative("gaussian"), TwoPart(), Classes(("a", "b", "c"))]
+    "kind",
+    [Number("laplace"), Log(), Bounded("gaussian", low=0.0), Bounded(high=0.5), TwoPart(), Classes(("a", "b", "c"))],
 )
 def test_a_kind_is_made_again_from_what_it_says_of_itself(kind):
     assert make_target(json.loads(json.dumps(kind.describe()))) == kind

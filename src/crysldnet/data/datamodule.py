@@ -125,7 +125,7 @@ class CrystalDataModule(pl.LightningDataModule):
         exclude_by: By = "formula",
         calibration_fraction: float = 0.0,
         seed: Part[int] = 0,
-        target_types: Part[Mapping[str, str] | None] = None,
+        target_types: Part[Mapping[str, Any] | None] = None,
         store: Part[CrystalStore | None] = None,
         rows: Part[Rows | None] = None,
     ) -> None:

@@ -12,7 +12,7 @@ from crysldnet.build import TARGET, build
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.errors import CheckpointError, ConfigError, DataError
-from crysldnet.models.target import NUMBERS, Classes, Loss, TargetType
+from crysldnet.models.target import Classes, Loss, Named, TargetType, make_number
 from crysldnet.training import checkpoint
 from crysldnet.training.pretraining_set import encoder_file
 
@@ -30,9 +30,7 @@ class TrainingConfig:
     name: str | None
     runs: str
     resume: Literal["last"] | None
-    target_types: dict[str, Literal["number", "non_negative", "log", "two_part", "classes"]] = field(
-        default_factory=dict
-    )
+    target_types: dict[str, Named] = field(default_factory=dict)
     element_references: list[str] = field(default_factory=list)
     epochs: int
     min_steps: int = 0
@@ -55,6 +53,12 @@ class TrainingConfig:
             raise ValueError(
                 f"min_steps={self.min_steps} must be 0 or more, patience={self.patience} 1 or more or null"
             )
+        for name, named in self.target_types.items():
+            if named != "classes":
+                try:
+                    make_number(named, None)
+                except ValueError as error:
+                    raise ValueError(f"target_types.{name}: {error}") from None
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay must be over 0 and at most 1, not {self.layer_decay}")
         if self.mode != "full" and self.pretrained in (None, "none"):
@@ -138,7 +142,9 @@ def make_types(config: TrainingConfig, data: CrystalDataModule) -> list[TargetTy
     for place, (name, labels) in enumerate(zip(data.targets, data.labels, strict=True)):
         spread = config.loss if config.loss in ("laplace", "gaussian") else None
         kind: TargetType
-        kind = NUMBERS[config.target_types.get(name, "number")](spread) if labels is None else Classes(tuple(labels))
+        kind = (
+            make_number(config.target_types.get(name, "number"), spread) if labels is None else Classes(tuple(labels))
+        )
         known = rows[~np.isnan(data.target_values[rows, place])]
         bad, wanted = kind.wrong(data.target_values[known, place])
         if bad.any():

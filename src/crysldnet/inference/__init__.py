@@ -22,6 +22,7 @@ from crysldnet.encoders.protocol import Encoder
 from crysldnet.errors import DataError, DeviceError
 from crysldnet.inference.results import Embeddings, Predictions
 from crysldnet.models.head import PropertyModel
+from crysldnet.models.target import Classes
 from crysldnet.training import checkpoint
 from crysldnet.training.calibrate import Knowledge, knowledge_of, together
 from crysldnet.training.training_set import catch_features
@@ -169,11 +170,10 @@ class Predictor(Embedder):
         """Return standard deviation, lower and upper end of one target, NaN where they aren't known."""
         calibration = knowledge.calibration.targets[place]
         kind = self.members[0].types[place]
-        if kind.kind != "regression":
+        if isinstance(kind, Classes):
             return std, np.full_like(value, np.nan), np.full_like(value, np.nan)
         low, high = calibration.interval(interval, value, std)
-        if kind.wrong(np.array([-1.0]))[0][0]:  # it can't be negative, so nothing is lost below 0
-            low = np.maximum(low, 0.0)
+        low, high = low.clip(*kind.bounds), high.clip(*kind.bounds)  # nothing is lost beyond what there can be
         return std if np.isnan(calibration.scale) else calibration.std(std, value), low, high
 
     def _compare(

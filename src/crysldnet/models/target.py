@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -65,13 +65,20 @@ class Number:
         """O."""
         return 1 + (self.spread is not None)
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The least and the largest value there can be."""
+        return -math.inf, math.inf
+
     def describe(self) -> dict[str, Any]:
         """Return what :func:`make_target` makes this from."""
-        return {"type": self.name, "spread": self.spread}
+        return {"type": self.name, **asdict(self)}
 
     def wrong(self, values: NDArray[np.float64]) -> tuple[NDArray[np.bool_], str]:
         """Return which values this can't be trained on, and what is asked of them."""
-        return np.zeros(len(values), bool), ""
+        low, high = self.bounds
+        said = f"{low:g} or more" if high == math.inf else f"{high:g} or less" if low == -math.inf else ""
+        return (values < low) | (values > high), said or f"from {low:g} to {high:g}"
 
     def on_line(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return what center and scale are taken of, NaN where a value doesn't count."""
@@ -108,30 +115,42 @@ class Number:
         return factor * scale * output[:, 1].clamp(*LOG_SCALES).exp()
 
 
-class NonNegative(Number):
-    """A number that is never below 0.
+@dataclass(frozen=True)
+class Bounded(Number):
+    """A number that is never below a bound, or over one.
 
-    Predictions below 0 are cut. Where the true value is 0 a prediction below 0 costs nothing, so that one model can
-    learn exact zeros.
+    Predictions beyond a bound are cut. Where the true value lies on it a prediction beyond it costs nothing, so that
+    one model can learn values that are exactly there, such as zeros.
+
+    Attributes:
+        low, high: the bounds; None for none.
     """
 
-    name = "non_negative"
+    name = "bounded"
     grows = False
+    low: float | None = None
+    high: float | None = None
 
-    def wrong(self, values: NDArray[np.float64]) -> tuple[NDArray[np.bool_], str]:
-        """Return the negative values."""
-        return values < 0, "0 or more"
+    def __post_init__(self) -> None:
+        low, high = self.bounds
+        if not low < high or (low, high) == (-math.inf, math.inf):
+            raise ValueError(f"bounds must be two numbers, the lower first, or a number and null, not {low}, {high}")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The least and the largest value there can be."""
+        return -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
 
     def loss(self, output: Tensor, true: Tensor, center: Tensor, scale: Tensor, kind: Loss) -> Tensor:
         """Return the loss [B]."""
-        wanted = (true - center) / scale
-        below = (true <= 0) & (output[:, 0] < wanted)
-        return self._error(output, torch.where(below, output[:, 0], wanted), kind)
+        (low, high), wanted, found = self.bounds, (true - center) / scale, output[:, 0]
+        beyond = ((true <= low) & (found < wanted)) | ((true >= high) & (found > wanted))
+        return self._error(output, torch.where(beyond, found, wanted), kind)
 
     def estimate(self, output: Tensor, center: Tensor, scale: Tensor) -> Estimate:
-        """Return the number, cut at 0."""
+        """Return the number, cut at the bounds."""
         value, std, _ = super().estimate(output, center, scale)
-        return Estimate(value.clamp_min(0.0), std)
+        return Estimate(value.clamp(*self.bounds), std)
 
 
 class Log(Number):
@@ -142,6 +161,11 @@ class Log(Number):
 
     name = "log"
     grows = False
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """0 and infinity."""
+        return 0.0, math.inf
 
     def wrong(self, values: NDArray[np.float64]) -> tuple[NDArray[np.bool_], str]:
         """Return the values that have no logarithm."""
@@ -178,9 +202,10 @@ class TwoPart(Number):
         """O."""
         return 1 + super().outputs
 
-    def wrong(self, values: NDArray[np.float64]) -> tuple[NDArray[np.bool_], str]:
-        """Return the negative values."""
-        return values < 0, "0 or more"
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """0 and infinity."""
+        return 0.0, math.inf
 
     def on_line(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the values over 0, if there are any."""
@@ -263,18 +288,35 @@ class Classes:
 
 
 TargetType = Number | Classes
-NUMBERS: dict[str, type[Number]] = {kind.name: kind for kind in (Number, NonNegative, Log, TwoPart)}
+NUMBERS: dict[str, type[Number]] = {kind.name: kind for kind in (Number, Bounded, Log, TwoPart)}
+Named = Literal["number", "non_negative", "log", "two_part", "classes"] | list[float | None]
+"""How a configuration names a kind: by a word, or a bounded number by its two bounds."""
+
+
+def make_number(named: Named, spread: Spread | None) -> Number:
+    """Make the kind of number that a configuration names.
+
+    Raises:
+        ValueError: the bounds aren't two.
+    """
+    if named == "non_negative":
+        named = [0.0, None]
+    if isinstance(named, list):
+        if len(named) != 2:
+            raise ValueError(f"bounds are two, as in [0, 1] or [0, null], not {named}")
+        return Bounded(spread, *named)
+    return NUMBERS[named](spread)
 
 
 def make_target(description: Mapping[str, Any]) -> TargetType:
-    """Make a kind of target from plain values.
+    """Make a kind of target from what it says of itself.
 
     Raises:
         KeyError: there is no such kind.
     """
-    if description["type"] == Classes.name:
-        return Classes(tuple(description["labels"]))
-    return NUMBERS[description["type"]](description.get("spread"))
+    values = dict(description)
+    kind = values.pop("type")
+    return Classes(tuple(values["labels"])) if kind == Classes.name else NUMBERS[kind](**values)
 
 
 def stack_probabilities(estimates: Sequence[Estimate], like: Tensor) -> Tensor | None:
