@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from crysldnet import evidence
+from crysldnet import cli, evidence
 from crysldnet.data.elements import reduced_formula
 from tiny import DENOISER, repeatable, subset
 
@@ -144,6 +144,31 @@ def test_finetune_recipe_keeps_what_was_measured_at_other_sizes(tmp_path, encode
     best = min(both[plain, few].value, both[repeated, few].value)
     for name in (plain, repeated):
         assert both[name, "over the lowest"].value == pytest.approx((both[name, few].value / best) ** 0.5)
+
+
+def test_matbench(tmp_path, encoder):
+    for split, count in (("train", 80), ("val", 16), ("test", 16)):
+        subset(tmp_path / f"mp_cgcnn_{split}.parquet", **{"train": 0, split: count})
+    found = run(
+        "matbench",
+        tmp_path,
+        f"encoder={encoder}",
+        "tasks=[matbench_jdft2d]",
+        "recipes=[head=mean]",
+        "members=2",
+        f"pretraining={listed(*DENOISER, 'stages.vae.epochs=1', 'stages.diffusion.epochs=1')}",
+        f"finetuning={listed('epochs=1', 'min_steps=0', 'data.batch_size=64')}",
+    )
+    names = ["matbench_jdft2d, scratch", "matbench_jdft2d, pretrained"]
+    assert [name for name, metric in found if metric == "MAE"] == names
+    arms = json.loads((tmp_path / "out" / "arms.json").read_text())
+    for name, arm in zip(names, ("scratch", "pretrained"), strict=True):
+        folds = arms[arm]["scores"]["matbench_jdft2d"]
+        assert len(folds) == 5
+        assert found[name, "MAE"].value == pytest.approx(np.mean([fold["mae"] for fold in folds.values()]))
+        (submission,) = (tmp_path / "runs" / "matbench" / arm).glob("matbench_v0.1_*")
+        assert cli.run(["matbench", "validate", str(submission)]) == 0
+    assert (tmp_path / "out" / "leaderboard.png").stat().st_size > 10_000
 
 
 def test_wrong_settings_of_a_study_end_it_before_anything_is_written(tmp_path):
