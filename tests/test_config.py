@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from crysldnet import build as build_module
-from crysldnet.build import TARGET, build
+from crysldnet.build import TARGET, build, check
 from crysldnet.cli import COMMANDS, run
-from crysldnet.config import choices, compose, conf_folder, validate
+from crysldnet.config import PRESETS, choices, compose, conf_folder, validate
 from crysldnet.data.graph import GraphSpec
 from crysldnet.errors import ConfigError
 from crysldnet.finetune import FinetuneConfig
@@ -72,6 +72,24 @@ def test_the_published_preset_has_the_published_sizes():
     assert count(model.flow.denoiser) == 129_903_616
     assert not model.reconstructs
     assert model.encoder.graph.repeat_self_images
+
+
+@pytest.mark.parametrize("command", PRESETS)
+def test_every_preset_is_a_whole_configuration_and_the_help_lists_it(command, capsys):
+    assert run([command, "--help"]) == 0
+    listed = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("preset"))
+    for name in choices(PRESETS[command]):
+        composition = compose(command, [f"preset={name}"])
+        check(composition.values["encoder"], "encoder")
+        check(composition.values["optimizer"], "optimizer")
+        assert composition.values["encoder"]["variant"] == "published"
+        assert name in listed
+
+
+def test_a_preset_of_another_command_is_refused():
+    for command, words in (("pretrain", "there are: published"), ("finetune", "matformer"), ("sweep", "no presets")):
+        with pytest.raises(ConfigError, match=words):
+            compose(command, ["preset=cogn" if command == "pretrain" else "preset=published"])
 
 
 def test_every_yaml_lies_where_a_test_reads_it():

@@ -158,7 +158,7 @@ def rates(model, decay, schedule="onecycle"):
     return {name: found[id(p)] for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("schedule", ["onecycle", "cosine"])
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine", "linear"])
 def test_layer_decay_slows_each_layer_by_its_distance_from_the_head(configure, schedule):
     config, _ = configure()
     encoder, _, _ = make_encoder(config)
@@ -170,6 +170,26 @@ def test_layer_decay_slows_each_layer_by_its_distance_from_the_head(configure, s
     assert {v for k, v in of.items() if k.startswith("encoder.convs.0")} == {0.25}
     assert {v for k, v in of.items() if k.startswith(("encoder.species", "encoder.edge"))} == {0.125}
     assert set(rates(model, 1.0).values()) == {1.0}
+
+
+def test_a_schedule_goes_up_and_then_down_to_its_end():
+    def course(**settings):
+        made = AdamW(lr=2.0, final=0.1, **settings).build(torch.nn.Linear(2, 2), 10)
+        rates = []
+        for _ in range(12):
+            rates.append(made["optimizer"].param_groups[0]["lr"])
+            made["optimizer"].step()
+            made["lr_scheduler"]["scheduler"].step()
+        return rates
+
+    linear = course(schedule="linear", warmup=0.2)
+    assert linear[:3] == [1.0, 2.0, 2.0]
+    assert np.diff(linear[2:11]) == pytest.approx(-1.8 / 8)
+    assert linear[10:] == pytest.approx([0.2, 0.2])
+    cosine = course(schedule="cosine", warmup=0.2)
+    assert cosine[6] == pytest.approx(1.1)
+    assert cosine[10:] == pytest.approx([0.2, 0.2])
+    assert course(schedule="linear", warmup=0.0)[:2] == pytest.approx([2.0, 2.0])
 
 
 @pytest.mark.parametrize("name", choices("encoder"))

@@ -3,8 +3,8 @@
 ``conf/COMMAND.yaml`` names a default for each group under ``defaults`` and holds the command's own keys. A group's
 choice is a file ``conf/GROUP/CHOICE.yaml``, or several as ``[a,b]``, the later ones over the earlier ones. On the
 command line ``group=choice`` chooses, ``key.path=value`` overrides and ``preset=NAME`` applies
-``conf/preset/NAME.yaml`` before that. Every key is checked against the signature of what it configures, so an unknown
-one stops the run.
+``conf/preset/COMMAND/NAME.yaml`` before that. Every key is checked against the signature of what it configures, so an
+unknown one stops the run.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from crysldnet.console import note
 from crysldnet.errors import ConfigError
 
 COMMAND_LINE = "on the command line"
+PRESETS = {"pretrain": "preset/pretrain", "finetune": "preset/finetune", "matbench": "preset/finetune"}
+"""Command to the folder of its presets."""
 PLAIN_WORDS = {"report": "runs"}
 """Command to the key that lists the words of its line which aren't key=value."""
 
@@ -95,9 +97,10 @@ def _group_file(group: str, choice: str) -> Path:
         return Path(choice)
     path = conf_folder() / group / f"{choice}.yaml"
     if not path.is_file():
+        key = group.partition("/")[0]
         close = get_close_matches(choice, choices(group), n=1, cutoff=0.4)
         hint = f"did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"{group}={choice}: no such choice; {hint} there are: {', '.join(choices(group))}", group)
+        raise ConfigError(f"{key}={choice}: no such choice; {hint} there are: {', '.join(choices(group))}", key)
     return path
 
 
@@ -152,7 +155,9 @@ def compose(command: str | Path, arguments: Sequence[str] = (), saved: Path | No
     layers = [(str(root_file), load_yaml(root_file))]
     for key, value in pairs:
         if key == "preset" and value not in ("null", ""):
-            file = _group_file("preset", value)
+            if command not in PRESETS:
+                raise ConfigError(f"{key}={value}: {command} has no presets", key)
+            file = _group_file(PRESETS[str(command)], value)
             layers.append((str(file), load_yaml(file)))
     groups: dict[str, str] = {}
     for source, layer in layers:
@@ -310,8 +315,8 @@ def help_text(command: str, description: str) -> str:
     if defaults:
         lines.append("groups (group=name; the default in brackets)")
         lines += [f"  {group:<10} {', '.join(choices(str(group)))}  [{default}]" for group, default in defaults.items()]
-        if choices("preset") and command == "pretrain":
-            lines.append(f"  {'preset':<10} {', '.join(choices('preset'))}")
+        if command in PRESETS:
+            lines.append(f"  {'preset':<10} {', '.join(choices(PRESETS[command]))}")
         lines.append("")
     lines += ["keys (key=value), with their defaults", ""]
     body = root_file.read_text().split("\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,18 +31,22 @@ class AdamW:
         lr: the highest learning rate.
         weight_decay: of matrices alone (``decay=matrices``), or of every parameter whose name contains none of
             "bias", "bn", "norm", as the published code does (``decay=names``).
-        schedule: ``onecycle`` (from lr/25 up to lr and down to lr/250,000, cosine), ``cosine`` (up, then down to 0)
-            or ``constant``.
+        schedule: ``onecycle`` (from lr/25 up to lr and down to lr/250,000, cosine), ``cosine`` or ``linear`` (up, then
+            down to ``final``), or ``constant``.
         warmup: share of the steps on the way up.
+        final: where ``cosine`` and ``linear`` end, as a share of lr.
     """
 
     lr: float
     weight_decay: float = 1e-5
     decay: Literal["matrices", "names"] = "matrices"
-    schedule: Literal["onecycle", "cosine", "constant"] = "onecycle"
+    schedule: Literal["onecycle", "cosine", "linear", "constant"] = "onecycle"
     warmup: float = 0.3
+    final: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.final <= 1:
+            raise ValueError(f"final is a share of lr, from 0 to 1, not {self.final}")
         if not self.lr > 0 or not 0 <= self.warmup < 1:
             raise ValueError(f"lr must be over 0 and warmup at least 0 and below 1, not {self.lr} and {self.warmup}")
 
@@ -93,6 +98,8 @@ class AdamW:
         def factor(step: int) -> float:
             if step < up:
                 return (step + 1) / up
-            return 0.5 * (1.0 + float(torch.cos(torch.tensor(torch.pi * min(1.0, (step - up) / max(1.0, total - up))))))
+            gone = min(1.0, (step - up) / max(1.0, total - up))
+            left = 1.0 - gone if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * gone))
+            return self.final + (1.0 - self.final) * left
 
         return LambdaLR(optimizer, factor)
