@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from crysldnet.errors import ConfigError
 from crysldnet.stopping import RUN_NAME
 from crysldnet.training.diagnostics import Diagnostics
 from crysldnet.training.loggers import wandb
+from crysldnet.training.metrics import ClassificationScores
 from crysldnet.training.wandb_run import prediction_tables, publish, summary_of, unit_of
 from tiny import DENOISER, ENCODER, QUIET, subset
 
@@ -325,8 +327,19 @@ def test_the_dashboard_shows_metrics_that_runs_log(runs: Path, capsys: pytest.Ca
     assert dashboard.main(["somebody", "tests", "--print"]) == 0
     pretraining, finetuning = json.loads(capsys.readouterr().out)
     assert {pretraining["entity"], finetuning["entity"]} == {"somebody"}
+    scores = ClassificationScores(2)
+    scores.update(torch.tensor([[0.2, 0.8], [0.7, 0.3]]), torch.tensor([1.0, 0.0]))
+    of_classes = {f"val/{name}/is_metal" for name in scores.compute()}
+    of_spread = {"val/nll"}  # with loss=laplace
     for layout, run in ((pretraining, "pretrain/p"), (finetuning, "finetune/f")):
-        shown = {metric for panel in panels_of(layout) for metric in panel["metrics"]}
+        shown = {metric for panel in panels_of(layout) for metric in panel["metrics"] or []}
         logged = {name for name, _, _ in values_in_wandb(file_of(runs / run))}
-        assert len(shown) > 6
+        assert len(shown) > 3
         assert shown <= logged
+        patterns = [panel["metric_regex"] for panel in panels_of(layout) if panel.get("metric_regex")]
+        assert len(patterns) == (8 if layout is finetuning else 0)
+        for pattern in patterns:
+            assert any(re.search(pattern, name) for name in logged | of_classes | of_spread), pattern
+        assert {name for name in logged if name in ("val/mae", "val/rmse", "val/r2")} == {
+            name for name in logged if any(re.search(pattern, name) for pattern in patterns)
+        }

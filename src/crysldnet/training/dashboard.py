@@ -12,7 +12,9 @@ import sys
 from typing import Any
 
 STEP = "trainer/global_step"
-PRETRAINING = {
+Panels = list[tuple[str, list[str] | str]]
+"""Titles of charts, and the metrics of each, or a regular expression that they match."""
+PRETRAINING: dict[str, Panels] = {
     "What it learned": [
         ("masked species found", ["val/masked_accuracy", "val/masked_accuracy_baseline"]),
         ("coordinate error (Å)", ["val/coordinate_error", "val/coordinate_error_baseline"]),
@@ -27,15 +29,24 @@ PRETRAINING = {
     ],
     "Losses": [("training", ["train/loss"]), ("validation", ["val/loss"])],
 }
-"""Sections of the pretraining's layout: titles of charts, and the metrics of each; there is one for each stage."""
-FINETUNING = {
-    "Errors": [
-        ("MAE on validation", ["val/mae"]),
-        ("R² on validation", ["val/r2"]),
-        ("training loss", ["train/loss"]),
-    ]
+"""Sections of the pretraining's layout; there is one of each for each stage."""
+FINETUNING: dict[str, Panels] = {
+    "Errors of numbers, on validation": [
+        ("MAE", "val/mae(/.+)?"),
+        ("RMSE", "val/rmse(/.+)?"),
+        ("R²", "val/r2(/.+)?"),
+        ("negative log-likelihood", "val/nll"),
+    ],
+    "Scores of classes, on validation": [
+        ("ROC-AUC", "val/roc_auc(/.+)?"),
+        ("accuracy", "val/accuracy(/.+)?"),
+        ("F1", "val/f1(/.+)?"),
+        ("log loss", "val/log_loss(/.+)?"),
+    ],
+    "Loss": [("training", ["train/loss"])],
 }
-HEALTH = {
+"""Where there are several targets, a metric has the target's name behind it, and a chart all of them."""
+HEALTH: dict[str, Panels] = {
     "Health and speed": [
         ("norm of the gradient", ["train/grad_norm"]),
         ("atoms/s", ["train/atoms_per_s"]),
@@ -51,16 +62,18 @@ def layouts(entity: str, project: str) -> list[Any]:
     import wandb_workspaces.reports.v2 as reports
     import wandb_workspaces.workspaces as workspaces
 
-    def sections(parts: dict[str, list[tuple[str, list[str]]]], stage: str = "") -> list[Any]:
+    def chart(title: str, metrics: list[str] | str, before: str) -> Any:
+        if isinstance(metrics, str):
+            return reports.LinePlot(title=title, x=STEP, metric_regex=f"^{before}{metrics}$")
+        return reports.LinePlot(title=title, x=STEP, y=[before + metric for metric in metrics])
+
+    def sections(parts: dict[str, Panels], stage: str = "") -> list[Any]:
         before, named = (f"{stage}/", f", {stage} stage") if stage else ("", "")
         return [
             workspaces.Section(
                 name=title + named,
                 is_open=True,
-                panels=[
-                    reports.LinePlot(title=name, x=STEP, y=[before + metric for metric in metrics])
-                    for name, metrics in panels
-                ],
+                panels=[chart(name, metrics, before) for name, metrics in panels],
             )
             for title, panels in parts.items()
         ]
