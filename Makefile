@@ -98,7 +98,7 @@ bench: $(READY) ## measure speed: graphs, loading, encoders, waiting for data, s
 test: $(READY) ## run the tests
 	$(RUN) pytest -n auto --dist loadfile $(ARGS)
 
-test-slow: $(READY) ## run the tests that take many minutes: runs killed dozens of times
+test-slow: $(READY) ## run the tests that take many minutes: runs killed dozens of times, studies, long examples
 	$(RUN) pytest -m slow $(ARGS)
 
 lint: $(READY) ## check style and format

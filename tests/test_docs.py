@@ -241,7 +241,8 @@ class Reader:
         if command not in SHORT:
             return arguments
         given = dict(word.split("=", 1) for word in rest)
-        encoder = given.get("encoder", "pddformer")
+        preset = given.get("preset")
+        encoder = given.get("encoder", preset if preset in choices(PRESETS["finetune"]) else "pddformer")
         tiny = [] if encoder.endswith(".yaml") else ENCODER if encoder.startswith("pddformer") else OTHER_ENCODER
         fresh = given.get("pretrained", "none") == "none"
         added = [*QUIET, *CPU, *SHORT[command], *(tiny if fresh else [])]
@@ -422,7 +423,7 @@ def test_every_key_of_a_split_is_documented_and_those_that_no_file_sets_with_the
     assert ways == {quoted(row[0])[0] for row in table[1:]}
 
 
-@pytest.mark.parametrize(("folder", "name"), [(f, name) for f in set(PRESETS.values()) for name in choices(f)])
+@pytest.mark.parametrize(("folder", "name"), [(f, name) for f in sorted({*PRESETS.values()}) for name in choices(f)])
 def test_every_key_of_a_preset_is_documented(folder: str, name: str) -> None:
     values = yaml.safe_load((conf_folder() / folder / f"{name}.yaml").read_text())
     header, rows = documented(f"### Presets of {folder.partition('/')[2]}")

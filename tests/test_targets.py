@@ -100,16 +100,16 @@ def test_the_loaded_model_predicts_what_the_run_wrote(tmp_path, small):
 
 def test_a_bounded_target_and_its_intervals_stay_within_its_bounds(tmp_path, small):
     table = pq.read_table(small)
-    cut = pa.array(table[ENERGY].to_numpy().clip(-1.5, -0.5))
+    cut = pa.array(table[ENERGY].to_numpy().clip(-1.7, -0.3))
     pq.write_table(table.append_column("cut", cut), tmp_path / "cut.parquet")
-    given = [f"data.path={tmp_path}/cut.parquet", "data.targets=[cut]", "target_types={cut: [-1.5, -0.5]}"]
+    given = [f"data.path={tmp_path}/cut.parquet", "data.targets=[cut]", "target_types={cut: [-1.7, -0.3]}"]
     folder, _, rows = run(tmp_path, "cut", *given, "epochs=40", "optimizer.lr=3e-3")
     predicted = {float(row["prediction"]) for row in rows}
-    assert max(predicted) == -0.5, "values at a bound are met exactly"
+    assert max(predicted) == np.float32(-0.3), "values at a bound are met exactly"
     assert len(predicted) > 5
     found = load(folder).predict(str(tmp_path / "cut.parquet"), interval=0.95)
-    assert found.low.min() == -1.5
-    assert found.high.max() == -0.5
+    assert found.low.min() == -1.7
+    assert found.high.max() == -0.3
     assert (found.low <= found.values).all()
     assert (found.values <= found.high).all()
 
@@ -281,6 +281,12 @@ def test_the_spread_follows_the_noise():
 )
 def test_a_kind_is_made_again_from_what_it_says_of_itself(kind):
     assert make_target(json.loads(json.dumps(kind.describe()))) == kind
+
+
+def test_a_file_from_before_there_were_two_bounds_is_read():
+    before = {"type": "non_negative", "spread": "laplace"}
+    assert make_target(before) == Bounded("laplace", low=0.0)
+    assert Bounded("laplace", low=0.0).describe() == before, "an unfinished run knows its checkpoints by it"
 
 
 def model_with(readout, **more):

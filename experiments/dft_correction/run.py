@@ -186,7 +186,7 @@ class Study:
 
 def main() -> None:
     """Run everything; write results.json and the table."""
-    settings = evidence.settings(Settings, HERE, __doc__ or "")
+    settings = evidence.settings(Settings, HERE, __doc__ or "", {"runs", "out", "seeds", "shares"})
     out = Path(settings.out or HERE)
     study = Study.of(settings)
     (study.runs / "data").mkdir(parents=True, exist_ok=True)

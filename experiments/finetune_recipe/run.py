@@ -25,6 +25,8 @@ from crysldnet.data.split import Split
 
 HERE = Path(__file__).parent
 COMMAND = "python experiments/finetune_recipe/run.py data=FOLDER"
+CHANGES = {"runs", "out", "parallel", "seeds", "sizes", "budgets", "rates"}
+"""Settings that runs in one folder may have otherwise: their names tell them."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Settings:
     sizes: list[int]
     budgets: list[int]
     rates: list[float]
-    held_out: dict[str, int]
+    inner: int
+    second: int
     max_atoms: int
     plausible: float
     epochs: int
@@ -76,7 +79,8 @@ class Study:
         Smaller training sets lie within larger ones.
         """
         settings = self.settings
-        files = {name: self.runs / "data" / f"{name}.parquet" for name in (f"train_{size}", *settings.held_out)}
+        counts = {f"train_{size}": size, "inner": settings.inner, "second": settings.second}
+        files = {name: self.runs / "data" / f"{name}.parquet" for name in counts}
         if all(file.exists() for file in files.values()):
             return files
         (self.runs / "data").mkdir(parents=True, exist_ok=True)
@@ -85,7 +89,6 @@ class Study:
         good = np.isfinite(values) & (np.abs(values) <= settings.plausible)
         good &= store.crystals.sizes <= settings.max_atoms
         parts = Split(by="formula", fractions=[0.8, 0.1, 0.1], seed=0).rows(store)
-        counts = {f"train_{size}": size, **settings.held_out}
         table = store.to_table()
         table = table.select([c for c in table.column_names if c != "split"])
         for (name, count), part in zip(counts.items(), ("train", "val", "test"), strict=True):
@@ -134,7 +137,7 @@ class Study:
                 unit=open_store(settings.file).units.get(settings.target, "1"),
                 seeds=settings.seeds,
                 data=f"{Path(settings.file).stem} of ≤ {settings.max_atoms} atoms, "
-                f"compared on {settings.held_out['second']:,} held out",
+                f"compared on {settings.second:,} held out",
                 command=COMMAND,
                 commit=self.commits(size),
             )
@@ -163,7 +166,7 @@ def compare(records: list[evidence.Record]) -> list[evidence.Record]:
 
 def main() -> None:
     """Try all pairs of a budget and a rate, and write what came out beside what was measured at other sizes."""
-    settings = evidence.settings(Settings, HERE, __doc__ or "")
+    settings = evidence.settings(Settings, HERE, __doc__ or "", CHANGES)
     runs, out = Path(settings.runs).resolve(), Path(settings.out or HERE)
     if settings.pretrained is None:
         evidence.launch(runs, "pretrain", "small")
@@ -171,7 +174,8 @@ def main() -> None:
     records = Study(settings, runs, encoder).records()
     kept = evidence.read(out / "results.json") if (out / "results.json").exists() else []
     measured = {r.metric for r in records} | {"over the lowest"}
-    records = sorted([*(r for r in kept if r.metric not in measured), *records], key=lambda r: (r.name, len(r.metric)))
+    alike = [r for r in kept if r.metric not in measured and (r.data, r.unit) == (records[0].data, records[0].unit)]
+    records = sorted([*alike, *records], key=lambda r: (r.name, len(r.metric)))
     out.mkdir(parents=True, exist_ok=True)
     evidence.write(out, [*records, *compare(records)])
 

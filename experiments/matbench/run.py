@@ -30,6 +30,7 @@ from crysldnet.training.pretraining_set import pretraining_overlap
 
 HERE = Path(__file__).parent
 COMMAND = "python experiments/matbench/run.py data=FOLDER"
+TASKS = ("matbench_jdft2d", "matbench_phonons")
 ALGORITHMS = {"scratch": "CrysLDNet-scratch", "pretrained": "CrysLDNet"}
 """Arm to its name in a submission."""
 
@@ -44,7 +45,6 @@ class Settings:
     runs: str
     out: str | None
     arms: list[Literal["scratch", "pretrained"]]
-    tasks: list[str]
     parallel: int
     seed: int
     encoder: str
@@ -75,7 +75,7 @@ class Study:
             "data=custom",
             f"data.path={json.dumps({split: str(Path(file).absolute()) for split, file in settings.files.items()})}",
             f"encoder={settings.encoder}",
-            f"data.exclude={json.dumps([f'embedded:{task}' for task in settings.tasks])}",
+            f"data.exclude={json.dumps([f'embedded:{task}' for task in TASKS])}",
             "data.exclude_by=formula",
             f"seed={settings.seed}",
             *settings.pretraining,
@@ -84,7 +84,7 @@ class Study:
 
     def audit(self, encoder: Path) -> None:
         """Refuse an encoder that has seen a formula of a task."""
-        for task in self.settings.tasks:
+        for task in TASKS:
             counts = pretraining_overlap(str(encoder), Fingerprints.of(open_store(f"embedded:{task}")))
             if counts is None or counts["formulas"] != 0:
                 raise SystemExit(f"{encoder}: its pretraining set isn't free of the formulas of {task}: {counts}")
@@ -102,7 +102,7 @@ class Study:
             arm,
             own,
             f"algorithm={ALGORITHMS[arm]}",
-            f"tasks={json.dumps(settings.tasks)}",
+            f"tasks={json.dumps(TASKS)}",
             f"recipes={json.dumps(settings.recipes)}",
             f"ensemble={settings.members}",
             "ensemble_by=folds",
@@ -112,11 +112,11 @@ class Study:
         )
         return {
             "commit": evidence.current_commit(HERE),
-            "data": f"five folds, embedded crystals, ensembles of {settings.members}",
+            "data": f"five folds, embedded crystals, ensembles of {settings.members}, {' '.join(settings.finetuning)}",
             "seed": settings.seed,
             "machine": evidence.describe_machine(),
             "date": date.today().isoformat(),
-            "scores": {task: summary["tasks"][task]["scores"] for task in settings.tasks},
+            "scores": {task: summary["tasks"][task]["scores"] for task in TASKS},
         }
 
 
@@ -136,7 +136,7 @@ def scores_of(arm: dict[str, Any], task: str) -> TaskScores:
     return TaskScores(task, {fold: scores[f"fold_{fold}"] for fold in range(len(scores))}, {}, "embedded")
 
 
-def records_of(arms: dict[str, dict[str, Any]], tasks: list[str]) -> list[evidence.Record]:
+def records_of(arms: dict[str, dict[str, Any]]) -> list[evidence.Record]:
     """Return mean and spread over the folds, ranks, and the gain over the first arm fold by fold."""
     records = []
 
@@ -154,7 +154,7 @@ def records_of(arms: dict[str, dict[str, Any]], tasks: list[str]) -> list[eviden
         spread = float(np.std(values)) if len(values) > 1 else None  # over the folds, as the leaderboard states it
         records.append(replace(made, spread=spread, machine=arms[arm]["machine"], date=arms[arm]["date"]))
 
-    for task in tasks:
+    for task in TASKS:
         entries = len(load_leaderboard()["tasks"][task]["entries"])
         for name, arm in arms.items():
             scores = scores_of(arm, task)
@@ -169,12 +169,12 @@ def records_of(arms: dict[str, dict[str, Any]], tasks: list[str]) -> list[eviden
     return records
 
 
-def draw(arms: dict[str, dict[str, Any]], tasks: list[str], path: Path) -> None:
+def draw(arms: dict[str, dict[str, Any]], path: Path) -> None:
     """Draw the arms among the entries of the leaderboard; bars are standard deviations over the folds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5 * len(tasks), 5), layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
         rows = [(name, mean, std, False) for name, mean, std in load_leaderboard()["tasks"][task]["entries"]]
         rows = [row for row in rows if row[0] != "Dummy"]  # it would squeeze all others together
         for name, arm in arms.items():
@@ -191,7 +191,7 @@ def draw(arms: dict[str, dict[str, Any]], tasks: list[str], path: Path) -> None:
 
 def main() -> None:
     """Run everything and write results.json, the table and the plot."""
-    settings = evidence.settings(Settings, HERE, __doc__ or "")
+    settings = evidence.settings(Settings, HERE, __doc__ or "", {"runs", "out", "parallel", "arms"})
     study, out = Study(settings, Path(settings.runs).absolute()), Path(settings.out or HERE)
     for folder in (study.runs, out):
         folder.mkdir(parents=True, exist_ok=True)
@@ -203,8 +203,8 @@ def main() -> None:
         before = json.loads(kept.read_text()) if kept.exists() else {}  # the other may have ended meanwhile
         arms = {name: {**before, arm: made}[name] for name in ALGORITHMS if name in (arm, *before)}
         kept.write_text(json.dumps(arms, indent=1) + "\n")
-        draw(arms, settings.tasks, out / "leaderboard.png")
-        evidence.write(out, records_of(arms, settings.tasks))
+        draw(arms, out / "leaderboard.png")
+        evidence.write(out, records_of(arms))
 
 
 if __name__ == "__main__":

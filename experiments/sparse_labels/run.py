@@ -152,7 +152,7 @@ def draw(records: list[evidence.Record], settings: Settings, path: Path) -> None
 
 def main() -> None:
     """Run everything; write results.json, the table and the plot."""
-    settings = evidence.settings(Settings, HERE, __doc__ or "")
+    settings = evidence.settings(Settings, HERE, __doc__ or "", {"runs", "out", "parallel", "seeds", "shares"})
     runs, out = Path(settings.runs), Path(settings.out or HERE)
     study = Study(settings, runs, prepare(settings, runs / "data"))
     with ThreadPoolExecutor(settings.parallel) as pool:

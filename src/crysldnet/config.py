@@ -3,8 +3,8 @@
 ``conf/COMMAND.yaml`` names a default for each group under ``defaults`` and holds the command's own keys. A group's
 choice is a file ``conf/GROUP/CHOICE.yaml``, or several as ``[a,b]``, the later ones over the earlier ones. On the
 command line ``group=choice`` chooses, ``key.path=value`` overrides and ``preset=NAME`` applies
-``conf/preset/COMMAND/NAME.yaml`` before that. Every key is checked against the signature of what it configures, so an
-unknown one stops the run.
+``conf/preset/COMMAND/NAME.yaml`` before that, for Matbench those of finetuning. Every key is checked against the
+signature of what it configures, so an unknown one stops the run.
 """
 
 from __future__ import annotations
@@ -292,6 +292,8 @@ def refuse_unused(composition: Composition) -> None:
     """
     if composition.values.get("pretrained") in (None, "none"):
         return
+    if "preset" in composition.given:
+        note(f"the preset's encoder isn't used: pretrained={composition.values['pretrained']} brings its own")
     for key in composition.given:
         if key.split(".")[0] == "encoder":
             raise ConfigError(

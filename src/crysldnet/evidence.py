@@ -16,14 +16,15 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
-from crysldnet.config import compose, validate
+from crysldnet.config import compose, load_yaml, to_yaml, validate
 from crysldnet.errors import ConfigError
+from crysldnet.training.atomic import write_atomically
 
 T = TypeVar("T")
 
@@ -65,21 +66,42 @@ class Record:
     date: str
 
 
-def settings(schema: type[T], folder: Path, description: str, arguments: Sequence[str] | None = None) -> T:
+def settings(schema: type[T], folder: Path, description: str, may_change: Collection[str]) -> T:
     """Return the settings of a study: those of ``config.yaml`` in its folder, and key=value of its command line.
 
-    ``--help`` prints the description and the file. An unknown key or a wrong value ends the program with status 2.
+    ``--help`` prints the description and the file. An unknown key or a wrong value ends the program with status 2, and
+    so does a folder of runs that were made with other settings: they would be taken for these.
+
+    Args:
+        schema: a dataclass of the settings; one is ``runs``, the folder of the runs.
+        folder: of the study.
+        description: what the study asks.
+        may_change: settings that runs in the same folder may have otherwise, such as those that their names tell.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
     file = folder / "config.yaml"
-    if {"-h", "--help"} & set(arguments):
+    if {"-h", "--help"} & set(sys.argv[1:]):
         print(f"{description.strip()}\n\n{file.read_text()}", end="")
         raise SystemExit(0)
     try:
-        return validate(compose(file, arguments), schema)
+        composition = compose(file, sys.argv[1:])
+        made = validate(composition, schema)
+        _keep(Path(composition.values["runs"]), {k: v for k, v in composition.values.items() if k not in may_change})
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    return made
+
+
+def _keep(runs: Path, values: dict[str, Any]) -> None:
+    file = runs / "study.yaml"
+    before = load_yaml(file) if file.exists() else values
+    for key, value in values.items():
+        if before.get(key) != value:
+            raise ConfigError(
+                f"{key}: the runs in {runs} were made with {before.get(key)}; choose another folder, runs=…"
+            )
+    runs.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, to_yaml(values))
 
 
 def describe_machine() -> str:

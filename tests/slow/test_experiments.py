@@ -127,7 +127,7 @@ def test_finetune_recipe_keeps_what_was_measured_at_other_sizes(tmp_path, encode
     given = [f"data.path={data}", f"encoder={encoder}", *SMALL, "stage=vae", "stages.vae.epochs=1"]
     evidence.launch(tmp_path / "before", "pretrain", "tiny", *given)
     pretrained = tmp_path / "before" / "pretrain" / "tiny" / "encoder.safetensors"
-    common = [f"pretrained={pretrained}", "seeds=[0,1]", "held_out={inner: 8, second: 8}", "epochs=2", "batch_size=16"]
+    common = [f"pretrained={pretrained}", "seeds=[0,1]", "inner=8", "second=8", "epochs=2", "batch_size=16"]
     grid = ["budgets=[0,6]", "rates=[1e-3]"]
     first = run("finetune_recipe", tmp_path, *common, *grid, "sizes=[16]")
     few, many = "MAE, 16 labels", "MAE, 96 labels"
@@ -153,19 +153,19 @@ def test_matbench(tmp_path, encoder):
         "matbench",
         tmp_path,
         f"encoder={encoder}",
-        "tasks=[matbench_jdft2d]",
         "recipes=[head=mean]",
         "members=2",
         f"pretraining={listed(*DENOISER, 'stages.vae.epochs=1', 'stages.diffusion.epochs=1')}",
         f"finetuning={listed('epochs=1', 'min_steps=0', 'data.batch_size=64')}",
     )
-    names = ["matbench_jdft2d, scratch", "matbench_jdft2d, pretrained"]
-    assert [name for name, metric in found if metric == "MAE"] == names
-    arms = json.loads((tmp_path / "out" / "arms.json").read_text())
-    for name, arm in zip(names, ("scratch", "pretrained"), strict=True):
-        folds = arms[arm]["scores"]["matbench_jdft2d"]
-        assert len(folds) == 5
-        assert found[name, "MAE"].value == pytest.approx(np.mean([fold["mae"] for fold in folds.values()]))
+    tasks, arms = ("matbench_jdft2d", "matbench_phonons"), ("scratch", "pretrained")
+    assert {name for name, metric in found if metric == "MAE"} == {f"{task}, {arm}" for task in tasks for arm in arms}
+    kept = json.loads((tmp_path / "out" / "arms.json").read_text())
+    for arm in arms:
+        for task in tasks:
+            folds = kept[arm]["scores"][task]
+            assert len(folds) == 5
+            assert found[f"{task}, {arm}", "MAE"].value == pytest.approx(np.mean([f["mae"] for f in folds.values()]))
         (submission,) = (tmp_path / "runs" / "matbench" / arm).glob("matbench_v0.1_*")
         assert cli.run(["matbench", "validate", str(submission)]) == 0
     assert (tmp_path / "out" / "leaderboard.png").stat().st_size > 10_000
@@ -183,3 +183,16 @@ def test_wrong_settings_of_a_study_end_it_before_anything_is_written(tmp_path):
         assert message in done.stderr
         assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_runs_of_other_settings_are_not_taken_for_those_of_a_study(tmp_path):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    values = yaml.safe_load((ROOT / "experiments" / "finetune_recipe" / "config.yaml").read_text())
+    (runs / "study.yaml").write_text(yaml.safe_dump(values | {"data": "x", "file": "x/mp_cgcnn_train.parquet"}))
+    line = [sys.executable, str(ROOT / "experiments" / "finetune_recipe" / "run.py"), "data=x", f"runs={runs}"]
+    done = subprocess.run([*line, "sizes=[7]", "max_atoms=5"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "max_atoms: the runs in" in done.stderr
+    assert "were made with 20" in done.stderr
+    assert [path.name for path in runs.iterdir()] == ["study.yaml"]

@@ -141,16 +141,15 @@ def make_types(config: TrainingConfig, data: CrystalDataModule) -> list[TargetTy
     rows = np.concatenate(list(data.rows.values()))
     for place, (name, labels) in enumerate(zip(data.targets, data.labels, strict=True)):
         spread = config.loss if config.loss in ("laplace", "gaussian") else None
+        named = config.target_types.get(name, "number")
         kind: TargetType
-        kind = (
-            make_number(config.target_types.get(name, "number"), spread) if labels is None else Classes(tuple(labels))
-        )
+        kind = make_number(named, spread) if labels is None else Classes(tuple(labels))
         known = rows[~np.isnan(data.target_values[rows, place])]
         bad, wanted = kind.wrong(data.target_values[known, place])
         if bad.any():
             first = known[bad.argmax()]
             raise DataError(
-                f"{data.store.name}: {name!r} is treated as {kind.name!r}, so it must be {wanted}, but "
+                f"{data.store.name}: {name!r} is treated as {named!r}, so it must be {wanted}, but "
                 f"{data.store.ids_at(np.array([first]))[0]} (row {first}) has {data.target_values[first, place]:g} "
                 f"({bad.sum()} such rows); leave them out, or choose another kind with target_types"
             )

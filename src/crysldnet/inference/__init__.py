@@ -172,6 +172,7 @@ class Predictor(Embedder):
         kind = self.members[0].types[place]
         if isinstance(kind, Classes):
             return std, np.full_like(value, np.nan), np.full_like(value, np.nan)
+        value.clip(*kind.bounds, out=value)  # in single precision a bound is its neighbour
         low, high = calibration.interval(interval, value, std)
         low, high = low.clip(*kind.bounds), high.clip(*kind.bounds)  # nothing is lost beyond what there can be
         return std if np.isnan(calibration.scale) else calibration.std(std, value), low, high

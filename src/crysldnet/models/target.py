@@ -78,7 +78,9 @@ class Number:
         """Return which values this can't be trained on, and what is asked of them."""
         low, high = self.bounds
         said = f"{low:g} or more" if high == math.inf else f"{high:g} or less" if low == -math.inf else ""
-        return (values < low) | (values > high), said or f"from {low:g} to {high:g}"
+        single = values.astype(np.float32)  # columns in single precision hold the bound's neighbour
+        wrong = (single < np.float32(low)) | (single > np.float32(high))
+        return wrong, said or f"from {low:g} to {high:g}"
 
     def on_line(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return what center and scale are taken of, NaN where a value doesn't count."""
@@ -140,6 +142,12 @@ class Bounded(Number):
     def bounds(self) -> tuple[float, float]:
         """The least and the largest value there can be."""
         return -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
+
+    def describe(self) -> dict[str, Any]:
+        """Return what :func:`make_target` makes this from."""
+        if (self.low, self.high) == (0.0, None):
+            return {"type": "non_negative", "spread": self.spread}
+        return super().describe()
 
     def loss(self, output: Tensor, true: Tensor, center: Tensor, scale: Tensor, kind: Loss) -> Tensor:
         """Return the loss [B]."""
@@ -316,7 +324,9 @@ def make_target(description: Mapping[str, Any]) -> TargetType:
     """
     values = dict(description)
     kind = values.pop("type")
-    return Classes(tuple(values["labels"])) if kind == Classes.name else NUMBERS[kind](**values)
+    if kind == Classes.name:
+        return Classes(tuple(values["labels"]))
+    return make_number(kind, **values) if kind == "non_negative" else NUMBERS[kind](**values)
 
 
 def stack_probabilities(estimates: Sequence[Estimate], like: Tensor) -> Tensor | None:

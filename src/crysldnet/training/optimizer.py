@@ -47,6 +47,10 @@ class AdamW:
     def __post_init__(self) -> None:
         if not 0 <= self.final <= 1:
             raise ValueError(f"final is a share of lr, from 0 to 1, not {self.final}")
+        if self.final and self.schedule not in ("cosine", "linear"):
+            raise ValueError(
+                f"final={self.final} is for schedule=cosine or linear; {self.schedule} has an end of its own"
+            )
         if not self.lr > 0 or not 0 <= self.warmup < 1:
             raise ValueError(f"lr must be over 0 and warmup at least 0 and below 1, not {self.lr} and {self.warmup}")
 
