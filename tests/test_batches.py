@@ -18,7 +18,7 @@ from crysldnet.data import edge_counts
 from crysldnet.data.batch import make_batch
 from crysldnet.data.corruption import Corruption
 from crysldnet.data.crystals import Crystals
-from crysldnet.data.datamodule import CrystalDataModule
+from crysldnet.data.datamodule import CrystalDataModule, CrystalDataset
 from crysldnet.data.elements import reduced_formula
 from crysldnet.data.graph import GraphSpec
 from crysldnet.data.sampler import BatchRequest, BatchSampler, Budget, pack
@@ -444,6 +444,23 @@ def test_batches_hold_no_more_edges_than_allowed() -> None:
     assert max(batch.num_atoms for batch in batches) <= 700
     free = data_module(**settings)
     assert max(batch.edge_index.shape[1] for batch in free.train_dataloader()) > largest
+
+
+def test_corrupted_crystals_have_no_more_edges_than_allowed_either() -> None:
+    """Strain and displacements move atoms into the radius of others; edges are counted before."""
+    corruption = Corruption(displacement=0.3, strain=0.15, vary=False)
+    settings = {"graph": GraphSpec(radius=5.0), "split": Split(train_fraction=0.2), "corruption": corruption}
+    module = data_module(max_edges=1_500, batch_size=64, max_crystal_atoms=12, **settings)
+    dataset = module.train_dataloader().dataset
+    requests = list(module._sampler("train", 0, 1, 1))
+    free = CrystalDataset(module.store, None, module.graph, corruption, dataset.seed)
+    over = [i for i, request in enumerate(requests) if free[request].edge_index.shape[1] > 1_500]
+    assert 0 < len(over) < 0.5 * len(requests)
+    for i, request in enumerate(requests):
+        batch = dataset[request]
+        assert batch.edge_index.shape[1] <= 1_500
+        assert torch.equal(batch.undo.masked, free[request].undo.masked)
+        assert (batch.undo.displacement.abs().max() == 0) == (i in over)
 
 
 def test_edges_are_counted_once_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import combinations
 from typing import Any
 
@@ -40,6 +40,8 @@ class CrystalDataset(Dataset[CrystalBatch]):
         graph: the graph to build.
         corruption: what to do to each crystal first; None for nothing.
         seed: key of the corruption's random numbers, together with the split, the epoch and the batch's number.
+        max_edges: where moved atoms and strained cells have more edges than this, the batch is shown with its species
+            masked alone: the crystals as they are stored have fewer. None for no bound.
     """
 
     def __init__(
@@ -49,16 +51,24 @@ class CrystalDataset(Dataset[CrystalBatch]):
         graph: GraphSpec,
         corruption: Corruption | None,
         seed: Sequence[int],
+        max_edges: int | None = None,
     ) -> None:
         self.store, self.targets, self.graph, self.corruption, self.seed = store, targets, graph, corruption, seed
+        self.max_edges = max_edges
 
     def __getitem__(self, request: BatchRequest) -> CrystalBatch:
+        batch = self._make(request, self.corruption)
+        if self.corruption is None or self.max_edges is None or batch.edge_index.shape[1] <= self.max_edges:
+            return batch
+        return self._make(request, replace(self.corruption, displacement=0.0, strain=0.0))
+
+    def _make(self, request: BatchRequest, corruption: Corruption | None) -> CrystalBatch:
         crystals, undo = self.store.crystals.take(request.rows), None
-        if self.corruption is not None and self.corruption.resample:
+        if corruption is not None and corruption.resample:
             rng = np.random.default_rng([*self.seed, request.epoch, request.number])
-            crystals, undo = self.corruption.apply(crystals, rng)
-        elif self.corruption is not None:
-            crystals, undo = self._corrupt_always_alike(self.corruption, request.rows)
+            crystals, undo = corruption.apply(crystals, rng)
+        elif corruption is not None:
+            crystals, undo = self._corrupt_always_alike(corruption, request.rows)
         targets = None if self.targets is None else self.targets[request.rows]
         return make_batch(crystals, self.graph, rows=request.rows, targets=targets, undo=undo)
 
@@ -296,7 +306,12 @@ class CrystalDataModule(pl.LightningDataModule):
             accumulate = self.trainer.accumulate_grad_batches
         return DataLoader(
             CrystalDataset(
-                self.store, self.target_values, self.graph, self.corruption, [self.seed, SPLITS.index(name)]
+                self.store,
+                self.target_values,
+                self.graph,
+                self.corruption,
+                [self.seed, SPLITS.index(name)],
+                self.max_edges,
             ),
             sampler=self._sampler(name, rank, world_size, accumulate),
             batch_size=None,
