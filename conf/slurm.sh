@@ -18,7 +18,7 @@ resume=null
 [ -e "$folder/config.yaml" ] && resume=last
 
 echo "$(date '+%F %T') job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, resume=$resume, on ${SLURM_JOB_NODELIST:-this machine}"
-srun --kill-on-bad-exit=1 env @RUN@ crysldnet @COMMAND@ runs=@RUNS@ "name=$name" "resume=$resume" trainer.progress_bar=false @ARGS@
+srun --kill-on-bad-exit=1 --cpus-per-task=@CPUS@ env @RUN@ crysldnet @COMMAND@ runs=@RUNS@ "name=$name" "resume=$resume" trainer.progress_bar=false @ARGS@
 status=$?
 echo "$(date '+%F %T') job $SLURM_JOB_ID, status $status"
 if [ "$status" -eq 75 ]; then # stopped before its end, can be resumed

@@ -92,6 +92,7 @@ def test_a_script_has_what_was_asked_for_and_quotes_survive(tmp_path: Path) -> N
         assert f"#SBATCH --{option}" in lines
     assert "@" not in done.stdout.replace("USR1@120", "")
     step = shlex.split(next(line for line in lines if line.startswith("srun ")))
+    assert any(word.startswith("--cpus-per-task=") for word in step), "srun doesn't take it from sbatch since 22.05"
     arguments = step[step.index("pretrain") + 1 :]
     assert arguments[-len(words) :] == words
     arguments = [a for a in arguments if not a.startswith(("name=", "resume="))]
