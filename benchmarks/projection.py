@@ -1,14 +1,18 @@
 """Project, on paper, how pretraining scales over GPUs: gradient bytes and interconnect against the time of a step.
 
-Nothing is measured here but the number of parameters, and nothing was measured on GPUs: the time of a step is an
-assumption, given as a range. Prints the table of docs/cluster.md.
+Nothing is measured here but the number of parameters and how even batches are, and nothing was measured on GPUs: the
+time of a step is an assumption, given as a range. Prints the tables of docs/cluster.md.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from crysldnet.config import compose, validate
+from crysldnet.data.locations import open_store
+from crysldnet.data.sampler import Budget, pack
 from crysldnet.pretrain import PretrainConfig, build_model
 
 GPUS_A_NODE = 8
@@ -20,6 +24,8 @@ BETWEEN = {"400 Gbit/s a GPU": 400e9, "one 200 Gbit/s port a node": 25e9}
 """Assumed bytes/s of a node to the others."""
 LATENCY_S = 20e-6
 """Assumed, of one of the 2 log2(n) messages that follow each other."""
+CRYSTALS = 8
+"""In the batch of one process, where it is asked how even batches are."""
 HIDDEN = 0.5
 """Assumed share of a step that gradients can travel in while the backward pass goes on."""
 
@@ -66,5 +72,26 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def evenness() -> str:
+    """Return as Markdown how even the batches of the embedded crystals are: in a step, and over an epoch."""
+    atoms = open_store("embedded:mp_starter").crystals.sizes
+    lines = [
+        "| processes × crystals | largest batch of a step over the mean | worst step | a process's epoch, worst |",
+        "|---|---|---|---|",
+    ]
+    for processes in (8, 32, 64):
+        packed = pack(
+            atoms, None, Budget(crystals=CRYSTALS), processes, np.random.default_rng(0).permutation(len(atoms))
+        )
+        sizes = np.array([atoms[rows].sum() for rows in packed]).reshape(-1, processes)
+        over = sizes.max(axis=1) / sizes.mean(axis=1) - 1
+        epoch = sizes.sum(axis=0)
+        worst = abs(epoch / epoch.mean() - 1).max()
+        lines.append(f"| {processes} × {CRYSTALS} | {over.mean():.1%} | {over.max():.1%} | {worst:.1%} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     print(table())
+    print()
+    print(evenness())

@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.compute as pc
@@ -23,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from crysldnet import cli, finetune, pretrain
 from crysldnet.config import compose, refuse_changed
+from crysldnet.data.datamodule import CrystalDataset
 from crysldnet.data.sampler import BatchSampler, Budget
 from crysldnet.errors import CheckpointError, ConfigError, Interrupted
 from crysldnet.finetune.module import FinetuneModule
@@ -187,6 +189,54 @@ def test_finetuning_stopped_inside_an_epoch_ends_alike_with_the_same_best_epoch(
     (_, found), rest_found = train("cut", "resume=last", path=moved)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert rest_found == rest
+
+
+def test_a_stop_between_two_validations_loses_no_step(tmp_path, small, monkeypatch):
+    """With min_steps an epoch of the settings is several of Lightning's; most of these end without a checkpoint."""
+
+    def train(name, *arguments):
+        config, values = finetune_config(
+            *[
+                f"runs={tmp_path}",
+                f"name={name}",
+                f"data.path={small}",
+                "epochs=2",
+                "min_steps=16",
+                "data.batch_size=24",
+            ],
+            *["data.targets=[formation_energy_per_atom]", "trainer.log_every=1", *arguments],
+        )
+        assert finetune.run(config, values) == 0
+        folder = tmp_path / "finetune" / name
+        return checkpoint.read(folder / "model.safetensors", "property_model")[1], repeatable(folder / "metrics.csv")
+
+    expected, rows = train("whole")
+    for name, arguments, batch, step in (
+        ("told", [], 4, 5),
+        ("while a batch is built", [], None, 6),
+        ("by steps", ["trainer.checkpoint_every_steps=3"], 5, 6),
+    ):
+        with monkeypatch.context() as patch:
+            if batch is None:
+                original, count = CrystalDataset.__getitem__, iter(range(10**6))
+
+                def build(self, request, original=original, count=count):
+                    if next(count) == 5:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    return original(self, request)
+
+                patch.setattr(CrystalDataset, "__getitem__", build)
+            else:
+                at_batch(patch, batch, send(signal.SIGTERM), FinetuneModule)
+            with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+                train(name, *arguments)
+        files = sorted((tmp_path / "finetune" / name / "checkpoints").glob("last*.ckpt"))
+        assert verify(files[-1])["step"] == step, name
+        if name == "by steps":
+            assert verify(files[0])["step"] == 3
+        found, rows_found = train(name, "resume=last")
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        assert rows_found == rows
 
 
 def trap_in(folder):
@@ -355,6 +405,24 @@ def test_at_the_end_of_an_epoch_its_batches_may_be_shared_otherwise(tmp_path, sm
             run(tmp_path, small)
     folder = run(tmp_path, small, "resume=last", "trainer.accumulate=2")
     assert json.loads((folder / "summary.json").read_text())["status"] == "complete"
+
+
+@pytest.mark.parametrize("bound", ["data.max_atoms=16", "data.max_edges=200"])
+def test_fewer_steps_an_epoch_than_were_planned_are_refused(tmp_path, small, monkeypatch, bound):
+    """What bounds the batch of one device makes half as many steps of twice as many devices."""
+    with monkeypatch.context() as patch:
+        at_batch(patch, 5, send(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            run(tmp_path, small, bound)
+    last = tmp_path / "pretrain/run/vae/checkpoints" / LAST
+    header = {**verify(last), "epoch": 1, "batch": 0}
+    trainer = SimpleNamespace(world_size=2, accumulate_grad_batches=1, strategy="single")
+    steps = header["steps_per_epoch"]
+    resume.check_position(last, header, trainer, steps)
+    with pytest.raises(CheckpointError, match=rf"an epoch had {steps} steps and would have {steps // 2} now"):
+        resume.check_position(last, header, trainer, steps // 2)
+    with pytest.raises(CheckpointError, match=r"inside epoch 1|an epoch had"):
+        run(tmp_path, small, bound, "resume=last", "trainer.accumulate=2")
 
 
 def test_a_complete_run_says_so_and_nothing_is_trained(whole, capsys):

@@ -4,17 +4,20 @@ import contextlib
 import copy
 import csv
 import importlib.util
+import inspect
 import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 
 from conftest import cells_of
@@ -24,14 +27,14 @@ from crysldnet.config import choices, compose
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.data.graph import GraphSpec
 from crysldnet.errors import ConfigError, DataError
-from crysldnet.training import checkpoint
+from crysldnet.training import checkpoint, strategies
 from crysldnet.training.optimizer import AdamW
 from crysldnet.training.strategies import Name, check_combination, name_of, refusals, timeout_of
 from crysldnet.training.trainer import TrainerSettings, moving_average
 from encoders import CLASSES, batch_of, small
 from test_docs import ROOT, section, table_rows
-from tiny import pretrain_config, subset
-from two_processes import CASES, export_untrained, train
+from tiny import DENOISER, ENCODER, QUIET, pretrain_config, subset
+from two_processes import CASES, STEPS, export_untrained, train
 
 WORKER = Path(__file__).parent / "two_processes.py"
 
@@ -261,7 +264,44 @@ FEATURES: dict[str, dict[str, Any]] = {
     "`trainer.activation_checkpointing=true`": {"activation_checkpointing": True},
     "both of these": {"compile": True, "activation_checkpointing": True},
     "`trainer.ema_decay=0.999`": {"ema_decay": 0.999},
+    "`trainer.max_bad_steps=10`": {"max_bad_steps": 10},
 }
+
+
+def test_a_sharded_run_that_trained_to_its_end_is_exported_on_resume_and_keeps_its_strategy(tmp_path: Path) -> None:
+    data = subset(tmp_path / "data.parquet", train=16, val=8)
+    words = [*STEPS, "data.batch_size=8", "stages.vae.epochs=1", "trainer.accelerator=cpu", *QUIET, *ENCODER, *DENOISER]
+    line = [sys.executable, "-m", "crysldnet", "pretrain", "name=a", f"runs={tmp_path}", f"data.path={data}", *words]
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*line, *arguments], capture_output=True, text=True, cwd=tmp_path)
+
+    assert run("strategy=fsdp2").returncode == 0
+    folder = tmp_path / "pretrain" / "a"
+    info, before = checkpoint.read(folder / "encoder.safetensors", "encoder")
+    for name in ("summary.json", "encoder.safetensors", "vae/pretraining.safetensors"):  # killed after the last step
+        (folder / name).unlink()
+    other = run("strategy=ddp", "resume=last")
+    assert other.returncode == 2
+    assert "begun with strategy=fsdp2" in other.stderr
+    again = run("strategy=fsdp2", "resume=last")
+    assert again.returncode == 0, again.stderr[-4000:]
+    info_again, after = checkpoint.read(folder / "encoder.safetensors", "encoder")
+    assert (info_again["encoder"], info_again["metrics"]) == (info["encoder"], info["metrics"])
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_deepspeed_does_not_ask_the_loader_for_a_number_that_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {}
+    monkeypatch.setattr(strategies, "find_spec", lambda _: True)
+    monkeypatch.setattr(strategies, "DeepSpeedStrategy", lambda **settings: given.update(settings) or SimpleNamespace())
+    strategies.deepspeed()
+    assert given["logging_batch_size_per_gpu"] == 1
+    assert "logging_batch_size_per_gpu" in inspect.signature(DeepSpeedStrategy).parameters
+    module = CrystalDataModule(path="embedded:mp_starter", graph=GraphSpec(k=3), batch_size=4)
+    module.setup()
+    assert module.train_dataloader().batch_sampler is None
 
 
 def test_the_table_of_combinations_is_what_the_check_says() -> None:
@@ -352,7 +392,8 @@ def test_the_projection_in_the_documents_is_what_its_script_prints() -> None:
     projection = importlib.util.module_from_spec(spec)
     sys.modules["projection"] = projection
     spec.loader.exec_module(projection)
-    assert projection.table() in (ROOT / "docs/cluster.md").read_text()
+    for table in (projection.table(), projection.evenness()):
+        assert table in (ROOT / "docs/cluster.md").read_text()
     fast, slow = projection.Link(400e9), projection.Link(25e9)
     assert (
         fast.all_reduce_s(1e9, 8) == slow.all_reduce_s(1e9, 8) < fast.all_reduce_s(1e9, 64) < slow.all_reduce_s(1e9, 64)

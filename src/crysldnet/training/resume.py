@@ -19,6 +19,7 @@ from torch import distributed
 from crysldnet import stopping
 from crysldnet.errors import CheckpointError, Interrupted
 from crysldnet.training.checkpoint_file import HEADER, LAST
+from crysldnet.training.strategies import SHARDED, name_of
 
 SIGNALS = (*stopping.SIGNALS, signal.SIGINT)
 """They stop a run at its next optimizer step."""
@@ -67,6 +68,7 @@ class SaveAndStop(Checkpoint):
         self.every_minutes, self.limit_minutes = every_minutes, limit_minutes
         self._signal = 0
         self._began_at = 0
+        self._saved_step: int | None = None
         self._inside_epoch = False
         self._saved_at = time.monotonic()
         self._group: Any = None
@@ -102,10 +104,12 @@ class SaveAndStop(Checkpoint):
             return
         reason, due = self._agree(trainer)
         step = trainer.global_step
-        due = due or (self.every_steps is not None and step > 0 and step % self.every_steps == 0)
-        if batch_idx > 0 and (reason or due):  # before the first batch it's the end of the last epoch, saved already
+        if batch_idx > 0 and (reason or due):
             self._save(trainer, inside_epoch=True)
-        if reason:
+        if reason and step in (
+            self._saved_step,
+            self._began_at,
+        ):  # else an unsaved epoch lies behind: stop a step later
             self._stop(reason, f"in epoch {trainer.current_epoch + 1}, after {batch_idx} batches (step {step})")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -118,11 +122,13 @@ class SaveAndStop(Checkpoint):
             self._stop(reason, f"after epoch {trainer.current_epoch + 1} of {trainer.max_epochs}")
 
     def _agree(self, trainer: pl.Trainer) -> tuple[int, bool]:
-        """Return why any rank wants to stop, 0 where none does, and whether a checkpoint is due by the clock of one."""
+        """Return why any rank wants to stop, 0 where none does, and whether a checkpoint is due."""
         now = time.monotonic()
         over = self.limit_minutes is not None and now - started() >= 60.0 * self.limit_minutes
         reason = self._signal or (TIME_LIMIT if over and trainer.global_step > self._began_at else 0)
+        step = trainer.global_step
         due = self.every_minutes is not None and now - self._saved_at >= 60.0 * self.every_minutes
+        due |= self.every_steps is not None and step > 0 and step % self.every_steps == 0 and step != self._saved_step
         if trainer.world_size == 1:
             return reason, due
         wishes = torch.tensor([reason, due], dtype=torch.int32)
@@ -132,7 +138,7 @@ class SaveAndStop(Checkpoint):
     def _save(self, trainer: pl.Trainer, *, inside_epoch: bool) -> None:
         self._inside_epoch = inside_epoch
         trainer.save_checkpoint(self.path, weights_only=False)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
     def _stop(self, reason: int, where: str) -> NoReturn:
         stopping.tell()
@@ -164,6 +170,8 @@ class SaveAndStop(Checkpoint):
             "step": trainer.global_step,
             "world_size": trainer.world_size,
             "accumulate": trainer.accumulate_grad_batches,
+            "steps_per_epoch": int(trainer.num_training_batches) // trainer.accumulate_grad_batches,
+            "strategy": name_of(trainer.strategy),
             "finished": not inside and (trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs),
             "metrics": {} if inside else {name: float(value) for name, value in trainer.callback_metrics.items()},
         }
@@ -176,12 +184,27 @@ class SaveAndStop(Checkpoint):
             counts["is_last_batch"] = False
 
 
-def check_position(path: Path, header: Mapping[str, Any], trainer: pl.Trainer) -> None:
+def check_position(path: Path, header: Mapping[str, Any], trainer: pl.Trainer, steps_per_epoch: int) -> None:
     """Check that a run can go on from a checkpoint with the processes it has now.
 
     Raises:
-        CheckpointError: it stands inside an epoch, and the batches of that epoch were shared otherwise.
+        CheckpointError: it stands inside an epoch, and the batches of that epoch were shared otherwise; an epoch would
+            have another number of steps; or the weights were, or would be, sharded otherwise.
     """
+    before, strategy = header.get("strategy"), name_of(trainer.strategy)
+    if before is not None and before != strategy and {before, strategy} & set(SHARDED):
+        raise CheckpointError(
+            f"{path}: the run was begun with strategy={before}, and the state of the optimizer has another form under "
+            f"strategy={strategy}, because one of them shards it. Go on with strategy={before}"
+        )
+    planned = header.get("steps_per_epoch", steps_per_epoch)
+    if abs(planned - steps_per_epoch) > 0.02 * planned:
+        raise CheckpointError(
+            f"{path}: an epoch had {planned} steps and would have {steps_per_epoch} now, because data.max_atoms or "
+            "data.max_edges bound the batch of one device, and their number has changed; the learning rates were "
+            f"planned for the former. Go on with {header['world_size']} process(es) × "
+            f"trainer.accumulate={header['accumulate']}"
+        )
     then = (header["world_size"], header["accumulate"])
     now = (trainer.world_size, trainer.accumulate_grad_batches)
     if header["batch"] and then != now:

@@ -26,6 +26,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
 from crysldnet import __version__
+from crysldnet.console import note
 from crysldnet.errors import ConfigError
 from crysldnet.stopping import RUN_NAME, started_by_the_first
 from crysldnet.training.atomic import write_atomically
@@ -172,7 +173,8 @@ class RunFolder:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return  # a file system that knows no locks
+                note(f"{self.path}: its file system knows no locks; see that no other run uses this folder")
+                return
             self._lock.seek(0)
             owner = self._lock.read().strip() or "another process"
             raise ConfigError(f"{self.path}: {owner} is working in this folder; choose another name", "name") from None

@@ -31,6 +31,8 @@ PRECISIONS: dict[Name, tuple[str, ...]] = {
 """What Lightning offers under each strategy."""
 
 
+SHARDED: tuple[Name, ...] = ("fsdp", "fsdp2", "deepspeed")
+"""Strategies under which a process holds a part of weights or optimizer state."""
 STARTING = timedelta(minutes=10)
 """How long processes wait for each other at least while they start."""
 
@@ -81,7 +83,13 @@ def deepspeed(*, stage: Literal[1, 2] = 2, offload_optimizer: bool = False, time
             "strategy=fsdp2, which shards too and needs nothing more",
             "strategy",
         )
-    return _patient(DeepSpeedStrategy, timeout_minutes, stage=stage, offload_optimizer=offload_optimizer)
+    return _patient(
+        DeepSpeedStrategy,
+        timeout_minutes,
+        stage=stage,
+        offload_optimizer=offload_optimizer,
+        logging_batch_size_per_gpu=1,  # of its log alone; it would look into the loader, which has no such number
+    )
 
 
 def _patient(kind: Callable[..., Strategy], timeout_minutes: float, **settings: Any) -> Strategy:
@@ -164,6 +172,8 @@ class Settings(Protocol):
     def ema_decay(self) -> float | None: ...
     @property
     def average_last(self) -> float | None: ...
+    @property
+    def max_bad_steps(self) -> int: ...
 
 
 def name_of(strategy: Strategy | str) -> Name:
@@ -200,13 +210,19 @@ def refusals(name: Name, settings: Settings, accelerator: Literal["cpu", "gpu"])
     if settings.precision == "16-mixed" and accelerator == "cpu":
         yield ConfigError("trainer.precision=16-mixed needs a GPU; on CPU use bf16-mixed", "trainer.precision")
     for key in ("ema_decay", "average_last"):
-        if name in ("fsdp", "fsdp2", "deepspeed") and getattr(settings, key) is not None:
+        if name in SHARDED and getattr(settings, key) is not None:
             yield ConfigError(
                 f"strategy={name} can't average weights: each process holds a part of them. Set trainer.{key}=null, or "
                 "use strategy=ddp",
                 f"trainer.{key}",
             )
-    if settings.compile and name in ("fsdp", "fsdp2", "deepspeed"):
+    if settings.max_bad_steps and name == "deepspeed":
+        yield ConfigError(
+            "strategy=deepspeed can't skip a step: it keeps gradients of its own. Set trainer.max_bad_steps=0, or use "
+            "strategy=fsdp2",
+            "trainer.max_bad_steps",
+        )
+    if settings.compile and name in SHARDED:
         yield ConfigError(
             f"strategy={name} can't run a compiled encoder; set trainer.compile=false, or use strategy=ddp",
             "trainer.compile",

@@ -37,7 +37,7 @@ from crysldnet.training.finite import RefuseNonFinite
 from crysldnet.training.loggers import MetricsFile
 from crysldnet.training.ranks import RankWatch, of_a_collective
 from crysldnet.training.resume import SaveAndStop, check_position
-from crysldnet.training.strategies import check_combination, environment, timeout_of
+from crysldnet.training.strategies import SHARDED, check_combination, environment, name_of, timeout_of
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 """Of mallopt(3)."""
@@ -345,7 +345,8 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule
     save_and_stop = next(c for c in trainer.callbacks if isinstance(c, SaveAndStop))  # type: ignore[attr-defined]
     if save_and_stop.start is not None:
         path, header = save_and_stop.start
-        check_position(path, header, trainer)
+        steps = data.steps_per_epoch(trainer.world_size, trainer.accumulate_grad_batches)
+        check_position(path, header, trainer, steps)
     data.start = (header["epoch"], header["batch"])
     stopped_early = header["finished"] and header["epoch"] < (trainer.max_epochs or 0)
     try:
@@ -376,6 +377,7 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule
     # load the unaveraged ones for a test.
     trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
     if path is not None and header["finished"]:  # it had trained to its end before
-        module.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["state_dict"])
+        if stopped_early or name_of(trainer.strategy) not in SHARDED:  # else Lightning has given each rank its share
+            module.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["state_dict"])
         return header["metrics"]
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
