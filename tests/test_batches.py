@@ -113,6 +113,20 @@ def test_ranks_get_the_same_number_of_atoms_within_five_percent(
         assert np.ptp(atoms) <= 0.05 * atoms.mean()
 
 
+def test_the_batches_of_a_step_have_like_sizes_and_the_steps_come_in_any_order(starter: CrystalStore) -> None:
+    """With 64 ranks of 8 crystals the largest of a step would be an eighth over its mean, were they drawn at random."""
+    sizes = starter.crystals.sizes
+    order = np.random.default_rng(0).permutation(len(sizes))
+    packed = pack(sizes, None, Budget(crystals=8), 64, order)
+    atoms = np.array([sizes[rows].sum() for rows in packed]).reshape(-1, 64)
+    over = atoms.max(axis=1) / atoms.mean(axis=1) - 1
+    assert over.mean() < 0.02
+    mixed = np.random.default_rng(1).permutation(atoms.ravel()).reshape(-1, 64)
+    assert (mixed.max(axis=1) / mixed.mean(axis=1) - 1).mean() > 0.1
+    alone = np.array([sizes[rows].sum() for rows in pack(sizes, None, Budget(crystals=8), 1, order)])
+    assert abs(np.corrcoef(np.arange(len(alone)), alone)[0, 1]) < 0.15
+
+
 def test_batches_follow_from_seed_and_epoch(starter: CrystalStore, edges: NDArray[np.int64]) -> None:
     def batches(seed: int, epoch: int, shuffle: bool = True) -> list[list[int]]:
         rows = np.arange(300)

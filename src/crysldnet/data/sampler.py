@@ -1,8 +1,9 @@
 """Batches that are even in crystals and atoms, the same for any number of ranks.
 
 Every epoch is one list of batches, fixed by (seed, epoch). Rank r of W takes the batches r, r + W, …; the list's
-length is a multiple of W, so all ranks take the same number of steps and every crystal is seen exactly once. Which of a
-step's batches a rank takes makes up for the atoms that it has had more or fewer of in the steps before.
+length is a multiple of W, so all ranks take the same number of steps and every crystal is seen exactly once. The
+batches of a step have like sizes, for the ranks wait for each other. Which of them a rank takes makes up for the atoms
+that it has had more or fewer of in the steps before.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ class Budget:
         return ", ".join(f"{bound} {name}" for name, bound in bounds.items() if bound is not None)
 
 
+Step = list[NDArray[np.int64]]
+"""The batches that all processes take at the same time, one or more each."""
+
+
 def pack(
     atoms: NDArray[np.int64], edges: NDArray[np.int64] | None, budget: Budget, multiple: int, order: NDArray[np.int64]
 ) -> list[NDArray[np.int64]]:
@@ -60,7 +65,7 @@ def pack(
         order: [n] a permutation of the crystals.
 
     Returns:
-        Indices into ``atoms``, one array a batch.
+        Indices into ``atoms``, one array a batch; ``multiple`` batches that follow each other make a step.
 
     Raises:
         DataError: one crystal alone is over the budget, or there are fewer crystals than ``multiple``.
@@ -94,7 +99,8 @@ def pack(
             )
         batches += max(multiple, batches // 50)
     members = order[np.argsort(label[order], kind="stable")]
-    return _level(np.split(members, np.cumsum(np.bincount(label, minlength=batches))[:-1]), atoms, multiple)
+    dealt = np.split(members, np.cumsum(np.bincount(label, minlength=batches))[:-1])
+    return _level(_into_steps(dealt, atoms, multiple, order), atoms)
 
 
 def _deal(atoms: NDArray[np.int64], batches: int, order: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -109,16 +115,31 @@ def _deal(atoms: NDArray[np.int64], batches: int, order: NDArray[np.int64]) -> N
     return label
 
 
-def _level(batches: list[NDArray[np.int64]], atoms: NDArray[np.int64], multiple: int) -> list[NDArray[np.int64]]:
+def _into_steps(
+    batches: list[NDArray[np.int64]], atoms: NDArray[np.int64], multiple: int, order: NDArray[np.int64]
+) -> list[Step]:
+    """Put batches of like size into one step, which waits for its largest; the steps come in a random order.
+
+    The first crystal that a batch was dealt stands anywhere in the order, so its place there is the step's lot.
+    """
+    sizes = np.array([atoms[batch].sum() for batch in batches])
+    steps = np.argsort(-sizes, kind="stable").reshape(-1, multiple)
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    lots = place[[batch[0] for batch in batches]][steps].min(axis=1)
+    return [[batches[i] for i in step] for step in steps[np.argsort(lots)]]
+
+
+def _level(steps: list[Step], atoms: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     """Order the batches of each step such that whoever has had the fewest atoms so far gets the largest."""
-    had = np.zeros(multiple, np.int64)
-    levelled = list(batches)
-    for start in range(0, len(batches), multiple):
-        step = batches[start : start + multiple]
+    had = np.zeros(len(steps[0]), np.int64)
+    levelled = []
+    for step in steps:
         sizes = np.array([atoms[batch].sum() for batch in step])
-        for place, i in zip(np.argsort(had, kind="stable"), np.argsort(-sizes, kind="stable"), strict=True):
-            levelled[start + place] = step[i]
-            had[place] += sizes[i]
+        placed = dict(zip(np.argsort(had, kind="stable"), np.argsort(-sizes, kind="stable"), strict=True))
+        for place in range(len(step)):
+            levelled.append(step[placed[place]])
+            had[place] += sizes[placed[place]]
     return levelled
 
 
@@ -176,9 +197,11 @@ class BatchSampler(Sampler[BatchRequest]):
             return pack(self.atoms, self.edges, self.budget, self.multiple, np.arange(n))
         rng = np.random.default_rng([self.seed, epoch])
         packed = pack(self.atoms, self.edges, self.budget, self.multiple, rng.permutation(n))
-        if epoch == 0 or len(packed) == len(self._first()):
+        first = self._first() if epoch else packed
+        if len(packed) == len(first):
             return packed
-        return _level([self._first()[i] for i in rng.permutation(len(self._first()))], self.atoms, self.multiple)
+        steps = [first[start : start + self.multiple] for start in range(0, len(first), self.multiple)]
+        return _level([steps[i] for i in rng.permutation(len(steps))], self.atoms)
 
     def _first(self) -> list[NDArray[np.int64]]:
         if self._epoch_0 is None:
