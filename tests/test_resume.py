@@ -419,6 +419,8 @@ def test_fewer_steps_an_epoch_than_were_planned_are_refused(tmp_path, small, mon
     trainer = SimpleNamespace(world_size=2, accumulate_grad_batches=1, strategy="single")
     steps = header["steps_per_epoch"]
     resume.check_position(last, header, trainer, steps)
+    with pytest.raises(CheckpointError, match="inside epoch 2 under an earlier version"):
+        resume.check_position(last, {**header, "batch": 3, "world_size": 2, "order": 1}, trainer, steps)
     with pytest.raises(CheckpointError, match=rf"an epoch had {steps} steps and would have {steps // 2} now"):
         resume.check_position(last, header, trainer, steps // 2)
     with pytest.raises(CheckpointError, match=r"inside epoch 1|an epoch had"):

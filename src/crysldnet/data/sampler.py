@@ -45,6 +45,8 @@ class Budget:
         return ", ".join(f"{bound} {name}" for name, bound in bounds.items() if bound is not None)
 
 
+ORDER = 2
+"""Version of how an epoch's batches are made and ordered: inside an epoch of another one no run can go on."""
 Step = list[NDArray[np.int64]]
 """The batches that all processes take at the same time, one or more each."""
 

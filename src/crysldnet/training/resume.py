@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import distributed
 
 from crysldnet import stopping
+from crysldnet.data.sampler import ORDER
 from crysldnet.errors import CheckpointError, Interrupted
 from crysldnet.training.checkpoint_file import HEADER, LAST
 from crysldnet.training.strategies import SHARDED, name_of
@@ -172,6 +173,7 @@ class SaveAndStop(Checkpoint):
             "accumulate": trainer.accumulate_grad_batches,
             "steps_per_epoch": int(trainer.num_training_batches) // trainer.accumulate_grad_batches,
             "strategy": name_of(trainer.strategy),
+            "order": ORDER,
             "finished": not inside and (trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs),
             "metrics": {} if inside else {name: float(value) for name, value in trainer.callback_metrics.items()},
         }
@@ -196,6 +198,11 @@ def check_position(path: Path, header: Mapping[str, Any], trainer: pl.Trainer, s
         raise CheckpointError(
             f"{path}: the run was begun with strategy={before}, and the state of the optimizer has another form under "
             f"strategy={strategy}, because one of them shards it. Go on with strategy={before}"
+        )
+    if header["batch"] and header.get("order", 1) != ORDER:
+        raise CheckpointError(
+            f"{path}: the run stopped inside epoch {header['epoch'] + 1} under an earlier version, which ordered its "
+            "batches otherwise. Go on with that version to the end of the epoch, or begin another run"
         )
     planned = header.get("steps_per_epoch", steps_per_epoch)
     if abs(planned - steps_per_epoch) > 0.02 * planned:
