@@ -191,6 +191,19 @@ def test_finetuning_stopped_inside_an_epoch_ends_alike_with_the_same_best_epoch(
     assert rest_found == rest
 
 
+def test_a_stage_that_ended_goes_on_where_it_is_given_more_epochs(tmp_path, small, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "export", fail)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, small)
+    folder = run(tmp_path, small, "resume=last", "stages.vae.epochs=3")
+    steps = [int(row["step"]) for row in repeatable(folder / "vae" / "metrics.csv") if row["train/loss"]]
+    assert (steps[0], steps[-1]) == (0, 17)
+
+
 def test_a_stop_between_two_validations_loses_no_step(tmp_path, small, monkeypatch):
     """With min_steps an epoch of the settings is several of Lightning's; most of these end without a checkpoint."""
 
@@ -416,9 +429,10 @@ def test_fewer_steps_an_epoch_than_were_planned_are_refused(tmp_path, small, mon
             run(tmp_path, small, bound)
     last = tmp_path / "pretrain/run/vae/checkpoints" / LAST
     header = {**verify(last), "epoch": 1, "batch": 0}
-    trainer = SimpleNamespace(world_size=2, accumulate_grad_batches=1, strategy="single")
+    trainer = SimpleNamespace(world_size=2, accumulate_grad_batches=1, strategy="single", max_epochs=2)
     steps = header["steps_per_epoch"]
     resume.check_position(last, header, trainer, steps)
+    resume.check_position(last, {**header, "finished": True}, trainer, steps // 2)
     with pytest.raises(CheckpointError, match="inside epoch 2 under an earlier version"):
         resume.check_position(last, {**header, "batch": 3, "world_size": 2, "order": 1}, trainer, steps)
     with pytest.raises(CheckpointError, match=rf"an epoch had {steps} steps and would have {steps // 2} now"):

@@ -41,7 +41,8 @@ class Corruption:
         strain: standard deviation of the strain's diagonal entries, at full strength (off the diagonal 1/√2 of it).
         vary: each crystal gets a strength drawn uniformly from 0 to 1, so that clean crystals are seen too; else 1.
         min_atoms: smaller crystals are left out.
-        resample: draw anew every epoch; else the same corruption always.
+        resample: draw anew every epoch; else the same corruption always, but for batches that it brings over
+            ``data.max_edges``.
     """
 
     mask_fraction: float = 0.3

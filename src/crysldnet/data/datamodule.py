@@ -326,9 +326,9 @@ class CrystalDataModule(pl.LightningDataModule):
         return self._loader("train")
 
     def val_dataloader(self) -> DataLoader[CrystalBatch] | list:
-        """In the store's order, the corruption the same every epoch."""
+        """In an order that is always the same, and so is the corruption."""
         return self._loader("val") if len(self.rows["val"]) else []
 
     def test_dataloader(self) -> DataLoader[CrystalBatch] | list:
-        """In the store's order."""
+        """In an order that is always the same."""
         return self._loader("test") if len(self.rows["test"]) else []

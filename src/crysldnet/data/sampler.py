@@ -153,7 +153,7 @@ class BatchSampler(Sampler[BatchRequest]):
         atoms: [n] their sizes.
         edges: [n] edges of their graphs, or None where the budget doesn't bound them.
         budget: of one batch on one device.
-        shuffle: a new order every epoch; else always the store's.
+        shuffle: a new order every epoch; else always the same.
         seed: of the order.
         rank, world_size: which share of the batches this process takes.
         multiple: the epoch's number of batches is a multiple of this (world size × accumulation).

@@ -82,6 +82,7 @@ class SaveAndStop(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to signals in place of Lightning, which would exit without a checkpoint; at its end it undoes this."""
         self._saved_at, self._began_at = time.monotonic(), trainer.global_step
+        self._saved_step = None if self.start is None else trainer.global_step
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 signal.signal(number, self._note_signal)
@@ -172,9 +173,11 @@ class SaveAndStop(Checkpoint):
             "world_size": trainer.world_size,
             "accumulate": trainer.accumulate_grad_batches,
             "steps_per_epoch": int(trainer.num_training_batches) // trainer.accumulate_grad_batches,
+            "epochs": trainer.max_epochs,
             "strategy": name_of(trainer.strategy),
             "order": ORDER,
             "finished": not inside and (trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs),
+            "stopped_early": not inside and trainer.should_stop,
             "metrics": {} if inside else {name: float(value) for name, value in trainer.callback_metrics.items()},
         }
         if inside:
@@ -204,13 +207,14 @@ def check_position(path: Path, header: Mapping[str, Any], trainer: pl.Trainer, s
             f"{path}: the run stopped inside epoch {header['epoch'] + 1} under an earlier version, which ordered its "
             "batches otherwise. Go on with that version to the end of the epoch, or begin another run"
         )
-    planned = header.get("steps_per_epoch", steps_per_epoch)
-    if abs(planned - steps_per_epoch) > 0.02 * planned:
+    planned, epochs = header.get("steps_per_epoch", steps_per_epoch), header.get("epochs", trainer.max_epochs)
+    off = abs(planned - steps_per_epoch)
+    if not header["finished"] and (off > 0.02 * planned or (off and epochs != trainer.max_epochs)):
         raise CheckpointError(
-            f"{path}: an epoch had {planned} steps and would have {steps_per_epoch} now, because data.max_atoms or "
-            "data.max_edges bound the batch of one device, and their number has changed; the learning rates were "
-            f"planned for the former. Go on with {header['world_size']} process(es) × "
-            f"trainer.accumulate={header['accumulate']}"
+            f"{path}: an epoch had {planned} steps and would have {steps_per_epoch} now, because atoms or edges bound "
+            "its batches (data.batch_atoms, data.max_atoms, data.max_edges), which are packed otherwise for another "
+            "number of processes; the learning rates were planned for the former. Go on with "
+            f"{header['world_size']} process(es) × trainer.accumulate={header['accumulate']}"
         )
     then = (header["world_size"], header["accumulate"])
     now = (trainer.world_size, trainer.accumulate_grad_batches)

@@ -336,7 +336,7 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule
 
     Raises:
         Interrupted: the run was stopped before its last epoch.
-        CheckpointError: the checkpoint stands inside an epoch, and there is another number of processes now.
+        CheckpointError: it can't go on from the checkpoint with the processes or the strategy that there are now.
         DataError: a process that builds batches died.
         DeviceError: the processes of the run can't meet.
     """
@@ -348,7 +348,9 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule
         steps = data.steps_per_epoch(trainer.world_size, trainer.accumulate_grad_batches)
         check_position(path, header, trainer, steps)
     data.start = (header["epoch"], header["batch"])
-    stopped_early = header["finished"] and header["epoch"] < (trainer.max_epochs or 0)
+    at_end = header["epoch"] >= (trainer.max_epochs or 0)
+    stopped_early = header["finished"] and header.get("stopped_early", not at_end)
+    trained = header["finished"] and (stopped_early or at_end)
     try:
         if not stopped_early:
             with contextlib.suppress(SystemExit):  # Lightning exits by itself on the second Ctrl-C
@@ -376,7 +378,7 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule
     # The averaged weights are in the module now. The callback would swap them out again in a later validation, and
     # load the unaveraged ones for a test.
     trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
-    if path is not None and header["finished"]:  # it had trained to its end before
+    if path is not None and trained:  # to its end, before
         if stopped_early or name_of(trainer.strategy) not in SHARDED:  # else Lightning has given each rank its share
             module.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["state_dict"])
         return header["metrics"]
