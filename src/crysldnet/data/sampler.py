@@ -120,16 +120,11 @@ def _deal(atoms: NDArray[np.int64], batches: int, order: NDArray[np.int64]) -> N
 def _into_steps(
     batches: list[NDArray[np.int64]], atoms: NDArray[np.int64], multiple: int, order: NDArray[np.int64]
 ) -> list[Step]:
-    """Put batches of like size into one step, which waits for its largest; the steps come in a random order.
-
-    The first crystal that a batch was dealt stands anywhere in the order, so its place there is the step's lot.
-    """
+    """Put batches of like size into one step, which waits for its largest; the steps come in a random order."""
     sizes = np.array([atoms[batch].sum() for batch in batches])
     steps = np.argsort(-sizes, kind="stable").reshape(-1, multiple)
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    lots = place[[batch[0] for batch in batches]][steps].min(axis=1)
-    return [[batches[i] for i in step] for step in steps[np.argsort(lots)]]
+    rng = np.random.default_rng(order[:8])  # as random as the order is
+    return [[batches[i] for i in step] for step in rng.permutation(steps)]
 
 
 def _level(steps: list[Step], atoms: NDArray[np.int64]) -> list[NDArray[np.int64]]:
