@@ -11,8 +11,9 @@ from typing import Any, Literal, Protocol
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
 
 from crysldnet.encoders.protocol import Encoder, layers_of
 from crysldnet.errors import ConfigError
@@ -151,6 +152,26 @@ def shard(module: pl.LightningModule, mesh: Any) -> None:
     for step in ("training_step", "validation_step", "test_step"):
         if hasattr(module, step):
             register_fsdp_forward_method(module, step)
+
+
+class FirstRanksBuffers(pl.Callback):
+    """Let all ranks begin a step with the first one's buffers, such as running statistics, as after a resume.
+
+    DistributedDataParallel sends them before a forward pass, but not before the first one after validation; strategies
+    that shard never do. A teacher computes with them, so the others' would make another gradient.
+    """
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        """Send the buffers, or have them sent by the forward pass that follows."""
+        if trainer.world_size == 1 or batch_idx % trainer.accumulate_grad_batches:
+            return
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            trainer.strategy.model.require_forward_param_sync = True
+        else:
+            for buffer in pl_module.buffers():
+                distributed.broadcast(buffer, 0)
 
 
 class Settings(Protocol):

@@ -37,7 +37,14 @@ from crysldnet.training.finite import RefuseNonFinite
 from crysldnet.training.loggers import MetricsFile
 from crysldnet.training.ranks import RankWatch, of_a_collective
 from crysldnet.training.resume import SaveAndStop, check_position
-from crysldnet.training.strategies import SHARDED, check_combination, environment, name_of, timeout_of
+from crysldnet.training.strategies import (
+    SHARDED,
+    FirstRanksBuffers,
+    check_combination,
+    environment,
+    name_of,
+    timeout_of,
+)
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 """Of mallopt(3)."""
@@ -283,6 +290,7 @@ def _callbacks(
     callbacks: list[Callback] = [
         RefuseNonFinite(folder, settings.max_bad_steps),
         SeedEveryBatch(seed),
+        FirstRanksBuffers(),
         RankWatch(timeout_of(strategy)),
     ]
     if settings.average_last is not None:
