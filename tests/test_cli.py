@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import pytest
 import torch
 import yaml
 
-from crysldnet import finetune
+from crysldnet import cli, finetune
 from crysldnet.data.locations import EMBEDDED
+from crysldnet.errors import CrysldnetError
 from tiny import DENOISER, ENCODER, QUIET, finetune_config, subset
 
 EXAMPLES = EMBEDDED / "examples"
@@ -84,13 +86,20 @@ def test_pretrain_finetune_predict_from_an_empty_folder(tmp_path, small):
         (["pretrain", "stage=diffusion", "init=nowhere.safetensors"], "nowhere.safetensors: no such file"),
     ],
 )
-def test_a_wrong_command_exits_with_2_and_one_clear_line(tmp_path, arguments, says):
+def test_a_wrong_command_is_refused_before_anything_is_written(tmp_path, monkeypatch, arguments, says):
     if torch.cuda.is_available() and "GPU" in says:
         pytest.skip("this machine has a GPU")
-    done = crysldnet(*arguments, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CrysldnetError, match=re.escape(says)):
+        cli.run(arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_the_input_is_one_clear_line_and_status_2(tmp_path):
+    done = crysldnet("pretrain", "encoder=pddfromer", cwd=tmp_path)
     assert done.returncode == 2
-    assert says in done.stderr
     assert done.stderr.startswith("error: ")
+    assert "did you mean 'pddformer'" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
 

@@ -284,6 +284,7 @@ def test_a_finished_file_is_not_lost_where_a_new_one_cannot_be_written(disk):
     assert checkpoint.read(path, "encoder")[1]["a"].eq(0).all()
 
 
+@pytest.mark.slow
 def test_two_ranks_stop_resume_and_skip_together(tmp_path):
     data = subset(tmp_path / "data.parquet", train=64, val=8)
     done = subprocess.run(

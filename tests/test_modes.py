@@ -279,7 +279,7 @@ def test_an_ensemble_of_seeds_predicts_the_mean_and_spread_of_its_members(tmp_pa
     assert summary["test/mae"] == pytest.approx(np.abs(each.mean(0) - true).mean(), rel=1e-4)
     alone = np.abs(each - true).mean(axis=1)
     assert summary["test_members/mae"] == pytest.approx(alone.mean(), rel=1e-4)
-    assert summary["test/mae"] <= summary["test_members/mae"]
+    assert summary["test/mae"] <= summary["test_members/mae"] + 1e-6
     with pytest.raises(CheckpointError, match="an ensemble of 3 models"):
         checkpoint.load_property_model(folder)
     assert len(checkpoint.load_property_models(folder / "member_1")) == 1

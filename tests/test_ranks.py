@@ -79,7 +79,12 @@ def gone(pid: int) -> bool:
             signal.SIGKILL,
             r"rank 1 \(process {pid} on .+\) ended with signal SIGKILL|\[rank: 1\] .* PID {pid} terminated",
         ),
-        (1, signal.SIGSTOP, r"rank 1 \(process {pid} on .+\) hasn't answered for \d+ s; it was .+ batch \d+, epoch"),
+        pytest.param(
+            1,
+            signal.SIGSTOP,
+            r"rank 1 \(process {pid} on .+\) hasn't answered for \d+ s; it was .+ batch \d+, epoch",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             0, signal.SIGKILL, r"rank 0 \(process {pid} on .+\) (is gone|hasn't answered)", marks=pytest.mark.slow
         ),
@@ -107,7 +112,9 @@ def test_when_a_rank_dies_or_hangs_all_end_and_it_is_named(tmp_path: Path, rank:
 @pytest.mark.parametrize(
     ("ranks", "says"),
     [
-        ([1], r"The others wait for rank 1 \(process {pids[1]} on .+\): .+ batch \d+"),
+        pytest.param(
+            [1], r"The others wait for rank 1 \(process {pids[1]} on .+\): .+ batch \d+", marks=pytest.mark.slow
+        ),
         pytest.param([0, 1], r"nothing moved for \d+ s\. All are .+ batch \d+, epoch", marks=pytest.mark.slow),
     ],
 )

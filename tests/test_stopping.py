@@ -70,6 +70,7 @@ def test_pretraining_is_stopped_while_it_reads_and_between_its_stages(tmp_path, 
     assert (a["vae"], a["diffusion"]) == (whole["vae"], whole["diffusion"])
 
 
+@pytest.mark.slow
 def test_finetuning_is_stopped_between_its_members_and_while_it_is_tested(tmp_path, small):
     words = [*ENCODER, *QUIET, f"data.path={small}", "data.batch_size=8", "epochs=1", "min_steps=0", "ensemble=2"]
     stopped(run(tmp_path, "finetune", *words, "name=a", "trainer.time_limit_minutes=1e-9"), "the time limit")

@@ -268,6 +268,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 def test_a_sharded_run_that_trained_to_its_end_is_exported_on_resume_and_keeps_its_strategy(tmp_path: Path) -> None:
     data = subset(tmp_path / "data.parquet", train=16, val=8)
     words = [*STEPS, "data.batch_size=8", "stages.vae.epochs=1", "trainer.accelerator=cpu", *QUIET, *ENCODER, *DENOISER]
