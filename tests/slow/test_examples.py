@@ -101,5 +101,6 @@ def test_what_takes_long_on_a_page_works(page, tmp_path, monkeypatch):
         assert len(reader.refused) == 2
         assert {path.name for path in tmp_path.glob("**/matbench_v0.1_*")} == {
             "matbench_v0.1_CrysLDNet",
+            "matbench_v0.1_CrysLDNet_incomplete",
             "matbench_v0.1_MyEncoder",
         }
