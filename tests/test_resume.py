@@ -153,14 +153,20 @@ def test_checkpoints_are_saved_by_steps_and_by_time(tmp_path, small, monkeypatch
     }
 
 
-def test_a_stage_stopped_after_its_last_step_is_resumed_with_its_metrics(tmp_path, small, whole, monkeypatch):
+def run_without_export(path, data, monkeypatch):
+    """Train to the end, and be killed before anything is exported."""
+
     def fail(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(pretrain, "export", fail)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, small)
+            run(path, data)
+
+
+def test_a_stage_stopped_after_its_last_step_is_resumed_with_its_metrics(tmp_path, small, whole, monkeypatch):
+    run_without_export(tmp_path, small, monkeypatch)
     assert_equal_runs(whole, run(tmp_path, small, "resume=last"))
 
 
@@ -192,13 +198,7 @@ def test_finetuning_stopped_inside_an_epoch_ends_alike_with_the_same_best_epoch(
 
 
 def test_a_stage_that_ended_goes_on_where_it_is_given_more_epochs(tmp_path, small, monkeypatch):
-    def fail(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "export", fail)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, small)
+    run_without_export(tmp_path, small, monkeypatch)
     folder = run(tmp_path, small, "resume=last", "stages.vae.epochs=3")
     steps = [int(row["step"]) for row in repeatable(folder / "vae" / "metrics.csv") if row["train/loss"]]
     assert (steps[0], steps[-1]) == (0, 17)
