@@ -92,8 +92,8 @@ matbench: $(READY) ## run Matbench tasks and write a submission folder (TASK=, E
 sweep: $(READY) ## run a sweep on W&B, or here without an account (SWEEP=, COUNT=, LOCAL=1, ARGS=; SLURM=1 inside a job)
 	$(if $(SLURM),srun env )$(RUN) crysldnet sweep sweep=$(SWEEP) count=$(COUNT) backend=$(if $(LOCAL),local,wandb) $(ARGS)
 
-bench: $(READY) ## measure speed: graphs, loading, encoders, waiting for data, scaling (minutes, on a quiet machine)
-	for part in data encoders epoch scaling import/run; do $(RUN:-m=) benchmarks/$$part.py || exit 1; done
+bench: $(READY) ## measure speed: graphs, loading, encoders, waiting for data, pretraining, scaling (minutes, on a quiet machine)
+	for part in data encoders epoch pretrain scaling import/run; do $(RUN:-m=) benchmarks/$$part.py || exit 1; done
 
 test: $(READY) ## run the tests
 	$(RUN) pytest -n auto --dist loadfile $(ARGS)

@@ -1,27 +1,29 @@
-"""Project, on paper, how pretraining scales over GPUs: gradient bytes and interconnect against the time of a step.
+"""Project, on paper, how pretraining scales: gradient bytes and interconnect against the time of a step.
 
-Nothing is measured here but the number of parameters and how even batches are, and nothing was measured on GPUs: the
-time of a step is an assumption, given as a range. Prints the tables of docs/cluster.md.
+The bytes of the gradient are counted and the time of a step on a CPU is measured, by ``benchmarks/pretrain.py``; that
+of a step on a GPU is assumed, as a range, until ``benchmarks/pretrain.py --device cuda`` has measured it. How even
+batches are is measured here. Prints the tables of docs/cluster.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pretrain
 
-from crysldnet.config import compose, validate
+from crysldnet import evidence
 from crysldnet.data.locations import open_store
 from crysldnet.data.sampler import Budget, pack
-from crysldnet.pretrain import PretrainConfig, build_model
 
-GPUS_A_NODE = 8
-STEP_S = (0.02, 0.1)
-"""Assumed: forward, backward and update of one GPU's share, fast and slow."""
-INSIDE = 300e9
-"""Assumed bytes/s of an all-reduce over the GPUs of a node."""
-BETWEEN = {"400 Gbit/s a GPU": 400e9, "one 200 Gbit/s port a node": 25e9}
-"""Assumed bytes/s of a node to the others."""
+HERE = Path(__file__).parent
+A_NODE = 8
+"""Processes of a node."""
+PROCESSES = (8, 64, 512)
+ASSUMED_S = (0.02, 0.1)
+"""Forward, backward and update of one GPU's share, fast and slow."""
 LATENCY_S = 20e-6
 """Assumed, of one of the 2 log2(n) messages that follow each other."""
 CRYSTALS = 8
@@ -32,16 +34,22 @@ HIDDEN = 0.5
 
 @dataclass(frozen=True)
 class Link:
-    """A cluster: how fast its nodes are connected."""
+    """How processes are connected: assumed bytes/s of an all-reduce inside a node, and of a node to the others."""
 
+    name: str
+    inside: float
     between: float
 
-    def all_reduce_s(self, size: float, gpus: int) -> float:
+    def all_reduce_s(self, size: float, processes: int) -> float:
         """Return the seconds of an all-reduce of ``size`` bytes, by rings inside nodes and between them."""
-        inside = min(gpus, GPUS_A_NODE)
-        nodes = gpus // inside
-        travel = 2 * size * ((inside - 1) / inside / INSIDE + (nodes - 1) / nodes / self.between)
-        return travel + LATENCY_S * 2 * (gpus - 1).bit_length()
+        inside = min(processes, A_NODE)
+        nodes = processes // inside
+        travel = 2 * size * ((inside - 1) / inside / self.inside + (nodes - 1) / nodes / self.between)
+        return travel + LATENCY_S * 2 * (processes - 1).bit_length()
+
+
+OF_GPUS = (Link("400 Gbit/s a GPU", 300e9, 400e9), Link("one 200 Gbit/s port a node", 300e9, 25e9))
+OF_CPUS = (Link("one 25 Gbit/s port a node", 10e9, 3.125e9),)
 
 
 def efficiency(step_s: float, reduce_s: float, hidden: float) -> float:
@@ -49,26 +57,37 @@ def efficiency(step_s: float, reduce_s: float, hidden: float) -> float:
     return step_s / (step_s + max(0.0, reduce_s - hidden * step_s))
 
 
-def gradient_bytes(with_flow: bool) -> float:
-    """Return the bytes of the gradient of a stage of the published recipe, in float32."""
-    composition = compose("pretrain", ["preset=published"])
-    model = build_model(validate(composition, PretrainConfig), with_flow=with_flow)
-    return 4.0 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+def measured(stage: str, command: str) -> float | None:
+    """Return the seconds of a step of the published recipe that a benchmark has measured, None where it hasn't."""
+    wanted = (f"published, {stage}", "step", command)
+    records = evidence.read(HERE / "results.json")
+    return next((r.value for r in records if (r.name, r.metric, r.command) == wanted), None)
+
+
+def steps(stage: str) -> Iterator[tuple[str, float, tuple[Link, ...]]]:
+    """Yield what a step is taken on, its seconds, and how those are connected."""
+    on_cpu, on_gpu = (measured(stage, pretrain.COMMAND + option) for option in ("", " --device cuda"))
+    if on_cpu is not None:
+        yield f"one core: {on_cpu:.1f} s, measured", on_cpu, OF_CPUS
+    if on_gpu is not None:
+        yield f"a GPU: {on_gpu * 1e3:.0f} ms, measured", on_gpu, OF_GPUS
+    else:
+        yield from ((f"a GPU: {step * 1e3:.0f} ms, assumed", step, OF_GPUS) for step in ASSUMED_S)
 
 
 def table() -> str:
     """Return the projection as Markdown."""
     lines = [
-        "| stage, gradient | nodes connected by | step on a GPU | 8 GPUs | 64 GPUs | 512 GPUs |",
-        "|---|---|---|---|---|---|",
+        f"| stage, gradient | step on | nodes connected by | {' | '.join(f'{n} processes' for n in PROCESSES)} |",
+        "|---" * (3 + len(PROCESSES)) + "|",
     ]
-    for stage, with_flow in (("`vae`", False), ("`diffusion`", True)):
-        size = gradient_bytes(with_flow)
-        for name, between in BETWEEN.items():
-            for step in STEP_S:
-                waits = [Link(between).all_reduce_s(size, gpus) for gpus in (8, 64, 512)]
+    for stage in pretrain.STAGES:
+        size = pretrain.gradient_bytes(pretrain.make_model("published", stage))
+        for on, step, links in steps(stage):
+            for link in links:
+                waits = [link.all_reduce_s(size, n) for n in PROCESSES]
                 cells = " | ".join(f"{efficiency(step, w, HIDDEN):.0%} ({efficiency(step, w, 0):.0%})" for w in waits)
-                lines.append(f"| {stage}, {size / 1e6:.0f} MB | {name} | {step * 1e3:.0f} ms | {cells} |")
+                lines.append(f"| `{stage}`, {size / 1e6:.0f} MB | {on} | {link.name} | {cells} |")
     return "\n".join(lines)
 
 

@@ -104,37 +104,37 @@ def test_an_error_of_the_input_is_one_clear_line_and_status_2(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path, small):
+def test_a_folder_that_cannot_be_written_is_said(tmp_path, monkeypatch, small):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").write_text("a file where the folder should be")
-    done = crysldnet("pretrain", *TINY, f"data.path={small}", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "can't make the run folder" in done.stderr
+    with pytest.raises(CrysldnetError, match="can't make the run folder"):
+        cli.run(["pretrain", *TINY, f"data.path={small}"])
 
 
-def test_bad_files_are_reported_and_the_rest_predicted(tmp_path, model):
+def test_bad_files_are_reported_and_the_rest_predicted(tmp_path, capsys, model):
     good = sorted(EXAMPLES.glob("*.cif"))[:2]
     for file in good:
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "empty.cif").write_text("")
     (tmp_path / "noise.cif").write_bytes(bytes(range(256)))
     (tmp_path / "overlap.vasp").write_text("X\n1.0\n4 0 0\n0 4 0\n0 0 4\nNa Cl\n1 1\ndirect\n0 0 0\n0.01 0 0\n")
-    done = crysldnet("predict", f"model={model}", f"files={tmp_path}", f"out={tmp_path}/out.csv", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert cli.run(["predict", f"model={model}", f"files={tmp_path}", f"out={tmp_path}/out.csv"]) == 0
     with (tmp_path / "out.csv").open() as file:
         assert {Path(row["source"]).name for row in csv.DictReader(file)} == {f.name for f in good}
+    said = capsys.readouterr().err
     for name in ("empty.cif", "noise.cif", "overlap.vasp"):
-        assert name in done.stderr
-    assert "2 crystals predicted, 3 refused" in done.stderr
+        assert name in said
+    assert "2 crystals predicted, 3 refused" in said
     with (tmp_path / "out.csv.refused.csv").open() as file:
         assert {row["source"] for row in csv.DictReader(file)} == {"empty.cif", "noise.cif", "overlap.vasp"}
 
 
-def test_predicting_only_bad_files_fails_and_leaves_what_was_there(tmp_path, model):
+def test_predicting_only_bad_files_fails_and_leaves_what_was_there(tmp_path, monkeypatch, model):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.cif").write_text("")
     (tmp_path / "predictions.csv").write_text("earlier")
-    done = crysldnet("predict", f"model={model}", f"files={tmp_path}/*.cif", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "none of the 1 crystals could be used" in done.stderr
+    with pytest.raises(CrysldnetError, match="none of the 1 crystals could be used"):
+        cli.run(["predict", f"model={model}", f"files={tmp_path}/*.cif"])
     assert (tmp_path / "predictions.csv").read_text() == "earlier"
     assert not list(tmp_path.glob(".predictions*"))
 
@@ -142,22 +142,24 @@ def test_predicting_only_bad_files_fails_and_leaves_what_was_there(tmp_path, mod
 def test_a_gpu_that_is_not_there_is_said(tmp_path, model):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    done = crysldnet("predict", f"model={model}", f"files={EXAMPLES}", "device=gpu", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "no GPU" in done.stderr
+    with pytest.raises(CrysldnetError, match="no GPU"):
+        cli.run(["predict", f"model={model}", f"files={EXAMPLES}", f"out={tmp_path}/out.csv", "device=gpu"])
 
 
-def test_a_prediction_does_not_depend_on_its_companions(tmp_path, model):
-    alone = crysldnet("predict", f"model={model}", f"files={EXAMPLES}", "out=-", "batch_size=1", cwd=tmp_path)
-    together = crysldnet("predict", f"model={model}", f"files={EXAMPLES}", "out=-", "batch_size=64", cwd=tmp_path)
-    a, b = (list(csv.DictReader(d.stdout.splitlines())) for d in (alone, together))
+def test_a_prediction_does_not_depend_on_its_companions(capsys, model):
+    found = []
+    for batch_size in (1, 64):
+        assert cli.run(["predict", f"model={model}", f"files={EXAMPLES}", "out=-", f"batch_size={batch_size}"]) == 0
+        found.append(list(csv.DictReader(capsys.readouterr().out.splitlines())))
+    a, b = found
     assert len(a) == len(b) > 3
     for one, other in zip(a, b, strict=True):
         assert float(one["prediction"]) == pytest.approx(float(other["prediction"]), rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_exits_non_zero_and_resumes(tmp_path, small, stop):
+def test_a_stopped_run_exits_non_zero_and_resumes(tmp_path, monkeypatch, small, stop):
+    monkeypatch.chdir(tmp_path)
     arguments = [*TINY, f"data.path={small}", "data.batch_size=8", "stage=vae", "stages.vae.epochs=400"]
     process = subprocess.Popen(
         [sys.executable, "-m", "crysldnet", "pretrain", *arguments, "name=cut"],
@@ -178,24 +180,22 @@ def test_a_stopped_run_exits_non_zero_and_resumes(tmp_path, small, stop):
     assert not (tmp_path / "runs/pretrain/cut/summary.json").exists()
     assert not (tmp_path / "runs/pretrain/cut/encoder.safetensors").exists()
     epochs = int(torch.load(last, weights_only=True)["epoch"]) + 2
-    done = crysldnet("pretrain", f"stages.vae.epochs={epochs}", "resume=last", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert cli.run(["pretrain", f"stages.vae.epochs={epochs}", "resume=last"]) == 0
     config = yaml.safe_load((tmp_path / "runs/pretrain/cut/config.yaml").read_text())
     assert config["encoder"]["width"] == 32, "a resumed run keeps the settings it was begun with"
     assert json.loads((tmp_path / "runs/pretrain/cut/summary.json").read_text())["status"] == "complete"
 
 
-def test_a_run_with_other_choices_resumes_with_them_and_refuses_others(tmp_path, small):
+def test_a_run_with_other_choices_resumes_with_them_and_refuses_others(tmp_path, monkeypatch, small):
+    monkeypatch.chdir(tmp_path)
     begun = ["preset=published", *TINY, *DENOISER, "model.latent_dim=16", f"data.path={small}", "data.batch_size=16"]
     begun += ["stages.vae.epochs=1", "stages.diffusion.epochs=1", "name=p"]
-    assert crysldnet("pretrain", *begun, cwd=tmp_path).returncode == 0
+    assert cli.run(["pretrain", *begun]) == 0
     folder = tmp_path / "runs/pretrain/p"
     for file in ("summary.json", "diffusion/pretraining.safetensors", "diffusion/checkpoints/last.ckpt"):
         (folder / file).unlink()
-    other = crysldnet("pretrain", "name=p", "resume=last", "encoder.variant=clean", cwd=tmp_path)
-    assert other.returncode == 2
-    assert "was begun with encoder.variant=" in other.stderr
-    done = crysldnet("pretrain", "name=p", "resume=last", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    with pytest.raises(CrysldnetError, match=r"was begun with encoder\.variant="):
+        cli.run(["pretrain", "name=p", "resume=last", "encoder.variant=clean"])
+    assert cli.run(["pretrain", "name=p", "resume=last"]) == 0
     assert yaml.safe_load((folder / "config.yaml").read_text())["objective"]["_target_"].endswith("Published")
     assert {"vae", "diffusion"} <= set(json.loads((folder / "summary.json").read_text()))

@@ -34,7 +34,7 @@ from crysldnet.data.split import Split
 from crysldnet.errors import CrysldnetError
 from crysldnet.stopping import RUN_NAME
 from crysldnet.training import plots
-from tiny import DENOISER, ENCODER, QUIET, subset
+from tiny import DENOISER, ENCODER, QUIET, environment_of_a_shell, subset
 
 ROOT = Path(__file__).parents[1]
 CPU = ["trainer.accelerator=cpu", "trainer.log_every=1", "data.batch_size=16"]
@@ -141,9 +141,12 @@ def schema_of(command: str) -> type:
 
 def expand_make(words: list[str]) -> list[list[str]]:
     """Return the modules that a ``make`` line would run, with their arguments."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MAKEFLAGS")}
     done = subprocess.run(
-        ["make", "-n", *words, "VENV=none", "PYTHON=python"], cwd=ROOT, capture_output=True, text=True, env=environment
+        ["make", "-n", *words, "VENV=none", "PYTHON=python"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment_of_a_shell(),
     )
     assert done.returncode == 0, done.stderr
     lines = [shlex.split(line) for line in done.stdout.splitlines()]

@@ -17,7 +17,7 @@ import pytest
 from crysldnet import cli
 from crysldnet.config import compose, conf_folder
 from crysldnet.errors import ConfigError
-from tiny import DENOISER, ENCODER, subset
+from tiny import DENOISER, ENCODER, environment_of_a_shell, subset
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = Path(__file__).parent / "slurm"
@@ -29,13 +29,12 @@ def make(folder: Path, *words: str, path: str = os.environ["PATH"], **variables:
     for name in ("Makefile", "conf", "src"):
         if not (folder / name).exists():
             (folder / name).symlink_to(ROOT / name)
-    environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "PYTHONPATH")}
     return subprocess.run(
         ["make", *words, "VENV=none", f"PYTHON={sys.executable}"],
         cwd=folder,
         capture_output=True,
         text=True,
-        env={**environment, "PATH": path, "OMP_NUM_THREADS": "1", **variables},
+        env={**environment_of_a_shell(), "PATH": path, "OMP_NUM_THREADS": "1", **variables},
     )
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from crysldnet import finetune
+from crysldnet import cli
 from crysldnet.training.checkpoint_file import verify
-from tiny import DENOISER, ENCODER, QUIET, finetune_config, subset
+from tiny import DENOISER, ENCODER, QUIET, subset
 
 AT = """
 import importlib, os, signal, sys
@@ -63,8 +63,7 @@ def test_pretraining_is_stopped_while_it_reads_and_between_its_stages(tmp_path, 
     exporting = ("crysldnet.pretrain", "", "export", "1", "SIGUSR1,SIGUSR1,SIGTERM")
     stopped(run(tmp_path, "pretrain", *words, "name=a", at=exporting), "SIGUSR1")
     for name, resume in (("a", "last"), ("whole", "null")):
-        done = run(tmp_path, "pretrain", *words, f"name={name}", f"resume={resume}")
-        assert done.returncode == 0, done.stderr
+        assert cli.run(["pretrain", *words, f"runs={tmp_path / 'runs'}", f"name={name}", f"resume={resume}"]) == 0
     files = [tmp_path / "runs/pretrain" / name / "diffusion/pretraining.safetensors" for name in ("a", "whole")]
     a, whole = (json.loads((file.parents[1] / "summary.json").read_text()) for file in files)
     assert (a["vae"], a["diffusion"]) == (whole["vae"], whole["diffusion"])
@@ -79,10 +78,9 @@ def test_finetuning_is_stopped_between_its_members_and_while_it_is_tested(tmp_pa
     stopped(run(tmp_path, "finetune", *words, "name=a", at=between), "SIGTERM")
     testing = ("crysldnet.finetune.module", "FinetuneModule", "test_step", "1", "SIGUSR1")
     stopped(run(tmp_path, "finetune", *words, "name=a", at=testing), "SIGUSR1")
-    done = run(tmp_path, "finetune", *words, "name=a")
-    assert done.returncode == 0, done.stderr
-    config, values = finetune_config(*words[:-2], f"runs={tmp_path / 'runs'}", "name=whole")
-    assert finetune.run(config, values) == 0
+    for name, resume in (("a", "last"), ("whole", "null")):
+        ends = [f"runs={tmp_path / 'runs'}", f"name={name}", f"resume={resume}"]
+        assert cli.run(["finetune", *words, *ends]) == 0
     a, whole = ((tmp_path / "runs/finetune" / name / "predictions_test.csv").read_text() for name in ("a", "whole"))
     assert a == whole
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +31,13 @@ def subset(path: Path, *, train: int, val: int = 0, test: int = 0, max_atoms: in
         rows += small[-count:] if count else []
     pq.write_table(table.take(rows), path)
     return path
+
+
+def environment_of_a_shell() -> dict[str, str]:
+    """Return the environment without what ``make test ARGS=…`` would hand on to a ``make`` within a test."""
+    makefile = Path(__file__).parents[1] / "Makefile"
+    names = {"MAKEFLAGS", "MAKELEVEL", "PYTHONPATH", *re.findall(r"^(\w+) \?=", makefile.read_text(), re.MULTILINE)}
+    return {key: value for key, value in os.environ.items() if key not in names}
 
 
 def pretrain_config(*arguments: str, tiny_encoder: Sequence[str] = ENCODER) -> tuple[PretrainConfig, dict]:

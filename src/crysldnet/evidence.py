@@ -250,8 +250,8 @@ def render(text: str, records: Sequence[Record]) -> str:
 
 
 def _program(record: Record) -> list[str]:
-    """Return what was run, such as ``python`` and a script, without its settings."""
-    return record.command.split()[:2]
+    """Return what was run, such as ``python``, a script and its options, without its settings."""
+    return [word for word in record.command.split() if "=" not in word]
 
 
 def write(folder: Path, records: Sequence[Record]) -> None:
