@@ -56,10 +56,10 @@ def batch_of(cells: list[Cell], encoder: Encoder, dtype: torch.dtype = torch.flo
 
 def settled(encoder: Encoder, cells: list[Cell]) -> Encoder:
     """Take batch statistics from real crystals, then evaluate, in double precision."""
-    encoder = encoder.double().train()
+    encoder, batch = encoder.double().train(), batch_of(cells, encoder)
     with torch.no_grad():
         for _ in range(20):
-            encoder(batch_of(cells, encoder))
+            encoder(batch)
     return encoder.eval()
 
 
