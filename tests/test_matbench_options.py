@@ -1,5 +1,6 @@
 """A classification, ensembles, recipes and folds beside each other, on small tasks made of real crystals."""
 
+import ast
 import csv
 import gzip
 import hashlib
@@ -8,6 +9,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from itertools import product
 from pathlib import Path
@@ -19,7 +22,8 @@ import pytest
 from scipy.stats import rankdata
 
 import wandb_file
-from crysldnet import cli, finetune
+from crysldnet import cli, finetune, pretrain
+from crysldnet.config import compose
 from crysldnet.data.locations import DATA_VARIABLE
 from crysldnet.data.published.catalog import PUBLISHED
 from crysldnet.data.published.store_maker import make_store
@@ -28,7 +32,7 @@ from crysldnet.data.store import CrystalStore
 from crysldnet.errors import ConfigError, CrysldnetError, Interrupted
 from crysldnet.stopping import RUN_NAME
 from crysldnet.training.processes import Job, places, run_jobs
-from tiny import finetune_config, subset
+from tiny import finetune_config, pretrain_config, subset
 
 if importlib.util.find_spec("matbench") is None:
     pytest.skip("matbench isn't installed", allow_module_level=True)
@@ -132,6 +136,19 @@ def test_a_classification_and_a_regression_make_one_submission(
     assert "area under the ROC curve of the probabilities" in comparison
 
 
+def test_a_look_at_one_fold_goes_on_with_the_others(small: dict[str, list[Any]], tmp_path: Path) -> None:
+    first = run(tmp_path, "tasks=[matbench_mp_gap]", "folds=[3]")
+    assert not first["valid"]
+    assert "INCOMPLETE" in json.loads((Path(first["submission"]) / "info.json").read_text())["notes"]
+    file = tmp_path / "matbench/a/matbench_mp_gap/fold_3/predictions.json"
+    before = file.stat().st_mtime_ns
+    summary = run(tmp_path, "tasks=[matbench_mp_gap]", "folds=[0,1,2,3,4]", "resume=last")
+    assert summary["valid"]
+    assert file.stat().st_mtime_ns == before
+    assert "INCOMPLETE" not in json.loads((Path(summary["submission"]) / "info.json").read_text())["notes"]
+    assert cli.run(["matbench", "validate", summary["submission"]]) == 0
+
+
 def test_scores_predictions_and_submission_go_to_wandb(small: dict[str, list[Any]], tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     online = ["logger=wandb", "logger.mode=offline"]
@@ -143,6 +160,9 @@ def test_scores_predictions_and_submission_go_to_wandb(small: dict[str, list[Any
         assert logged[f"{task}/{metric}_mean"] == summary["tasks"][task][f"{metric}_mean"]
         assert f"{task}/predictions/_type" in logged
     assert "matbench_mp_gap/worst/_type" in logged
+    config = wandb_file.config(file)
+    assert config["target_units"] == {"is_metal": "", "gap pbe": "eV"}
+    assert config["data_sha256"].keys() == summary["tasks"].keys()
     artifact = wandb_file.artifacts(file)["submission"]
     for name in ("info.json", "reproduce.py", "results.json.gz"):
         content = (Path(summary["submission"]) / name).read_bytes()
@@ -169,11 +189,12 @@ def test_an_ensemble_predicts_the_mean_and_records_its_spread(small: dict[str, l
     assert first["ci_upper"] - first["ci_lower"] == pytest.approx(2 * 1.959964 * first["std"], rel=1e-5)
 
 
+@pytest.mark.parametrize("better", ["epochs=15 head=attention optimizer.lr=0.01", ""])
 def test_each_fold_takes_the_recipe_of_the_lowest_error_on_its_validation_part(
-    small: dict[str, list[Any]], tmp_path: Path
+    small: dict[str, list[Any]], tmp_path: Path, better: str
 ) -> None:
     task = "matbench_mp_gap"
-    recipes = ["optimizer.lr=1e-9", "epochs=15 head=attention optimizer.lr=0.01"]
+    recipes = ["optimizer.lr=1e-9", better]
     summary = run(tmp_path, f"tasks=[{task}]", "folds=[0]", f"recipes={json.dumps(recipes)}")
     parameters = results(summary, task)["fold_0"]["parameters"]
     errors = [parameters[f"validation_error_of_recipe_{i}"] for i in range(2)]
@@ -349,3 +370,31 @@ def test_a_finetuned_model_is_taken_or_refused_by_the_crystals_it_has_seen(tmp_p
     notes = json.loads(next((tmp_path / "matbench/taken").rglob("info.json")).read_text())["notes"]
     assert "Then trained on labels (formation_energy_per_atom) of 4" in notes
     assert "have 0 by id, 0 by reduced formula" in notes
+
+
+def test_the_script_names_the_encoder_how_it_was_made_and_refuses_another(
+    small: dict[str, list[Any]], tmp_path: Path
+) -> None:
+    data = subset(tmp_path / "data.parquet", train=24, val=8)
+    config, values = pretrain_config(
+        f"runs={tmp_path}", "name=p", f"data.path={data}", "stage=vae", "stages.vae.epochs=1"
+    )
+    assert pretrain.run(config, values) == 0
+    encoder = tmp_path / "pretrain/p/encoder.safetensors"
+    os.environ.pop(RUN_NAME, None)
+    words = [word for word in TINY if not word.startswith("encoder.")]
+    line = ["matbench", *words, f"runs={tmp_path}", "name=a", "tasks=matbench_mp_gap", "folds=[0]"]
+    assert cli.run([*line, f"pretrained={encoder}"]) == 0
+    script = next((tmp_path / "matbench/a").glob("*/reproduce.py"))
+    told = {}
+    for node in ast.parse(script.read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            told[node.targets[0].id] = node.value
+    assert ast.literal_eval(told["SHA256"]) == hashlib.sha256(encoder.read_bytes()).hexdigest()
+    again = compose("pretrain", ast.literal_eval(told["PRETRAINING"])[2:]).values
+    assert again | {"name": "p", "runs": str(tmp_path)} == values
+    encoder.write_bytes(encoder.read_bytes() + b" ")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "isn't the file with sha256" in done.stderr
+    assert "crysldnet pretrain" in done.stderr

@@ -180,6 +180,8 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "info.json: notes is missing",
     ),
     "a name that is taken": (_edit_info(algorithm="coGN"), "the leaderboard has an algorithm 'coGN' already"),
+    "a name that is none": (_edit_info(algorithm=["Mean"]), "algorithm must be a name, not ['Mean']"),
+    "a link to nothing": (lambda f: (f / "more.py").symlink_to(f / "nowhere"), "more.py is a link to nothing"),
     "no script": (lambda f: (f / "mean.py").unlink(), "neither a .py nor an .ipynb file"),
     "a large file": (lambda f: (f / "model.bin").write_bytes(bytes(10_000_001)), "model.bin has 10.0 MB"),
     "notebook checkpoints": (lambda f: (f / ".ipynb_checkpoints").mkdir(), ".ipynb_checkpoints must not be in it"),

@@ -240,27 +240,46 @@ MAY_CHANGE = {
 submission says. All folds of a benchmark are trained alike."""
 
 
-def refuse_changed(command: str, composition: Composition, saved: Path) -> None:
-    """Refuse to resume a run of a command as another one.
+LENGTH = {"pretrain": "stages", "finetune": "epochs"}
+"""Of each command, the key that says how long it trains: learning rates are planned with it."""
+
+
+def refuse_changed(command: str, composition: Composition, saved: Path, *, complete: bool) -> set[str]:
+    """Refuse to resume a run of a command as another one; return the keys that differ, which it may have otherwise.
+
+    Args:
+        command: pretrain, finetune or matbench.
+        composition: what is asked for now.
+        saved: the resolved configuration of the run.
+        complete: whether the run has ended well.
 
     Raises:
         ConfigError: naming the key that differs.
     """
+    changed = set()
     before = yaml.safe_load(saved.read_text())
     for key, value in composition.values.items():
         given = [name for name in composition.given if name not in composition.groups]
         differs = _first_difference(key, before.get(key), value, given)
         if differs is None or (key not in before and not _is_given(key, given)):
             continue
+        changed.add(key)
+        name, then, now = differs
+        if complete and key == LENGTH.get(command):
+            raise ConfigError(
+                f"{name}: the run in {saved.parent} is complete with {name}={then}, for which its learning rates were "
+                f"planned; for {name}={now} begin another, name=…",
+                name,
+            )
         if key not in MAY_CHANGE[command]:
-            name, then, now = differs
             raise ConfigError(
                 f"{name}: the run in {saved.parent} was begun with {name}={then}, not {now}; "
                 "resume it as it was, or begin another",
                 name,
             )
-        if key in ("epochs", "stages"):
+        if key == LENGTH.get(command):
             note(f"{key} differ from those that the run was begun with; its learning rates stay as they were planned")
+    return changed
 
 
 def _first_difference(key: str, before: Any, now: Any, given: Collection[str]) -> tuple[str, Any, Any] | None:

@@ -56,7 +56,7 @@ def run(config: MatbenchConfig, values: dict[str, Any]) -> int:
         raise ConfigError(f"algorithm={config.algorithm}: the leaderboard has an entry of that name", "algorithm")
     make_recipes(config, values)
     make_encoder(config)
-    folder = RunFolder(config.runs, "matbench", config.name, resume=config.resume is not None)
+    folder = RunFolder(config.runs, "matbench", config.name, resume=config.resume is not None, extend=True)
     folder.save_config(values)
     keep_command(folder.path, values)
     begun = Begun.of(config, values, folder)
@@ -106,13 +106,12 @@ def _score(task_run: TaskRun) -> Told:
 def _finish(begun: Begun, values: dict[str, Any], told: dict[str, Told]) -> None:
     config = begun.config
     submission = write_submission(begun, told)
-    complete = all(len(t.scores.folds) == len(begun.benchmark.tasks_map[name].folds) for name, t in told.items())
-    if complete:
+    if config.complete:
         checked = check_submission(submission)
         if checked.problems:
             raise DataError(f"{submission}: not a valid submission: {'; '.join(checked.problems)}")
     written = [["submission", str(submission)]]
-    if complete:
+    if config.complete:
         scores = [t.scores for t in told.values()]
         written.append(["comparison", str(write_comparison(begun.folder.path, config.algorithm, scores))])
     begun.folder.finish(
@@ -122,17 +121,21 @@ def _finish(begun: Begun, values: dict[str, Any], told: dict[str, Told]) -> None
             "seed": config.seed,
             "pretrained": config.pretrained,
             "pretrained_sha256": next(iter(told.values())).inputs["pretrained_sha256"],
-            "valid": complete,
+            "valid": config.complete,
             "submission": str(submission),
         }
     )
-    loggers = build(config.logger, "logger", folder=begun.folder.path, name=begun.folder.name, config=values)
+    about = values | {
+        "data_sha256": {name: t.source.sha256 for name, t in told.items()},
+        "target_units": {task_metadata(name).target: t.scores.unit for name, t in told.items()},
+    }
+    loggers = build(config.logger, "logger", folder=begun.folder.path, name=begun.folder.name, config=about)
     totals = {f"{name}/{key}": value for name, t in told.items() for key, value in _total(t).items()}
     publish_submission(loggers, begun.folder.path, totals, submission)
     for t in told.values():
         print_scores(t.scores.task, config.algorithm, t.scores)
         print_overlap(t.overlap)
-    state = "valid" if complete else f"INCOMPLETE, folds {config.folds} alone"
+    state = "valid" if config.complete else f"INCOMPLETE, folds {config.folds} alone"
     print_table("", ["", ""], [*written, ["state", state]])
 
 

@@ -166,7 +166,7 @@ def run_fold(run: TaskRun, fold: int) -> None:
         paths = [folder / f"member_{i}" for i in range(config.ensemble)]
     else:
         paths = [_train(run, recipe, fold, folder)]
-    _keep_predictions(run, fold, paths, data, {**tried, "recipe": recipe.text} if recipe.text else {})
+    _keep_predictions(run, fold, paths, data, {**tried, "recipe": recipe.text} if run.config.recipes else {})
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()  # the other processes read what the first one has kept
 

@@ -38,11 +38,15 @@ class MatbenchConfig(FinetuneConfig):
         """The tasks."""
         return [self.tasks] if isinstance(self.tasks, str) else self.tasks
 
+    @property
+    def complete(self) -> bool:
+        """Whether all folds are asked for, as a submission must have them."""
+        return self.folds is None or len(self.folds) == FOLDS
+
 
 def submission_name(config: MatbenchConfig) -> str:
     """Return the name of the submission folder, which says so where folds are missing."""
-    complete = config.folds is None or len(config.folds) == FOLDS
-    return f"{BENCHMARK}_{config.algorithm}{'' if complete else '_incomplete'}"
+    return f"{BENCHMARK}_{config.algorithm}{'' if config.complete else '_incomplete'}"
 
 
 def check_settings(config: MatbenchConfig) -> None:

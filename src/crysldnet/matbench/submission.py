@@ -20,7 +20,7 @@ from crysldnet.matbench.scores import TaskScores
 from crysldnet.matbench.settings import submission_name
 from crysldnet.matbench.tasks import Source
 from crysldnet.training.atomic import write_atomically
-from crysldnet.training.pretraining_set import describe_overlap
+from crysldnet.training.pretraining_set import describe_overlap, encoder_file
 from crysldnet.training.run_folder import code_version
 
 RESULTS, INFO = "results.json.gz", "info.json"
@@ -43,13 +43,25 @@ REFERENCES = [
 ]
 SCRIPT = '''"""Repeat the run that is recorded in results.json.gz, with crysldnet {version} and matbench 0.6."""
 
-import sys
+{imports}
 
 from crysldnet.cli import main
-
+{encoder}
 sys.argv = {argv}
 main()
 '''
+ENCODER = """
+# Every fold starts from this encoder. It was pretrained by crysldnet {version} with what is written here.
+ENCODER = Path({file})
+SHA256 = "{sha256}"
+PRETRAINING = {pretraining}
+if not ENCODER.is_file() or hashlib.sha256(ENCODER.read_bytes()).hexdigest() != SHA256:
+    sys.exit(
+        f"{{ENCODER}} isn't there, or isn't the file with sha256 {{SHA256}}. Put that there, or the "
+        "encoder.safetensors that this makes, and its SHA256 here; on a CPU its weights are the same:\\n\\n  "
+        + shlex.join(PRETRAINING)
+    )
+"""
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -103,7 +115,7 @@ class Told:
 def _notes(begun: Begun, told: Mapping[str, Told]) -> str:
     config, p = begun.config, begun.provenance
     notes = [f"Data of {name}: {t.source.label}; sha256 {t.source.sha256}." for name, t in told.items()]
-    if config.folds is not None:
+    if not config.complete:
         notes.insert(0, f"INCOMPLETE, not a valid submission: folds {config.folds} alone.")
     sha256 = next(iter(told.values())).inputs["pretrained_sha256"]
     if sha256 is not None:
@@ -167,6 +179,25 @@ def write_submission(begun: Begun, told: Mapping[str, Told]) -> Path:
         "seed": config.seed,
     }
     write_atomically(folder / INFO, json.dumps(info, indent=1, ensure_ascii=False))
-    argv = "[\n" + "".join(f"    {json.dumps(word, ensure_ascii=False)},\n" for word in command) + "]"
-    write_atomically(folder / "reproduce.py", SCRIPT.format(version=code_version(), argv=argv))
+    encoder = _encoder(begun, next(iter(told.values())).inputs["pretrained_sha256"])
+    imports = "import hashlib\nimport shlex\nimport sys\nfrom pathlib import Path" if encoder else "import sys"
+    script = SCRIPT.format(version=code_version(), imports=imports, argv=_list(command), encoder=encoder)
+    write_atomically(folder / "reproduce.py", script)
     return folder
+
+
+def _encoder(begun: Begun, sha256: str | None) -> str:
+    """Return the part of the script that is about the encoder which the folds start from; empty without one."""
+    file, made = encoder_file(begun.config.pretrained), begun.provenance
+    if file is None:
+        return ""
+    kept = {key: value for key, value in made["config"].items() if key not in PER_RUN}
+    pretraining = ["crysldnet", "pretrain", *_leaves(kept)]
+    version = made["code_version"] + (", then trained on labels as info.json says," if made.get("labels") else "")
+    text = json.dumps(str(file), ensure_ascii=False)
+    return ENCODER.format(version=version, file=text, sha256=sha256, pretraining=_list(pretraining))
+
+
+def _list(words: Sequence[str]) -> str:
+    """Return words as a list in Python."""
+    return "[\n" + "".join(f"    {json.dumps(word, ensure_ascii=False)},\n" for word in words) + "]"

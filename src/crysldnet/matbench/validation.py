@@ -83,7 +83,9 @@ def _file_problems(folder: Path) -> list[str]:
     if (folder / BANNED).exists():
         problems.append(f"{BANNED} must not be in it")
     for path in sorted(folder.iterdir()):
-        if path.name != RESULTS and path.stat().st_size > MAX_BYTES:
+        if not path.exists():
+            problems.append(f"{path.name} is a link to nothing")
+        elif path.name != RESULTS and path.stat().st_size > MAX_BYTES:
             problems.append(f"{path.name} has {path.stat().st_size / 1e6:.1f} MB; all but the results may have 10")
     return problems
 
@@ -101,7 +103,9 @@ def _check_info(path: Path) -> tuple[str, list[str]]:
     problems = [f"{INFO}: {name} is missing or empty" for name in NOT_EMPTY if not info.get(name)]
     if "notes" not in info:
         problems.append(f"{INFO}: notes is missing")
-    algorithm = str(info.get("algorithm") or "")
+    if info.get("algorithm") and not isinstance(info["algorithm"], str):
+        return "", [*problems, f"{INFO}: algorithm must be a name, not {info['algorithm']!r}"]
+    algorithm = info.get("algorithm") or ""
     if algorithm in taken_names():
         problems.append(f"{INFO}: the leaderboard has an algorithm {algorithm!r} already; names must be unique")
     return algorithm, problems

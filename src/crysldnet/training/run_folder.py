@@ -122,6 +122,7 @@ class RunFolder:
         command: pretrain or finetune.
         name: of the run; by default the name given by the process that started this one, the SLURM job, or the time.
         resume: continue the run of that name, or without a name the newest one that isn't complete.
+        extend: also continue one that is complete: there is more for it to do now.
         lock: keep others out of the folder; not for a part of a run whose first process does that.
 
     Raises:
@@ -129,7 +130,9 @@ class RunFolder:
             written.
     """
 
-    def __init__(self, root: str, command: str, name: str | None, *, resume: bool, lock: bool = True) -> None:
+    def __init__(
+        self, root: str, command: str, name: str | None, *, resume: bool, extend: bool = False, lock: bool = True
+    ) -> None:
         base = Path(root) / command
         given = _given_name() or name
         if given is None and resume:
@@ -146,14 +149,14 @@ class RunFolder:
         if Path(self.name).name != self.name:
             raise ConfigError(f"name={name}: a run's name can't hold a path", "name")
         if _rank() == 0:
-            self._claim(resume, lock)
+            self._claim(resume, resume and extend, lock)
             os.environ[RUN_NAME] = f"{os.getpid()}:{self.name}"
 
-    def _claim(self, resume: bool, lock: bool) -> None:
+    def _claim(self, resume: bool, extend: bool, lock: bool) -> None:
         exists = (self.path / "config.yaml").exists()
         if resume and not exists:
             raise ConfigError(f"{self.path}: there is no run to resume", "resume")
-        if self.complete:
+        if self.complete and not extend:
             raise ConfigError(f"{self.path}: this run is complete; choose another name", "name")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -166,6 +169,7 @@ class RunFolder:
             raise ConfigError(
                 f"{self.path}: this run exists; continue it with resume=last or choose another name", "name"
             )
+        (self.path / "summary.json").unlink(missing_ok=True)
 
     def _take_lock(self) -> None:
         """Lock the folder for this process; workers that it forks don't hold the lock, so none outlives it."""
