@@ -329,6 +329,8 @@ def test_a_damaged_archive_does_not_stop_the_others(tmp_path, model):
     with pytest.raises(DataError, match="none of the 1 crystals could be used"):
         predict(f"model={model}", f"files={tmp_path}/cut.tar.gz", f"out={tmp_path}/none.csv")
     assert not (tmp_path / "none.csv").exists()
+    (refused,) = rows_of(tmp_path / "none.csv.refused.csv")
+    assert "Truncated" in refused["reason"]
 
 
 def test_reading_stays_just_ahead_of_predicting(loaded):
@@ -369,7 +371,8 @@ def test_structures_of_pymatgen_and_ase_and_our_crystals_are_taken(loaded):
     ase_io = pytest.importorskip("ase.io")
     expected = loaded.predict(FILES).values
     structures = [core.Structure.from_file(file) for file in FILES]
-    for given in (structures, [ase_io.read(file) for file in FILES], list(map(str, FILES))):
+    series = pytest.importorskip("pandas").Series(structures, index=[file.stem for file in FILES])
+    for given in (structures, [ase_io.read(file) for file in FILES], list(map(str, FILES)), series):
         assert np.allclose(loaded.predict(given).values, expected, rtol=1e-3, atol=1e-4)
     crystals = from_lists(*zip(*(read_structure(file) for file in FILES), strict=True))
     assert np.allclose(loaded.predict(crystals).values, expected, rtol=1e-4, atol=1e-5)
@@ -390,6 +393,29 @@ def test_a_crystal_that_cannot_be_used_raises_or_is_left_out(loaded):
     assert found.refused[0].source == "row 2"
     with pytest.raises(DataError, match="no crystal could be used"):
         loaded.predict(crystals.take(np.array([1])), on_error="report")
+
+
+def test_what_is_read_otherwise_than_it_stands_there_is_said(tmp_path, loaded, model, capsys):
+    lattice = "0 2.04 2.04\n2.04 0 2.04\n2.04 2.04 0"
+    (tmp_path / "heavy.vasp").write_text(f"LiD\n1.0\n{lattice}\nLi D\n1 1\ndirect\n0 0 0\n0.5 0.5 0.5\n")
+    said = "1 files have deuterium or tritium, which was read as hydrogen (first: heavy.vasp)"
+    assert predict(f"model={model}", f"files={tmp_path}", f"out={tmp_path}/out.csv") == 0
+    assert f"note: {said}\n" in capsys.readouterr().err
+    found = loaded.predict(tmp_path / "heavy.vasp")
+    assert found.formulas == ["HLi"]
+    assert found.notes == loaded.embed(tmp_path / "heavy.vasp").notes == (said,)
+    assert loaded.predict(FILES).notes == ()
+
+
+def test_a_word_that_is_none_is_refused(model, loaded):
+    for say, wrong in (
+        ("per must be one of crystal, atom, not 'atoms'", lambda: loaded.embed(FILES, per="atoms")),
+        ("on_error must be one of raise, report, not 'ignore'", lambda: loaded.predict(FILES, on_error="ignore")),
+        ("device must be one of auto, cpu, gpu, not 'cuda'", lambda: crysldnet.load(model, device="cuda")),
+        ("workers must be at least 1", lambda: StreamSettings(workers=-3)),
+    ):
+        with pytest.raises(DataError, match=say):
+            wrong()
 
 
 def test_importing_the_package_is_light():

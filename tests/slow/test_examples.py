@@ -73,7 +73,9 @@ class Patient(Reader):
         tiny = [*ENCODER, *QUIET, *CPU]
         if given["sweep"] == "pretrain":
             tiny += [*DENOISER, *SHORT["pretrain"]]
-        if given["sweep"] != "matbench":
+        if given["sweep"] == "matbench":  # it chooses the size of batches, on crystals of its own
+            tiny = [word for word in tiny if not word.startswith("data.batch_size=")]
+        else:
             tiny += [f"data.path={self.folder / 'small.parquet'}"]
         args = " ".join([given.get("args", ""), *tiny])
         return ["sweep", *(f"{key}={value}" for key, value in given.items()), f"args={args}", "count=2"]

@@ -182,12 +182,12 @@ def open_readers(source: Any, on_bad: OnBad | None = None) -> list[Reader]:
 
 def _is_whole(source: Any) -> bool:
     """Say whether a source is one object: crystals, a structure or record, or a table."""
-    from crysldnet.data.formats.records import is_object
+    from crysldnet.data.formats.records import is_data_frame, is_object
 
     if isinstance(source, Mapping) and len(source) > 1 and all(is_object(value) for value in source.values()):
         raise DataError("a dict of structures would be taken for one record; give its values as a list")
     kinds = (Crystals, Mapping, pa.Table)
-    return isinstance(source, kinds) or is_object(source) or hasattr(source, "iter_rows") or hasattr(source, "iloc")
+    return isinstance(source, kinds) or is_object(source) or hasattr(source, "iter_rows") or is_data_frame(source)
 
 
 def _object_reader(source: Any) -> Reader:

@@ -47,6 +47,7 @@ class Portion(NamedTuple):
         crystals: B crystals, which may be none.
         batches: their graphs, one for each way to build it.
         refused: what was left out on the way to these.
+        notes: what was read otherwise than it stood there, each with its file or row.
     """
 
     ids: list[str]
@@ -54,6 +55,7 @@ class Portion(NamedTuple):
     crystals: Crystals
     batches: dict[GraphSpec, CrystalBatch]
     refused: list[Refused]
+    notes: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,8 @@ class StreamSettings:
         for name in ("batch_size", "batch_atoms", "max_atoms"):
             if getattr(self, name) < 1:
                 raise DataError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.workers is not None and self.workers < 1:
+            raise DataError(f"workers must be at least 1 or null, not {self.workers}")
 
 
 class CrystalStream:
@@ -115,13 +119,14 @@ class CrystalStream:
         for table in self._tables():
             ids, places = table["material_id"].to_pylist(), table[PLACE].to_pylist()
             crystals, refused = crystals_from_table(table), _refused(table.schema, set(places))
+            notes = [(text, place) for text, place in json.loads(table.schema.metadata[b"notes"])]
             if not ids:
-                yield Portion([], [], crystals, {}, refused)
+                yield Portion([], [], crystals, {}, refused, notes)
             for start, stop in cut(crystals.sizes, self._settings.batch_size, self._settings.batch_atoms):
                 part = crystals.take(np.arange(start, stop))
                 batches = {graph: make_batch(part, graph) for graph in self._graphs}
-                yield Portion(ids[start:stop], places[start:stop], part, batches, refused)
-                refused = []
+                yield Portion(ids[start:stop], places[start:stop], part, batches, refused, notes)
+                refused, notes = [], []
 
 
 def _tasks(reader: Reader, settings: Settings) -> Iterator[Task]:

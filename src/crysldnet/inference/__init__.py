@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from crysldnet.data.batch import make_batch
 from crysldnet.data.crystals import Crystals
 from crysldnet.data.elements import reduced_formula
+from crysldnet.data.ledger import Ledger
 from crysldnet.data.stream import CrystalStream, Portion, Refused, StreamSettings
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.errors import DataError, DeviceError
@@ -29,14 +30,17 @@ from crysldnet.training.training_set import catch_features
 
 Device = Literal["auto", "cpu", "gpu"]
 OnError = Literal["raise", "report"]
+Per = Literal["crystal", "atom"]
 
 
 def choose_device(device: Device) -> torch.device:
     """Return the device to compute on.
 
     Raises:
+        DataError: there is no such device.
         DeviceError: there is no GPU.
     """
+    _one_of(Device, "device", device)
     if device == "gpu" and not torch.cuda.is_available():
         raise DeviceError("device=gpu: this machine has no GPU; use device=cpu")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -60,7 +64,7 @@ class Embedder:
         self,
         structures: Any,
         *,
-        per: Literal["crystal", "atom"] = "crystal",
+        per: Per = "crystal",
         on_error: OnError = "raise",
         settings: StreamSettings | None = None,
     ) -> Embeddings:
@@ -73,12 +77,12 @@ class Embedder:
             settings: as there.
         """
         parts: list[Embeddings] = []
-        refused: list[Refused] = []
+        account = _Account(on_error)
         stream = CrystalStream(structures, [self.encoder.graph], _own(settings))
         for portion, found in embed_stream(self, stream, per):
-            refused += _allowed(portion.refused, on_error)
+            account.take(portion)
             parts += [] if found is None else [found]
-        return Embeddings.joined(parts, refused)
+        return Embeddings.joined(parts, account.refused, account.notes)
 
 
 class Predictor(Embedder):
@@ -124,12 +128,12 @@ class Predictor(Embedder):
             DataError: there is nothing to predict, or a crystal can't be used.
         """
         parts: list[Predictions] = []
-        refused: list[Refused] = []
+        account = _Account(on_error)
         stream = CrystalStream(structures, [self.encoder.graph], _own(settings))
         for portion, found in predict_stream([self], stream, interval):
-            refused += _allowed(portion.refused, on_error)
+            account.take(portion)
             parts += found
-        return Predictions.joined(parts, refused)
+        return Predictions.joined(parts, account.refused, account.notes)
 
     @torch.inference_mode()
     def predict_portion(self, portion: Portion, interval: float) -> Predictions:
@@ -214,10 +218,13 @@ def predict_stream(
         yield portion, [model.predict_portion(portion, interval) for model in models if portion.ids]
 
 
-def embed_stream(
-    model: Embedder, stream: CrystalStream, per: Literal["crystal", "atom"]
-) -> Iterator[tuple[Portion, Embeddings | None]]:
-    """Embed crystals while they are read; None for a portion without a crystal that can be used."""
+def embed_stream(model: Embedder, stream: CrystalStream, per: Per) -> Iterator[tuple[Portion, Embeddings | None]]:
+    """Embed crystals while they are read; None for a portion without a crystal that can be used.
+
+    Raises:
+        DataError: ``per`` is neither.
+    """
+    _one_of(Per, "per", per)
     for portion in stream:
         if not portion.ids:
             yield portion, None
@@ -275,7 +282,33 @@ def _own(settings: StreamSettings | None) -> StreamSettings:
     return StreamSettings() if settings is None else settings
 
 
-def _allowed(refused: list[Refused], on_error: OnError) -> list[Refused]:
-    if refused and on_error == "raise":
-        raise DataError(f"{refused[0].source}: {refused[0].reason}")
-    return refused
+def _one_of(words: Any, name: str, word: str) -> None:
+    if word not in get_args(words):
+        raise DataError(f"{name} must be one of {', '.join(get_args(words))}, not {word!r}")
+
+
+class _Account:
+    """What was refused, where that is allowed, and what was read otherwise than it stood there."""
+
+    def __init__(self, on_error: OnError) -> None:
+        _one_of(OnError, "on_error", on_error)
+        self._raise = on_error == "raise"
+        self._ledger = Ledger(strict=False)
+        self.refused: list[Refused] = []
+
+    def take(self, portion: Portion) -> None:
+        """Take the account of a portion.
+
+        Raises:
+            DataError: something was refused, and that isn't allowed.
+        """
+        if portion.refused and self._raise:
+            raise DataError(f"{portion.refused[0].source}: {portion.refused[0].reason}")
+        self.refused += portion.refused
+        for text, place in portion.notes:
+            self._ledger.note(text, place)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was read otherwise than it stood there."""
+        return self._ledger.notes

@@ -17,7 +17,7 @@ SHOWN = 20
 
 
 class Account:
-    """Counts what was done and refused.
+    """Counts what was done and refused, and what was read otherwise than it stood there.
 
     Args:
         out: the output; what is refused is listed beside it.
@@ -54,28 +54,36 @@ class Account:
                 self.used += len(portion.ids)
                 for refused in portion.refused:
                     self.refuse(refused)
+                for text, place in portion.notes:
+                    self._ledger.note(text, place)
                 speed = bar.tasks[0].finished_speed or bar.tasks[0].speed
                 bar.update(task, completed=self.used + self.refused, rate=f"{speed:,.0f}/s" if speed else "")
 
             yield advance
 
     def refuse_nothing_used(self) -> None:
-        """Stop where no crystal could be used.
+        """Stop where no crystal could be used, and list why beside what would be the output.
 
         Raises:
             DataError: so it is.
         """
         if not self.used:
-            raise DataError(f"none of the {self.refused} crystals could be used")
+            raise DataError(f"none of the {self.refused} crystals could be used{self._reasons()}")
 
     def finish(self) -> None:
-        """List what was refused beside the output, and say what was done."""
-        text = f"{self.used:,} crystals {self._done}, {self.refused:,} refused: {self._out}"
-        if self._out != "-":
-            out = Path(self._out)
-            listed = self._ledger.save(out.with_name(f"{out.name}.refused.csv"))
-            text += f", reasons in {listed}" if listed is not None else ""
+        """List what was refused beside the output, and say what was done and noted."""
+        for noted in self._ledger.notes:
+            print(f"note: {noted}", file=sys.stderr)  # noqa: T201
+        text = f"{self.used:,} crystals {self._done}, {self.refused:,} refused: {self._out}{self._reasons()}"
         print(text, file=sys.stderr)  # noqa: T201
+
+    def _reasons(self) -> str:
+        """List what was refused beside the output; return where, as the end of a line."""
+        if self._out == "-":
+            return ""
+        out = Path(self._out)
+        listed = self._ledger.save(out.with_name(f"{out.name}.refused.csv"))
+        return "" if listed is None else f", reasons in {listed}"
 
 
 def named_files(files: str | list[str], account: Account) -> str | list[str]:

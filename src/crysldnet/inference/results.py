@@ -30,9 +30,10 @@ class Found(ABC):
     """Fields that are lists with an entry for each crystal."""
 
     refused: list[Refused] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def joined(cls, parts: Sequence[Self], refused: list[Refused]) -> Self:
+    def joined(cls, parts: Sequence[Self], refused: list[Refused], notes: tuple[str, ...]) -> Self:
         """Put parts one after another.
 
         Raises:
@@ -48,7 +49,7 @@ class Found(ABC):
                 joined[name] = np.concatenate(values)
             elif name in cls.PER_CRYSTAL:
                 joined[name] = [item for value in values for item in value]
-        return replace(parts[0], **joined, refused=refused)
+        return replace(parts[0], **joined, refused=refused, notes=notes)
 
     @abstractmethod
     def table(self) -> pa.Table:
@@ -79,6 +80,7 @@ class Predictions(Found):
         distance: [B] latent distance from the training set, NaN where it isn't known.
         flags: [B] in what a crystal is unlike the training set: ``element``, ``distance``, ``size``.
         refused: crystals that can't be used, and why.
+        notes: what was read otherwise than it stood there, how often, and the first file or row.
     """
 
     PER_CRYSTAL = ("ids", "sources", "formulas", "unseen", "flags")
@@ -163,6 +165,7 @@ class Embeddings(Found):
         features: [B, D] means over the atoms, or [N, D].
         per: ``crystal`` or ``atom``.
         refused: crystals that can't be used, and why.
+        notes: what was read otherwise than it stood there, how often, and the first file or row.
     """
 
     PER_CRYSTAL = ("ids", "sources", "formulas")

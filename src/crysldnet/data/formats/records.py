@@ -198,6 +198,11 @@ def is_object(value: Any) -> bool:
     return (hasattr(value, "lattice") and hasattr(value, "sites")) or hasattr(value, "get_scaled_positions")
 
 
+def is_data_frame(value: Any) -> bool:
+    """Say whether a value is a pandas ``DataFrame``, without importing it; a ``Series`` is a list of values."""
+    return hasattr(value, "iloc") and hasattr(value, "columns")
+
+
 def _structure(value: Any, max_atoms: int, notes: list[str]) -> Structure:
     if isinstance(value, str):
         return parse_structure(value, "x.cif", max_atoms=max_atoms, notes=notes)

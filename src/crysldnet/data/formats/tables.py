@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from crysldnet.data.crystals import Crystals
 from crysldnet.data.formats.record_files import FileOfMany
-from crysldnet.data.formats.records import Entry, is_object, read_entries
+from crysldnet.data.formats.records import Entry, is_data_frame, is_object, read_entries
 from crysldnet.data.locations import open_part
 from crysldnet.data.rows import NOTE_NESTED, Found
 from crysldnet.data.schema import STRUCTURE_COLUMNS, crystals_from_table, metadata_of, table_from_crystals, units_of
@@ -184,14 +184,14 @@ def _arrow(source: Any) -> pa.Table | None:
         return source
     if not set(STRUCTURE_COLUMNS) <= set(getattr(source, "columns", ())):
         return None
-    return pa.Table.from_pandas(source, preserve_index=False) if hasattr(source, "iloc") else source.to_arrow()
+    return pa.Table.from_pandas(source, preserve_index=False) if is_data_frame(source) else source.to_arrow()
 
 
 def _rows(source: Any) -> Iterator[Any]:
     if isinstance(source, pa.Table):
         for batch in source.to_batches(PIECE):
             yield from batch.to_pylist()
-    elif hasattr(source, "iloc"):
+    elif is_data_frame(source):
         for row in range(0, len(source), PIECE):
             yield from source.iloc[row : row + PIECE].to_dict("records")
     elif hasattr(source, "iter_rows"):
