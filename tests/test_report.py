@@ -1,6 +1,7 @@
 """Reports of real runs: numbers against plain Python, damaged folders refused, pages that need no network."""
 
 import csv
+import hashlib
 import json
 import math
 import os
@@ -251,7 +252,8 @@ def test_classes_have_an_accuracy_and_a_table(folder: Path) -> None:
         if row["target"] != "band_gap" or not row["true"]:
             return None
         true, predicted = ("metal" if float(row[name]) < 0.5 else "gap" for name in ("true", "prediction"))
-        return {**row, "target": "kind", "true": true, "prediction": predicted, "unit": ""}
+        sure = f"{0.5 + int(hashlib.sha256(row['material_id'].encode()).hexdigest()[:8], 16) / 2**33:.4f}"
+        return {**row, "target": "kind", "true": true, "prediction": predicted, "unit": "", "probability": sure}
 
     for i in (0, 1):
         change_rows(Path(f"runs/finetune/seed{i}"), classify)
@@ -262,6 +264,21 @@ def test_classes_have_an_accuracy_and_a_table(folder: Path) -> None:
     assert "Predicted and true classes" in text
     assert "share of wrong classes" in text
     assert "Predicted over true" not in text
+    surest = sorted(
+        (row for row in rows if row["true"] != row["prediction"]), key=lambda row: -float(row["probability"])
+    )
+    assert 0 < len(surest) < 20
+    shown = re.findall(r"<br>([\w-]+)<br>true \w+<br>predicted \w+ \(([\d.]+)%\)", text)
+    assert shown[: len(surest)] == [(row["material_id"], f"{100 * float(row['probability']):.1f}") for row in surest]
+
+
+def test_a_run_of_few_steps_has_a_curve(folder: Path) -> None:
+    """Fewer than trainer.log_every, and nothing to validate on."""
+    subset(Path("few.parquet"), train=16)
+    line = ["data.path=few.parquet", "name=few", "trainer.log_every=10", "epochs=3"]
+    assert cli.run(["finetune", *ENCODER, *QUIET, *TRAIN, *line]) == 0
+    assert read_run(Path("runs/finetune/few")).curves[""][""]["train/loss"][0] == [2.0]
+    assert "Learning curves" in report("runs/finetune/few")
 
 
 def test_text_of_the_input_stays_text(folder: Path) -> None:

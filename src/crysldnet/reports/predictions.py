@@ -28,6 +28,7 @@ class Predictions:
         predicted: [n] likewise, always known.
         std: [n] standard deviations; None where the model gave none.
         classes: names of the classes; None for a number.
+        probability: [n] of the classes that are predicted; None for a number.
         folds: [n] the fold of Matbench in which each crystal is tested on; None outside of Matbench.
     """
 
@@ -38,6 +39,7 @@ class Predictions:
     predicted: NDArray[np.float64]
     std: NDArray[np.float64] | None = None
     classes: list[str] | None = None
+    probability: NDArray[np.float64] | None = None
     folds: NDArray[np.int64] | None = None
 
     def of_fold(self, fold: int) -> Predictions:
@@ -50,6 +52,7 @@ class Predictions:
             true=self.true[own],
             predicted=self.predicted[own],
             std=None if self.std is None else self.std[own],
+            probability=None if self.probability is None else self.probability[own],
             folds=self.folds[own],
         )
 
@@ -129,10 +132,11 @@ def _of_target(rows: list[dict[str, str]], *, classes: bool, file: Path) -> Pred
         labels = sorted({row[name] for row in rows for name in ("true", "prediction")} - {""})
         place = {label: float(i) for i, label in enumerate(labels)} | {"": math.nan}
         true, predicted = (np.array([place[row[name]] for row in rows]) for name in ("true", "prediction"))
-        return Predictions(target, "", ids, true, predicted, None, labels, folds)
+        probability = _numbers(rows, "probability", file, or_nothing=True)
+        return Predictions(target, "", ids, true, predicted, None, labels, probability, folds)
     predicted = _numbers(rows, "prediction", file)
     true, std = (_numbers(rows, name, file, or_nothing=True) for name in ("true", "std"))
-    return Predictions(target, unit, ids, true, predicted, None if np.isnan(std).all() else std, None, folds)
+    return Predictions(target, unit, ids, true, predicted, None if np.isnan(std).all() else std, folds=folds)
 
 
 def _numbers(rows: list[dict[str, str]], name: str, file: Path, *, or_nothing: bool = False) -> NDArray[np.float64]:

@@ -271,8 +271,13 @@ def _element_table(p: Predictions, crystals: Crystals) -> str:
 
 
 def _worst_places(p: Predictions, count: int) -> list[int]:
-    """Return which predictions are the farthest off, the worst first; none that is right or can't be judged."""
-    return [int(i) for i in np.argsort(-np.nan_to_num(p.errors, nan=-1.0), kind="stable") if p.errors[i] > 0][:count]
+    """Return which predictions are the farthest off, the worst first; none that is right or can't be judged.
+
+    Of wrong classes those are the worst that were the surest.
+    """
+    far = np.nan_to_num(p.errors, nan=-1.0)
+    order = np.argsort(-far if p.probability is None else -far * np.nan_to_num(p.probability), kind="stable")
+    return [int(i) for i in order if p.errors[i] > 0][:count]
 
 
 def _worst_cards(p: Predictions, crystals: Crystals | None, places: Sequence[int]) -> str:
@@ -281,6 +286,8 @@ def _worst_cards(p: Predictions, crystals: Crystals | None, places: Sequence[int
         lines = [] if crystals is None else _structure_lines(crystals, i)
         true, predicted = (_value(p, values[i]) for values in (p.true, p.predicted))
         std = f" ± {p.std[i]:.4g}" if p.std is not None and not np.isnan(p.std[i]) else ""
+        if p.probability is not None and not np.isnan(p.probability[i]):
+            std = f" ({p.probability[i]:.1%})"
         lines.append(f"{escape(p.ids[i])}")
         lines.append(f"true {escape(true)}<br>predicted {escape(predicted + std)}")
         error = f"<b>off by {p.errors[i]:.4g}</b><br>" if p.classes is None else ""

@@ -71,7 +71,7 @@ class TrainerSettings:
             It begins shorter: the decay of step n is at most (1 + n) / (10 + n).
         deterministic: refuse operations that aren't reproducible on this device.
         progress_bar: show one.
-        log_every: steps between two logged training losses.
+        log_every: steps between two logged training losses; a run of fewer steps logs its last one.
         checkpoint_every_steps: optimizer steps between two checkpoints within an epoch; null for none. The end of every
             epoch has one.
         checkpoint_every_minutes: minutes after which the next step saves one; null for none.
@@ -351,10 +351,12 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule
     path: Path | None = None
     header: dict[str, Any] = {"epoch": 0, "batch": 0, "finished": False, "metrics": {}}
     save_and_stop = next(c for c in trainer.callbacks if isinstance(c, SaveAndStop))  # type: ignore[attr-defined]
+    steps = data.steps_per_epoch(trainer.world_size, trainer.accumulate_grad_batches)
     if save_and_stop.start is not None:
         path, header = save_and_stop.start
-        steps = data.steps_per_epoch(trainer.world_size, trainer.accumulate_grad_batches)
         check_position(path, header, trainer, steps)
+    # A run of fewer steps than log_every has a training loss too.
+    trainer.log_every_n_steps = min(trainer.log_every_n_steps, steps * (trainer.max_epochs or 1))  # type: ignore[attr-defined]
     data.start = (header["epoch"], header["batch"])
     at_end = header["epoch"] >= (trainer.max_epochs or 0)
     stopped_early = header["finished"] and header.get("stopped_early", not at_end)
