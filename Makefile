@@ -31,6 +31,8 @@ endif
 PARALLEL := $(if $(filter-out 1,$(GPUS) $(NODES)),trainer.devices=$(GPUS) trainer.nodes=$(NODES) strategy=ddp)
 
 comma := ,
+# Whether a switch is on: not empty, 0 or no.
+on = $(filter-out 0 no false,$(1))
 # A value within single quotes of the shell, and as the replacement of a sed command in such quotes.
 single = $(subst ','\'',$(1))
 quoted = $(call single,$(subst |,\|,$(subst &,\&,$(subst \,\\,$(1)))))
@@ -75,10 +77,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 pretrain: $(READY) ## pretrain an encoder on the embedded crystals (GPUS=, NODES=, ARGS=; SLURM=1 submits a job)
-	$(if $(SLURM),@$(call submit,pretrain,$(PRETRAIN)),$(RUN) crysldnet pretrain $(PRETRAIN))
+	$(if $(call on,$(SLURM)),@$(call submit,pretrain,$(PRETRAIN)),$(RUN) crysldnet pretrain $(PRETRAIN))
 
 finetune: $(READY) ## train a property model (ENCODER=path or none, GPUS=, ARGS=; SLURM=1 submits a job)
-	$(if $(SLURM),@$(call submit,finetune,$(FINETUNE)),$(RUN) crysldnet finetune $(FINETUNE))
+	$(if $(call on,$(SLURM)),@$(call submit,finetune,$(FINETUNE)),$(RUN) crysldnet finetune $(FINETUNE))
 
 slurm-script: ## print the script that make pretrain SLURM=1 would submit (GPUS=, NODES=, TIME=, CPUS=, ARGS=)
 	@$(call checked,pretrain,$(PRETRAIN)); $(call slurm_script,pretrain,$(PRETRAIN))
@@ -90,7 +92,7 @@ matbench: $(READY) ## run Matbench tasks and write a submission folder (TASK=, E
 	$(RUN) crysldnet matbench tasks=$(TASK) pretrained=$(ENCODER) $(ARGS)
 
 sweep: $(READY) ## run a sweep on W&B, or here without an account (SWEEP=, COUNT=, LOCAL=1, ARGS=; SLURM=1 inside a job)
-	$(if $(SLURM),srun env )$(RUN) crysldnet sweep sweep=$(SWEEP) count=$(COUNT) backend=$(if $(LOCAL),local,wandb) $(ARGS)
+	$(if $(call on,$(SLURM)),srun env )$(RUN) crysldnet sweep sweep=$(SWEEP) count=$(COUNT) backend=$(if $(call on,$(LOCAL)),local,wandb) $(ARGS)
 
 bench: $(READY) ## measure speed: graphs, loading, encoders, waiting for data, pretraining, scaling (minutes, on a quiet machine)
 	for part in data encoders epoch pretrain scaling import/run; do $(RUN:-m=) benchmarks/$$part.py || exit 1; done

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from crysldnet import cli, sweep
-from crysldnet.config import choices
+from crysldnet.config import choices, compose
 from crysldnet.errors import ConfigError
 from crysldnet.stopping import RUN_NAME
 from crysldnet.sweep import agents
@@ -28,6 +28,7 @@ from crysldnet.sweep.proposals import ARGUMENTS, Trial, import_sweeps, to_stop
 from crysldnet.sweep.results import best_first, write_results
 from crysldnet.sweep.trials import find_metric, read_history
 from crysldnet.training import processes
+from tiny import environment_of_a_shell
 
 if importlib.util.find_spec("sweeps") is None:
     pytest.skip("the sweeps package isn't installed", allow_module_level=True)
@@ -151,6 +152,10 @@ def test_every_listed_value_is_checked_before_the_first_run(write: Any, tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"parameters": {}}, "parameters must hold"),
+        ({"parameters": [{"optimizer.lr": 1}]}, "parameters must hold"),
+        ({"parameters": {1: {"value": 1.0e-3}}}, "parameter 1 must be a key of crysldnet"),
+        ({"parameters": {"optimizer.lr": 1.0e-3}}, r"parameter 'optimizer\.lr' must be a key of crysldnet"),
         ({"method": "guess"}, "not a W&B sweep configuration"),
         ({"parameters": {"optimizer.lr": {"min": 2.0, "max": 1.0}}}, "not a W&B sweep configuration"),
         ({"parameters": {"optimizer": {"parameters": {"lr": {"value": 1.0e-3}}}}}, r"optimizer\.KEY"),
@@ -168,6 +173,18 @@ def test_what_is_no_sweep_is_refused(write: Any, changes: dict[str, Any], messag
 def test_a_sweep_that_is_not_there_is_refused_with_those_that_are() -> None:
     with pytest.raises(ConfigError, match=r"no such sweep; there are: finetune, matbench, pretrain"):
         sweep.load_sweep("fintune")
+
+
+def test_null_is_a_value_of_a_sweep(write: Any, tmp_path: Path, program: Program) -> None:
+    path = write(parameters={**grid(0.1), "patience": {"values": [None, 5]}})
+    program.does(**{"lr0.1": {"values": [1.0]}})
+    assert cli.run(["sweep", f"sweep={path}", "count=2", "name=none", f"runs={tmp_path}"]) == 0
+    assert [compose("finetune", run["line"][1:]).values["patience"] for run in program.runs] == [None, 5]
+
+
+def test_a_quote_that_is_not_closed_is_said(write: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"args: a quote in \"head='mean\" isn't closed"):
+        cli.run(["sweep", f"sweep={write()}", "args=head='mean", f"runs={tmp_path}"])
 
 
 @pytest.mark.parametrize("args", ["optimizer.lr=1", "name=x"])
@@ -198,6 +215,19 @@ def test_a_local_sweep_runs_to_its_end_and_records_a_failed_run(
 
 def grid(*rates: float) -> dict[str, Any]:
     return {"optimizer.lr": {"values": list(rates)}}
+
+
+def test_a_complete_sweep_goes_on_with_more_runs(
+    write: Any, tmp_path: Path, program: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["sweep", f"sweep={write(parameters=grid(0.1, 0.2, 0.3))}", "name=more", f"runs={tmp_path}"]
+    program.does(**{f"lr{i / 10}": {"values": [float(i)]} for i in range(1, 4)})
+    for words, count in ((["count=1"], 1), (["count=1", "resume=last"], 1), (["count=3", "resume=last"], 3)):
+        os.environ.pop(RUN_NAME, None)
+        assert cli.run([*line, *words]) == 0
+        assert len(program.runs) == count
+        assert f"run_00{count}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "sweep/more/summary.json").read_text())["finished"] == 3
 
 
 def test_a_sweep_whose_runs_all_fail_says_so(write: Any, tmp_path: Path, program: Program) -> None:
@@ -446,14 +476,15 @@ def test_without_an_account_the_online_sweep_says_what_to_do(
     [
         ("SWEEP=finetune COUNT=20", "crysldnet sweep sweep=finetune count=20 backend=wandb"),
         ("SWEEP=pretrain LOCAL=1", "crysldnet sweep sweep=pretrain count=4 backend=local"),
+        ("COUNT=3 LOCAL=0 SLURM=0", "python -m crysldnet sweep sweep=finetune count=3 backend=wandb"),
         ("COUNT=8 SLURM=1", "srun env python -m crysldnet sweep sweep=finetune count=8 backend=wandb"),
     ],
 )
 def test_make_sweep_runs_on_wandb_or_here(given: str, expected: str) -> None:
     line = ["make", "-n", "sweep", *given.split(), "VENV=none", "PYTHON=python"]
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MAKEFLAGS")}
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment_of_a_shell())
     assert expected in done.stdout.replace("PYTHONPATH=src ", "")
+    assert expected.startswith("srun") == ("srun" in done.stdout)
 
 
 def test_the_matbench_sweep_sees_no_test_crystal_of_its_fold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ signature of what it configures, so an unknown one stops the run.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -128,10 +129,25 @@ def _split(arguments: Sequence[str], plain: str | None) -> list[tuple[str, str]]
     return [*pairs, (plain, json.dumps(words, ensure_ascii=False))] if plain is not None and words else pairs
 
 
+def split_words(text: str, key: str) -> list[str]:
+    """Split the ``key=value`` that a key holds, as a shell does.
+
+    Raises:
+        ConfigError: a quote isn't closed.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError:
+        raise ConfigError(f"{key}: a quote in {text!r} isn't closed; write ' and \" in pairs", key) from None
+
+
 def _parse(value: str) -> Any:
-    """Read a value as YAML; what isn't YAML, such as the pattern ``*.cif``, is text, and so is ``-``."""
-    if value.strip() == "-":
-        return value
+    """Read a value as YAML, or ``None``, which W&B's agent writes for null.
+
+    What isn't YAML, such as the pattern ``*.cif``, is text, and so is ``-``.
+    """
+    if value.strip() in ("-", "None"):
+        return value if value.strip() == "-" else None
     try:
         return OmegaConf.from_dotlist([f"value={value}"]).value
     except yaml.YAMLError:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from crysldnet.config import split_words
 from crysldnet.errors import ConfigError
 from crysldnet.finetune.settings import FinetuneConfig
 
@@ -107,4 +107,4 @@ def _check_recipes(config: MatbenchConfig) -> None:
 
 def recipe_arguments(recipe: str) -> Sequence[str]:
     """Return the ``key=value`` of a recipe, which is written as on the command line."""
-    return shlex.split(recipe)
+    return split_words(recipe, "recipes")

@@ -8,7 +8,6 @@ and the sweep goes on. With backend=wandb the sweep is created on W&B, and its a
 
 from __future__ import annotations
 
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
+from crysldnet.config import split_words
 from crysldnet.errors import ConfigError
 from crysldnet.sweep.agents import run_agents, sweep_id
 from crysldnet.sweep.proposals import Sweep, Trial, check_parameters, load_sweep, propose
@@ -73,14 +73,14 @@ def run(config: SweepCommandConfig, values: dict[str, Any]) -> int:
         values: the same as plain values, to be saved.
     """
     sweep = load_sweep(config.sweep)
-    common = shlex.split(config.args)
+    common = split_words(config.args, "args")
     first = propose(sweep, [], config.seed)
     assert first is not None
     check_parameters(sweep, first, common)
     environments = _environments(config.parallel)
     if config.backend == "wandb":
         return _run_online(sweep, config, common, values, environments)
-    folder = RunFolder(config.runs, "sweep", config.name, resume=config.resume is not None)
+    folder = RunFolder(config.runs, "sweep", config.name, resume=config.resume is not None, extend=True)
     _keep_sweep(folder, sweep, values)
 
     def changed(trial: Trial) -> None:

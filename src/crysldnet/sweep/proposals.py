@@ -118,6 +118,16 @@ def load_sweep(name: str) -> Sweep:
         raise ConfigError(f"sweep={name}: no such sweep; there are: {', '.join(choices('sweep'))}", "sweep") from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}", "sweep") from error
+    parameters = config.get("parameters") if isinstance(config, Mapping) else None
+    if not isinstance(parameters, Mapping) or not parameters:
+        raise ConfigError(
+            f"{path}: not a W&B sweep configuration: parameters must hold what is tried, by its key", "sweep"
+        )
+    for key, parameter in parameters.items():
+        if not isinstance(key, str) or not isinstance(parameter, Mapping):
+            raise ConfigError(
+                f"{path}: parameter {key!r} must be a key of crysldnet with its value, values or range", "sweep"
+            )
     try:
         faults = import_sweeps().schema_violations_from_proposed_config(config)
     except ValueError as error:
