@@ -372,7 +372,7 @@ def toy(**settings: object) -> CrystalDataModule:
 def test_rows_without_any_target_are_left_out_and_counted() -> None:
     module = toy(targets=["a", "b"])
     assert module.rows["train"].tolist() == [0, 1, 2, 4]
-    assert module.left_out == {"no target": 1}
+    assert module.left_out == {"no value of a or b": 1}
     (batch,) = [batch for batch in module.train_dataloader() if 4 in batch.rows]
     values = dict(zip(batch.rows.tolist(), batch.targets.tolist(), strict=True))
     expected = {0: [1, np.nan], 1: [np.nan, 2], 2: [3, 4], 4: [5, np.nan]}

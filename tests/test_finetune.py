@@ -357,6 +357,10 @@ def test_metrics_equal_those_of_scikit_learn():
         (["data.split.column=part"], DataError, "data.split.by=formula"),
         (["data.batch_size=16", "trainer.accumulate=3"], DataError, "choose a multiple"),
         (["data.max_atoms=3"], DataError, "over the budget of a batch"),
+        (["data.targets=[band_gap,band_gap]"], ConfigError, "targets: name each once"),
+        (["data.calibration_fraction=0.99"], DataError, "validation crystals leaves none for validation"),
+        (["data.calibration_fraction=0.01"], DataError, "validation crystals leaves none for calibration"),
+        (["data.split.by=random", "data.split.fractions=[0.8,0.0,0.2]", "patience=2"], ConfigError, "patience=null"),
     ],
 )
 def test_a_wrong_request_is_refused_with_the_mend(tmp_path, small, arguments, error, says):
@@ -369,7 +373,7 @@ def test_a_target_without_training_values_is_refused(tmp_path, small):
         values[splits == "train"] = np.nan
 
     holes = with_changed(small, tmp_path / "holes.parquet", none_in_training)
-    with pytest.raises(DataError, match="formation_energy_per_atom"):
+    with pytest.raises(DataError, match=r"holes.*: no training crystal has a value of 'formation_energy_per_atom'"):
         run(tmp_path, "wrong", f"data.path={holes}", "data.targets=[formation_energy_per_atom,band_gap]", "epochs=1")
 
 

@@ -143,6 +143,8 @@ class CrystalDataModule(pl.LightningDataModule):
         if not path and (store is None or rows is None):
             raise ValueError("path: name a store, a Parquet file or embedded:NAME")
         self.path, self.graph, self.targets, self.split = path, graph, targets or [], split or Split()
+        if len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"targets: name each once, not {', '.join(self.targets)}")
         if batch_size is None and batch_atoms is None:
             raise ValueError("batch_size or batch_atoms: one of them has to say how large a step is")
         self.corruption, self.batch_size, self.batch_atoms, self.seed = corruption, batch_size, batch_atoms, seed
@@ -175,7 +177,8 @@ class CrystalDataModule(pl.LightningDataModule):
         self._leave_out_excluded()
         self.rows = {name: self._keep(rows) for name, rows in self.rows.items()}
         if not len(self.rows["train"]):
-            raise DataError(f"{self.store.name}: no crystal is left to train on ({self.left_out or 'empty split'})")
+            gone = "; ".join(f"{count:,} left out: {reason}" for reason, count in self.left_out.items())
+            raise DataError(f"{self.store.name}: no crystal is left to train on ({gone or 'the split gives none'})")
         self.rows["val"], self.calibration_rows = self._keep_for_calibration(self.rows["val"])
         self._loaded = True
 
@@ -224,7 +227,9 @@ class CrystalDataModule(pl.LightningDataModule):
         if self.max_crystal_atoms is not None:
             rules[f"over {self.max_crystal_atoms} atoms (max_crystal_atoms)"] = sizes > self.max_crystal_atoms
         if self.target_values is not None:
-            rules["no target"] = np.asarray(np.isnan(self.target_values[rows]).all(axis=1))
+            rules[f"no value of {' or '.join(self.targets)}"] = np.asarray(
+                np.isnan(self.target_values[rows]).all(axis=1)
+            )
         gone: NDArray = np.zeros(len(rows), bool)
         for reason, bad in rules.items():
             if (bad & ~gone).any():
@@ -240,6 +245,11 @@ class CrystalDataModule(pl.LightningDataModule):
         if not self.calibration_fraction or self._given[1] is not None:
             return rows, rows
         count = round(self.calibration_fraction * len(rows))
+        if len(rows) and count in (0, len(rows)):
+            raise DataError(
+                f"{self.store.name}: data.calibration_fraction={self.calibration_fraction} of {len(rows)} validation "
+                f"crystals leaves none for {'validation' if count else 'calibration'}"
+            )
         order = np.random.default_rng([self.split.seed, 2]).permutation(rows)
         return np.sort(order[count:]), np.sort(order[:count])
 

@@ -98,7 +98,7 @@ class CrystalStore:
         if not (
             pa.types.is_floating(column.type) or pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)
         ):
-            raise DataError(f"{self.name}: column {name!r} holds {column.type}, not numbers")
+            raise DataError(f"{self.name}: column {name!r} holds {column.type}, not numbers; name another")
         return column.cast(pa.float64()).to_numpy(zero_copy_only=False)
 
     def type_of(self, name: str) -> pa.DataType:

@@ -120,6 +120,11 @@ def make_data(config: TrainingConfig, encoder: Encoder, **parts: Any) -> Crystal
     if not data.targets:
         raise ConfigError("data.targets: name the columns to predict, as data.targets=[formation_energy_per_atom]")
     data.setup()
+    own = isinstance(config, FinetuneConfig) and config.ensemble > 1 and config.ensemble_by == "folds"  # of each member
+    if config.patience is not None and not len(data.rows["val"]) and not own:
+        raise ConfigError(
+            f"patience={config.patience}: there are no validation crystals to stop by; set patience=null", "patience"
+        )
     return data
 
 
@@ -154,6 +159,11 @@ def make_types(config: TrainingConfig, data: CrystalDataModule) -> list[TargetTy
                 f"({bad.sum()} such rows); leave them out, or choose another kind with target_types"
             )
         trained = data.train_targets()[:, place]
+        if np.isnan(trained).all():
+            raise DataError(
+                f"{data.store.name}: no training crystal has a value of {name!r}; leave it out of data.targets, or "
+                "split otherwise"
+            )
         if isinstance(kind, Classes) and len(np.unique(trained[~np.isnan(trained)])) == 1:
             only = kind.labels[int(trained[~np.isnan(trained)][0])]
             raise DataError(f"{data.store.name}: every training crystal has {name}={only}; there is nothing to learn")
