@@ -6,6 +6,7 @@ stand there. Then they are run with tiny settings added, except for those that `
 
 import ast
 import contextlib
+import io
 import json
 import os
 import re
@@ -187,7 +188,14 @@ class Reader:
 
     def take_line(self, words: list[str]) -> None:
         first, *rest = words
-        if first == "crysldnet":
+        if "|" in words:
+            place = words.index("|")
+            piped = subprocess.run(words[:place], check=True, capture_output=True, text=True).stdout
+            assert piped
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "stdin", io.StringIO(piped))
+                self.take_line(words[place + 1 :])
+        elif first == "crysldnet":
             self.take_command(rest)
         elif first == "make":
             for module, *arguments in expand_make(rest):
