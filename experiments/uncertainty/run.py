@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 import crysldnet
 from crysldnet import evidence
 from crysldnet.data.locations import open_store
+from crysldnet.data.split import Split
 from crysldnet.data.stream import StreamSettings
 from crysldnet.inference import Predictor
 
@@ -23,6 +24,9 @@ TARGET = "formation_energy_per_atom"
 SEEDS = [0, 1]
 SETTINGS = ["encoder=cgcnn", "optimizer.lr=0.004", "epochs=6", "min_steps=0", f"data.targets=[{TARGET}]"]
 LEVEL = 0.9
+SPLITS = range(8)
+"""Seeds of the splits that coverage is measured over; also of the weights."""
+SHARES = {"calibrated on the crystals that chose the epoch": 0.0, "calibrated on half of them, kept apart": 0.5}
 
 Distance = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
@@ -48,6 +52,39 @@ def distances(train: NDArray[np.float64]) -> dict[str, Distance]:
 def rank_correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     """Return Spearman's coefficient of values without ties."""
     return float(np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1])
+
+
+def coverage(runs: Path, commit: str) -> list[evidence.Record]:
+    """Train one model on each of several splits; return how many test crystals the intervals held."""
+    store = open_store("embedded:mp_starter")
+    y, records = store.numbers_of(TARGET), []
+    for name, share in SHARES.items():
+        found: dict[float, list[float]] = {0.5: [], 0.8: [], LEVEL: []}
+        for seed in SPLITS:
+            split = Split(by="formula", fractions=[0.6, 0.2, 0.2], seed=seed)
+            drawn = ["data.split.by=formula", "data.split.fractions=[0.6,0.2,0.2]", f"data.split.seed={seed}"]
+            run = f"apart_{share:g}_{seed}".replace(".", "_")
+            kept = f"data.calibration_fraction={share:g}"
+            evidence.launch(runs, "finetune", run, *SETTINGS, *drawn, f"seed={seed}", kept)
+            test = split.rows(store)["test"]
+            model = crysldnet.load(runs / "finetune" / run, device="cpu")
+            for level, held in found.items():
+                made = model.predict(store.crystals.take(test), interval=level, settings=StreamSettings(batch_size=256))
+                held.append(100 * float(((made.low[:, 0] <= y[test]) & (y[test] <= made.high[:, 0])).mean()))
+        records += [
+            evidence.summarise(
+                held,
+                name=name,
+                metric=f"test crystals inside intervals of {level:.0%}".replace("%", " %"),
+                unit="%",
+                seeds=list(SPLITS),
+                data=f"embedded:mp_starter, {TARGET}, splits by formula of 60, 20 and 20 %",
+                command=COMMAND,
+                commit=commit,
+            )
+            for level, held in found.items()
+        ]
+    return records
 
 
 def main() -> None:
@@ -105,7 +142,7 @@ def main() -> None:
     for name, width in half.items():
         record([100 * float((error <= width).mean())], name, "test crystals inside intervals of 90 %", "%")
         record([2 * float(width.mean())], name, "mean width", "eV/atom")
-    evidence.write(FOLDER, records)
+    evidence.write(FOLDER, [*records, *coverage(arguments.runs, about["commit"])])
 
 
 def _features(model: Predictor, crystals: object, settings: StreamSettings) -> NDArray[np.float64]:
