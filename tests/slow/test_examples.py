@@ -73,8 +73,8 @@ class Patient(Reader):
         tiny = [*ENCODER, *QUIET, *CPU]
         if given["sweep"] == "pretrain":
             tiny += [*DENOISER, *SHORT["pretrain"]]
-        if given["sweep"] == "matbench":  # it chooses the size of batches, on crystals of its own
-            tiny = [word for word in tiny if not word.startswith("data.batch_size=")]
+        if given["sweep"] == "matbench":  # it chooses epochs and the size of batches, on crystals of its own
+            tiny = [word for word in tiny if not word.startswith("data.batch_size=")] + ["data.max_crystal_atoms=4"]
         else:
             tiny += [f"data.path={self.folder / 'small.parquet'}"]
         args = " ".join([given.get("args", ""), *tiny])
