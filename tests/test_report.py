@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 from crysldnet import cli
 from crysldnet.config import compose
@@ -25,6 +26,7 @@ from crysldnet.errors import ConfigError, DataError
 from crysldnet.reports import names_of
 from crysldnet.reports.run_files import read_run
 from crysldnet.stopping import RUN_NAME
+from crysldnet.training.plots import draw_curves
 from html_page import Page, assert_self_contained
 from tiny import ENCODER, QUIET, keep_two_curves, subset
 
@@ -279,6 +281,9 @@ def test_a_run_of_few_steps_has_a_curve(folder: Path) -> None:
     assert cli.run(["finetune", *ENCODER, *QUIET, *TRAIN, *line]) == 0
     assert read_run(Path("runs/finetune/few")).curves[""][""]["train/loss"][0] == [2.0]
     assert "Learning curves" in report("runs/finetune/few")
+    axis = Figure().subplots()
+    draw_curves(axis, "train/loss", read_run(Path("runs/finetune/few")).curves[""], ["C0"])
+    assert axis.lines[0].get_marker() == "o", "a line of one point isn't seen"
 
 
 def test_text_of_the_input_stays_text(folder: Path) -> None:

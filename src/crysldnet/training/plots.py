@@ -52,8 +52,10 @@ def draw_curves(
     for i, (label, curves) in enumerate(runs.items()):
         if name not in curves:
             continue
-        color = colors[i % len(colors)]
-        axis.plot(*_by_epoch(curves[name]), linewidth=1.5, color=color, label=label if len(runs) > 1 else None)
+        epochs, values = _by_epoch(curves[name])
+        marker = "o" if len(epochs) == 1 else ""  # a line of one point isn't seen
+        color, title = colors[i % len(colors)], label if len(runs) > 1 else None
+        axis.plot(epochs, values, linewidth=1.5, marker=marker, markersize=4, color=color, label=title)
         if f"{name}_baseline" in curves:
             baseline = "baseline" if len(runs) == 1 else None
             axis.plot(*curves[f"{name}_baseline"], color="0.5", linestyle="--", linewidth=1, label=baseline)
