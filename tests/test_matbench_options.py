@@ -369,6 +369,12 @@ def test_a_finetuned_model_is_taken_or_refused_by_the_crystals_it_has_seen(tmp_p
     assert cli.run(["matbench", f"pretrained={tmp_path / 'finetune/others'}", *arguments, "name=taken"]) == 0
     notes = json.loads(next((tmp_path / "matbench/taken").rglob("info.json")).read_text())["notes"]
     assert "Then trained on labels (formation_energy_per_atom) of 4" in notes
+    script = next((tmp_path / "matbench/taken").rglob("reproduce.py"))
+    assert "What it has learned is in info.json" in script.read_text()
+    (tmp_path / "finetune/others/model.safetensors").write_bytes(b"")
+    assert (
+        "isn't the file with sha256" in subprocess.run([sys.executable, script], capture_output=True, text=True).stderr
+    )
     assert "have 0 by id, 0 by reduced formula" in notes
 
 

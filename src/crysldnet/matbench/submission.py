@@ -51,17 +51,16 @@ sys.argv = {argv}
 main()
 '''
 ENCODER = """
-# Every fold starts from this encoder. It was pretrained by crysldnet {version} with what is written here.
+# Every fold starts from this file.{made}
 ENCODER = Path({file})
 SHA256 = "{sha256}"
-PRETRAINING = {pretraining}
 if not ENCODER.is_file() or hashlib.sha256(ENCODER.read_bytes()).hexdigest() != SHA256:
-    sys.exit(
-        f"{{ENCODER}} isn't there, or isn't the file with sha256 {{SHA256}}. Put that there, or the "
-        "encoder.safetensors that this makes, and its SHA256 here; on a CPU its weights are the same:\\n\\n  "
-        + shlex.join(PRETRAINING)
-    )
+    sys.exit(f"{{ENCODER}} isn't there, or isn't the file with sha256 {{SHA256}}. Put that there{mend})
 """
+MADE = """ It was pretrained by crysldnet {version} with what is written here.
+PRETRAINING = {words}"""
+MEND = """, or the encoder.safetensors that this "
+        "makes, and its sha256 here; on a CPU its weights are the same:\\n\\n  " + shlex.join(PRETRAINING)"""
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -187,15 +186,19 @@ def write_submission(begun: Begun, told: Mapping[str, Told]) -> Path:
 
 
 def _encoder(begun: Begun, sha256: str | None) -> str:
-    """Return the part of the script that is about the encoder which the folds start from; empty without one."""
-    file, made = encoder_file(begun.config.pretrained), begun.provenance
+    """Return the part of the script that is about the file which the folds start from; empty without one.
+
+    The command that made it is there where it is an encoder as it was pretrained: labels were learned elsewhere.
+    """
+    file, provenance = encoder_file(begun.config.pretrained), begun.provenance
     if file is None:
         return ""
-    kept = {key: value for key, value in made["config"].items() if key not in PER_RUN}
-    pretraining = ["crysldnet", "pretrain", *_leaves(kept)]
-    version = made["code_version"] + (", then trained on labels as info.json says," if made.get("labels") else "")
-    text = json.dumps(str(file), ensure_ascii=False)
-    return ENCODER.format(version=version, file=text, sha256=sha256, pretraining=_list(pretraining))
+    made, mend = " What it has learned is in info.json.", ', and try again."'
+    if "config" in provenance and not provenance.get("labels"):
+        kept = {key: value for key, value in provenance["config"].items() if key not in PER_RUN}
+        words = _list(["crysldnet", "pretrain", *_leaves(kept)])
+        made, mend = MADE.format(version=provenance.get("code_version"), words=words), MEND
+    return ENCODER.format(file=json.dumps(str(file), ensure_ascii=False), sha256=sha256, made=made, mend=mend)
 
 
 def _list(words: Sequence[str]) -> str:
