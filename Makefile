@@ -32,7 +32,7 @@ PARALLEL := $(if $(filter-out 1,$(GPUS) $(NODES)),trainer.devices=$(GPUS) traine
 
 comma := ,
 # Whether a switch is on: not empty, 0 or no.
-on = $(filter-out 0 no false,$(1))
+on = $(filter-out 0 no No NO off Off OFF false False FALSE,$(1))
 # A value within single quotes of the shell, and as the replacement of a sed command in such quotes.
 single = $(subst ','\'',$(1))
 quoted = $(call single,$(subst |,\|,$(subst &,\&,$(subst \,\\,$(1)))))

@@ -153,12 +153,16 @@ def main() -> None:
     contenders, seconds = measure(crystals, settings.rounds, settings.device)
     records = []
 
+    on_gpu = settings.device == "cuda"
+    about = {
+        "data": f"{Path(settings.data).stem}, one batch of {n} crystals, {atoms} atoms",
+        "command": f"{COMMAND} --device cuda" if on_gpu else COMMAND,
+        "commit": commit,
+    }
+    where = f", {torch.cuda.get_device_name()}" if on_gpu else ""
+
     def record(name: str, metric: str, unit: str, values: list[float]) -> None:
-        data = f"{Path(settings.data).stem}, one batch of {n} crystals, {atoms} atoms"
-        command = COMMAND if settings.device == "cpu" else f"{COMMAND} --device cuda"
-        records.append(
-            evidence.timed(values, name=name, metric=metric, unit=unit, data=data, command=command, commit=commit)
-        )
+        records.append(evidence.timed(values, name=f"{name}{where}", metric=metric, unit=unit, **about))
 
     slow = {name: seconds.get(f"{name}, unfactorised", seconds[name]) for name in (*PUBLISHED, *OWN)}
     for name in sorted((*PUBLISHED, *OWN), key=lambda name: statistics.median(seconds[name])):

@@ -98,9 +98,11 @@ def main() -> None:
         for name, stage in stages.items():
             seconds[name].append(stage.timed())
     what = f"{Path(settings.data).stem}, one batch of {len(crystals)} crystals, {len(crystals.numbers)} atoms"
-    command = COMMAND if settings.device == "cpu" else f"{COMMAND} --device cuda"
+    on_gpu = settings.device == "cuda"
+    about = {"data": what, "command": f"{COMMAND} --device cuda" if on_gpu else COMMAND, "commit": commit}
+    where = f", {torch.cuda.get_device_name()}" if on_gpu else ""
     records = [
-        evidence.timed(values, name=name, metric=metric, unit=unit, data=what, command=command, commit=commit)
+        evidence.timed(values, name=f"{name}{where}", metric=metric, unit=unit, **about)
         for name in stages
         for metric, unit, values in (
             ("gradient", "MB", [gradient_bytes(models[name]) / 1e6]),

@@ -9,7 +9,7 @@ import yaml
 from crysldnet import build as build_module
 from crysldnet.build import TARGET, build, check
 from crysldnet.cli import COMMANDS, run
-from crysldnet.config import PRESETS, choices, compose, conf_folder, validate
+from crysldnet.config import PRESETS, arguments_for, choices, compose, conf_folder, validate
 from crysldnet.data.graph import GraphSpec
 from crysldnet.errors import ConfigError
 from crysldnet.finetune import FinetuneConfig
@@ -201,3 +201,27 @@ def test_an_encoder_of_ones_own_can_be_allowed(monkeypatch):
 def test_conf_is_found_beside_the_source():
     assert (conf_folder() / "pretrain.yaml").is_file()
     assert Path(conf_folder()).is_absolute()
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("pretrain", []),
+        ("pretrain", ["preset=published", "encoder.k=9"]),
+        (
+            "pretrain",
+            ["encoder=cgcnn", "denoiser=dit_small", "strategy=ddp", "trainer.devices=2", "stages.vae.epochs=3"],
+        ),
+        ("pretrain", ["encoder=neighbor_attention", "data.path={train: a.parquet, val: b.parquet}", "init=null"]),
+        ("finetune", ["preset=cogn", "target_types={band_gap: [0, null]}", "data.targets=[band_gap]", "logger=wandb"]),
+        ("finetune", ["data=jdft2d", "head=attention", "mode=frozen", "pretrained='null'", "optimizer.lr=1e-5"]),
+        ("matbench", ["tasks=[matbench_jdft2d]", "recipes=['epochs=3 head=mean', '']", "authors='A. Person'"]),
+    ],
+)
+def test_a_configuration_is_composed_again_from_its_arguments(command: str, words: list[str]) -> None:
+    values = compose(command, words).values
+    arguments = arguments_for(command, values)
+    assert arguments is not None
+    assert compose(command, arguments).values == values
+    assert len(arguments) < 30
+    assert arguments_for(command, {**values, "unknown": 3}) is None

@@ -360,7 +360,11 @@ def test_metrics_equal_those_of_scikit_learn():
         (["data.targets=[band_gap,band_gap]"], ConfigError, "targets: name each once"),
         (["data.calibration_fraction=0.99"], DataError, "validation crystals leaves none for validation"),
         (["data.calibration_fraction=0.01"], DataError, "validation crystals leaves none for calibration"),
-        (["data.split.by=random", "data.split.fractions=[0.8,0.0,0.2]", "patience=2"], ConfigError, "patience=null"),
+        (
+            ["data.split.by=random", "data.split.fractions=[0.8,0.0,0.2]", "data.calibration_fraction=0.5"],
+            DataError,
+            "there are no validation crystals, of which data.calibration_fraction=0.5 would keep a share",
+        ),
     ],
 )
 def test_a_wrong_request_is_refused_with_the_mend(tmp_path, small, arguments, error, says):

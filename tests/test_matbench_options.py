@@ -147,6 +147,14 @@ def test_a_look_at_one_fold_goes_on_with_the_others(small: dict[str, list[Any]],
     assert file.stat().st_mtime_ns == before
     assert "INCOMPLETE" not in json.loads((Path(summary["submission"]) / "info.json").read_text())["notes"]
     assert cli.run(["matbench", "validate", summary["submission"]]) == 0
+    assert not Path(first["submission"]).exists()
+    config = tmp_path / "matbench/a/config.yaml"
+    whole, written = summary, config.stat().st_mtime_ns
+    assert run(tmp_path, "tasks=[matbench_mp_gap]", "folds=[3]", "resume=last") == whole, "it has that fold, and more"
+    assert config.stat().st_mtime_ns == written
+    summary = run(tmp_path, "tasks=[matbench_mp_gap]", "algorithm=Renamed", "resume=last")
+    assert summary["valid"]
+    assert Path(summary["submission"]).name == "matbench_v0.1_Renamed"
 
 
 def test_scores_predictions_and_submission_go_to_wandb(small: dict[str, list[Any]], tmp_path: Path) -> None:
@@ -161,7 +169,7 @@ def test_scores_predictions_and_submission_go_to_wandb(small: dict[str, list[Any
         assert f"{task}/predictions/_type" in logged
     assert "matbench_mp_gap/worst/_type" in logged
     config = wandb_file.config(file)
-    assert config["target_units"] == {"is_metal": "", "gap pbe": "eV"}
+    assert config["target_units"] == {"matbench_mp_is_metal": "", "matbench_mp_gap": "eV"}
     assert config["data_sha256"].keys() == summary["tasks"].keys()
     artifact = wandb_file.artifacts(file)["submission"]
     for name in ("info.json", "reproduce.py", "results.json.gz"):
@@ -398,7 +406,7 @@ def test_the_script_names_the_encoder_how_it_was_made_and_refuses_another(
             told[node.targets[0].id] = node.value
     assert ast.literal_eval(told["SHA256"]) == hashlib.sha256(encoder.read_bytes()).hexdigest()
     again = compose("pretrain", ast.literal_eval(told["PRETRAINING"])[2:]).values
-    assert again | {"name": "p", "runs": str(tmp_path)} == values
+    assert again == {**values, "name": None, "runs": "runs"}
     encoder.write_bytes(encoder.read_bytes() + b" ")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1

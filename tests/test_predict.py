@@ -168,6 +168,22 @@ def test_what_is_not_there_is_refused_and_the_rest_predicted(tmp_path, model, ca
         predict(f"model={model}", f"files={tmp_path / 'gone.cif'}", f"out={tmp_path}/out.csv")
 
 
+def test_a_list_of_what_is_not_there_leaves_the_reasons_beside_the_output_or_says_that_it_cannot(
+    tmp_path, model, monkeypatch
+):
+    arguments = (f"model={model}", "files=-", f"out={tmp_path}/new/out.csv")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("nowhere.cif\n"))
+    with pytest.raises(DataError, match=r"none of the 1 crystals could be used, reasons in .*out\.csv\.refused\.csv"):
+        predict(*arguments)
+    (refused,) = rows_of(tmp_path / "new/out.csv.refused.csv")
+    assert refused["reason"] == "no such file"
+    (tmp_path / "new/out.csv.refused.csv").unlink()
+    (tmp_path / "new/out.csv.refused.csv").mkdir()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("nowhere.cif\n"))
+    with pytest.raises(DataError, match=r"reasons can't be written to .* \(Is a directory\)"):
+        predict(*arguments)
+
+
 def test_an_empty_list_is_an_error(tmp_path, model, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
     with pytest.raises(DataError, match="standard input lists no file"):

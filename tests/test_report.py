@@ -274,11 +274,12 @@ def test_classes_have_an_accuracy_and_a_table(folder: Path) -> None:
     assert shown[: len(surest)] == [(row["material_id"], f"{100 * float(row['probability']):.1f}") for row in surest]
 
 
-def test_a_run_of_few_steps_has_a_curve(folder: Path) -> None:
+def test_a_run_of_few_steps_has_a_curve(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fewer than trainer.log_every, and nothing to validate on."""
     subset(Path("few.parquet"), train=16)
-    line = ["data.path=few.parquet", "name=few", "trainer.log_every=10", "epochs=3"]
+    line = ["data.path=few.parquet", "name=few", "trainer.log_every=10", "epochs=3", "patience=3"]
     assert cli.run(["finetune", *ENCODER, *QUIET, *TRAIN, *line]) == 0
+    assert "patience=3 isn't used: there are no validation crystals" in capsys.readouterr().err
     assert read_run(Path("runs/finetune/few")).curves[""][""]["train/loss"][0] == [2.0]
     assert "Learning curves" in report("runs/finetune/few")
     axis = Figure().subplots()

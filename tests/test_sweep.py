@@ -183,7 +183,7 @@ def test_null_is_a_value_of_a_sweep(write: Any, tmp_path: Path, program: Program
 
 
 def test_a_quote_that_is_not_closed_is_said(write: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"args: a quote in \"head='mean\" isn't closed"):
+    with pytest.raises(ConfigError, match=r"args: \"head='mean\" can't be split into words \(No closing quotation\)"):
         cli.run(["sweep", f"sweep={write()}", "args=head='mean", f"runs={tmp_path}"])
 
 

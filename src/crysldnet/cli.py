@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from crysldnet import __version__, stopping
 from crysldnet.errors import UNFINISHED, CrysldnetError, Interrupted
+
+if TYPE_CHECKING:
+    from crysldnet.config import Composition
 
 COMMANDS = {
     "pretrain": ("crysldnet.pretrain", "PretrainConfig", "pretrain an encoder without labels"),
@@ -74,7 +80,7 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
             saved = earlier / "config.yaml"
             composition = compose(name, arguments, saved)
             changed = refuse_changed(name, composition, saved, complete=is_complete(earlier))
-            if is_complete(earlier) and "folds" not in changed:  # of Matbench, which goes on with the others
+            if is_complete(earlier) and not (name == "matbench" and _has_more_to_do(earlier, composition, changed)):
                 print(f"{earlier}: this run is complete", file=sys.stderr)
                 return 0
     refuse_unused(composition)
@@ -85,6 +91,17 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
         return 0
     _quieten_libraries()
     return module.run(settings, composition.values)
+
+
+def _has_more_to_do(run: Path, composition: Composition, changed: set[str]) -> bool:
+    """Say whether a complete run of Matbench lacks folds that it is asked for, or tells of itself otherwise."""
+    from crysldnet.matbench.settings import FOLDS
+
+    summary = json.loads((run / "summary.json").read_text())
+    scores = [task["scores"] for task in summary["tasks"].values()]
+    wanted = composition.values["folds"] or range(FOLDS)
+    lacks = any(f"fold_{fold}" not in own for own in scores for fold in wanted)
+    return lacks or bool(changed & {"algorithm", "authors", "out"})
 
 
 def run(arguments: Sequence[str]) -> int:

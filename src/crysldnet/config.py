@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -133,12 +133,12 @@ def split_words(text: str, key: str) -> list[str]:
     """Split the ``key=value`` that a key holds, as a shell does.
 
     Raises:
-        ConfigError: a quote isn't closed.
+        ConfigError: a quote or an escape has no end.
     """
     try:
         return shlex.split(text)
-    except ValueError:
-        raise ConfigError(f"{key}: a quote in {text!r} isn't closed; write ' and \" in pairs", key) from None
+    except ValueError as error:
+        raise ConfigError(f"{key}: {text!r} can't be split into words ({error})", key) from None
 
 
 def _parse(value: str) -> Any:
@@ -254,6 +254,48 @@ MAY_CHANGE = {
 }
 """Of each command, what a resumed run may do otherwise than it was begun: how it is executed, how long, and what its
 submission says. All folds of a benchmark are trained alike."""
+
+
+def arguments_for(command: str, values: Mapping[str, Any], without: Collection[str] = ()) -> list[str] | None:
+    """Return arguments that compose a resolved configuration, what differs from the defaults alone.
+
+    Args:
+        command: the name of a file in ``conf/``.
+        values: the configuration.
+        without: keys that are left out.
+
+    Returns:
+        None where there are no such arguments, as for a configuration of a version with other keys.
+    """
+    wanted = {key: value for key, value in values.items() if key not in without}
+    base = compose(command)
+    chosen = []
+    for group in base.groups:
+        target = wanted.get(group, {}).get(TARGET)
+        if target != base.values[group].get(TARGET):
+            files = {name: load_yaml(conf_folder() / group / f"{name}.yaml") for name in choices(group)}
+            chosen += [f"{group}={name}" for name, file in files.items() if file.get(TARGET) == target][:1]
+    try:
+        arguments = [*chosen, *_differences(compose(command, chosen).values, wanted)]
+    except KeyError:
+        return None
+    made = compose(command, arguments).values
+    return arguments if all(made.get(key) == value for key, value in wanted.items()) else None
+
+
+def _differences(base: Mapping[str, Any], values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Give arguments that make values of a base, which has the same keys or is an empty mapping.
+
+    Raises:
+        KeyError: it has other keys.
+    """
+    for key, value in values.items():
+        before = base[key] if base else None
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            yield from _differences(before, value, f"{prefix}{key}.")
+        elif before != value or not base:
+            plain = isinstance(value, str) and _parse(value) == value
+            yield f"{prefix}{key}={value if plain else json.dumps(value, ensure_ascii=False)}"
 
 
 LENGTH = {"pretrain": "stages", "finetune": "epochs"}

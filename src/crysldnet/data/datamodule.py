@@ -244,8 +244,13 @@ class CrystalDataModule(pl.LightningDataModule):
         """
         if not self.calibration_fraction or self._given[1] is not None:
             return rows, rows
+        if not len(rows):
+            raise DataError(
+                f"{self.store.name}: there are no validation crystals, of which data.calibration_fraction="
+                f"{self.calibration_fraction} would keep a share"
+            )
         count = round(self.calibration_fraction * len(rows))
-        if len(rows) and count in (0, len(rows)):
+        if count in (0, len(rows)):
             raise DataError(
                 f"{self.store.name}: data.calibration_fraction={self.calibration_fraction} of {len(rows)} validation "
                 f"crystals leaves none for {'validation' if count else 'calibration'}"

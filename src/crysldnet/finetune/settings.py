@@ -120,11 +120,6 @@ def make_data(config: TrainingConfig, encoder: Encoder, **parts: Any) -> Crystal
     if not data.targets:
         raise ConfigError("data.targets: name the columns to predict, as data.targets=[formation_energy_per_atom]")
     data.setup()
-    own = isinstance(config, FinetuneConfig) and config.ensemble > 1 and config.ensemble_by == "folds"  # of each member
-    if config.patience is not None and not len(data.rows["val"]) and not own:
-        raise ConfigError(
-            f"patience={config.patience}: there are no validation crystals to stop by; set patience=null", "patience"
-        )
     return data
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 
 from crysldnet.build import build
@@ -133,6 +134,8 @@ def train(
         patience=config.patience,
     )
     announce("finetune", trainer, model, data)
+    if config.patience is not None and not has_validation:
+        rank_zero_only(note)(f"patience={config.patience} isn't used: there are no validation crystals to stop by")
     metrics = {name: value for name, value in fit(trainer, module, data).items() if name == "train/loss"}
     best = _best(folder / "checkpoints", has_validation)
     if has_validation:

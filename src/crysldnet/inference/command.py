@@ -82,7 +82,12 @@ class Account:
         if self._out == "-":
             return ""
         out = Path(self._out)
-        listed = self._ledger.save(out.with_name(f"{out.name}.refused.csv"))
+        file = out.with_name(f"{out.name}.refused.csv")
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            listed = self._ledger.save(file)
+        except OSError as error:
+            return f", reasons can't be written to {file} ({error.strerror})"
         return "" if listed is None else f", reasons in {listed}"
 
 

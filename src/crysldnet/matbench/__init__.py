@@ -127,7 +127,7 @@ def _finish(begun: Begun, values: dict[str, Any], told: dict[str, Told]) -> None
     )
     about = values | {
         "data_sha256": {name: t.source.sha256 for name, t in told.items()},
-        "target_units": {task_metadata(name).target: t.scores.unit for name, t in told.items()},
+        "target_units": {name: t.scores.unit for name, t in told.items()},
     }
     loggers = build(config.logger, "logger", folder=begun.folder.path, name=begun.folder.name, config=about)
     totals = {f"{name}/{key}": value for name, t in told.items() for key, value in _total(t).items()}

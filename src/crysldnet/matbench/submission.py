@@ -6,8 +6,10 @@ import gzip
 import importlib.metadata
 import json
 import shlex
+import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 
 from crysldnet import __version__
+from crysldnet.config import arguments_for
+from crysldnet.errors import ConfigError
 from crysldnet.matbench.begun import Begun
 from crysldnet.matbench.scores import TaskScores
 from crysldnet.matbench.settings import submission_name
@@ -63,26 +67,20 @@ MEND = """, or the encoder.safetensors that this "
         "makes, and its sha256 here; on a CPU its weights are the same:\\n\\n  " + shlex.join(PRETRAINING)"""
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}={_word(value)}"
-
-
 def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def command_line(values: Mapping[str, Any], earlier: Sequence[str] = ()) -> list[str]:
-    """Return the command that repeats a run: as it was typed, or where it was called from Python, every key.
+    """Return the command that repeats a run: as it was typed, or where it was called from Python, as it would be.
 
     Args:
         values: the configuration as plain values.
         earlier: what the run was begun with, where it is resumed: ``resume=last`` alone says nothing of it.
     """
-    typed = sys.argv[2:] if sys.argv[1:2] == ["matbench"] else list(_leaves(values))
+    typed = sys.argv[2:] if sys.argv[1:2] == ["matbench"] else arguments_for("matbench", values)
+    if typed is None:
+        typed = [f"{key}={_word(value)}" for key, value in values.items()]
     said = {a: a.lstrip("-").partition("=")[0] for a in [*earlier[2:], *typed]}
     now = {said[a] for a in typed}
     arguments = [*(a for a in earlier[2:] if said[a] not in now), *typed]
@@ -159,6 +157,8 @@ def write_submission(begun: Begun, told: Mapping[str, Told]) -> Path:
     config = begun.config
     folder = Path(config.out or begun.folder.path) / submission_name(config)
     folder.mkdir(parents=True, exist_ok=True)
+    if config.out is None and config.complete:  # what was written of some folds
+        shutil.rmtree(folder.with_name(f"{folder.name}_incomplete"), ignore_errors=True)
     data = {name: t.source.label for name, t in told.items()}
     begun.benchmark.add_metadata({"algorithm": config.algorithm, "seed": config.seed, "data": data})
     content = json.dumps(begun.benchmark.as_dict()).encode()
@@ -188,16 +188,19 @@ def write_submission(begun: Begun, told: Mapping[str, Told]) -> Path:
 def _encoder(begun: Begun, sha256: str | None) -> str:
     """Return the part of the script that is about the file which the folds start from; empty without one.
 
-    The command that made it is there where it is an encoder as it was pretrained: labels were learned elsewhere.
+    The command that made it is there where it is an encoder as it was pretrained, by a version with the same keys.
     """
     file, provenance = encoder_file(begun.config.pretrained), begun.provenance
     if file is None:
         return ""
     made, mend = " What it has learned is in info.json.", ', and try again."'
+    words = None
     if "config" in provenance and not provenance.get("labels"):
-        kept = {key: value for key, value in provenance["config"].items() if key not in PER_RUN}
-        words = _list(["crysldnet", "pretrain", *_leaves(kept)])
-        made, mend = MADE.format(version=provenance.get("code_version"), words=words), MEND
+        with suppress(ConfigError):  # of a version with other keys
+            words = arguments_for("pretrain", provenance["config"], without=PER_RUN)
+    if words is not None:
+        text = _list(["crysldnet", "pretrain", *words])
+        made, mend = MADE.format(version=provenance.get("code_version"), words=text), MEND
     return ENCODER.format(file=json.dumps(str(file), ensure_ascii=False), sha256=sha256, made=made, mend=mend)
 
 

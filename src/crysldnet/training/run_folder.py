@@ -122,7 +122,7 @@ class RunFolder:
         command: pretrain or finetune.
         name: of the run; by default the name given by the process that started this one, the SLURM job, or the time.
         resume: continue the run of that name, or without a name the newest one that isn't complete.
-        extend: also continue one that is complete: there is more for it to do now.
+        extend: also continue one that is complete: there is more for it to do now. Its summary stays until the new one.
         lock: keep others out of the folder; not for a part of a run whose first process does that.
 
     Raises:
@@ -169,7 +169,6 @@ class RunFolder:
             raise ConfigError(
                 f"{self.path}: this run exists; continue it with resume=last or choose another name", "name"
             )
-        (self.path / "summary.json").unlink(missing_ok=True)
 
     def _take_lock(self) -> None:
         """Lock the folder for this process; workers that it forks don't hold the lock, so none outlives it."""
