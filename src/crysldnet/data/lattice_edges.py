@@ -19,39 +19,82 @@ CELL_IMAGES = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [
 """a, b, c, a + b, a + c, b + c."""
 
 
+@njit(inline="always", error_model="numpy")
+def _cross(a, b):
+    """Return a × b as three numbers; numpy's takes numba seconds to compile, and so do its sums and products."""
+    return a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]
+
+
+@njit(inline="always", error_model="numpy")
+def _dot(a, b):
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+@njit(inline="always", error_model="numpy")
+def _along(image, lattice):
+    """Return the lattice vector of integers, as three numbers."""
+    n0, n1, n2 = image
+    return (
+        n0 * lattice[0, 0] + n1 * lattice[1, 0] + n2 * lattice[2, 0],
+        n0 * lattice[0, 1] + n1 * lattice[1, 1] + n2 * lattice[2, 1],
+        n0 * lattice[0, 2] + n1 * lattice[1, 2] + n2 * lattice[2, 2],
+    )
+
+
+@njit(error_model="numpy")
+def _sort(order, first, last, by):
+    """Sort ``order[first:last]`` by what it points to, equal ones as they stand."""
+    for place in range(first + 1, last):
+        moved, back = order[place], place
+        while back > first and by[order[back - 1]] > by[moved]:
+            order[back] = order[back - 1]
+            back -= 1
+        order[back] = moved
+
+
+@njit(inline="always", error_model="numpy")
+def _three(images, place):
+    return np.int64(images[place, 0]), np.int64(images[place, 1]), np.int64(images[place, 2])
+
+
 @njit(cache=True, nogil=True, error_model="numpy")
 def _sorted_images(lattice, tolerance):
     """Return the lattice vectors as long as the longest edge of the cell at most, shortest first, as integers [n, 3].
 
     Lengths that differ by less than the tolerance count as equal; equal ones keep the order of their integers.
     """
-    lengths = np.sqrt((lattice**2).sum(axis=1))
-    radius = lengths.max() + 0.01
-    inverse = np.linalg.inv(lattice)
+    longest2 = max(_dot(lattice[0], lattice[0]), _dot(lattice[1], lattice[1]), _dot(lattice[2], lattice[2]))
+    radius = np.sqrt(longest2) + 0.01
+    volume = abs(_dot(lattice[0], _cross(lattice[1], lattice[2])))
     reach = np.empty(3, np.int64)
-    for axis in range(3):
-        reach[axis] = int(np.floor(radius * np.sqrt((inverse[:, axis] ** 2).sum()) + 1e-9))
+    for axis in range(3):  # over the distance of neighboring lattice planes
+        normal = _cross(lattice[(axis + 1) % 3], lattice[(axis + 2) % 3])
+        reach[axis] = int(np.floor(radius * np.sqrt(_dot(normal, normal)) / volume + 1e-9))
     room = (2 * reach[0] + 1) * (2 * reach[1] + 1) * (2 * reach[2] + 1)
     images, found = np.empty((room, 3), np.int32), np.empty(room)
     count = 0
     for n0 in range(-reach[0], reach[0] + 1):
         for n1 in range(-reach[1], reach[1] + 1):
             for n2 in range(-reach[2], reach[2] + 1):
-                x = n0 * lattice[0, 0] + n1 * lattice[1, 0] + n2 * lattice[2, 0]
-                y = n0 * lattice[0, 1] + n1 * lattice[1, 1] + n2 * lattice[2, 1]
-                z = n0 * lattice[0, 2] + n1 * lattice[1, 2] + n2 * lattice[2, 2]
-                length = np.sqrt(x * x + y * y + z * z)
+                vector = _along((n0, n1, n2), lattice)
+                length = np.sqrt(_dot(vector, vector))
                 if length <= radius and not (n0 == 0 and n1 == 0 and n2 == 0):
                     images[count, 0], images[count, 1], images[count, 2] = n0, n1, n2
                     found[count] = length
                     count += 1
-    order = np.argsort(found[:count], kind="mergesort")
+    order = np.arange(count)
+    _sort(order, 0, count, found)
     first = 0
     for place in range(1, count + 1):  # a run of equal lengths goes back to the order of its integers
         if place == count or found[order[place]] - found[order[place - 1]] > tolerance:
-            order[first:place] = np.sort(order[first:place]) if tolerance > 0.0 else order[first:place]
+            if tolerance > 0.0:
+                _sort(order, first, place, np.arange(count))
             first = place
-    return images[:count][order]
+    ordered = np.empty((count, 3), np.int32)
+    for place in range(count):
+        for axis in range(3):
+            ordered[place, axis] = images[order[place], axis]
+    return ordered
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -61,33 +104,25 @@ def _frame_images(lattices, tolerance):
     for crystal in range(lattices.shape[0]):
         lattice = lattices[crystal]
         images = _sorted_images(lattice, tolerance)
-        one = images[0].astype(np.int64)
+        one = _three(images, 0)
         second = 1
-        while second < len(images) - 1:
-            two = images[second].astype(np.int64)
-            if np.abs(np.cross(one, two)).max() > 0:
-                break
+        while second < len(images) - 1 and _cross(one, _three(images, second)) == (0, 0, 0):
             second += 1
-        two = images[second].astype(np.int64)
-        normal = np.cross(one, two)
+        two = _three(images, second)
+        normal = _cross(one, two)
         third = second
-        while third < len(images) - 1:
-            if (normal * images[third]).sum() != 0:
-                break
+        while third < len(images) - 1 and _dot(normal, _three(images, third)) == 0:
             third += 1
-        three = images[third].astype(np.int64)
-        v1, v2, v3 = (
-            one.astype(np.float64) @ lattice,
-            two.astype(np.float64) @ lattice,
-            three.astype(np.float64) @ lattice,
-        )
-        slack = tolerance * np.sqrt((v1**2).sum())
-        if (v1 * v2).sum() < -slack * np.sqrt((v2**2).sum()):
-            two, v2 = -two, -v2
-        if (v1 * v3).sum() < -slack * np.sqrt((v3**2).sum()):
-            three, v3 = -three, -v3
-        sign = 1 if (np.cross(v1, v2) * v3).sum() >= 0.0 else -1
-        frames[crystal, 0], frames[crystal, 1], frames[crystal, 2] = sign * one, sign * two, sign * three
+        three = _three(images, third)
+        v1, v2, v3 = _along(one, lattice), _along(two, lattice), _along(three, lattice)
+        slack = tolerance * np.sqrt(_dot(v1, v1))
+        sign2 = -1 if _dot(v1, v2) < -slack * np.sqrt(_dot(v2, v2)) else 1
+        sign3 = -1 if _dot(v1, v3) < -slack * np.sqrt(_dot(v3, v3)) else 1
+        sign = 1 if sign2 * sign3 * _dot(_cross(v1, v2), v3) >= 0.0 else -1
+        for axis in range(3):
+            frames[crystal, 0, axis] = sign * one[axis]
+            frames[crystal, 1, axis] = sign * sign2 * two[axis]
+            frames[crystal, 2, axis] = sign * sign3 * three[axis]
     return frames
 
 
@@ -122,7 +157,8 @@ def _added(lattices, ptr, start, source, image, vector, images, wanted):
         for atom in range(ptr[crystal], ptr[crystal + 1]):
             for e in range(start[atom], start[atom + 1]):
                 out_source[size], out_target[size] = source[e], atom
-                out_image[size], out_vector[size] = image[e], vector[e]
+                for axis in range(3):
+                    out_image[size, axis], out_vector[size, axis] = image[e, axis], vector[e, axis]
                 size += 1
             if not wanted[crystal]:
                 continue
@@ -130,15 +166,15 @@ def _added(lattices, ptr, start, source, image, vector, images, wanted):
                 n = images[crystal, m]
                 there = False
                 for e in range(start[atom], start[atom + 1]):
-                    if source[e] == atom and (image[e] == n).all():
+                    if source[e] == atom and image[e, 0] == n[0] and image[e, 1] == n[1] and image[e, 2] == n[2]:
                         there = True
                         break
                 if there:
                     continue
                 for sign in (1, -1):
                     out_source[size], out_target[size] = atom, atom
-                    out_image[size] = sign * n
                     for axis in range(3):
+                        out_image[size, axis] = sign * n[axis]
                         out_vector[size, axis] = -sign * (
                             n[0] * lattices[crystal, 0, axis]
                             + n[1] * lattices[crystal, 1, axis]

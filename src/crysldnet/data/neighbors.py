@@ -168,7 +168,8 @@ def _directed(lattices, frac, ptr, k, radius, tolerance, n_distances):
                     continue
                 limit, least2 = radius, 0.0
                 if k > 0:
-                    scratch[:count] = found_d2[:count]
+                    for m in range(count):
+                        scratch[m] = found_d2[m]
                     least2 = _kth_smallest(scratch, count, k - 1)
                     limit = np.sqrt(least2) + tolerance
                 if limit > search:
@@ -177,17 +178,21 @@ def _directed(lattices, frac, ptr, k, radius, tolerance, n_distances):
                 break
             limit2[center] = max(limit * limit, least2)  # the square of a root may lie one rounding below
             if n_distances > 0:
-                scratch[:count] = found_d2[:count]
+                for m in range(count):
+                    scratch[m] = found_d2[m]
                 _kth_smallest(scratch, count, n_distances - 1)
-                distances[center] = np.sqrt(np.sort(scratch[:n_distances]))
+                nearest = np.sort(scratch[:n_distances])
+                for m in range(n_distances):
+                    distances[center, m] = np.sqrt(nearest[m])
             if size + count > source.shape[0]:
                 room = 2 * source.shape[0] + count
                 more_source = np.empty(room, np.int64)
                 more_image = np.empty((room, 3), np.int32)
                 more_d2 = np.empty(room)
-                more_source[:size] = source[:size]
-                more_image[:size] = image[:size]
-                more_d2[:size] = d2[:size]
+                for e in range(size):  # copied one by one: a slice takes numba seconds to compile
+                    more_source[e], more_d2[e] = source[e], d2[e]
+                    for axis in range(3):
+                        more_image[e, axis] = image[e, axis]
                 source, image, d2 = more_source, more_image, more_d2
             for m in range(count):
                 if found_d2[m] <= limit2[center]:
