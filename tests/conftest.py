@@ -1,6 +1,7 @@
 """Crystals that several tests use."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -11,11 +12,34 @@ from numpy.typing import NDArray
 from crysldnet.data.crystals import Crystals
 from crysldnet.data.locations import open_store
 from crysldnet.data.store import CrystalStore
+from crysldnet.training import plots
+
+DRAW = {name: getattr(plots, name) for name in ("learning_curves", "parity", "reliability")}
 
 
 def pytest_configure() -> None:
     """Compute on one thread: tensors are small here, and threads that wait for a core are slower than none."""
     torch.set_num_threads(1)
+
+
+def draw_nothing() -> None:
+    """Leave out the drawings that a run ends with, which take longer than a tiny run."""
+    for name in DRAW:
+        setattr(plots, name, lambda *_, **__: None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_drawings() -> None:
+    draw_nothing()
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Have them drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, draw in DRAW.items():
+            patch.setattr(plots, name, draw)
+        yield
 
 
 class Cell(NamedTuple):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from conftest import drawing
 from crysldnet import finetune, pretrain
 from crysldnet.data.batch import make_batch
 from crysldnet.data.crystals import from_lists
@@ -254,7 +255,8 @@ def test_mixed_precision_trains(tmp_path, small):
 
 
 def test_plots_are_drawn(tmp_path, small):
-    folder, _ = run(tmp_path, "plots", f"data.path={small}", *SHORT)
+    with drawing():
+        folder, _ = run(tmp_path, "plots", f"data.path={small}", *SHORT)
     for name in ("curves.png", "parity_formation_energy_per_atom.png"):
         assert (folder / "plots" / name).read_bytes().startswith(b"\x89PNG")
 

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 import crysldnet
+from conftest import drawing
 from crysldnet import finetune
 from crysldnet.cli import run
 from crysldnet.data import output
@@ -487,7 +488,8 @@ def test_a_share_of_validation_is_kept_for_calibration_alone(tmp_path, table):
     config, values = finetune_config(
         f"runs={tmp_path}", "name=own", f"data.path={table}", "epochs=1", "data.calibration_fraction=0.5"
     )
-    finetune.run(config, values)
+    with drawing():
+        finetune.run(config, values)
     folder = tmp_path / "finetune" / "own"
     content = pq.read_table(table)
     val = set(content.filter(pc.equal(content["split"], "val"))["material_id"].to_pylist())

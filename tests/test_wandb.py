@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 import wandb_file
+from conftest import drawing
 from crysldnet import cli
 from crysldnet.config import compose
 from crysldnet.errors import ConfigError
@@ -43,7 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("wandb")
     data = f"data.path={subset(folder / 'small.parquet', train=32, val=8, test=12)}"
     line = [*COMMON, *OFFLINE, data, f"runs={folder}"]
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, drawing():
         patch.setenv("WANDB_DATA_DIR", str(folder / "staging"))
         patch.setenv("WANDB_CACHE_DIR", str(folder / "cache"))
         for name in ("WANDB_MODE", RUN_NAME):

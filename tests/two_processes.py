@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from conftest import draw_nothing
 from crysldnet import finetune, pretrain
 from crysldnet.build import build
 from crysldnet.training.trainer import TrainerSettings, make_trainer
@@ -103,6 +104,7 @@ def export_untrained(folder: Path, data: str, name: str, *arguments: str) -> Non
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    draw_nothing()
     runs, crystals_file, *only = sys.argv[1:]
     for case in only or CASES:
         where = [
