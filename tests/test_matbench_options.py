@@ -142,6 +142,9 @@ def test_a_look_at_one_fold_goes_on_with_the_others(small: dict[str, list[Any]],
     assert "INCOMPLETE" in json.loads((Path(first["submission"]) / "info.json").read_text())["notes"]
     file = tmp_path / "matbench/a/matbench_mp_gap/fold_3/predictions.json"
     before = file.stat().st_mtime_ns
+    for words in (["folds=[1]"], ["folds=[1]", "algorithm=Other"]):
+        with pytest.raises(ConfigError, match=r"folds: .* has others too; name all, folds=\[1,3\]"):
+            run(tmp_path, "tasks=[matbench_mp_gap]", *words, "resume=last")
     summary = run(tmp_path, "tasks=[matbench_mp_gap]", "folds=[0,1,2,3,4]", "resume=last")
     assert summary["valid"]
     assert file.stat().st_mtime_ns == before

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crysldnet import __version__, stopping
-from crysldnet.errors import UNFINISHED, CrysldnetError, Interrupted
+from crysldnet.errors import UNFINISHED, ConfigError, CrysldnetError, Interrupted
 
 if TYPE_CHECKING:
     from crysldnet.config import Composition
@@ -94,14 +94,22 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
 
 
 def _has_more_to_do(run: Path, composition: Composition, changed: set[str]) -> bool:
-    """Say whether a complete run of Matbench lacks folds that it is asked for, or tells of itself otherwise."""
+    """Say whether a complete run of Matbench lacks folds that it is asked for, or tells of itself otherwise.
+
+    Raises:
+        ConfigError: then it would lose folds that it has.
+    """
     from crysldnet.matbench.settings import FOLDS
 
     summary = json.loads((run / "summary.json").read_text())
-    scores = [task["scores"] for task in summary["tasks"].values()]
-    wanted = composition.values["folds"] or range(FOLDS)
-    lacks = any(f"fold_{fold}" not in own for own in scores for fold in wanted)
-    return lacks or bool(changed & {"algorithm", "authors", "out"})
+    has = {fold for fold in range(FOLDS) for task in summary["tasks"].values() if f"fold_{fold}" in task["scores"]}
+    wanted = set(composition.values["folds"] or range(FOLDS))
+    if wanted <= has and not changed & {"algorithm", "authors", "out"}:
+        return False
+    if not has <= wanted:
+        named = ",".join(map(str, sorted(has | wanted)))
+        raise ConfigError(f"folds: the run in {run} has others too; name all, folds=[{named}]", "folds")
+    return True
 
 
 def run(arguments: Sequence[str]) -> int:
