@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 GPUS ?= 1
 NODES ?= 1
-ENCODER ?= runs/pretrain/latest/encoder.safetensors
+ENCODER ?= base
 MODEL ?= runs/finetune/latest
 OUT ?= predictions.csv
 TASK ?= matbench_jdft2d
@@ -54,7 +54,7 @@ PRETRAIN := $(PARALLEL) $(ARGS)
 FINETUNE := pretrained=$(ENCODER) $(PARALLEL) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install slurm-script pretrain finetune predict matbench sweep bench test test-slow lint types clean
+.PHONY: help install lock slurm-script pretrain finetune predict matbench sweep bench test test-slow lint types clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,19 +67,24 @@ help: ## list the targets
 	@echo '  make sweep SWEEP=finetune COUNT=20 LOCAL=1'
 	@echo '  make … PYTHON=python3.12 VENV=none        use an environment that has torch already'
 
-install: $(READY) ## make .venv with the exact versions of constraints.txt
+install: $(READY) ## make .venv with the exact versions of constraints.txt, their sha256 checked
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+# Torch comes first and by its version alone: every index has builds of its own, for CPUs and for each CUDA.
+$(VENV)/.ready: pyproject.toml constraints.txt requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[matbench,wandb,formats,dev]"
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps matbench==0.6
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[matbench,wandb,sweep,hub,formats,dev]"
 	@touch $@
+
+lock: constraints.txt ## write requirements.lock, the sha256 of all files of the versions in constraints.txt (needs uv)
+	grep -v -e '^#' -e '^torch==' constraints.txt | uv pip compile --no-deps --generate-hashes --no-header --no-annotate \
+		--python-version 3.11 --output-file requirements.lock -
 
 pretrain: $(READY) ## pretrain an encoder on the embedded crystals (GPUS=, NODES=, ARGS=; SLURM=1 submits a job)
 	$(if $(call on,$(SLURM)),@$(call submit,pretrain,$(PRETRAIN)),$(RUN) crysldnet pretrain $(PRETRAIN))
 
-finetune: $(READY) ## train a property model (ENCODER=path or none, GPUS=, ARGS=; SLURM=1 submits a job)
+finetune: $(READY) ## train a property model (ENCODER=name, path or none, GPUS=, ARGS=; SLURM=1 submits a job)
 	$(if $(call on,$(SLURM)),@$(call submit,finetune,$(FINETUNE)),$(RUN) crysldnet finetune $(FINETUNE))
 
 slurm-script: ## print the script that make pretrain SLURM=1 would submit (GPUS=, NODES=, TIME=, CPUS=, ARGS=)
@@ -95,7 +100,7 @@ sweep: $(READY) ## run a sweep on W&B, or here without an account (SWEEP=, COUNT
 	$(if $(call on,$(SLURM)),srun env )$(RUN) crysldnet sweep sweep=$(SWEEP) count=$(COUNT) backend=$(if $(call on,$(LOCAL)),local,wandb) $(ARGS)
 
 bench: $(READY) ## measure speed: graphs, loading, encoders, waiting for data, pretraining, scaling (minutes, on a quiet machine)
-	for part in data encoders epoch pretrain scaling import/run; do $(RUN:-m=) benchmarks/$$part.py || exit 1; done
+	for part in data encoders epoch pretrain scaling sets imports.run; do $(RUN) benchmarks.$$part || exit 1; done
 
 test: $(READY) ## run the tests
 	$(RUN) pytest -n auto --dist loadfile $(ARGS)

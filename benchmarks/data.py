@@ -1,6 +1,6 @@
 """Measure graph building and loading on one thread.
 
-python benchmarks/data.py [--data FILE.parquet] [--rounds N]
+python -m benchmarks.data [--data FILE.parquet] [--rounds N]
 
 Graph building is compared with pymatgen's compiled kernel in interleaved rounds: every round times each contender on
 the same crystals, and ratios are taken within a round. Loading reads a store of 45,000 crystals (those of the data,
@@ -26,14 +26,14 @@ from pymatgen.optimization.neighbors import find_points_in_spheres
 from torch_geometric.data import Data, InMemoryDataset
 from torch_geometric.loader import DataLoader as PyGLoader
 
-from crysldnet import evidence
-from crysldnet.data.batch import make_batch
-from crysldnet.data.crystals import Crystals
 from crysldnet.data.datamodule import CrystalDataModule, open_store
-from crysldnet.data.graph import GraphSpec
 from crysldnet.data.schema import table_from_crystals
 from crysldnet.data.split import Split
 from crysldnet.data.store import write_store
+from crysldnet.graphs.batch import make_batch
+from crysldnet.graphs.crystals import Crystals
+from crysldnet.graphs.spec import GraphSpec
+from experiments import evidence
 
 HERE = Path(__file__).parent
 BATCH = 64
@@ -184,7 +184,7 @@ def main() -> None:
     records = []
 
     def record(name: str, metric: str, unit: str, values: list[float], data: str = what) -> None:
-        command = "python benchmarks/data.py"
+        command = "python -m benchmarks.data"
         records.append(
             evidence.timed(values, name=name, metric=metric, unit=unit, data=data, command=command, commit=commit)
         )

@@ -1,6 +1,6 @@
 """Measure a training step of every encoder on one thread.
 
-python benchmarks/encoders.py [--data FILE.parquet] [--rounds N] [--batch N] [--device cpu|cuda]
+python -m benchmarks.encoders [--data FILE.parquet] [--rounds N] [--batch N] [--device cpu|cuda]
 
 One step is forward, backward and optimizer on one batch of the same crystals, with a mean readout and a linear head. In
 every round each contender takes its turn, and ratios are taken within a round. Published encoders run as published
@@ -26,19 +26,19 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from crysldnet import evidence
 from crysldnet.build import build
 from crysldnet.config import conf_folder, load_yaml
-from crysldnet.data.batch import CrystalBatch, make_batch
-from crysldnet.data.crystals import Crystals
 from crysldnet.data.datamodule import open_store
 from crysldnet.encoders.layers import set_factorised
 from crysldnet.encoders.protocol import Encoder
+from crysldnet.graphs.batch import CrystalBatch, make_batch
+from crysldnet.graphs.crystals import Crystals
 from crysldnet.models.head import PropertyHead
 from crysldnet.training.trainer import keep_freed_memory
+from experiments import evidence
 
 HERE = Path(__file__).parent
-COMMAND = "python benchmarks/encoders.py"
+COMMAND = "python -m benchmarks.encoders"
 PUBLISHED = ("cgcnn", "cogn", "potnet", "pddformer", "cartnet", "ecomformer", "icomformer", "matformer")
 OWN = ("neighbor_attention", "neighbor_attention_small")
 MAX_ATOMS = 20
@@ -79,7 +79,7 @@ class Contender:
     def step(self) -> None:
         """Take one training step."""
         self.optimizer.zero_grad()
-        out = self.head(self.encoder(self.batch), self.batch.crystal, self.batch.num_crystals)
+        out = self.head(self.head.read(self.encoder, self.batch), self.batch.crystal, self.batch.num_crystals)
         out.square().mean().backward()
         self.optimizer.step()
 
@@ -103,9 +103,9 @@ class Contender:
 def peak_memory(name: str, variant: str | None, data: str, batch: int) -> float:
     """Return the MB that three steps of an encoder need, measured in a process of its own."""
     code = (
-        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        f"import sys; sys.path.insert(0, {str(HERE.parent)!r})\n"
         "from pathlib import Path\n"
-        "from encoders import Contender, draw, make_encoder\n"
+        "from benchmarks.encoders import Contender, draw, make_encoder\n"
         "def memory(field):\n"
         "    return int(Path('/proc/self/status').read_text().split(field)[1].split()[0]) / 1024\n"
         f"c = Contender.make(make_encoder({name!r}, {variant!r}), draw({data!r}, {batch}), 'cpu')\n"

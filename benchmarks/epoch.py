@@ -1,6 +1,6 @@
 """Measure how much of an epoch is spent waiting for data.
 
-python benchmarks/epoch.py [--data FILE.parquet] [--workers N]
+python -m benchmarks.epoch [--data FILE.parquet] [--workers N]
 
 Batches of 64 come from the data module with the given number of worker processes, graphs built on the fly, while the
 training process takes steps of forward, backward and optimizer on one thread. Waiting is the time in which the loop
@@ -19,16 +19,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from crysldnet import evidence
+from benchmarks.encoders import make_encoder
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.data.split import Split
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.models.head import PropertyHead
 from crysldnet.training.trainer import keep_freed_memory
-from encoders import make_encoder
+from experiments import evidence
 
 HERE = Path(__file__).parent
-COMMAND = "python benchmarks/epoch.py"
+COMMAND = "python -m benchmarks.epoch"
 ENCODERS = ("neighbor_attention", "neighbor_attention_small", "cgcnn", "pddformer")
 BATCH = 64
 MAX_ATOMS = 20
@@ -46,7 +46,7 @@ def epoch(encoder: Encoder, data: CrystalDataModule, steps: int) -> tuple[float,
         batch = next(batches)
         waited += time.perf_counter() - asked
         optimizer.zero_grad()
-        head(encoder(batch), batch.crystal, batch.num_crystals).square().mean().backward()
+        head(head.read(encoder, batch), batch.crystal, batch.num_crystals).square().mean().backward()
         optimizer.step()
         seen += batch.num_crystals
     return waited, time.perf_counter() - begun, seen

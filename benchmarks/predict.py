@@ -1,6 +1,6 @@
 """Measure the memory of `crysldnet predict` over stores of more and more crystals.
 
-python benchmarks/predict.py [--crystals N …]
+python -m benchmarks.predict [--crystals N …]
 
 The crystals are those of the embedded starter set, again and again; the model is small and hardly trained. Memory is
 the largest that the process had for itself, looked at five times a second; pages of the store that are mapped into it
@@ -20,9 +20,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from crysldnet import evidence
-from crysldnet.data.locations import open_store
+from crysldnet.data.datasets import open_store
 from crysldnet.data.store import write_store
+from experiments import evidence
 
 HERE = Path(__file__).parent
 TINY = ["encoder=neighbor_attention_small", "encoder.width=32", "encoder.layers=1", "data.split.train_fraction=0.1"]
@@ -74,7 +74,7 @@ def main() -> None:
                     unit="MB",
                     seeds=[],
                     data="embedded:mp_starter, repeated",
-                    command="python benchmarks/predict.py",
+                    command="python -m benchmarks.predict",
                     commit=commit,
                 )
             )

@@ -1,6 +1,6 @@
 """Measure a training step of both stages of pretraining.
 
-python benchmarks/pretrain.py [--data FILE.parquet] [--batch N] [--rounds N] [--device cpu|cuda]
+python -m benchmarks.pretrain [--data FILE.parquet] [--batch N] [--rounds N] [--device cpu|cuda]
 
 One step is forward, backward and optimizer on one batch of the same crystals, corrupted where the stage reconstructs;
 on a CPU on one thread. The default recipe and the published one take turns in every round. The bytes of the gradient
@@ -20,17 +20,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
-from crysldnet import evidence
+from benchmarks.encoders import draw
 from crysldnet.config import compose, validate
-from crysldnet.data.batch import CrystalBatch, make_batch
-from crysldnet.data.crystals import Crystals
+from crysldnet.graphs.batch import CrystalBatch, make_batch
+from crysldnet.graphs.crystals import Crystals
 from crysldnet.models.pretraining import PretrainingModel
 from crysldnet.pretrain import PretrainConfig, build_model
 from crysldnet.training.trainer import keep_freed_memory
-from encoders import draw
+from experiments import evidence
 
 HERE = Path(__file__).parent
-COMMAND = "python benchmarks/pretrain.py"
+COMMAND = "python -m benchmarks.pretrain"
 RECIPES: dict[str, list[str]] = {"default": [], "published": ["preset=published"]}
 STAGES: tuple[Literal["vae", "diffusion"], ...] = ("vae", "diffusion")
 

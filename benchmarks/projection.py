@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pretrain
 
-from crysldnet import evidence
-from crysldnet.data.locations import open_store
+from benchmarks import pretrain
+from crysldnet.data.datasets import open_store
 from crysldnet.data.sampler import Budget, pack
+from experiments import evidence
 
 HERE = Path(__file__).parent
 A_NODE = 8

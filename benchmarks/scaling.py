@@ -1,6 +1,6 @@
 """Measure whether the cost of an atom stays flat: from a thousand crystals to a million, and from 4 atoms to 400.
 
-python benchmarks/scaling.py [--largest N]
+python -m benchmarks.scaling [--largest N]
 
 Stores are made of the embedded crystals, repeated. Reading takes shuffled batches of 64 through the data module, graphs
 built on the fly. The size of a crystal is varied by supercells of copper: neighbor lists, and one training step of
@@ -21,19 +21,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
-from crysldnet import evidence
-from crysldnet.data.crystals import Crystals, concatenate, from_lists
+from benchmarks.encoders import Contender, make_encoder
 from crysldnet.data.datamodule import CrystalDataModule
-from crysldnet.data.graph import GraphSpec
-from crysldnet.data.locations import open_store
+from crysldnet.data.datasets import open_store
 from crysldnet.data.schema import table_from_crystals
 from crysldnet.data.split import Split
 from crysldnet.data.store import write_store
+from crysldnet.graphs.crystals import Crystals, concatenate, from_lists
+from crysldnet.graphs.spec import GraphSpec
 from crysldnet.training.trainer import keep_freed_memory
-from encoders import Contender, make_encoder
+from experiments import evidence
 
 HERE = Path(__file__).parent
-COMMAND = "python benchmarks/scaling.py"
+COMMAND = "python -m benchmarks.scaling"
 BATCH = 64
 PIECE = 10_000
 BATCHES = 200

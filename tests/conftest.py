@@ -1,7 +1,10 @@
 """Crystals that several tests use."""
 
-from collections.abc import Iterable, Iterator
+import os
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -9,16 +12,20 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from crysldnet.data.crystals import Crystals
-from crysldnet.data.locations import open_store
+from crysldnet.data.datasets import CACHE_VARIABLE, open_store
 from crysldnet.data.store import CrystalStore
+from crysldnet.graphs.crystals import Crystals
 from crysldnet.training import plots
 
 DRAW = {name: getattr(plots, name) for name in ("learning_curves", "parity", "reliability")}
 
 
 def pytest_configure() -> None:
-    """Compute on one thread: tensors are small here, and threads that wait for a core are slower than none."""
+    """Compute on one thread: tensors are small here, and threads that wait for a core are slower than none.
+
+    Nothing is left in the user's cache.
+    """
+    os.environ[CACHE_VARIABLE] = "none"
     torch.set_num_threads(1)
 
 
@@ -121,3 +128,22 @@ TRICLINIC = cell(
 @pytest.fixture(scope="session")
 def starter() -> CrystalStore:
     return open_store("embedded:mp_starter")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """A file system of 8 MiB, and a function that fills it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.decode().strip()}")
+
+    def fill() -> None:
+        with (folder / "filler").open("wb") as file:
+            while os.statvfs(folder).f_bavail:
+                file.write(bytes(os.statvfs(folder).f_frsize))
+                file.flush()
+
+    yield folder, fill
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from conftest import Cell, put_together
-from crysldnet.data.batch import CrystalBatch, make_batch
 from crysldnet.encoders.cartnet import CartNet
 from crysldnet.encoders.cgcnn import CGCNN
 from crysldnet.encoders.cogn import CoGN
@@ -17,6 +16,7 @@ from crysldnet.encoders.neighbor_attention import NeighborAttention
 from crysldnet.encoders.pddformer import PDDFormer
 from crysldnet.encoders.potnet import PotNet
 from crysldnet.encoders.protocol import Encoder
+from crysldnet.graphs.batch import CrystalBatch, make_batch
 
 WIDTH = 16
 CLASSES: dict[str, type[Encoder]] = {

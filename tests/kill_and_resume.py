@@ -24,8 +24,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from crysldnet import cli, pretrain
-from crysldnet.stopping import RUN_NAME
-from crysldnet.training import checkpoint
+from crysldnet.artifacts import model_file
+from crysldnet.signals import RUN_NAME
 from crysldnet.training.checkpoint_file import verify
 from tiny import DENOISER, ENCODER, QUIET, repeatable
 
@@ -149,7 +149,7 @@ def lines_of(file: Path) -> int:
 def weights(run: Path, stages: tuple[str, ...] = ("vae", "diffusion")) -> dict[str, torch.Tensor]:
     found = {}
     for stage in stages:
-        state = checkpoint.read(run / stage / "pretraining.safetensors", "pretraining")[1]
+        state = model_file.read(run / stage / "pretraining.safetensors", "pretraining")[1]
         found |= {f"{stage}.{name}": tensor for name, tensor in state.items()}
     return found
 

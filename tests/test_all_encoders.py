@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from crysldnet.artifacts import model_file
 from crysldnet.cli import run
 from crysldnet.config import choices
-from crysldnet.data.locations import EMBEDDED
-from crysldnet.training import checkpoint
+from crysldnet.data.datasets import EMBEDDED
 from encoders import CLASSES, SMALL, WIDTH
 from tiny import DENOISER, QUIET, subset
 
@@ -32,11 +32,12 @@ def test_encoder_goes_the_whole_way(name: str, few: Path, tmp_path: Path) -> Non
     stages = ["stages.vae.epochs=1", "stages.diffusion.epochs=1", "objective.hidden=16"]
     assert run(["pretrain", f"encoder={name}", *tiny, *stages, *DENOISER, *common]) == 0
     encoder = tmp_path / "pretrain" / "a" / "encoder.safetensors"
-    info, before = checkpoint.read(encoder, "encoder")
+    info, before = model_file.read(encoder, "encoder")
     assert info["encoder"]["_target_"].endswith(f".{CLASSES[name].__name__}")
 
-    assert run(["finetune", f"pretrained={encoder}", "epochs=1", "min_steps=0", "optimizer.lr=1e-9", *common]) == 0
-    _, after = checkpoint.read(tmp_path / "finetune" / "a" / "model.safetensors", "property_model")
+    brief = ["epochs=1", "min_steps=0", "baselines=false", "optimizer.lr=1e-9"]
+    assert run(["finetune", f"pretrained={encoder}", *brief, *common]) == 0
+    _, after = model_file.read(tmp_path / "finetune" / "a" / "model.safetensors", "property_model")
     for key, weight in before.items():
         if "running_" not in key and "num_batches" not in key:
             assert (after[f"encoder.{key}"] - weight).abs().max() < 1e-6, key

@@ -9,9 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from crysldnet import build as build_module
+from crysldnet.artifacts import model_file
 from crysldnet.encoders.pddformer import PDDFormer
 from crysldnet.errors import CheckpointError
-from crysldnet.training import checkpoint
 
 CONFIG = {"_target_": "crysldnet.encoders.pddformer.PDDFormer", "width": 16, "layers": 2, "k": 6, "n_basis": 8}
 
@@ -25,25 +25,47 @@ def encoder():
 @pytest.fixture
 def written(encoder, tmp_path):
     path = tmp_path / "encoder.safetensors"
-    info = checkpoint.encoder_info(encoder, CONFIG, {"data": "made for a test"})
-    checkpoint.write(path, "encoder", encoder.state_dict(), info)
+    info = model_file.encoder_info(encoder, CONFIG, {"data": "made for a test"})
+    model_file.write(path, "encoder", encoder.state_dict(), info)
     return path
 
 
 def rewrite(path, *, state=None, info=None, kind="encoder"):
     """Write the file again with some of it changed, its digests correct."""
-    old_info, old_state = checkpoint.read(path, "encoder")
+    old_info, old_state = model_file.read(path, "encoder")
     old_info = {k: v for k, v in old_info.items() if k not in ("kind",)}
-    checkpoint.write(path, kind, {**old_state, **(state or {})}, {**old_info, **(info or {})})
+    model_file.write(path, kind, {**old_state, **(state or {})}, {**old_info, **(info or {})})
 
 
 def test_an_encoder_comes_back_bit_for_bit(encoder, written):
-    loaded, info = checkpoint.load_encoder(written)
+    loaded, info = model_file.load_encoder(written)
     assert info["provenance"] == {"data": "made for a test"}
     assert loaded.state_dict().keys() == encoder.state_dict().keys()
     assert all(
         torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), encoder.state_dict().values(), strict=True)
     )
+
+
+def test_an_encoder_in_16_bits_is_half_as_large_and_says_nearly_the_same(encoder, written, tmp_path):
+    out = tmp_path / "half.safetensors"
+    model_file.write_half_precision(written, out)
+    loaded, info = model_file.load_encoder(out)
+    assert info["provenance"] == {"data": "made for a test"}
+    for name, value in encoder.state_dict().items():
+        assert loaded.state_dict()[name].dtype == value.dtype
+        torch.testing.assert_close(loaded.state_dict()[name], value, rtol=1e-3, atol=1e-6)
+    numbers = sum(value.nbytes for value in encoder.state_dict().values() if value.is_floating_point())
+    assert written.stat().st_size - out.stat().st_size >= 0.49 * numbers
+
+
+def test_a_weight_that_16_bits_cannot_hold_is_refused(written, tmp_path):
+    rewrite(
+        written,
+        state={"species.weight": torch.full_like(model_file.read(written, "encoder")[1]["species.weight"], 1e6)},
+    )
+    with pytest.raises(CheckpointError, match=r"in 16 bits diverged: species.weight"):
+        model_file.write_half_precision(written, tmp_path / "half.safetensors")
+    assert not (tmp_path / "half.safetensors").exists()
 
 
 def test_the_keys_of_the_shared_encoder_are_a_contract():
@@ -72,47 +94,47 @@ def test_the_keys_of_the_shared_encoder_are_a_contract():
 
 
 def test_a_missing_key_is_named(encoder, written):
-    _, state = checkpoint.read(written, "encoder")
+    _, state = model_file.read(written, "encoder")
     del state["species.weight"]
-    checkpoint.write(written, "encoder", state, checkpoint.encoder_info(encoder, CONFIG, {}))
+    model_file.write(written, "encoder", state, model_file.encoder_info(encoder, CONFIG, {}))
     with pytest.raises(CheckpointError, match=r"missing \(species\.weight\)"):
-        checkpoint.load_encoder(written)
+        model_file.load_encoder(written)
 
 
 def test_a_surplus_key_is_named(written):
     rewrite(written, state={"stranger": torch.zeros(2)})
     with pytest.raises(CheckpointError, match=r"surplus \(stranger\)"):
-        checkpoint.load_encoder(written)
+        model_file.load_encoder(written)
 
 
 def test_a_misshapen_tensor_is_named(written):
     rewrite(written, state={"species.bias": torch.zeros(17)})
     with pytest.raises(CheckpointError, match=r"species\.bias has shape \[17\], the model needs \[16\]"):
-        checkpoint.load_encoder(written)
+        model_file.load_encoder(written)
 
 
 def test_other_graph_settings_are_refused(written):
-    info, _ = checkpoint.read(written, "encoder")
+    info, _ = model_file.read(written, "encoder")
     rewrite(written, info={"graph": {**info["graph"], "k": 7}})
     with pytest.raises(CheckpointError, match="k=7"):
-        checkpoint.load_encoder(written)
+        model_file.load_encoder(written)
 
 
 def test_a_newer_format_is_refused(written):
-    rewrite(written, info={"format_version": checkpoint.FORMAT_VERSION + 1})
-    with pytest.raises(CheckpointError, match=rf"format version is {checkpoint.FORMAT_VERSION + 1}.*upgrade"):
-        checkpoint.load_encoder(written)
+    rewrite(written, info={"format_version": model_file.FORMAT_VERSION + 1})
+    with pytest.raises(CheckpointError, match=rf"format version is {model_file.FORMAT_VERSION + 1}.*upgrade"):
+        model_file.load_encoder(written)
 
 
 def test_another_kind_is_refused(written):
     with pytest.raises(CheckpointError, match="kind is 'encoder', where 'property_model' is needed"):
-        checkpoint.load_property_model(written)
+        model_file.load_property_model(written)
 
 
 def test_an_encoder_that_is_not_on_the_list_is_refused(written):
     rewrite(written, info={"encoder": {"_target_": "os.system", "command": "true"}})
     with pytest.raises(CheckpointError, match="not on the list"):
-        checkpoint.load_encoder(written)
+        model_file.load_encoder(written)
 
 
 def test_any_flipped_byte_is_found_and_the_tensor_named(written):
@@ -123,13 +145,13 @@ def test_any_flipped_byte_is_found_and_the_tensor_named(written):
         damaged[place] ^= 1
         written.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"tensor '.*' is damaged"):
-            checkpoint.load_encoder(written)
+            model_file.load_encoder(written)
     for place in range(0, header, max(1, header // 60)):
         damaged = bytearray(content)
         damaged[place] ^= 1
         written.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=str(written)):
-            checkpoint.load_encoder(written)
+            model_file.load_encoder(written)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.999])
@@ -137,7 +159,7 @@ def test_a_truncated_file_is_refused(written, share):
     content = written.read_bytes()
     written.write_bytes(content[: int(share * len(content))])
     with pytest.raises(CheckpointError, match="cut off"):
-        checkpoint.load_encoder(written)
+        model_file.load_encoder(written)
 
 
 def test_a_pickle_is_never_unpickled(tmp_path):
@@ -148,10 +170,10 @@ def test_a_pickle_is_never_unpickled(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(pickle.dumps(Trap()))
     with pytest.raises(CheckpointError):
-        checkpoint.load_encoder(path)
+        model_file.load_encoder(path)
     torch.save({"state": Trap()}, path)
     with pytest.raises(CheckpointError):
-        checkpoint.load_encoder(path)
+        model_file.load_encoder(path)
     assert not (tmp_path / "owned").exists()
 
 
@@ -159,9 +181,9 @@ def test_a_file_of_someone_else_is_refused(tmp_path):
     path = tmp_path / "encoder.safetensors"
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match="not written by crysldnet"):
-        checkpoint.load_encoder(path)
+        model_file.load_encoder(path)
     with pytest.raises(CheckpointError, match="no such file"):
-        checkpoint.load_encoder(tmp_path / "nothing")
+        model_file.load_encoder(tmp_path / "nothing")
 
 
 def test_metadata_is_plain_json(written):

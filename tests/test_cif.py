@@ -1,6 +1,7 @@
 """What a CIF leaves to its reader: symmetry, special positions, settings, and what is refused rather than guessed."""
 
 import csv
+import time
 import warnings
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import pytest
 from pymatgen.core import Lattice, Structure
 from pymatgen.io.cif import CifParser
 
-from crysldnet.data.formats import cif
-from crysldnet.data.importer import import_crystals
-from crysldnet.data.structure_files import parse_structure
 from crysldnet.errors import DataError
+from crysldnet.readers import cif, cif_cell
+from crysldnet.readers.structure_files import parse_structure
+from crysldnet.tools.importer.importer import import_crystals
 
 CUBIC = (5.4, 5.4, 5.4, 90, 90, 90)
 HEXAGONAL = (3.2, 3.2, 5.2, 90, 90, 120)
@@ -70,7 +71,7 @@ def test_an_atom_is_moved_far_only_with_a_note_and_a_split_site_is_not_merged(tm
     for offset, count, noted in ((0.0005, 1, False), (0.004, 1, True), (0.006, 2, False)):
         notes: list[str] = []
         crystal = read(text_of(CUBIC, [f"Po1 {offset} 0.2 0.3"], MIRROR), notes)
-        assert (len(crystal), cif.NOTE_MOVED in notes) == (count, noted)
+        assert (len(crystal), cif_cell.NOTE_MOVED in notes) == (count, noted)
     (tmp_path / "split.cif").write_text(text_of(CUBIC, ["Po1 0.03 0.2 0.3"], MIRROR))
     report = import_crystals(tmp_path / "split.cif", tmp_path / "s.store")
     assert report.report_path is not None
@@ -214,3 +215,167 @@ def test_what_could_only_be_guessed_is_refused(name: str) -> None:
     text, pattern = REFUSED[name]
     with pytest.raises(DataError, match=pattern):
         read(text)
+
+
+ROCK_SALT = (5.64, 5.64, 5.64, 90, 90, 90)
+CUO = (4.684, 3.423, 5.129, 90, 99.54, 90)
+WITHOUT_CENTRING = "loop_\n_symmetry_equiv_pos_as_xyz\nx,y,z\nx,-y,z+1/2"
+TRANSLATIONS = "loop_\n_symmetry_equiv_pos_as_xyz\nx,y,z\nx-1,y,z"
+
+
+def stated(name: str, *, formula: str = "", units: object = "") -> str:
+    """Write what a file states besides its operations."""
+    tags = {"_symmetry_space_group_name_H-M": name, "_chemical_formula_sum": formula, "_cell_formula_units_Z": units}
+    return "\n".join(f"{tag} '{value}'" for tag, value in tags.items() if value != "")
+
+
+@pytest.mark.parametrize(
+    ("cell", "sites", "name", "operations_listed", "formula"),
+    [
+        (CUO, ["Cu1 .25 .25 0", "O1 0 .418 .25"], "C 1 c 1", WITHOUT_CENTRING, "Cu O"),
+        (ROCK_SALT, TWO, "F m -3 m", TRANSLATIONS, "Na Cl"),
+    ],
+    ids=["no centring", "identity alone"],
+)
+def test_operations_that_contradict_the_name_are_refused_or_replaced_with_a_note_where_z_decides(
+    cell: tuple[float, ...], sites: list[str], name: str, operations_listed: str, formula: str
+) -> None:
+    whole = read(text_of(cell, sites, operations(name)))
+    notes: list[str] = []
+    symmetry = (stated(name, formula=formula, units=4), operations_listed)
+    assert_same(read(text_of(cell, sites, *symmetry), notes), whole)
+    assert notes == [cif.NOTE_NAMED]
+    for formula_too, units in (("", ""), (formula, ""), ("", 4), (formula, 3)):
+        with pytest.raises(DataError, match=f"its symmetry operations are of space group P 1 .*names {name}"):
+            read(text_of(cell, sites, stated(name, formula=formula_too, units=units), operations_listed))
+
+
+def test_operations_are_believed_against_the_name_where_z_or_a_second_name_agrees_with_them() -> None:
+    notes: list[str] = []
+    listed = operations("P m -3 m")
+    salt = read(text_of(CUBIC, TWO, stated("F m -3 m", formula="Na Cl", units=1), listed), notes)
+    assert (len(salt), notes) == (2, [cif.NOTE_LISTED])
+    notes = []
+    read(text_of(CUBIC, TWO, stated("P m -3 m"), "_symmetry_Int_Tables_number 222", listed), notes)
+    assert notes == [cif.NOTE_LISTED]
+
+
+def test_atoms_listed_in_full_beside_the_name_of_their_space_group_are_no_contradiction() -> None:
+    whole = read(text_of(ROCK_SALT, TWO, operations("F m -3 m")))
+    sites = [f"{site.specie.symbol}1 {' '.join(map(str, site.frac_coords))}" for site in whole]
+    notes: list[str] = []
+    assert_same(read(text_of(ROCK_SALT, sites, stated("F m -3 m"), TRANSLATIONS), notes), whole)
+    assert notes == []
+    with pytest.raises(DataError, match="names F m -3 m"):  # one atom is missing
+        read(text_of(ROCK_SALT, sites[1:], stated("F m -3 m"), TRANSLATIONS))
+
+
+@pytest.mark.parametrize("shift", ["x+1/8,y,z", "x,y+1/4,z-1/8"])
+def test_operations_in_a_setting_that_no_table_has_agree_with_the_name(shift: str) -> None:
+    move = gemmi.Op(shift)
+    moved = [
+        (move * op * move.inverse()).wrap().triplet() for op in gemmi.find_spacegroup_by_name("P n m a").operations()
+    ]
+    notes: list[str] = []
+    symmetry = (stated("P b n m"), "\n".join(["loop_", "_symmetry_equiv_pos_as_xyz", *moved]))
+    crystal = read(text_of((5.1, 6.2, 7.3, 90, 90, 90), ["Si1 0.137 0.219 0.041"], *symmetry), notes)
+    assert (len(crystal), notes) == (8, [])
+
+
+def test_a_hall_symbol_that_no_table_has_is_read() -> None:
+    cell, sites = (5.1, 6.2, 7.3, 90, 100, 90), ["Si1 0.137 0.219 0.041"]
+    shifted = read(text_of(cell, sites, "_symmetry_space_group_name_Hall '-P 2yc (x,y,z+1/4)'"))
+    assert len(shifted) == 4
+    centred = read(text_of(cell, ["Si1 0.137 0.219 0.291"], operations("P 1 2/c 1")))
+    assert_same(shifted, centred)
+
+
+def test_what_a_file_states_of_its_cell_and_its_atoms_do_not_give_is_noted() -> None:
+    salt = operations("F m -3 m")
+    multiplicity = "label fract_x fract_y fract_z symmetry_multiplicity"
+    for text, noted in (
+        (text_of(CUBIC, TWO, salt, stated("F m -3 m", formula="Na Cl", units=4)), []),
+        (text_of(CUBIC, TWO, salt, stated("F m -3 m", formula="Na4 Cl4", units=4)), []),  # as pymatgen writes it
+        (text_of(CUBIC, TWO, salt, stated("F m -3 m", formula="Na Cl", units=2)), [cif.NOTE_UNITS]),
+        (
+            text_of(CUBIC, TWO, salt, stated("F m -3 m", formula="Na Cl H2", units=2)),
+            [cif.NOTE_FORMULA, cif.NOTE_UNITS],
+        ),
+        (text_of(CUBIC, TWO, salt, "_cell_volume 157.46"), []),
+        (text_of(CUBIC, TWO, salt, "_cell_volume 175.46(2)"), [cif.NOTE_VOLUME]),
+        (text_of(CUBIC, [f"{site} 4" for site in TWO], salt, columns=multiplicity), []),
+        (text_of(CUBIC, [f"{site} 48" for site in TWO], salt, columns=multiplicity), []),  # as SHELX writes it
+        (text_of(CUBIC, [f"{site} ?" for site in TWO], salt, columns=multiplicity), []),
+        (text_of(CUBIC, [f"{site} 8" for site in TWO], salt, columns=multiplicity), [cif.NOTE_MULTIPLICITY]),
+    ):
+        notes: list[str] = []
+        read(text, notes)
+        assert notes == noted, text
+
+
+def test_a_file_without_symmetry_that_has_fewer_atoms_than_it_states_is_refused() -> None:
+    with pytest.raises(DataError, match="states no symmetry, and has other atoms than Z = 4 formula units"):
+        read(text_of(CUBIC, TWO, stated("", formula="Na Cl", units=4)))
+
+
+@pytest.mark.parametrize(
+    ("labels", "formula", "elements"),
+    [
+        (["CO1", "O1"], "Co O", "Co O"),
+        (["CO1", "O1"], "C O", "C O"),
+        (["CO1", "O1"], "CO O", "Co O"),
+        (["CO1", "C1", "O1"], "C O Co", "Co C O"),
+        (["HO1", "C1", "O1"], "C2 H2 O2", "H C O"),
+        (["NB1", "O1"], "O2 Nb", "Nb O"),
+        (["CS1", "CL1"], "Cs Cl", "Cs Cl"),
+        (["CS1", "CL1"], "CS CL", "Cs Cl"),
+        (["CA1", "C1", "O1"], "C2 H4 O Na", "C C O"),  # other atoms are missing
+        (["Co1", "O1"], "C O", "Co O"),  # not in capitals: nothing to decide, and noted
+        (["SiA", "O1"], "O2 Si", "Si O"),
+    ],
+)
+def test_a_label_in_capitals_is_decided_by_the_formula(labels: list[str], formula: str, elements: str) -> None:
+    sites = [f"{label} {place} {place} 0" for label, place in zip(labels, ("0", ".25", ".5"), strict=False)]
+    crystal = read(text_of(CUBIC, sites, f"_chemical_formula_sum '{formula}'"))
+    assert [site.specie.symbol for site in crystal] == elements.split()
+
+
+@pytest.mark.parametrize("formula", ["?", "C O Co", "Na O", "(Co,Ni)O"])
+def test_a_label_in_capitals_that_the_formula_does_not_decide_is_refused(formula: str) -> None:
+    sites = ["CO1 0 0 0", "CO2 .25 .25 0", "O1 .5 .5 0"]
+    with pytest.raises(DataError, match="site CO1 is Co or C, and the formula doesn't tell which"):
+        read(text_of(CUBIC, sites, f"_chemical_formula_sum '{formula}'"))
+
+
+def test_the_elements_that_a_file_lists_decide_labels_where_it_has_no_formula() -> None:
+    crystal = read(text_of(CUBIC, ["CO1 0 0 0", "O1 .5 .5 0"], "loop_\n_atom_type_symbol\nCo2+\nO2-"))
+    assert [site.specie.symbol for site in crystal] == ["Co", "O"]
+
+
+def test_only_a_tag_that_decides_on_the_crystal_must_not_stand_there_twice() -> None:
+    salt = operations("F m -3 m")
+    for twice in ("_chemical_formula_sum 'Na Cl'\n_chemical_formula_sum ''", "_journal_year 1920\n_journal_year 1921"):
+        assert len(read(text_of(CUBIC, TWO, twice, salt))) == 8
+    assert len(read(text_of(CUBIC, TWO, "_cell_length_a 5.4", salt))) == 8  # the same value
+    for tag in ("_cell_length_a 5.41", "_symmetry_Int_Tables_number 225\n_symmetry_Int_Tables_number 227"):
+        with pytest.raises(DataError, match="stands there twice"):
+            read(text_of(CUBIC, TWO, tag, salt))
+
+
+def test_more_operations_than_any_space_group_are_refused_at_once_and_those_of_a_supercell_read() -> None:
+    def loop(triplets: list[str]) -> str:
+        return "\n".join(["loop_", "_symmetry_equiv_pos_as_xyz", *triplets])
+
+    steps = range(24)
+    many = [f"x+{i}/24,y+{j}/24,z+{k}/24" for i in steps for j in steps for k in steps]
+    start = time.process_time()
+    with pytest.raises(DataError, match="13824 symmetry operations, more than any space group"):
+        read(text_of(CUBIC, ["Po1 0 0 0"], loop(many)))
+    halves = [gemmi.Op(f"x+{i}/2,y+{j}/2,z+{k}/2") for i in (0, 1) for j in (0, 1) for k in (0, 1)]
+    half = gemmi.Op("x/2,y/2,z/2")
+    group = [half * op * half.inverse() for op in gemmi.find_spacegroup_by_name("P m -3 m").operations()]
+    supercell = [(shift * op).wrap().triplet() for op in group for shift in halves]
+    notes: list[str] = []
+    crystal = read(text_of((6.8, 6.8, 6.8, 90, 90, 90), ["Po1 0 0 0"], stated("P m -3 m"), loop(supercell)), notes)
+    assert (len(crystal), notes) == (8, [])
+    assert time.process_time() - start < 2

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from crysldnet import cli, finetune
-from crysldnet.data.locations import EMBEDDED
+from crysldnet.data.datasets import EMBEDDED
 from crysldnet.errors import CrysldnetError
 from tiny import DENOISER, ENCODER, QUIET, finetune_config, subset
 
@@ -49,8 +49,8 @@ def test_pretrain_finetune_predict_from_an_empty_folder(tmp_path, small):
     done = crysldnet("pretrain", *TINY, *DENOISER, *short, *stages, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "masked species found" in done.stdout
-    encoder = "runs/pretrain/latest/encoder.safetensors"
-    done = crysldnet("finetune", f"pretrained={encoder}", *QUIET, *short, "epochs=1", "min_steps=0", cwd=tmp_path)
+    encoder, brief = "runs/pretrain/latest/encoder.safetensors", ["epochs=1", "min_steps=0", "baselines=false"]
+    done = crysldnet("finetune", f"pretrained={encoder}", *QUIET, *short, *brief, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "MAE (eV/atom)" in done.stdout
     done = crysldnet("predict", "model=runs/finetune/latest", f"files={EXAMPLES}/*.cif", cwd=tmp_path)

@@ -10,10 +10,12 @@ from crysldnet import build as build_module
 from crysldnet.build import TARGET, build, check
 from crysldnet.cli import COMMANDS, run
 from crysldnet.config import PRESETS, arguments_for, choices, compose, conf_folder, validate
-from crysldnet.data.graph import GraphSpec
 from crysldnet.errors import ConfigError
 from crysldnet.finetune import FinetuneConfig
+from crysldnet.graphs.spec import GraphSpec
+from crysldnet.inference.predict import PredictConfig
 from crysldnet.pretrain import PretrainConfig, build_model
+from crysldnet.tools.matbench.settings import recipe_arguments
 
 GROUPS = ["data", "encoder", "objective", "denoiser", "head", "optimizer", "trainer", "strategy", "logger"]
 
@@ -93,7 +95,7 @@ def test_a_preset_of_another_command_is_refused():
 
 
 def test_every_yaml_lies_where_a_test_reads_it():
-    known = {*GROUPS, "preset", "sweep"}
+    known = {*GROUPS, "preset", "published", "sweep"}
     assert {p.name for p in conf_folder().iterdir() if p.is_dir()} == known
     assert {p.stem for p in conf_folder().glob("*.yaml")} == set(COMMANDS)
 
@@ -194,8 +196,8 @@ def test_an_encoder_of_ones_own_can_be_allowed(monkeypatch):
     name = "torch.optim.swa_utils.AveragedModel"
     with pytest.raises(ConfigError):
         build({TARGET: name})
-    build_module.allow("crysldnet.data.graph.GraphSpec")
-    assert build({TARGET: "crysldnet.data.graph.GraphSpec", "k": 7}).k == 7
+    build_module.ALLOWED.add("crysldnet.graphs.spec.GraphSpec")
+    assert build({TARGET: "crysldnet.graphs.spec.GraphSpec", "k": 7}).k == 7
 
 
 def test_conf_is_found_beside_the_source():
@@ -225,3 +227,45 @@ def test_a_configuration_is_composed_again_from_its_arguments(command: str, word
     assert compose(command, arguments).values == values
     assert len(arguments) < 30
     assert arguments_for(command, {**values, "unknown": 3}) is None
+
+
+@pytest.mark.parametrize("text", ["${oc.env:CRYSLDNET_SECRET}", "a ${seed} ${oc.env:CRYSLDNET_SECRET, x}", "${now:}"])
+def test_a_file_from_elsewhere_cannot_use_a_resolver_and_the_refusal_names_the_key(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("CRYSLDNET_SECRET", "read")
+    data, preset = tmp_path / "data.yaml", tmp_path / "preset.yaml"
+    data.write_text((conf_folder() / "data" / "starter.yaml").read_text() + f"name: '{text}'\n")
+    preset.write_text(f"optimizer:\n  betas: [0.9, '{text}']\n")
+    for file, key in ((data, "data.name"), (preset, "optimizer.betas")):
+        with pytest.raises(ConfigError, match=rf"{file}: {key}: .* isn't resolved in a file; .* give {key}=") as caught:
+            compose("finetune", [f"{file.stem}={file}"])
+        assert caught.value.key == key
+    with pytest.raises(ConfigError, match=r"recipes: .* write what it stands for"):
+        recipe_arguments(f"'optimizer.lr={text}'")
+    words = ["runs/a", f"runs/{text}"]
+    assert compose("report", words).values["runs"] == words
+
+
+def test_the_command_line_can_use_a_resolver(monkeypatch):
+    monkeypatch.setenv("CRYSLDNET_FOLDER", "/scratch")
+    assert compose("finetune", ["runs=${oc.env:CRYSLDNET_FOLDER}/runs"]).values["runs"] == "/scratch/runs"
+
+
+@pytest.mark.parametrize(
+    ("command", "argument", "meant"),
+    [
+        ("finetune", "lr=1e-3", r"lr: unknown key; did you mean optimizer\.lr\?"),
+        ("finetune", "batch_size=8", r"did you mean data\.batch_size\?"),
+        ("pretrain", "device=cpu", r"did you mean trainer\.accelerator\?"),
+        (
+            "pretrain",
+            "epochs=3",
+            r"did you mean stages\.vae\.epochs or stages\.diffusion\.epochs\?|stages\.diffusion\.epochs or",
+        ),
+        ("predict", "file=a.cif", r"file: unknown key; did you mean files\?"),
+        ("finetune", "optimizer.lrr=1", "did you mean 'lr'"),
+    ],
+)
+def test_a_key_without_its_group_is_found(command, argument, meant):
+    schema = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "predict": PredictConfig}[command]
+    with pytest.raises(ConfigError, match=meant):
+        validate(compose(command, [argument, *(["model=a"] if command == "predict" else [])]), schema)

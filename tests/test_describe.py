@@ -12,14 +12,14 @@ import pytest
 
 from conftest import cell, cells_of, put_together
 from crysldnet import cli
-from crysldnet.data.crystals import Crystals
-from crysldnet.data.describe import Histogram, as_text, describe, find_suspicious
-from crysldnet.data.description_page import page
 from crysldnet.data.elements import SYMBOLS
-from crysldnet.data.periodic_table import place_of
 from crysldnet.data.schema import table_from_crystals
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
+from crysldnet.graphs.crystals import Crystals
+from crysldnet.html.periodic_table import place_of
+from crysldnet.tools.datacheck.describe import Histogram, as_text, describe, find_suspicious
+from crysldnet.tools.datacheck.description_page import page
 from html_page import assert_self_contained
 from tiny import subset
 

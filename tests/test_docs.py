@@ -26,26 +26,27 @@ import pytest
 import yaml
 
 from conftest import drawing
-from crysldnet import __version__, cli
+from crysldnet import __version__, cli, plugins
 from crysldnet import build as build_module
 from crysldnet.build import TARGET
 from crysldnet.config import PRESETS, choices, compose, conf_folder, validate
-from crysldnet.data import locations
-from crysldnet.data.published.catalog import definition_of
+from crysldnet.data import datasets
+from crysldnet.data.catalog import definition_of
 from crysldnet.data.split import Split
 from crysldnet.errors import CrysldnetError
-from crysldnet.stopping import RUN_NAME
+from crysldnet.signals import RUN_NAME
 from tiny import DENOISER, ENCODER, QUIET, environment_of_a_shell, subset
 
 ROOT = Path(__file__).parents[1]
 CPU = ["trainer.accelerator=cpu", "trainer.log_every=1", "data.batch_size=16"]
 SHORT = {
     "pretrain": ["stages.vae.epochs=1", "stages.diffusion.epochs=1"],
-    "finetune": ["epochs=1", "min_steps=0"],
+    "finetune": ["epochs=1", "min_steps=0", "baselines=false"],
 }
 RUN_ELSEWHERE = {
     "matbench": "test_matbench.py runs all folds",
     "sweep": "test_sweep.py runs a sweep",
+    "folds=5": "test_cross_validation.py runs three folds",
     "strategy=ddp": "test_strategies.py runs two processes",
     "strategy=fsdp2": "test_strategies.py runs two processes",
     "logger=wandb": "test_wandb.py reads an offline run",
@@ -237,6 +238,7 @@ class Reader:
             self.ran.append(line)
             return
         composition = compose(command, arguments[1:])
+        plugins.load(composition.values.get("plugins", ()))
         settings = validate(composition, schema_of(command))
         if RUN_ELSEWHERE.keys() & {*arguments}:
             check_further(command, settings)
@@ -257,7 +259,9 @@ class Reader:
         tiny = [] if encoder.endswith(".yaml") else ENCODER if encoder.startswith("pddformer") else OTHER_ENCODER
         fresh = given.get("pretrained", "none") == "none"
         added = [*QUIET, *CPU, *SHORT[command], *(tiny if fresh else [])]
-        added += DENOISER if command == "pretrain" else []
+        added += (
+            [word for word in DENOISER if "stage" not in given or word != "stage=both"] if command == "pretrain" else []
+        )
         added += [] if "name" in given else [f"name=example-{len(self.ran)}"]
         return [command, *rest, *added]
 
@@ -275,16 +279,13 @@ class Reader:
 def check_further(command: str, settings: Any) -> None:
     """Check what the types can't say of a command that isn't run here."""
     if command == "matbench":
-        from crysldnet.matbench.settings import check_settings
+        from crysldnet.tools.matbench.settings import check_settings
 
         check_settings(settings)
-    if command == "sweep" and find_spec("sweeps") is not None:
-        from crysldnet.sweep import check_parameters, load_sweep, propose
+    if command == "sweep" and find_spec("optuna") is not None:
+        from crysldnet.tools.sweep import check_parameters, load_sweep
 
-        sweep = load_sweep(settings.sweep)
-        first = propose(sweep, [], settings.seed)
-        assert first is not None
-        check_parameters(sweep, first, shlex.split(settings.args))
+        check_parameters(load_sweep(settings.sweep), shlex.split(settings.args))
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +294,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("embedded")
     subset(folder / "mp_starter.parquet", train=48, val=12, test=12)
     for name in ("matbench_jdft2d", "matbench_phonons"):
-        pq.write_table(pq.read_table(locations.EMBEDDED / f"{name}.parquet").slice(0, 60), folder / f"{name}.parquet")
+        pq.write_table(pq.read_table(datasets.EMBEDDED / f"{name}.parquet").slice(0, 60), folder / f"{name}.parquet")
     return folder
 
 
@@ -303,8 +304,9 @@ def in_folder(folder: Path, embedded: Path, patch: pytest.MonkeyPatch) -> None:
         (folder / name).symlink_to(ROOT / name)
     patch.chdir(folder)
     patch.syspath_prepend(str(folder))
-    patch.setattr(locations, "EMBEDDED", embedded)
-    patch.setattr(build_module, "ALLOWED", set(build_module.ALLOWED))
+    patch.setattr(datasets, "EMBEDDED", embedded)
+    patch.setattr(build_module, "PLUGINS", set(build_module.PLUGINS))
+    patch.setenv(plugins.VARIABLE, "")
 
 
 @pytest.fixture(scope="module")
@@ -393,7 +395,9 @@ def test_every_key_of_a_command_is_documented_with_its_default(command: str) -> 
     assert all(group in text for group in groups)
 
 
-GROUPS = sorted(p.name for p in conf_folder().iterdir() if p.is_dir() and p.name not in ("preset", "sweep"))
+GROUPS = sorted(
+    p.name for p in conf_folder().iterdir() if p.is_dir() and p.name not in ("preset", "published", "sweep")
+)
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -474,9 +478,9 @@ def string_constants(pattern: str) -> list[str]:
 @pytest.mark.parametrize(
     ("page", "title", "column", "code"),
     [
-        ("docs/data.md", "## What can't be used", -1, "data/**/*.py"),
-        ("docs/checkpoints.md", "## What is refused", -1, "training/*.py"),
-        ("docs/pretrain.md", "## What it prints", 0, "pretrain.py"),
+        ("docs/data.md", "## What can't be used", -1, "*/**/*.py"),
+        ("docs/checkpoints.md", "## What is refused", -1, "artifacts/*.py"),
+        ("docs/pretrain.md", "## What it prints", 0, "pretrain/*.py"),
     ],
 )
 def test_every_message_that_a_page_quotes_is_in_the_code(page: str, title: str, column: int, code: str) -> None:
@@ -504,11 +508,11 @@ def test_files_metrics_and_summary_of_a_run_are_on_its_page(started: Path) -> No
 
 
 def test_what_exported_files_say_of_themselves_is_on_their_page(started: Path) -> None:
-    from crysldnet.training import checkpoint
+    from crysldnet.artifacts import model_file
 
     names = set(quoted(section("docs/checkpoints.md", "## What a file says of itself")))
-    encoder, _ = checkpoint.read(started / "pretrain" / "begun" / "encoder.safetensors", "encoder")
-    model, state = checkpoint.read(started / "finetune" / "begun" / "model.safetensors", "property_model")
+    encoder, _ = model_file.read(started / "pretrain" / "begun" / "encoder.safetensors", "encoder")
+    model, state = model_file.read(started / "finetune" / "begun" / "model.safetensors", "property_model")
     assert {*encoder, *model, *encoder["graph"], *encoder["provenance"]} <= names
     assert {key for key in state if not key.startswith(("encoder.", "head."))} <= names
 
@@ -544,6 +548,17 @@ def test_the_fields_of_a_split_file_are_on_the_data_page(started: Path) -> None:
     said = set(quoted(" ".join(row[0] for row in table_rows(section("docs/data.md", "## Splits")))))
     for run in ("pretrain", "finetune"):
         assert set(json.loads((started / run / "begun" / "split.json").read_text())) <= said
+
+
+def test_every_test_that_the_page_on_reliability_names_exists() -> None:
+    named = 0
+    for cell in (row[-1] for row in table_rows(text_of("docs/reliability.md"))):
+        source = ""
+        for file, name in re.findall(r"`(?:(tests/[\w/]+\.py)(?:::)?)?(test_\w+)?`", cell):
+            source = text_of(file) if file else source
+            assert not name or f"\ndef {name}(" in source, (file, name)
+            named += bool(name)
+    assert named > 30
 
 
 def test_the_citation_file_has_what_its_format_asks_for() -> None:

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from conftest import PEROVSKITE, ROCKSALT, ROCKSALT_CUBE, TRICLINIC, Cell, cell, cells_of, put_together
-from crysldnet.data.batch import CorruptionTargets, CrystalBatch, make_batch
-from crysldnet.data.corruption import Corruption
 from crysldnet.data.store import CrystalStore
 from crysldnet.encoders.bases import ExponentialBasis, GaussianBasis
 from crysldnet.encoders.layers import ComFormerConv, PairMLP, set_factorised
 from crysldnet.encoders.pddformer import DistanceMixing, PDDFormer
+from crysldnet.graphs.batch import CorruptionTargets, CrystalBatch, make_batch
+from crysldnet.graphs.corruption import Corruption
 from crysldnet.models.dit import DiT, sinusoids
 from crysldnet.models.latent import Latent, Posterior
 from crysldnet.models.objectives import Denoising, Published, masked_species
@@ -340,7 +340,7 @@ def test_only_masked_atoms_enter_the_species_loss() -> None:
     torch.manual_seed(3)
     logits, numbers = torch.randn(6, 119).double(), torch.tensor([3, 8, 8, 26, 1, 92])
     masked = torch.tensor([True, False, False, True, False, True])
-    undo = CorruptionTargets(numbers, masked, torch.zeros(6, 3), torch.zeros(1, 3, 3))
+    undo = CorruptionTargets(numbers, masked, torch.zeros(6, 3), torch.zeros(1, 3, 3), torch.zeros(1, 2))
     logits[3, 26] = 50.0
     loss, measures = masked_species(logits, undo)
     expected = -torch.log_softmax(logits, 1)[[0, 3, 5], [3, 26, 92]].mean()
@@ -349,7 +349,7 @@ def test_only_masked_atoms_enter_the_species_loss() -> None:
     changed = logits.clone()
     changed[~masked] += torch.randn(3, 119)
     torch.testing.assert_close(masked_species(changed, undo)[0], loss)
-    none = CorruptionTargets(numbers, torch.zeros(6, dtype=torch.bool), undo.displacement, undo.strain)
+    none = CorruptionTargets(numbers, torch.zeros(6, dtype=torch.bool), undo.displacement, undo.strain, undo.levels)
     assert masked_species(logits, none)[0].item() == 0
 
 

@@ -24,10 +24,11 @@ from conftest import (
     random_triclinic,
     supercell,
 )
-from crysldnet.data.batch import make_batch
 from crysldnet.data.store import CrystalStore
 from crysldnet.encoders.neighbor_attention import NeighborAttention
 from crysldnet.encoders.protocol import Encoder
+from crysldnet.graphs.batch import make_batch
+from crysldnet.graphs.spec import GraphSpec
 from encoders import CLASSES, batch_of, every_crystal_differs, features, settled, small
 from test_symmetry import flat_order, orders, permuted, repeated, rotation, transformed
 
@@ -47,6 +48,7 @@ VARIANTS = {
     "cartnet, invariant": ("cartnet", {"invariant": True}),
     "cogn, asymmetric unit": ("cogn", {"asymmetric_unit": True}),
     "neighbor_attention, rows of 4": ("neighbor_attention", {"slots": 4}),
+    "neighbor_attention, fading": ("neighbor_attention", {"k": 9, "fade": 0.2}),
 }
 CLOSE = {"rtol": 0.0, "atol": 1e-9}
 
@@ -269,6 +271,51 @@ def test_gradient_by_the_edges_agrees_with_finite_differences(name: str) -> None
         return (encoder(replace(batch, edge_vec=edge_vec)) * weights).sum()
 
     assert torch.autograd.gradcheck(total, vectors, eps=1e-6, atol=1e-6)
+
+
+def jump(encoder: Encoder, cells: list[Cell], move: float) -> float:
+    """Return the largest change of any feature when atoms move by so many Å, each in a direction of its own."""
+    rng = np.random.default_rng(6)
+    moved = []
+    for c in cells:
+        step = rng.normal(size=c.frac_coords.shape)
+        step *= move / np.linalg.norm(step, axis=1, keepdims=True)
+        moved.append(c._replace(frac_coords=c.frac_coords + step @ np.linalg.inv(c.lattice)))
+    return (features(moved, encoder) - features(cells, encoder)).abs().max().item()
+
+
+@pytest.mark.parametrize("k", [1, 4, 9, 12, 20])
+def test_features_of_a_fading_graph_follow_its_atoms_without_a_jump(k: int, cells: list[Cell]) -> None:
+    """k cuts through shells of equal distances here: without fading one atom or another falls out at once."""
+    cells = [c for c in cells if len(c.numbers) > 1]
+    fading = settled(small("neighbor_attention", k=k, fade=0.2), cells)
+    assert fading.smooth
+    assert jump(fading, cells, 1e-6) < 1e-4
+    assert jump(fading, cells, 1e-3) < 0.1
+    cut = settled(small("neighbor_attention", k=k), cells)
+    assert not cut.smooth
+    assert jump(cut, cells, 1e-3) > 0.1
+
+
+def test_edges_lose_their_weight_between_the_kth_distance_and_the_cut() -> None:
+    """One neighbor at 2 Å and another beyond: half of its weight is left half way, and all within the first."""
+    encoder = small("neighbor_attention", k=1, fade=0.2).double().eval()
+
+    def first(length: float) -> Tensor:
+        points = np.array([[0, 0, 0], [2.0, 0, 0], [0, length, 0]])
+        return features([cell(np.eye(3) * 30, [8, 1, 9], points / 30)], encoder)[0]
+
+    lone, half, near = first(2.3), first(2.1), first(2.0)
+    assert torch.equal(lone, first(2.25))
+    assert (first(2.2 - 1e-5) - lone).abs().max() < 1e-6
+    assert (half - lone).abs().max() > 1e-3
+    assert (near - half).abs().max() > 1e-3
+
+
+def test_a_file_without_fading_has_the_graph_it_was_trained_on() -> None:
+    encoder = small("neighbor_attention", k=12, slots=14, tolerance=1e-4)
+    assert encoder.graph == GraphSpec(k=12, slots=14, tolerance=1e-4)
+    assert not encoder.smooth
 
 
 def test_angles_are_seen_by_the_own_encoder_where_distances_are_equal() -> None:

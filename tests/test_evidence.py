@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from crysldnet import evidence
+from experiments import evidence
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(p.parent for base in ("experiments", "benchmarks") for p in (ROOT / base).rglob("results.json"))
@@ -25,11 +25,17 @@ def test_the_table_in_the_readme_is_made_from_the_results(folder):
     assert evidence.render(text, records[1:]) != text
 
 
+def test_the_table_on_the_page_of_encoders_is_made_from_the_results():
+    text = (ROOT / "docs" / "encoders.md").read_text()
+    assert evidence.render(text, evidence.read(ROOT / "experiments" / "jumps" / "results.json")) == text
+
+
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_record_says_how_it_was_measured(folder):
     for record in evidence.read(folder / "results.json"):
-        assert record.command.startswith(("python ", "make ", "crysldnet "))
-        assert (ROOT / record.command.split()[1]).exists() or record.command.startswith(("make", "crysldnet"))
+        assert record.command.startswith(("python -m ", "make ", "crysldnet "))
+        module = record.command.split()[2].replace(".", "/") + ".py"
+        assert (ROOT / module).exists() or not record.command.startswith("python")
         assert len(record.commit) >= 7
         assert "*" not in record.commit, "measured with uncommitted changes"
         assert record.machine

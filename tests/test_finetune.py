@@ -13,18 +13,18 @@ import yaml
 
 from conftest import drawing
 from crysldnet import finetune, pretrain
-from crysldnet.data.batch import make_batch
-from crysldnet.data.crystals import from_lists
+from crysldnet.artifacts import model_file
 from crysldnet.data.datamodule import CrystalDataModule
+from crysldnet.data.datasets import open_store
 from crysldnet.data.fingerprint import Fingerprints
-from crysldnet.data.graph import GraphSpec
-from crysldnet.data.locations import open_store
 from crysldnet.data.split import Split
 from crysldnet.data.store import write_store
 from crysldnet.encoders.pddformer import PDDFormer
 from crysldnet.errors import CheckpointError, ConfigError, DataError, DivergedError
+from crysldnet.graphs.batch import make_batch
+from crysldnet.graphs.crystals import from_lists
+from crysldnet.graphs.spec import GraphSpec
 from crysldnet.models.head import PropertyHead, PropertyModel
-from crysldnet.training import checkpoint
 from crysldnet.training.metrics import RegressionErrors
 from tiny import finetune_config, pretrain_config, subset
 
@@ -44,7 +44,7 @@ def run(path, name, *arguments):
 
 
 def weights(folder):
-    return checkpoint.read(folder / "model.safetensors", "property_model")[1]
+    return model_file.read(folder / "model.safetensors", "property_model")[1]
 
 
 def same(a, b):
@@ -63,7 +63,7 @@ def pretrained(small, tmp_path_factory):
 def test_finetuning_starts_from_exactly_the_exported_weights(pretrained, small):
     config, _ = finetune_config(f"pretrained={pretrained}", f"data.path={small}")
     encoder, encoder_config, provenance = finetune.make_encoder(config)
-    _, exported = checkpoint.read(pretrained, "encoder")
+    _, exported = model_file.read(pretrained, "encoder")
     assert same(encoder.state_dict(), exported)
     assert encoder_config["width"] == 32
     assert provenance["stage"] == "vae"
@@ -75,7 +75,7 @@ def test_the_first_epoch_begins_there_too(tmp_path, pretrained, small):
     folder, _ = run(
         tmp_path, "still", f"pretrained={pretrained}", f"data.path={small}", "optimizer.lr=1e-30", "epochs=1"
     )
-    _, exported = checkpoint.read(pretrained, "encoder")
+    _, exported = model_file.read(pretrained, "encoder")
     trained = {k.removeprefix("encoder."): v for k, v in weights(folder).items() if k.startswith("encoder.")}
     unchanged = [k for k, v in exported.items() if "running" not in k and "num_batches" not in k]
     assert all(torch.equal(trained[k], exported[k]) for k in unchanged)
@@ -175,7 +175,7 @@ def test_several_targets_with_missing_values(tmp_path, small, capsys):
     told = capsys.readouterr().out
     assert "MAE band_gap (eV)" in told
     assert "MAE formation_energy_per_atom (eV/atom)" in told
-    model, info = checkpoint.load_property_model(folder)
+    model, info = model_file.load_property_model(folder)
     assert info["targets"] == ["formation_energy_per_atom", "band_gap"]
     assert model.mean.shape == (2,)
 
@@ -395,8 +395,8 @@ def test_smaller_training_fractions_lie_within_larger_ones():
 
 def test_an_encoder_is_taken_from_a_finetuned_model_too_and_its_file_says_what_it_saw(tmp_path, small, pretrained):
     first, _ = run(tmp_path, "first", f"pretrained={pretrained}", f"data.path={small}", "epochs=1")
-    model, _ = checkpoint.load_property_model(first)
-    encoder, _ = checkpoint.load_encoder(first / "model.safetensors")
+    model, _ = model_file.load_property_model(first)
+    encoder, _ = model_file.load_encoder(first / "model.safetensors")
     expected = model.encoder.state_dict()
     assert expected.keys() == encoder.state_dict().keys()
     assert all(torch.equal(value, expected[name]) for name, value in encoder.state_dict().items())
@@ -406,15 +406,15 @@ def test_an_encoder_is_taken_from_a_finetuned_model_too_and_its_file_says_what_i
     assert overlap["ids"] == 0, "both were tested on the same crystals"
     assert overlap["labels"] == ["formation_energy_per_atom"]
     store = open_store(str(small))
-    seen = checkpoint.read_pretraining_set(first / "model.safetensors", "property_model")
+    seen = model_file.read_pretraining_set(first / "model.safetensors", "property_model")
     split = store.to_table()["split"].to_numpy(zero_copy_only=False)
     for part, counted in (("train", True), ("val", True), ("test", False)):
-        known = np.isin(Fingerprints.of(store, np.flatnonzero(split == part)).ids, seen.ids)
+        known = np.isin(Fingerprints.of(store, np.flatnonzero(split == part)).packed(), seen)
         assert known.all() if counted else not known.any()
-    before = checkpoint.read_pretraining_set(pretrained)
-    assert np.isin(before.ids, seen.ids).all()
-    second, _ = checkpoint.load_encoder(tmp_path / "finetune" / "second" / "model.safetensors")
+    before = model_file.read_pretraining_set(pretrained)
+    assert np.isin(before, seen).all()
+    second, _ = model_file.load_encoder(tmp_path / "finetune" / "second" / "model.safetensors")
     parameters = dict(second.named_parameters())
     assert all(torch.allclose(value, expected[name], atol=1e-6) for name, value in parameters.items())
-    fresh, _ = checkpoint.load_encoder(pretrained)
+    fresh, _ = model_file.load_encoder(pretrained)
     assert not all(torch.equal(value, expected[name]) for name, value in fresh.state_dict().items())

@@ -14,7 +14,7 @@ def train_flow(draw, steps: int) -> LatentFlow:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in range(steps):
         z, crystal, sizes = draw(256)
-        loss = flow(z, z, crystal, sizes, int(sizes.max()))
+        loss = flow(z, z, crystal, sizes, int(sizes.max())).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -53,7 +53,7 @@ def test_the_loss_of_an_uninformed_denoiser_is_the_average_weight():
     flow = LatentFlow(denoiser=DiT(latent_dim=4, width=16, layers=1, heads=2), latent_dim=4)
     sizes = torch.full((4000,), 3)
     z = torch.randn(12000, 4)
-    loss = flow(z, z, torch.repeat_interleave(torch.arange(4000), sizes), sizes, int(sizes.max()))
+    loss = flow(z, z, torch.repeat_interleave(torch.arange(4000), sizes), sizes, int(sizes.max())).loss
     # E over t in [0.01, 0.99] of 1 / max(1 - t, 0.1)^2 = (1/0.1 - 1/0.99 + 0.09/0.01) / 0.98
     assert abs(float(loss) - (10 - 1 / 0.99 + 9) / 0.98) < 1.0
 

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import itertools
 import json
 import os
 import shutil
@@ -27,12 +26,12 @@ from ase.io import write as write_ase
 from pymatgen.core import Lattice, Structure
 from pymatgen.io.ase import AseAtomsAdaptor
 
-from crysldnet.data import sources
-from crysldnet.data.importer import ImportReport, import_crystals
-from crysldnet.data.locations import EMBEDDED
+from crysldnet.data.datasets import EMBEDDED
 from crysldnet.data.schema import STRUCTURE_COLUMNS
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
+from crysldnet.readers import sources
+from crysldnet.tools.importer.importer import ImportReport, import_crystals
 
 FORMATS = Path(__file__).parent / "formats"
 EXAMPLES = EMBEDDED / "examples"
@@ -224,6 +223,20 @@ def test_a_compressed_cif_is_read(tmp_path: Path, references: dict[str, Structur
     assert "can't be read" in rejected(tmp_path / f"cut.cif{suffix}", tmp_path)[0]
 
 
+@pytest.mark.parametrize("name", ["jarvis_dft_3d.json", "cdvae.csv"])
+def test_a_file_of_records_alone_in_a_zip_archive_is_read(tmp_path: Path, name: str) -> None:
+    text = (FORMATS / name).read_bytes()
+    path = tmp_path / f"{name}.zip"
+    make_archive(path, {f"deep/{name}": text, f"__MACOSX/._{name}": b"", "README": b""})
+    assert imported(path, tmp_path)[1].ids == imported(FORMATS / name, tmp_path)[1].ids
+    make_archive(path, {name: text, f"second-{name}": text})
+    with pytest.raises(DataError, match=rf"{name}\.zip: .*it holds 2 files"):
+        import_crystals(path, tmp_path / "t.store")
+    path.write_bytes(b"nothing")
+    with pytest.raises(DataError, match=rf"{name}\.zip: .*not a zip file"):
+        import_crystals(path, tmp_path / "t.store")
+
+
 def objects(references: dict[str, Structure]) -> Iterator[tuple[str, Any]]:
     """Give the crystals as every kind of Python object that is taken."""
     records = [{"material_id": name, "structure": s, "energy": 1.0} for name, s in references.items()]
@@ -284,6 +297,7 @@ OPTIMADE = {
     "species_at_sites": ["a"],
     "species": [{"name": "a", "chemical_symbols": ["Po"], "concentration": [1.0]}],
 }
+SCHEMA = {"lattice": [4, 0, 0, 0, 4, 0, 0, 0, 4], "atomic_numbers": [84], "frac_coords": [0, 0, 0]}
 MOLECULE = {"@class": "Molecule", "sites": [{"species": [{"element": "O", "occu": 1}], "xyz": [0, 0, 0]}]}
 
 
@@ -331,6 +345,10 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ({"structure": "{broken"}, "not valid JSON"),
         (["a"], "not a record of a crystal but list"),
         ({"id": ["a"], **ATOMS}, "its id"),
+        (SCHEMA | {"atomic_numbers": [84.5]}, "the atomic number 84.5 is not a whole number"),
+        (SCHEMA | {"atomic_numbers": [True]}, "the atomic number True is not a whole number"),
+        (SCHEMA | {"atomic_numbers": ["84"]}, "the atomic number '84' is not a whole number"),
+        (SCHEMA | {"atomic_numbers": [0]}, "the atomic number 0 is not a whole number between 1 and 118"),
     ],
 )
 def test_a_record_that_is_no_ordered_crystal_is_refused_in_words(tmp_path: Path, record: Any, pattern: str) -> None:
@@ -365,6 +383,55 @@ def test_frames_of_extended_xyz_that_cannot_be_read_are_rejected_one_by_one(tmp_
     (tmp_path / "y.extxyz").write_text(text.replace("\n2\n", "\n3\n", 1))
     with pytest.raises(DataError, match=r"y.extxyz line 18: .* number of atoms; mend it there"):
         import_crystals(tmp_path / "y.extxyz", tmp_path / "s.store")
+
+
+@pytest.mark.parametrize("numbers", [[84.5], [True], ["84"], [119]])
+def test_an_ase_database_whose_atomic_numbers_are_no_whole_numbers_is_refused(tmp_path: Path, numbers: Any) -> None:
+    document = json.loads((FORMATS / "crystals_ase.json").read_text())
+    document["1"]["numbers"] = numbers * len(document["1"]["numbers"]["__ndarray__"][2])
+    (tmp_path / "x.json").write_text(json.dumps(document))
+    (reason,) = rejected(tmp_path / "x.json", tmp_path)
+    assert f"the atomic number {numbers[0]!r} is not a whole number" in reason
+
+
+@pytest.mark.parametrize(
+    ("properties", "atom", "pattern"),
+    [
+        ("species:S:1:pos:R:3:foo:R:100000000", "Na 0 0 0", "claim 100000004 columns where an atom has 4"),
+        ("species:S:1:pos:R:3", "Na 0 0 0 0", "claim 4 columns where an atom has 5"),
+        ("Z:R:1:pos:R:3", "11.5 0 0 0", "Z are not a column of whole numbers"),
+        ("Z:L:1:pos:R:3", "T 0 0 0", "Z are not a column of whole numbers"),
+    ],
+)
+def test_a_frame_whose_columns_are_not_what_it_claims_is_rejected_at_once(
+    tmp_path: Path, properties: str, atom: str, pattern: str
+) -> None:
+    (tmp_path / "x.extxyz").write_text(f'1\nLattice="4 0 0 0 4 0 0 0 4" Properties={properties}\n{atom}\n')
+    start = time.process_time()
+    (reason,) = rejected(tmp_path / "x.extxyz", tmp_path)
+    assert pattern in reason
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "blank", "tail"),
+    [
+        ("x.json", b"[", b" ", b"]"),
+        ("x.json", b"[1]", b"\n", b""),
+        ("x.json", b'{"a"', b"\t", b":1}"),
+        ("x.json", b'[{"a":', b" ", b"1}]"),
+        ("x.jsonl", b"", b"\n", b""),
+        ("x.extxyz", b"", b"\n", b""),
+    ],
+)
+def test_a_file_of_blanks_is_refused_before_much_of_it_is_read(
+    tmp_path: Path, name: str, head: bytes, blank: bytes, tail: bytes
+) -> None:
+    (tmp_path / name).write_bytes(head + blank * 40_000_000 + tail)
+    start = time.process_time()
+    with pytest.raises(DataError, match=r"blanks in a row|empty lines in a row"):
+        import_crystals(tmp_path / name, tmp_path / "s.store", workers=1)
+    assert time.process_time() - start < 1
 
 
 def test_energies_of_ase_have_their_unit(tmp_path: Path) -> None:
@@ -457,17 +524,20 @@ def test_a_value_longer_than_the_window_of_the_json_reader_is_read_whole(tmp_pat
 
 def test_columns_take_one_type_over_the_whole_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "PIECE", 2)
-    values = [1, 2, 3, 4.5, "many", None, True, 7]
+    values = [1, 2, 3, 4.5, "many", None, "6.0", 7]
+    words = ["a", "b", "c", 4.5, "d", True, "e", "f"]
     records = [
-        {"id": str(i), "atoms": ATOMS, "mixed": value, "late": i if i > 5 else None} for i, value in enumerate(values)
+        {"id": str(i), "atoms": ATOMS, "mixed": values[i], "words": words[i], "late": i if i > 5 else None}
+        for i in range(8)
     ]
     records[4]["nested"] = [1]
     records[0]["nested"] = 1
     report, store = imported(records, tmp_path, workers=1)
-    assert store.texts_of("mixed").tolist() == ["1", "2", "3", "4.5", "many", None, "1", "7"]
+    np.testing.assert_array_equal(store.numbers_of("mixed"), [1, 2, 3, 4.5, np.nan, np.nan, 6, 7])
+    assert store.texts_of("words").tolist() == ["a", "b", "c", "4.5", "d", "True", "e", "f"]
+    assert report.unused == ("1 of 7 values of 'mixed' could not be used, first 'many' in row 5",)
     assert store.numbers_of("late")[5:].tolist()[1:] == [6, 7]
-    assert store.column_names == ["mixed", "late"]
-    assert "1 columns mix numbers and text and were kept as text (first: mixed)" in report.notes
+    assert store.column_names == ["mixed", "words", "late"]
     assert "1 columns hold neither numbers nor text and were left out (first: nested)" in report.notes
 
 
@@ -479,8 +549,8 @@ def test_a_csv_of_cifs_lists_its_bad_rows(tmp_path: Path) -> None:
         csv.writer(file).writerows(rows)
     reasons = rejected(tmp_path / "x.csv", tmp_path)
     assert reasons == [
-        "formation_energy_per_atom is 'much', not a finite number; its value is null",
         "it has 4 cells where the header has 5",
+        "formation_energy_per_atom is 'much', not a finite number; its value is null",
     ]
     (tmp_path / "y.csv").write_text("id,gap\na,1\n")
     with pytest.raises(DataError, match="goes with --targets"):
@@ -499,14 +569,24 @@ def test_several_files_make_one_store_and_an_id_is_taken_once(tmp_path: Path) ->
 
 KILLED = """
 import os, sys
-from crysldnet.data import sources, workspace
-sources.PIECE = 100
-workspace.PATIENCE = 0
-from crysldnet.data.importer import import_crystals
 from crysldnet.data.store import StoreWriter
+from crysldnet.readers import sources, workers
+from crysldnet.tools.importer.importer import import_crystals
+from crysldnet.tools.importer.spool import Spool
+
+def kill_at(kind, method, call):
+    original, calls = getattr(kind, method), iter(range(int(call)))
+    def counted(*args):
+        if next(calls, None) is None:
+            os.kill(os.getpid(), 9)
+        return original(*args)
+    setattr(kind, method, counted)
+
+sources.PIECE = 100
+workers.PATIENCE = 0
 if __name__ == "__main__":
     if sys.argv[5:]:
-        setattr(StoreWriter, sys.argv[5], lambda *_: os.kill(os.getpid(), 9))
+        kill_at({"Spool": Spool, "StoreWriter": StoreWriter}[sys.argv[5]], *sys.argv[6:])
     import_crystals(sys.argv[1], sys.argv[2], targets=sys.argv[3], workers=int(sys.argv[4]))
 """
 
@@ -528,69 +608,44 @@ def content(store: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in store.iterdir()} | {"rejects": report.read_bytes()}
 
 
-def test_an_import_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path: Path) -> None:
+def test_a_killed_import_leaves_nothing_and_the_next_one_gives_the_same_bytes(tmp_path: Path) -> None:
     many_lines(tmp_path / "x.jsonl", 3000)
     (tmp_path / "t.csv").write_text("id,y\n" + "".join(f"c{i},{i}\n" for i in range(2, 3000, 2)))
     (tmp_path / "run.py").write_text(KILLED)
+    inputs = set(tmp_path.iterdir())
 
-    def start(out: str, workers: int, *last: str) -> subprocess.Popen:
-        arguments = [str(tmp_path / "x.jsonl"), str(tmp_path / out), str(tmp_path / "t.csv"), str(workers), *last]
-        return subprocess.Popen([sys.executable, str(tmp_path / "run.py"), *arguments], stderr=subprocess.PIPE)
+    def start(out: str, workers: int, *kill: str) -> subprocess.Popen:
+        arguments = [str(tmp_path / "x.jsonl"), str(tmp_path / out), str(tmp_path / "t.csv"), str(workers), *kill]
+        return subprocess.Popen([sys.executable, str(tmp_path / "run.py"), *arguments])
 
+    assert start("cut.store", 2, "Spool", "append", "9").wait() == -signal.SIGKILL  # while processes read
+    assert set(tmp_path.iterdir()) == inputs
     whole = start("whole.store", 1)
-    pieces = tmp_path / ".cut.store.pieces"
-    times: list[dict[str, int]] = []
-    for wanted, workers in ((1, 1), (9, 2), (20, 2)):
-        process = start("cut.store", workers)
-        while len(list(pieces.glob("*.arrow"))) < wanted:
-            assert process.poll() is None, process.stderr.read() if process.stderr else ""
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not (tmp_path / "cut.store" / "store.json").exists()
-        times.append({path.name: path.stat().st_mtime_ns for path in pieces.glob("*.arrow")})
     for method in ("append", "_finish"):  # while the pieces are put together, and when all is written but the name
-        assert start("cut.store", 1, method).wait() == -signal.SIGKILL
+        assert start("cut.store", 1, "StoreWriter", method, "0").wait() == -signal.SIGKILL
         assert list(tmp_path.glob(".cut.store.partial-*"))
         assert not (tmp_path / "cut.store").exists()
     assert start("cut.store", 2).wait() == 0
     assert whole.wait() == 0
-    for before, after in itertools.pairwise(times):
-        assert before.items() <= after.items()  # no piece was read twice
     assert content(tmp_path / "cut.store") == content(tmp_path / "whole.store")
     assert len(CrystalStore.open(tmp_path / "cut.store")) == 3000 - 34 - 30
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_pieces_of_another_input_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "PIECE", 10)
-    many_lines(tmp_path / "x.jsonl", 50)
-    with pytest.raises(DataError, match="units are given"):  # what was read is kept for the corrected command
-        import_crystals(tmp_path / "x.jsonl", tmp_path / "s.store", units={"none": "eV"}, workers=1)
-    pieces = tmp_path / ".s.store.pieces"
-    assert len(list(pieces.glob("*.arrow"))) == 5
-    before = (pieces / "0000000.arrow").stat().st_mtime_ns
-    with pytest.raises(DataError, match="units are given"):
-        import_crystals(tmp_path / "x.jsonl", tmp_path / "s.store", units={"other": "eV"}, workers=1)
-    assert (pieces / "0000000.arrow").stat().st_mtime_ns == before
-    many_lines(tmp_path / "x.jsonl", 60)
-    with pytest.raises(DataError, match="units are given"):
-        import_crystals(tmp_path / "x.jsonl", tmp_path / "s.store", units={"none": "eV"}, workers=1)
-    assert (pieces / "0000000.arrow").stat().st_mtime_ns != before
-    import_crystals(tmp_path / "x.jsonl", tmp_path / "s.store", workers=1)
-    assert not pieces.exists()
-
-
-def test_two_imports_do_not_write_to_one_output(tmp_path: Path) -> None:
-    from crysldnet.data.workspace import Workspace
-
-    with Workspace(tmp_path / "s.store", "x"), pytest.raises(DataError, match="another import is writing"):
+def test_of_two_imports_to_one_output_the_later_one_is_refused(tmp_path: Path) -> None:
+    def crystals() -> Iterator[dict[str, Any]]:
         import_crystals(FORMATS / "optimade.json", tmp_path / "s.store")
+        yield from pq.read_table(FORMATS / "lemat_bulk.parquet").to_pylist()
+
+    with pytest.raises(DataError, match="exists already"):
+        import_crystals(crystals(), tmp_path / "s.store")
+    assert CrystalStore.open(tmp_path / "s.store").metadata["source"] == "optimade.json"
+    assert {path.name for path in tmp_path.iterdir()} == {"s.store", "s.store.notes.csv"}
 
 
 def test_the_reading_of_records_imports_neither_pymatgen_nor_ase(tmp_path: Path) -> None:
     script = (
-        "import sys; from crysldnet.data.importer import import_crystals;"
+        "import sys; from crysldnet.tools.importer.importer import import_crystals;"
         "import_crystals(sys.argv[1], sys.argv[2]);"
         "sys.exit(','.join({'pymatgen', 'ase', 'monty'} & set(sys.modules)) or 0)"
     )

@@ -20,12 +20,12 @@ import pytest
 from pymatgen.core import Element, Lattice, Structure
 from pymatgen.io.cif import CifParser, CifWriter
 
-from crysldnet.data.formats.cif import NOTE_FORMULA
-from crysldnet.data.locations import EMBEDDED
+from crysldnet.data.datasets import EMBEDDED
 from crysldnet.data.schema import crystals_from_table
-from crysldnet.data.sources import Settings, open_readers
-from crysldnet.data.structure_files import parse_structure
 from crysldnet.errors import DataError
+from crysldnet.readers.cif import NOTE_FORMULA
+from crysldnet.readers.sources import Settings, open_readers
+from crysldnet.readers.structure_files import parse_structure
 
 FORMATS = Path(__file__).parent / "formats"
 TOKENS = [
@@ -88,8 +88,8 @@ def read(raw: bytes, path: Path) -> tuple[dict[str, Cell], str]:
     notes = ""
     for reader in open_readers(path):
         for task in reader.tasks(Settings(1000, None)):
-            table = task()
-            notes += table.schema.metadata[b"notes"].decode()
+            table, _, _, found, _ = task()
+            notes += str(found)
             crystals = crystals_from_table(table)
             for i, material_id in enumerate(table["material_id"].to_pylist()):
                 one = crystals.take(np.array([i]))

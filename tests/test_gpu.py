@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from crysldnet.training import checkpoint
+from crysldnet.artifacts import model_file
 from test_strategies import in_two_processes, losses_of
 from tiny import subset
 from two_processes import EXACT, ON_GPUS, train
@@ -36,7 +36,7 @@ def test_gpus_train_as_one_cpu_does(on_cpu: tuple[Path, Path, list[float]], case
     run = folder / "pretrain" / case
     assert json.loads((run / "summary.json").read_text())["status"] == "complete"
     names = {
-        name: checkpoint.read(folder / "pretrain" / name / "encoder.safetensors", "encoder")[1].keys()
+        name: model_file.read(folder / "pretrain" / name / "encoder.safetensors", "encoder")[1].keys()
         for name in ("cpu", case)
     }
     assert names[case] == names["cpu"]

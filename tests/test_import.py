@@ -1,6 +1,9 @@
 """Crystals come in from CIF, POSCAR, Parquet and CSV as they are, and what can't be used is refused in words."""
 
 import csv
+import gzip
+import json
+import lzma
 import os
 import subprocess
 import sys
@@ -15,12 +18,12 @@ from pymatgen.core import Element, Lattice
 from pymatgen.core import Structure as PymatgenStructure
 from pymatgen.io.cif import CifWriter
 
-from crysldnet.data import sources, workspace
-from crysldnet.data.commands import main
-from crysldnet.data.importer import ImportReport, import_crystals
 from crysldnet.data.store import CrystalStore
-from crysldnet.data.structure_files import find_structure_files, read_structure
 from crysldnet.errors import DataError
+from crysldnet.readers import sources, workers
+from crysldnet.readers.structure_files import find_structure_files, read_structure
+from crysldnet.tools.importer.command import main
+from crysldnet.tools.importer.importer import ImportReport, import_crystals
 
 EMBEDDED = Path(__file__).parents[1] / "src" / "crysldnet" / "data" / "embedded"
 HEAD = "data_x\n" + "".join(f"_cell_length_{x} 4.2\n" for x in "abc")
@@ -274,9 +277,26 @@ def test_of_several_blocks_the_first_with_atoms_is_read(tmp_path: Path) -> None:
     assert any("several crystals" in note for note in notes)
 
 
-def test_a_formula_that_the_atoms_do_not_give_is_noted(tmp_path: Path, folder: Path) -> None:
-    (folder / "a.cif").write_text(CSCL.replace("loop_", "_chemical_formula_sum 'Cs Cl H2'\nloop_"))
-    assert any("formula" in note and "a.cif" in note for note in import_crystals(folder, tmp_path / "s.store").notes)
+def test_every_noted_file_is_listed_and_can_be_rejected(tmp_path: Path, folder: Path) -> None:
+    for name, formula in (("a.cif", "Cs Cl H2"), ("b.cif", "Cs2 Cl"), ("c.cif", "Cs Cl")):
+        symmetry = "_symmetry_Int_Tables_number 1\nloop_\n_symmetry_equiv_pos_as_xyz\nx,y,z\n"
+        (folder / name).write_text(CSCL.replace("loop_", f"_chemical_formula_sum '{formula}'\n{symmetry}loop_", 1))
+    report = import_crystals(folder, tmp_path / "s.store")
+    assert (report.kept, report.notes_path) == (3, tmp_path / "s.store.notes.csv")
+    assert report.notes_path is not None
+    with report.notes_path.open(newline="") as file:
+        noted = list(csv.DictReader(file))
+    assert [(row["source"], row["id"]) for row in noted] == [("a.cif", "a"), ("b.cif", "b")]
+    assert all("state a formula that their atoms don't give" in row["note"] for row in noted)
+    assert f"what was noted, and of which: {report.notes_path}" in str(report)
+    arguments = ["import", str(folder), "--out", str(tmp_path / "s.store"), "--overwrite", "--on-note", "reject"]
+    assert main(arguments) == 0
+    assert CrystalStore.open(tmp_path / "s.store").ids.to_pylist() == ["c"]
+    with (tmp_path / "s.store.rejects.csv").open(newline="") as file:
+        rejected = [(row["source"], row["reason"]) for row in csv.DictReader(file)]
+    assert [source for source, _ in rejected] == ["a.cif", "b.cif"]
+    assert "state a formula that their atoms don't give" in rejected[0][1]
+    assert not (tmp_path / "s.store.notes.csv").exists()  # of the import before
 
 
 def test_files_are_found_in_folders_by_patterns_and_in_lists(folder: Path) -> None:
@@ -449,7 +469,7 @@ def test_a_place_that_cannot_be_written_is_said_before_anything_is_read(tmp_path
     (tmp_path / "x.cif").write_text("nothing")
     (tmp_path / "file").write_text("")
     for out in ("file/s.store", "file/s.parquet"):
-        with pytest.raises(DataError, match="can't write to"):
+        with pytest.raises(DataError, match="can't be written"):
             import_crystals(tmp_path / "x.cif", tmp_path / out, on_error="raise")
 
 
@@ -466,12 +486,12 @@ def test_only_an_earlier_import_is_overwritten_and_only_when_asked(tmp_path: Pat
 
 def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "PIECE", 50)
-    monkeypatch.setattr(workspace, "PATIENCE", 0)
+    monkeypatch.setattr(workers, "PATIENCE", 0)
     (tmp_path / "in").mkdir()
     for i in range(210):
         (tmp_path / "in" / f"{i:03}.vasp").write_text("junk" if i == 77 else POSCAR.replace("4.2", str(4 + i / 1000)))
-    for workers in (1, 2):
-        report = import_crystals(tmp_path / "in", tmp_path / f"{workers}.store", workers=workers)
+    for count in (1, 2):
+        report = import_crystals(tmp_path / "in", tmp_path / f"{count}.store", workers=count)
         assert (report.kept, rejects(report)[0][0]) == (209, "077.vasp")
     for file in (tmp_path / "1.store").iterdir():
         assert file.read_bytes() == (tmp_path / "2.store" / file.name).read_bytes()
@@ -488,7 +508,7 @@ def test_no_absolute_path_is_stored_and_what_is_stated_is_kept(tmp_path: Path, f
 
 
 def test_importing_the_data_modules_does_not_import_pymatgen() -> None:
-    script = "import sys, crysldnet.data.commands; sys.exit(bool({'pymatgen', 'gemmi'} & set(sys.modules)))"
+    script = "import sys, crysldnet.tools.importer.command; sys.exit(bool({'pymatgen', 'gemmi'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
@@ -523,3 +543,79 @@ def test_help_gives_an_example(command: str, capsys: pytest.CaptureFixture[str])
         main([command, "--help"])
     assert stopped.value.code == 0
     assert f"example:\n  crysldnet data {command}" in capsys.readouterr().out
+
+
+def test_a_link_to_nothing_is_rejected_alone_and_by_name(tmp_path: Path, folder: Path) -> None:
+    (folder / "gone.cif").symlink_to("../nowhere.cif")
+    (folder / "deep").mkdir()
+    (folder / "deep" / "gone.cif").symlink_to("nowhere.cif")
+    for source in (folder, str(folder / "**" / "*.cif"), [*map(str, folder.rglob("*.cif"))]):
+        report = import_crystals(source, tmp_path / "s.store", overwrite=True)
+        reasons = {source: reason for source, _, reason in rejects(report)}
+        assert (report.kept, report.rejected) == (3, 2)
+        assert reasons["gone.cif"] == "no such file, but a link to ../nowhere.cif"
+
+
+def test_a_linked_folder_is_gone_through_once(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "deep" / "d.cif").write_text(CSCL)
+    (folder / "first").symlink_to(tmp_path / "elsewhere")
+    (folder / "second").symlink_to(tmp_path / "elsewhere" / "deep")
+    (folder / "up").symlink_to(tmp_path)
+    for source in (folder, str(folder / "**")):
+        found = [file.name for file in find_structure_files(source)]
+        assert found == ["a.cif", "b.cif", "c.cif", "d.cif"], found
+
+
+def test_a_folder_with_brackets_is_a_folder_and_what_follows_it_is_a_pattern(tmp_path: Path, folder: Path) -> None:
+    brackets = folder.rename(tmp_path / "set[1]")
+    for pattern in ("set[1]/*.cif", "set[1]", "set[1]/[ab].cif", "*/?.cif", "./set[1]/a.cif"):
+        expected = ["a", "b"] if "[ab]" in pattern else ["a"] if "a.cif" in pattern else ["a", "b", "c"]
+        report = import_crystals(tmp_path / pattern, tmp_path / "s.store", overwrite=True)
+        assert (report.kept, CrystalStore.open(tmp_path / "s.store").ids.to_pylist()) == (len(expected), expected)
+        assert [file.stem for file in find_structure_files(tmp_path / pattern)] == expected
+    (brackets / "set[1].cif").write_text(CSCL)
+    assert len(find_structure_files(tmp_path / "set[1]" / "set[1].cif")) == 1
+    with pytest.raises(DataError, match="no structure file"):
+        find_structure_files(tmp_path / "set[2]" / "*.cif")
+
+
+@pytest.mark.parametrize(
+    "name", [b"caf\xe9.cif", b"caf\xe9.cif.gz", b"caf\xe9.cif.xz", b"caf\xe9.parquet", b"caf\xe9.jsonl", b"caf\xe9.csv"]
+)
+def test_a_file_whose_name_is_not_utf8_is_read(tmp_path: Path, name: bytes) -> None:
+    path = tmp_path / os.fsdecode(name)
+    record = {"lattice": [4.0, 0, 0, 0, 4, 0, 0, 0, 4], "atomic_numbers": [84], "frac_coords": [0.0, 0, 0]}
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist([record | {"material_id": "a"}]), tmp_path / "x.parquet")
+        (tmp_path / "x.parquet").rename(path)
+    elif path.suffix == ".jsonl":
+        path.write_text(json.dumps(record))
+    elif path.suffix == ".csv":
+        path.write_text(f'cif\n"{CSCL}"\n')
+    else:
+        compress = {".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
+        path.write_bytes(compress(CSCL.encode()))
+    assert import_crystals(path, tmp_path / "s.store").kept == 1
+    (material_id,) = CrystalStore.open(tmp_path / "s.store").ids.to_pylist()
+    assert material_id == ("a" if path.suffix == ".parquet" else material_id)
+    assert material_id == "a" or material_id.startswith(r"caf\xe9")
+    with pytest.raises(DataError, match=r"s\\xe9.store: its name isn't UTF-8"):
+        import_crystals(path, tmp_path / os.fsdecode(b"s\xe9.store"))
+
+
+def test_a_pipe_that_is_called_as_a_structure_file_is_rejected_and_not_waited_for(tmp_path: Path, folder: Path) -> None:
+    os.mkfifo(folder / "pipe.cif")
+    assert rejects(import_crystals(folder, tmp_path / "s.store")) == [
+        ("pipe.cif", "pipe", "not a file that can be read")
+    ]
+
+
+def test_a_script_from_standard_input_imports_with_workers(tmp_path: Path, folder: Path) -> None:
+    script = (
+        "from crysldnet.readers import workers, sources; workers.PATIENCE = 0; sources.PIECE = 1;"
+        "from crysldnet.tools.importer.importer import import_crystals;"
+        f"print(import_crystals({str(folder)!r}, {str(tmp_path / 's.store')!r}, workers=2).kept)"
+    )
+    done = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("3\n", "")

@@ -8,41 +8,50 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "src" / "crysldnet"
 
 LAYERS = [
-    {"cli", "__main__", "evidence"},
+    {"api"},
+    {"cli", "__main__"},
+    {"tools"},
     {"config"},
-    {"sweep", "matbench", "reports"},
-    {"predict", "embed"},
     {"inference"},
     {"finetune"},
     {"pretrain"},
     {"training"},
+    {"artifacts"},
+    {"readers", "html"},
     {"models"},
     {"encoders"},
+    {"descriptors", "tabular"},
     {"data"},
-    {"geometry", "build", "stopping"},
-    {"errors", "console", "page", "__init__"},
+    {"graphs"},
+    {"plugins"},
+    {"build", "signals"},
+    {"io"},
+    {"errors", "console", "__init__"},
 ]
-"""From the command line down. A module may import its own layer's package and those below."""
+"""From the command line down. A module may import its own package and the layers below."""
 
-MAY_TURN = {("__main__", "cli"), ("sweep", "config"), ("matbench", "config"), ("__init__", "inference")}
-"""Sweeps and Matbench compose the configurations of their runs; that module imports no command itself. The package
-offers what loads models, and imports it when it is asked for."""
+MAY_TURN = {("__main__", "cli"), ("__init__", "inference"), ("__init__", "api")}
+"""What the package offers in Python is imported on first use."""
 
 
 def layer_of(name: str) -> int:
     return next(i for i, names in enumerate(LAYERS) if name in names)
 
 
-def imports_of(path: Path) -> set[str]:
-    """First part below ``crysldnet`` of every import in a file, those inside functions included."""
+def imported_modules(path: Path) -> set[str]:
+    """Every module of the package that a file imports, inside functions too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        names = []
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "crysldnet":
-            names = [node.module] if "." in node.module else [f"crysldnet.{a.name}" for a in node.names]
+            found |= {node.module} if "." in node.module else {f"crysldnet.{a.name}" for a in node.names}
         elif isinstance(node, ast.Import):
-            names = [a.name for a in node.names if a.name.startswith("crysldnet.")]
-        found |= {name.split(".")[1] for name in names}
+            found |= {a.name for a in node.names if a.name.startswith("crysldnet.")}
+    return found
+
+
+def imports_of(path: Path) -> set[str]:
+    """First part below ``crysldnet`` of every import in a file."""
+    found = {name.split(".")[1] for name in imported_modules(path)}
     return {name if any(name in names for names in LAYERS) else "__init__" for name in found}
 
 
@@ -62,13 +71,23 @@ def test_imports_point_down_only():
     assert upward_imports(files) == []
 
 
+def test_a_tool_imports_no_other_tool():
+    tools = PACKAGE / "tools"
+    for path in tools.rglob("*.py"):
+        own = path.relative_to(tools).parts[0].removesuffix(".py")
+        imported = {name for name in imported_modules(path) if name.startswith("crysldnet.tools.")}
+        assert {name.split(".")[2] for name in imported} <= {own}, path
+
+
 def test_an_upward_import_is_found():
     assert upward_imports({"data/store.py": {"models"}}) == ["data/store.py imports models"]
     assert upward_imports({"encoders/pddformer.py": {"training", "data"}}) == ["encoders/pddformer.py imports training"]
 
 
 def test_training_imports_neither_pymatgen_nor_matbench():
-    modules = ", ".join(f"crysldnet.{name}" for name in ("pretrain", "finetune", "predict", "embed"))
+    modules = ", ".join(
+        f"crysldnet.{name}" for name in ("pretrain", "finetune", "inference.predict", "inference.embed")
+    )
     code = (
         f"import sys, {modules}; from crysldnet.config import compose; compose('pretrain');"
         "bad = {'pymatgen', 'matbench', 'matminer', 'wandb', 'gemmi'} & set(sys.modules); sys.exit(','.join(bad) or 0)"

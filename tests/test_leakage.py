@@ -14,26 +14,26 @@ import torch
 
 from conftest import COPPER, COPPER_CUBE, ROCKSALT, ROCKSALT_CUBE, cell, cells_of, put_together, supercell
 from crysldnet import cli, finetune, pretrain
-from crysldnet.data.audit import audit
-from crysldnet.data.crystals import Crystals
+from crysldnet.artifacts import model_file
+from crysldnet.artifacts.provenance import describe_overlap, pretraining_overlap
+from crysldnet.data.datasets import open_store
 from crysldnet.data.fingerprint import (
     POSSIBLE,
     SIMILAR,
     Fingerprints,
     Tolerance,
     candidates,
-    formulas_of,
     geometry_of,
     overlap,
 )
-from crysldnet.data.locations import open_store
+from crysldnet.data.formulas import formulas_of
 from crysldnet.data.matching import Matcher, duplicates, matches
 from crysldnet.data.schema import table_from_crystals
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import ConfigError, DataError
-from crysldnet.stopping import RUN_NAME
-from crysldnet.training import checkpoint
-from crysldnet.training.pretraining_set import describe_overlap, pretraining_overlap
+from crysldnet.graphs.crystals import Crystals
+from crysldnet.signals import RUN_NAME
+from crysldnet.tools.datacheck.audit import audit
 from tiny import finetune_config, pretrain_config, subset
 
 ANY = Tolerance(np.inf, np.inf)
@@ -87,14 +87,6 @@ def test_close_packings_of_one_metal_are_told_apart() -> None:
     packed = Fingerprints.of(store_of(put_together([hcp, fcc])))
     assert len(candidates(packed, packed, SIMILAR)) == 2  # each with itself
     assert len(candidates(packed, packed, POSSIBLE)) == 4
-
-
-def test_fingerprints_of_both_are_each_there_once(small: Crystals) -> None:
-    one = Fingerprints.of(store_of(small), np.arange(200))
-    two = Fingerprints.of(store_of(small), np.arange(100, 300))
-    joined = one.joined(two)
-    assert len(joined) == 300
-    assert overlap(Fingerprints.of(store_of(small)), joined) == {"ids": 300, "formulas": 300, "similar": 300}
 
 
 # --- matching, with pymatgen's matcher without a filter as the reference ---
@@ -257,7 +249,7 @@ def test_pretraining_leaves_out_what_is_excluded_and_says_so(
     folder = pretrained(tmp_path, by, f"data.path={train}", f"data.exclude=[{test}]", f"data.exclude_by={by}")
     monkeypatch.delenv(RUN_NAME, raising=False)
     summary = json.loads((folder / "summary.json").read_text())
-    info, _ = checkpoint.read(folder / "encoder.safetensors", "encoder")
+    info, _ = model_file.read(folder / "encoder.safetensors", "encoder")
     split = json.loads((folder / "split.json").read_text())
     (record,) = summary["excluded"]
     assert record == info["provenance"]["excluded"][0]
@@ -289,10 +281,10 @@ def test_an_encoder_remembers_the_crystals_of_both_stages(tmp_path: Path, monkey
         tmp_path, "second", f"data.path={tmp_path / 'two.parquet'}", fractions, "stage=diffusion",
         f"init={first / 'vae' / 'pretraining.safetensors'}", "stages.diffusion.epochs=1",
     )  # fmt: skip
-    seen = checkpoint.read_pretraining_set(second / "encoder.safetensors")
+    seen = model_file.read_pretraining_set(second / "encoder.safetensors")
     assert seen is not None
     assert len(seen) == 70
-    assert overlap(Fingerprints.of(CrystalStore.from_table(whole), little[:80]), seen)["ids"] == 70
+    assert overlap(Fingerprints.of(CrystalStore.from_table(whole), little[:80]).packed(), seen)["ids"] == 70
 
 
 def test_finetuning_reports_the_test_crystals_that_pretraining_saw(
@@ -326,13 +318,13 @@ def test_finetuning_reports_the_test_crystals_that_pretraining_saw(
 def test_a_file_that_does_not_say_what_it_was_trained_on_is_not_called_clean(tmp_path: Path) -> None:
     path = subset(tmp_path / "small.parquet", train=30, val=4)
     folder = pretrained(tmp_path, "old", f"data.path={path}")
-    info, state = checkpoint.read(folder / "encoder.safetensors", "encoder")
-    checkpoint.write(folder / "encoder.safetensors", "encoder", state, {k: v for k, v in info.items() if k != "kind"})
+    info, state = model_file.read(folder / "encoder.safetensors", "encoder")
+    model_file.write(folder / "encoder.safetensors", "encoder", state, {k: v for k, v in info.items() if k != "kind"})
     counts = pretraining_overlap(str(folder), Fingerprints.of(open_store(str(path))))
     assert counts is not None
     assert counts["ids"] is None
     assert "isn't known" in describe_overlap(counts)
-    assert checkpoint.load_encoder(folder / "encoder.safetensors")
+    assert model_file.load_encoder(folder / "encoder.safetensors")
 
 
 def test_a_wrong_exclusion_is_refused_before_training(tmp_path: Path) -> None:
@@ -369,7 +361,7 @@ def test_structures_of_the_test_split_leave_no_trace_in_a_pretrained_encoder(
     for name in ("one", "two"):
         monkeypatch.delenv(RUN_NAME, raising=False)
         folder = pretrained(tmp_path, name, f"data.path={tmp_path / name}.parquet", "data.split.by=column")
-        states.append(checkpoint.read(folder / "encoder.safetensors", "encoder")[1])
+        states.append(model_file.read(folder / "encoder.safetensors", "encoder")[1])
     assert open_store(str(tmp_path / "one.parquet")).hash != open_store(str(tmp_path / "two.parquet")).hash
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 

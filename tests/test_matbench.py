@@ -20,23 +20,23 @@ import pytest
 from monty.serialization import loadfn
 
 from crysldnet import cli, pretrain
+from crysldnet.artifacts.model_file import load_property_model
 from crysldnet.config import compose, validate
-from crysldnet.data.locations import EMBEDDED
+from crysldnet.data.datasets import EMBEDDED
 from crysldnet.data.sampler import Budget
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import ConfigError, DataError
 from crysldnet.finetune import make_encoder
-from crysldnet.reports.run_files import matbench_tasks
-from crysldnet.stopping import RUN_NAME
-from crysldnet.training.checkpoint import load_property_model
+from crysldnet.signals import RUN_NAME
+from crysldnet.tools.report.run_files import matbench_tasks
 from crysldnet.training.run_folder import RunFolder
 from tiny import pretrain_config
 
 if importlib.util.find_spec("matbench") is None:
     pytest.skip("matbench isn't installed", allow_module_level=True)
 
-from crysldnet.matbench import MatbenchConfig, check_settings, folds, submission, tasks
-from crysldnet.matbench.recipes import make_recipes
+from crysldnet.tools.matbench import MatbenchConfig, check_settings, folds, submission, tasks
+from crysldnet.tools.matbench.recipes import make_recipes
 
 TASK = "matbench_jdft2d"
 TINY = [

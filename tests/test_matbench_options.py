@@ -24,21 +24,22 @@ from scipy.stats import rankdata
 import wandb_file
 from crysldnet import cli, finetune, pretrain
 from crysldnet.config import compose
-from crysldnet.data.locations import DATA_VARIABLE
-from crysldnet.data.published.catalog import PUBLISHED
-from crysldnet.data.published.store_maker import make_store
+from crysldnet.data.catalog import published
+from crysldnet.data.datasets import DATA_VARIABLE
 from crysldnet.data.sampler import Budget
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import ConfigError, CrysldnetError, Interrupted
-from crysldnet.stopping import RUN_NAME
+from crysldnet.signals import RUN_NAME
+from crysldnet.tools.importer.published.store_maker import make_store
 from crysldnet.training.processes import Job, places, run_jobs
+from crysldnet.training.run_folder import owner_of
 from tiny import finetune_config, pretrain_config, subset
 
 if importlib.util.find_spec("matbench") is None:
     pytest.skip("matbench isn't installed", allow_module_level=True)
 
-from crysldnet.matbench import parallel, tasks
-from crysldnet.matbench.begun import refuse_seen_labels
+from crysldnet.tools.matbench import parallel, tasks
+from crysldnet.tools.matbench.begun import refuse_seen_labels
 
 N = 60
 TINY = [
@@ -180,9 +181,22 @@ def test_scores_predictions_and_submission_go_to_wandb(small: dict[str, list[Any
         assert artifact["sha256"][name] == hashlib.sha256(content).hexdigest()
 
 
+def test_a_fold_is_predicted_by_trees_and_kernel_ridge(small: dict[str, list[Any]], tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    names = ["matbench_mp_is_metal", "matbench_mp_gap"]
+    summary = run(tmp_path, f"tasks=[{','.join(names)}]", "folds=[1]", "recipe=frozen")
+    for name in names:
+        record = kept(tmp_path, name, 1)
+        true = np.array(small[name][1::5], np.float64)
+        assert np.abs(np.array(record["predictions"]) - true).mean() < np.abs(true.mean() - true).mean()
+        assert record["parameters"]["train_crystals"] == 43
+    assert min(kept(tmp_path, names[1], 1)["std"]) >= 0
+    assert summary["tasks"]["matbench_mp_gap"]["scores"].keys() == {"fold_1"}
+
+
 def test_an_ensemble_predicts_the_mean_and_records_its_spread(small: dict[str, list[Any]], tmp_path: Path) -> None:
-    from crysldnet.matbench import folds
-    from crysldnet.training.checkpoint import load_property_model
+    from crysldnet.artifacts.model_file import load_property_model
+    from crysldnet.tools.matbench import folds
 
     task = "matbench_mp_gap"
     arguments = [f"tasks={task}", "folds=[1]", "ensemble=2"]
@@ -245,7 +259,7 @@ def test_a_report_shows_the_classes_of_a_task_and_the_curves_of_each_recipe(
     assert 'class="structure"' not in text
 
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
-    make_store(PUBLISHED[names[1]], tmp_path, tmp_path / "matbench_mp_gap.store")
+    make_store(published()[names[1]], tmp_path, tmp_path / "matbench_mp_gap.store")
     assert report().count('class="structure"') == len(rows) == 12
 
 
@@ -276,6 +290,21 @@ def test_a_recipe_that_cannot_be_is_refused_before_anything_is_written(
 def test_a_target_type_of_no_task_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'exfoliation_energy' is not a target of the tasks; did you mean 'exfoli"):
         run(tmp_path, "target_types={exfoliation_energy: log}")
+
+
+@pytest.mark.slow
+def test_folds_end_with_a_run_that_is_killed_and_go_on_with_one_that_is_resumed(tmp_path: Path) -> None:
+    arguments = ["folds=[3]", "data.max_crystal_atoms=12", "parallel=2"]
+    line = ["matbench", *TINY, f"runs={tmp_path}", "name=a", *arguments]
+    parent = subprocess.Popen([sys.executable, "-m", "crysldnet", *line])
+    fold = tmp_path / "matbench/a/matbench_jdft2d/fold_3"
+    while owner_of(fold) is None:
+        assert parent.poll() is None
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    assert run(tmp_path, *arguments, "resume=last")["tasks"]["matbench_jdft2d"]["scores"].keys() == {"fold_3"}
+    assert "the process that started this one is gone" in (fold / "log.txt").read_text()
 
 
 def test_folds_beside_each_other_give_what_one_after_the_other_gives(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from crysldnet import cli
 if importlib.util.find_spec("matbench") is None:
     pytest.skip("matbench isn't installed", allow_module_level=True)
 
-from crysldnet.matbench import leaderboard, tasks, validation
-from crysldnet.matbench.scores import TaskScores, official_scores
+from crysldnet.tools.matbench import leaderboard, tasks, validation
+from crysldnet.tools.matbench.scores import TaskScores, official_scores
 
 TASK = "matbench_jdft2d"
 NAME = "matbench_v0.1_Mean"

@@ -16,21 +16,22 @@ import pytest
 import torch
 
 from crysldnet import finetune, pretrain
+from crysldnet.artifacts import model_file
 from crysldnet.build import build
 from crysldnet.config import choices, conf_folder, load_yaml
-from crysldnet.data.batch import make_batch
-from crysldnet.data.fingerprint import formulas_of
-from crysldnet.data.locations import open_store
+from crysldnet.data.datasets import open_store
+from crysldnet.data.formulas import formulas_of
 from crysldnet.errors import CheckpointError, Interrupted
 from crysldnet.finetune import ensemble, training
 from crysldnet.finetune.module import FinetuneModule
 from crysldnet.finetune.settings import make_data, make_encoder, make_types
 from crysldnet.finetune.training import make_model
+from crysldnet.graphs.batch import make_batch
 from crysldnet.models.ensemble import combine
-from crysldnet.models.head import Prediction, PropertyModel
+from crysldnet.models.head import PropertyModel
+from crysldnet.models.predictor import Prediction
 from crysldnet.models.target import Classes, Number, TwoPart
-from crysldnet.stopping import RUN_NAME
-from crysldnet.training import checkpoint
+from crysldnet.signals import RUN_NAME
 from crysldnet.training.optimizer import AdamW
 from tiny import QUIET, finetune_config, pretrain_config, subset
 
@@ -72,7 +73,7 @@ def same(a, b, keys):
 
 
 def weights(folder):
-    return checkpoint.read(folder / "model.safetensors", "property_model")[1]
+    return model_file.read(folder / "model.safetensors", "property_model")[1]
 
 
 def encoder_keys(state):
@@ -81,7 +82,7 @@ def encoder_keys(state):
 
 def test_a_frozen_encoder_stays_as_it_was_and_the_head_learns(tmp_path, configure, pretrained):
     folder, summary = run(tmp_path, "frozen", *configure("mode=frozen", "epochs=30", "optimizer.lr=1e-2"))
-    state, exported = weights(folder), checkpoint.read(pretrained, "encoder")[1]
+    state, exported = weights(folder), model_file.read(pretrained, "encoder")[1]
     assert all(torch.equal(state[f"encoder.{k}"], v) for k, v in exported.items())
     with (folder / "metrics.csv").open() as file:
         curve = [float(row["val/mae"]) for row in csv.DictReader(file) if row["val/mae"]]
@@ -145,7 +146,7 @@ def test_gradual_training_opens_the_head_first_and_the_encoder_from_its_end(tmp_
 
 def test_gradual_training_begins_with_the_exported_encoder(tmp_path, configure, pretrained):
     folder, _ = run(tmp_path, "gradual", *configure("mode=gradual", "epochs=1"))
-    state, exported = weights(folder), checkpoint.read(pretrained, "encoder")[1]
+    state, exported = weights(folder), model_file.read(pretrained, "encoder")[1]
     assert all(torch.equal(state[f"encoder.{k}"], v) for k, v in exported.items())
 
 
@@ -250,7 +251,7 @@ def test_a_member_that_is_stopped_before_its_calibration_is_finished_on_resume(t
     member = tmp_path / "finetune" / "cut" / "member_0"
     assert not (member / "model.safetensors").exists(), "under its name a file is whole"
     run(tmp_path, "cut", *configure("ensemble=2", "epochs=1", "resume=last"))
-    assert checkpoint.read_extra(member / "model.safetensors", "property_model", "calibration.")
+    assert model_file.read_extra(member / "model.safetensors", "property_model", "calibration.")
     assert not list(member.glob("uncalibrated*"))
 
 
@@ -261,7 +262,7 @@ def test_an_ensemble_of_seeds_predicts_the_mean_and_spread_of_its_members(tmp_pa
     assert summary["members"] == ["member_0", "member_1", "member_2"]
     with pytest.raises(CheckpointError, match=r"an ensemble of 3 models; name one, as .*member_0"):
         run(tmp_path, "next", *configure(f"pretrained={folder}"))
-    loaded = checkpoint.load_property_models(folder)
+    loaded = model_file.load_property_models(folder)
     assert len(loaded) == 3
     assert len({float(model.head.mlp[0].weight[0, 0].detach()) for model, _ in loaded}) == 3
     config, _ = configure()
@@ -281,8 +282,8 @@ def test_an_ensemble_of_seeds_predicts_the_mean_and_spread_of_its_members(tmp_pa
     assert summary["test_members/mae"] == pytest.approx(alone.mean(), rel=1e-4)
     assert summary["test/mae"] <= summary["test_members/mae"] + 1e-6
     with pytest.raises(CheckpointError, match="an ensemble of 3 models"):
-        checkpoint.load_property_model(folder)
-    assert len(checkpoint.load_property_models(folder / "member_1")) == 1
+        model_file.load_property_model(folder)
+    assert len(model_file.load_property_models(folder / "member_1")) == 1
 
 
 def test_folds_validate_on_every_crystal_once_and_never_touch_the_test_split(tmp_path, configure, small):
@@ -414,7 +415,7 @@ def test_two_processes_train_a_frozen_model_and_score_all_of_its_classes(tmp_pat
     assert summary["test/accuracy/is_metal"] == pytest.approx(np.mean(right))
     gaps = [abs(float(row["true"]) - float(row["prediction"])) for row in rows if row["target"] == "band_gap"]
     assert summary["test/mae/band_gap"] == pytest.approx(np.mean(gaps), rel=1e-3)
-    state, exported = weights(folder), checkpoint.read(pretrained, "encoder")[1]
+    state, exported = weights(folder), model_file.read(pretrained, "encoder")[1]
     assert all(torch.equal(state[f"encoder.{k}"], v) for k, v in exported.items())
 
 

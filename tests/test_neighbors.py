@@ -1,6 +1,7 @@
 """The compiled neighbor lists agree with pymatgen's and with the definition of the published graphs."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,10 +22,13 @@ from conftest import (
     random_triclinic,
     supercell,
 )
-from crysldnet.data.crystals import from_lists
-from crysldnet.data.graph import GraphSpec
-from crysldnet.data.neighbors import Neighbors, neighbor_list
 from crysldnet.data.store import CrystalStore
+from crysldnet.graphs import neighbors, search
+from crysldnet.graphs import spec as graph_specs
+from crysldnet.graphs.compiled import in_python
+from crysldnet.graphs.crystals import from_lists
+from crysldnet.graphs.neighbors import Neighbors, neighbor_list
+from crysldnet.graphs.spec import GraphSpec
 
 Edge = tuple[int, ...]
 """(source, target, n₁, n₂, n₃)."""
@@ -185,6 +189,45 @@ def test_vectors_are_differences_of_positions(cells: list[Cell]) -> None:
     away = crystals.positions[found.source] + np.einsum("ei,eij->ej", found.image, lattice)
     np.testing.assert_allclose(found.vector, crystals.positions[found.target] - away, rtol=0, atol=1e-9)
     assert np.linalg.norm(found.vector, axis=1).min() > 0
+
+
+def test_few_crystals_are_searched_in_python_with_the_same_result(
+    real: list[Cell], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crystals, found = put_together([ROCKSALT, TRICLINIC, *real[:4]]), []
+    for numbers in (0, 10**9):
+        for kernel in (neighbors.directed, neighbors._with_reverses, neighbors._vectors, graph_specs._slots):
+            monkeypatch.setattr(kernel, "_left", numbers)
+        built = [GraphSpec(k=K, symmetric=True, n_distances=20, slots=8), GraphSpec(radius=4.0)]
+        graphs = [one.build(crystals) for one in built]
+        found.append([*graphs[0].neighbors, graphs[0].slots, graphs[0].slot_atom, *graphs[1].neighbors])
+    assert [one.tobytes() for one in found[0]] == [one.tobytes() for one in found[1]]
+
+
+def test_lists_of_large_cells_find_the_same_edges_in_the_same_order(real: list[Cell]) -> None:
+    """As the search that tries every atom of the cell."""
+    points_in_sphere, lists = in_python(search._points_in_sphere), in_python(search._lists)
+    rng = np.random.default_rng(5)
+    cells = [ROCKSALT_CUBE, *real[:6], random_triclinic(rng, 7)]
+    cells = [supercell(c, (3, 2, 1) if len(c.numbers) > 8 else (3, 2, 2)) for c in cells]
+    for c in cells:
+        n = len(c.numbers)
+        frac = c.frac_coords + rng.integers(-2, 3, size=(n, 3))
+        triangle = in_python(search._triangular)(c.lattice)
+        assert lists(triangle, frac, 0, n, 4.0).parts.all()
+        found = neighbor_list(c.lattice[None], frac, np.array([0, n]), radius=4.0)
+        nearest = neighbor_list(c.lattice[None], frac, np.array([0, n]), k=K)
+        source, image, d2s = np.empty(2000, np.int64), np.empty((2000, 3), np.int32), np.empty(2000)
+        for atom in range(0, n, 5):
+            end = points_in_sphere(triangle, frac, 0, n, atom, 4.0, 0, source, image, d2s)
+            own = found.target == atom
+            assert np.array_equal(source[:end], found.source[own])
+            assert np.array_equal(image[:end], found.image[own])
+            reach = nearest.shell[atom]
+            end = points_in_sphere(triangle, frac, 0, n, atom, 2 * reach, 0, source, image, d2s)
+            kept, own = d2s[:end] <= reach**2 * (1 + 1e-12), nearest.target == atom
+            assert np.array_equal(source[:end][kept], nearest.source[own])
+            assert np.array_equal(image[:end][kept], nearest.image[own])
 
 
 @pytest.mark.parametrize("spec", [GraphSpec(k=K), CLEAN, GraphSpec(radius=4.0)], ids=["k", "union", "radius"])
@@ -356,3 +399,28 @@ def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, float]) -
 def test_a_graph_is_made_by_k_or_by_radius(arguments: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="radius"):
         GraphSpec(**arguments)
+
+
+def test_a_crystal_near_a_cut_is_one_whose_neighbors_change_when_atoms_move(starter: CrystalStore) -> None:
+    """Moved at random in several ways; rocksalt has shells of 6, 12 and 8."""
+    rng = np.random.default_rng(7)
+    rows = rng.permutation(np.flatnonzero(starter.crystals.sizes <= 12))[:60]
+    cells = [ROCKSALT, COPPER, *cells_of(starter, rows)]
+    crystals = put_together(cells)
+    for spec in (GraphSpec(k=12), GraphSpec(k=12, tolerance=0.05), GraphSpec(radius=4.0)):
+        expected = edges_by_crystal(spec.build(crystals).neighbors, crystals.ptr)
+        changes = np.zeros(len(cells), bool)
+        for _ in range(12):
+            step = rng.normal(size=crystals.frac_coords.shape)
+            step *= 1e-3 / np.linalg.norm(step, axis=1, keepdims=True)
+            step = np.einsum("ni,nij->nj", step, np.linalg.inv(crystals.lattice)[crystals.crystal])
+            frac = crystals.frac_coords + step
+            moved = replace(crystals, frac_coords=frac)
+            found = edges_by_crystal(spec.build(moved).neighbors, crystals.ptr)
+            changes |= [set(one) != set(other) for one, other in zip(expected, found, strict=True)]
+        near = spec.near_cut(crystals)
+        assert 0 < changes.sum() < len(cells)
+        assert near[changes].all()
+        assert (near & ~changes).mean() < 0.25  # what moves together, as images of one atom do, changes nothing
+    assert GraphSpec(k=12).near_cut(put_together([ROCKSALT, COPPER])).tolist() == [True, False]
+    assert not GraphSpec(k=12, tolerance=0.05).near_cut(put_together([ROCKSALT])).any()

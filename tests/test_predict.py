@@ -6,12 +6,13 @@ import csv
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 import tarfile
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,19 +25,19 @@ import torch
 import crysldnet
 from conftest import drawing
 from crysldnet import finetune
+from crysldnet.artifacts import model_file
 from crysldnet.cli import run
 from crysldnet.data import output
-from crysldnet.data import stream as streams
-from crysldnet.data.batch import make_batch
-from crysldnet.data.crystals import from_lists
-from crysldnet.data.locations import EMBEDDED, open_store
+from crysldnet.data.datasets import EMBEDDED, open_store
 from crysldnet.data.schema import table_from_crystals
 from crysldnet.data.store import write_store
-from crysldnet.data.stream import CrystalStream, StreamSettings, ahead, cut
-from crysldnet.data.structure_files import read_structure
 from crysldnet.errors import CheckpointError, DataError
+from crysldnet.graphs.batch import make_batch
+from crysldnet.graphs.crystals import from_lists
 from crysldnet.inference import Predictor
-from crysldnet.training import checkpoint
+from crysldnet.readers import stream as streams
+from crysldnet.readers.stream import CrystalStream, StreamSettings, ahead, cut
+from crysldnet.readers.structure_files import read_structure
 from tiny import finetune_config, subset
 
 EXAMPLES = EMBEDDED / "examples"
@@ -82,6 +83,20 @@ def loaded(model: Path) -> Predictor:
 
 def predict(*arguments: str) -> int:
     return run(["predict", "device=cpu", *arguments])
+
+
+def test_prediction_imports_only_what_it_needs(model: Path, tmp_path: Path) -> None:
+    """Loading the others takes longer than predicting some files."""
+    code = (
+        "import atexit, sys; from crysldnet.cli import main\n"
+        "slow = {'lightning', 'torch_geometric', 'torchmetrics', 'torch._dynamo', 'pandas', 'sklearn', 'matplotlib'}\n"
+        "atexit.register(lambda: print(*slow & set(sys.modules)))\n"
+        "main()"
+    )
+    for command in ("predict", "embed"):
+        words = [command, "device=cpu", f"model={model}", f"files={EXAMPLES}", f"out={tmp_path / command}.csv"]
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -181,7 +196,7 @@ def test_a_list_of_what_is_not_there_leaves_the_reasons_beside_the_output_or_say
     (tmp_path / "new/out.csv.refused.csv").unlink()
     (tmp_path / "new/out.csv.refused.csv").mkdir()
     monkeypatch.setattr(sys, "stdin", io.StringIO("nowhere.cif\n"))
-    with pytest.raises(DataError, match=r"reasons can't be written to .* \(Is a directory\)"):
+    with pytest.raises(DataError, match=r"reasons can't be listed: .* \(Is a directory\)"):
         predict(*arguments)
 
 
@@ -318,6 +333,51 @@ def test_what_the_training_set_lacks_is_flagged(table, loaded):
     assert not any("element" in flags or "size" in flags for flags in seen.flags)
 
 
+def test_a_crystal_whose_neighbors_may_change_with_the_next_digit_is_flagged(table, loaded):
+    content = pq.read_table(table)
+    graph = loaded.encoder.graph
+    crystals = open_store(str(table)).crystals
+    near = graph.near_cut(crystals)
+    assert near.any()
+    assert not near.all()
+    found = loaded.predict(content)
+    assert ["cutoff" in flags for flags in found.flags] == near.tolist()
+    loaded.encoder.smooth = True
+    try:
+        assert not any("cutoff" in flags for flags in loaded.predict(content).flags)
+    finally:
+        loaded.encoder.smooth = False
+
+
+def test_crystals_that_were_trained_or_validated_on_are_marked_and_counted(tmp_path, table, model, loaded, capsys):
+    splits = pq.read_table(table)["split"].to_pylist()
+    flags = loaded.predict(table).flags
+    assert all("trained" in flags[row] for row, split in enumerate(splits) if split != "test")
+    assert sum("trained" in flags[row] for row, split in enumerate(splits) if split == "test") <= 2, "near duplicates"
+    content = pq.read_table(table)
+    renamed = content.set_column(0, "material_id", pa.array([f"new-{i}" for i in range(len(content))]))
+    assert loaded.predict(renamed).flags == flags, "by their geometry"
+    stretched = pa.array([[1.05 * x for x in lattice] for lattice in content["lattice"].to_pylist()])
+    moved = content.set_column(content.column_names.index("lattice"), "lattice", stretched)
+    assert all(
+        "trained" in found for found, split in zip(loaded.predict(moved).flags, splits, strict=True) if split != "test"
+    ), "by id"
+    both = moved.set_column(0, "material_id", renamed["material_id"])
+    assert sum("trained" in found for found in loaded.predict(both).flags) < 8
+    assert run(["predict", f"model={model}", f"files={table}", f"out={tmp_path / 'x.csv'}"]) == 0
+    count = sum("trained" in found for found in flags)
+    assert f"{count} crystals are among those that a model was trained or validated on" in capsys.readouterr().err
+
+
+def test_a_target_that_stands_beside_the_crystals_in_another_unit_is_noted(table, loaded):
+    content = pq.read_table(table)
+    for unit, notes in (("meV/atom", 1), ("eV / at", 0), (None, 0)):
+        place = content.column_names.index("formation_energy_per_atom")
+        field = content.schema.field(place).with_metadata({"units": unit} if unit else {})
+        changed = content.set_column(place, field, content["formation_energy_per_atom"])
+        assert sum("is predicted in eV/atom" in note for note in loaded.predict(changed).notes) == notes
+
+
 def test_bad_crystals_of_a_table_are_refused_and_the_rest_is_done(tmp_path, table, model, capsys):
     content = pq.read_table(table)
     lattice = content["lattice"].to_pylist()
@@ -447,9 +507,9 @@ def test_importing_the_package_is_light():
 
 
 def test_a_model_of_an_earlier_version_predicts_without_intervals(tmp_path, model, loaded):
-    info, state = checkpoint.read(model / "model.safetensors", "property_model")
+    info, state = model_file.read(model / "model.safetensors", "property_model")
     info = {k: v for k, v in info.items() if k not in ("format_version", "kind", "calibration")}
-    checkpoint.write(tmp_path / "model.safetensors", "property_model", state, info)
+    model_file.write(tmp_path / "model.safetensors", "property_model", state, info)
     found = crysldnet.load(tmp_path, device="cpu").predict(EXAMPLES)
     assert np.allclose(found.values, loaded.predict(EXAMPLES).values)
     assert np.isnan(found.low).all()
@@ -461,7 +521,7 @@ def test_embeddings_are_the_features_of_the_encoder(tmp_path, model, loaded):
     with torch.inference_mode():
         crystals = from_lists(*zip(*(read_structure(file) for file in FILES), strict=True))
         features = loaded.encoder(make_batch(crystals, loaded.encoder.graph)).numpy()
-    files = [f"files={EXAMPLES}", "device=cpu"]
+    files = [f"files={EXAMPLES}", "device=cpu", "layers_read=last"]
     assert run(["embed", f"model={model}", *files, f"out={tmp_path}/atoms.npz", "per=atom"]) == 0
     assert run(["embed", f"model={model}", *files, f"out={tmp_path}/atoms.parquet", "per=atom", "batch_size=2"]) == 0
     assert run(["embed", f"model={model}", *files, f"out={tmp_path}/crystals.parquet"]) == 0
@@ -472,12 +532,22 @@ def test_embeddings_are_the_features_of_the_encoder(tmp_path, model, loaded):
     whole = pq.read_table(tmp_path / "crystals.parquet")
     means = [features[crystals.crystal == b].mean(axis=0) for b in range(6)]
     assert np.allclose(np.stack(whole["embedding"].to_numpy()), means, rtol=1e-3, atol=1e-4)
+    assert run(["embed", f"model={model}", *files[:2], f"out={tmp_path}/all.parquet"]) == 0
+    every = np.stack(pq.read_table(tmp_path / "all.parquet")["embedding"].to_numpy())
+    width, depth = features.shape[1], loaded.encoder.depth
+    assert every.shape == (6, 2 * depth * width)
+    assert np.allclose(every[:, (depth - 1) * width : depth * width], means, rtol=1e-3, atol=1e-4)
+    spread = [features[crystals.crystal == b].std(axis=0) for b in range(6)]
+    assert np.allclose(every[:, -width:], spread, rtol=1e-2, atol=2e-3)
     assert not list(tmp_path.glob(".*"))
 
 
 def test_an_encoder_is_loaded_from_a_model_and_what_is_neither_is_refused(tmp_path, model):
     encoder = crysldnet.load_encoder(model / "model.safetensors", device="cpu")
-    assert encoder.embed(EXAMPLES).features.shape == (6, encoder.width)
+    assert encoder.embed(EXAMPLES, layers_read="last").features.shape == (6, encoder.width)
+    depth = encoder.encoder.depth
+    assert encoder.embed(EXAMPLES).features.shape == (6, 2 * depth * encoder.width)
+    assert encoder.embed(EXAMPLES, per="atom").features.shape[1] == depth * encoder.width
     (tmp_path / "noise.safetensors").write_bytes(b"noise")
     for load in (crysldnet.load, crysldnet.load_encoder):
         with pytest.raises(CheckpointError, match="not a readable safetensors file"):
@@ -504,3 +574,40 @@ def test_a_share_of_validation_is_kept_for_calibration_alone(tmp_path, table):
     scores = model.knowledge.calibration.targets[0].scores
     assert np.allclose(scores, np.sort(np.abs(found - truth)), rtol=1e-3)
     assert (folder / "plots" / "reliability_formation_energy_per_atom.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("free", [0, 8_000])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "predict model=MODEL files=DATA out=DISK/p.csv workers=1",
+        "predict model=MODEL files=DATA out=DISK/p.parquet workers=1",
+        "embed model=MODEL files=DATA out=DISK/p.npz workers=1",
+        "data import DATA --out DISK/e.store",
+        "data dedupe DATA --out DISK/e.store --by id",
+        "data export DATA DISK/e.parquet",
+        "data describe DATA --no-structures --html DISK/d.html",
+    ],
+)
+def test_what_writes_to_a_full_disk_says_so_in_a_sentence_and_leaves_nothing(
+    disk: tuple[Path, Callable[[], None]], model: Path, command: str, free: int
+) -> None:
+    """With some space left, writing begins and fails."""
+    folder, fill = disk
+    fill()
+    os.truncate(folder / "filler", (folder / "filler").stat().st_size - free)
+    data = "embedded:mp_starter" if free else "embedded:mp_starter@test"
+    words = command.replace("MODEL", str(model)).replace("DATA", data).replace("DISK", str(folder)).split()
+    with pytest.raises(DataError, match=r"(can't be written \(|can't write to .*: )No space left on device"):
+        run(words)
+    assert os.listdir(folder) == ["filler"]
+
+
+def test_a_full_standard_output_is_an_error_in_a_sentence(model: Path) -> None:
+    command = [sys.executable, "-m", "crysldnet", "data", "show", "embedded:mp_starter"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: a file or the output: can't be written (No space left on device)\n",
+    )

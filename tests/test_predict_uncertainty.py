@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 
 import crysldnet
 from crysldnet import finetune
-from crysldnet.data.locations import open_store
-from crysldnet.data.store import CrystalStore
-from crysldnet.training.calibration import (
+from crysldnet.artifacts.calibration import (
     Calibration,
     TargetCalibration,
     check,
@@ -22,7 +20,9 @@ from crysldnet.training.calibration import (
     miscalibration_area,
     reliability,
 )
-from crysldnet.training.training_set import TrainingSet
+from crysldnet.artifacts.ood import TrainingSet
+from crysldnet.data.datasets import open_store
+from crysldnet.data.store import CrystalStore
 from tiny import finetune_config
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)

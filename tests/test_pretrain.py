@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from crysldnet import pretrain
-from crysldnet.data.corruption import Corruption
+from crysldnet.artifacts import model_file
 from crysldnet.errors import CheckpointError, ConfigError
-from crysldnet.training import checkpoint
+from crysldnet.graphs.corruption import Corruption
+from crysldnet.pretrain import command
+from crysldnet.pretrain.verdict import verdict
 from tiny import DENOISER, ENCODER, pretrain_config, subset
 
 
@@ -70,7 +72,7 @@ def test_sixteen_crystals_are_learned_by_heart(tmp_path):
         "objective.corruption.resample=false",
     )
     model = pretrain.build_model(config, with_flow=False)
-    data = pretrain._make_data(config, model)
+    data = pretrain.make_data(config, model)
     train_step_by_step(model, data, 250, lr=5e-3)
     results = measured(model, data)
     assert results["masked_accuracy"] == 1.0
@@ -82,9 +84,9 @@ def test_sixteen_crystals_are_learned_by_heart(tmp_path):
 def test_undoing_what_was_done_restores_the_crystal(starter):
     import numpy as np
 
-    from crysldnet.data.batch import make_batch
-    from crysldnet.data.graph import GraphSpec
-    from crysldnet.geometry import undo_strain
+    from crysldnet.graphs.batch import make_batch
+    from crysldnet.graphs.geometry import undo_strain
+    from crysldnet.graphs.spec import GraphSpec
 
     crystals = starter.crystals.take(np.arange(20))
     corrupted, undo = Corruption(displacement=0.2, strain=0.1).apply(crystals, np.random.default_rng(0))
@@ -154,7 +156,7 @@ def small(tmp_path_factory):
 
 
 def weights(folder):
-    return checkpoint.read(folder / "encoder.safetensors", "encoder")[1]
+    return model_file.read(folder / "encoder.safetensors", "encoder")[1]
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path, small):
@@ -203,17 +205,17 @@ def test_a_run_stopped_between_epochs_resumes_to_the_same_weights(tmp_path, smal
 
 def test_a_run_stopped_between_stages_resumes_with_the_second(tmp_path, small, monkeypatch):
     whole, expected = run(tmp_path, "whole", f"data.path={small}", *SHORT)
-    original = pretrain._run_stage
+    original = command._run_stage
 
     def only_the_first(config, values, stage, *rest):
         if stage == "diffusion":
             raise KeyboardInterrupt
         return original(config, values, stage, *rest)
 
-    monkeypatch.setattr(pretrain, "_run_stage", only_the_first)
+    monkeypatch.setattr(command, "_run_stage", only_the_first)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, "cut", f"data.path={small}", *SHORT)
-    monkeypatch.setattr(pretrain, "_run_stage", original)
+    monkeypatch.setattr(command, "_run_stage", original)
     resumed, summary = run(tmp_path, "cut", f"data.path={small}", "resume=last", *SHORT)
     assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(resumed).values(), strict=True))
     assert summary["vae"] == expected["vae"]
@@ -250,7 +252,7 @@ def test_the_published_recipe_trains_both_stages(tmp_path, small):
     folder, summary = run(tmp_path, "published", "preset=published", f"data.path={small}", *arguments)
     assert set(summary["diffusion"]) >= {"val/loss/diffusion", "val/features_spread"}
     assert "val/loss/species" not in summary["diffusion"]
-    assert checkpoint.load_encoder(folder / "encoder.safetensors")[0].graph.repeat_self_images
+    assert model_file.load_encoder(folder / "encoder.safetensors")[0].graph.repeat_self_images
 
 
 def test_resuming_what_is_complete_or_absent_is_refused(tmp_path, small):
@@ -281,10 +283,10 @@ def test_a_wrong_start_leaves_no_folder(tmp_path, small):
 
 def test_a_collapse_is_reported_as_one():
     stage = {"val/features_spread": 1.0, "val/features_rank": 10.0}
-    assert pretrain.has_collapsed({"vae": stage, "diffusion": dict(stage)}) is False
-    assert pretrain.has_collapsed({"vae": stage, "diffusion": {**stage, "val/features_spread": 0.1}}) is True
-    assert pretrain.has_collapsed({"vae": stage, "diffusion": {**stage, "val/features_rank": 4.0}}) is True
-    assert pretrain.has_collapsed({"vae": stage}) is None
+    assert verdict({"vae": stage, "diffusion": dict(stage)})["collapsed"] is False
+    assert verdict({"vae": stage, "diffusion": {**stage, "val/features_spread": 0.1}})["collapsed"] is True
+    assert verdict({"vae": stage, "diffusion": {**stage, "val/features_rank": 4.0}})["collapsed"] is True
+    assert verdict({"vae": stage})["collapsed"] is None
 
 
 def test_a_seed_may_be_a_date(tmp_path, small):

@@ -11,7 +11,6 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,22 +19,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from crysldnet import cli
 from crysldnet.config import choices, conf_folder, load_yaml
-from crysldnet.data.crystals import Crystals
+from crysldnet.data import datasets
+from crysldnet.data.catalog import File, PublishedSet, definition_of, published, read_definition
+from crysldnet.data.datasets import DATA_VARIABLE, data_folder, open_part, open_store
 from crysldnet.data.elements import SYMBOLS
-from crysldnet.data.locations import DATA_VARIABLE, data_folder, open_part, open_store
-from crysldnet.data.published import catalog
-from crysldnet.data.published.catalog import PUBLISHED, definition_of
-from crysldnet.data.published.definition import File, PublishedSet
-from crysldnet.data.published.download import fetch_all, sha256_of
-from crysldnet.data.published.formats import stream_json
-from crysldnet.data.published.store_maker import make_store, seeded_split
 from crysldnet.data.split import Split
-from crysldnet.data.store import CrystalStore
+from crysldnet.data.store import CrystalStore, file_hash
 from crysldnet.errors import DataError
-from crysldnet.stopping import RUN_NAME
+from crysldnet.graphs.crystals import Crystals
+from crysldnet.readers.json_stream import top_level
+from crysldnet.signals import RUN_NAME
+from crysldnet.tools.importer.published import download
+from crysldnet.tools.importer.published.download import fetch_all
+from crysldnet.tools.importer.published.store_maker import make_store, seeded_split
 from tiny import ENCODER, QUIET
 
 COUNT = 40
@@ -46,6 +46,7 @@ class Server:
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
+        self.redirects: dict[str, str] = {}
         self.requests: list[tuple[str, str | None]] = []
         self.cut_after: int | None = None
         self.delay_s = 0.0
@@ -66,6 +67,11 @@ class Server:
         name, wanted = handler.path.lstrip("/"), handler.headers.get("Range")
         self.requests.append((name, wanted))
         time.sleep(self.delay_s)
+        if name in self.redirects:
+            handler.send_response(302)
+            handler.send_header("Location", self.redirects[name])
+            handler.end_headers()
+            return
         if name not in self.files:
             handler.send_error(404, "Not Found")
             return
@@ -81,7 +87,8 @@ class Server:
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(download, "SCHEMES", ("http",))
     served = Server()
     thread = threading.Thread(target=served.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -100,11 +107,11 @@ def own_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @contextmanager
 def served_from(server: Server, monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[PublishedSet]:
     """Point the files of a definition to the server."""
-    definition = PUBLISHED[name]
-    files = tuple(replace(f, url=server.base + f.name, sha256=None) for f in definition.files)
+    definition = published()[name]
+    files = tuple(f.model_copy(update={"url": server.base + f.name, "sha256": None}) for f in definition.files)
     with monkeypatch.context() as patch:
-        patch.setitem(catalog.PUBLISHED, name, replace(definition, files=files))
-        yield catalog.PUBLISHED[name]
+        patch.setitem(published(), name, definition.model_copy(update={"files": files}))
+        yield published()[name]
 
 
 def test_two_processes_that_want_a_set_at_once_fetch_and_convert_it_once(
@@ -279,15 +286,14 @@ def test_a_published_format_gives_its_crystals_back(
     printed = capsys.readouterr().out
     assert f"NOT AS PUBLISHED: {COUNT} entries" in printed
     for file in definition.files:
-        assert (
-            f"{file.name}: sha256 {sha256_of(data_folder() / 'raw' / name / file.name)}; none is published" in printed
-        )
+        digest = file_hash(data_folder() / "raw" / name / file.name)
+        assert f"{file.name}: not verified, for no sha256 is published; this one is {digest}" in printed
 
 
 def test_values_units_and_logarithms_of_a_published_set(data_folder: Path, starter: CrystalStore) -> None:
     rows = rows_of(starter)
     put(data_folder / "raw" / "megnet", megnet_files(rows))
-    made = make_store(PUBLISHED["megnet"], data_folder / "raw" / "megnet", data_folder / "megnet.store")
+    made = make_store(published()["megnet"], data_folder / "raw" / "megnet", data_folder / "megnet.store")
     store = open_store("published:megnet")
     where = {id_: i for i, id_ in enumerate(store.ids.to_pylist())}
     order = [where[r["material_id"]] for r in rows]
@@ -307,7 +313,7 @@ def put(folder: Path, files: dict[str, bytes]) -> None:
 def test_files_that_are_put_by_hand_need_no_network(data_folder: Path, starter: CrystalStore) -> None:
     rows = rows_of(starter)
     with pytest.raises(DataError, match=r"Get \*\.parquet from https://.*LeMat-Bulk.*put it into .*lemat_bulk"):
-        fetch_all(PUBLISHED["lemat_bulk"], data_folder / "raw" / "lemat_bulk")
+        fetch_all(published()["lemat_bulk"], data_folder / "raw" / "lemat_bulk")
     (data_folder / "raw" / "lemat_bulk").mkdir(parents=True)
     table = lemat_table(rows)
     pq.write_table(table.slice(0, 25), data_folder / "raw" / "lemat_bulk" / "part-0.parquet")
@@ -329,11 +335,10 @@ def test_measured_enthalpies_take_their_structures_from_a_store(
     put(data_folder / "raw" / "expt_kingsbury", {"expt_formation_enthalpy_kingsbury.json.gz": packed})
     with pytest.raises(DataError, match=r"its sha256 is .* the published file's is a2d2ced9"):
         cli.run(["data", "download", "expt_kingsbury", "--structures", "embedded:mp_starter"])
-    known = PUBLISHED["expt_kingsbury"]
+    known = published()["expt_kingsbury"]
     path = data_folder / "raw" / "expt_kingsbury" / known.files[0].name
-    monkeypatch.setitem(
-        PUBLISHED, "expt_kingsbury", replace(known, files=(replace(known.files[0], sha256=sha256_of(path)),))
-    )
+    files = (known.files[0].model_copy(update={"sha256": file_hash(path)}),)
+    monkeypatch.setitem(published(), "expt_kingsbury", known.model_copy(update={"files": files}))
     with pytest.raises(DataError, match="--structures"):
         cli.run(["data", "download", "expt_kingsbury"])
     assert cli.run(["data", "download", "expt_kingsbury", "--structures", "embedded:mp_starter"]) == 0
@@ -344,17 +349,17 @@ def test_measured_enthalpies_take_their_structures_from_a_store(
 
 def test_a_file_that_matminer_wrote_gives_the_task_back(data_folder: Path) -> None:
     pytest.importorskip("matbench")
-    from crysldnet.matbench.tasks import task_metadata, write_embedded
+    from crysldnet.tools.matbench.tasks import task_metadata, write_embedded
 
     folder = data_folder / "raw" / "matbench_jdft2d"
     folder.mkdir(parents=True)
     write_embedded("matbench_jdft2d", "exfoliation_en", folder / "matbench_jdft2d.json.gz")
-    made = make_store(PUBLISHED["matbench_jdft2d"], folder, data_folder / "matbench_jdft2d.store")
+    made = make_store(published()["matbench_jdft2d"], folder, data_folder / "matbench_jdft2d.store")
     assert made.differences == []
     ours, embedded = open_store("published:matbench_jdft2d"), open_store("embedded:matbench_jdft2d")
     assert ours.ids.to_pylist() == embedded.ids.to_pylist()
     assert np.allclose(ours.numbers_of("exfoliation_en"), embedded.numbers_of("exfoliation_energy"))
-    for name, definition in PUBLISHED.items():
+    for name, definition in published().items():
         if name.startswith("matbench"):
             metadata = task_metadata(name)
             assert definition.files[0].sha256 == metadata.hash
@@ -367,7 +372,7 @@ def test_checksums_of_measured_data_are_those_of_matminer() -> None:
     datasets = pytest.importorskip("matminer.datasets")
     known = json.loads((Path(datasets.__file__).parent / "dataset_metadata.json").read_text())
     for name, key in (("expt_kingsbury", "expt_formation_enthalpy_kingsbury"), ("expt_kim", "expt_formation_enthalpy")):
-        definition = PUBLISHED[name]
+        definition = published()[name]
         assert definition.files[0].sha256 == known[key]["hash"]
         assert definition.files[0].url == known[key]["url"]
         assert definition.entries == known[key]["num_entries"]
@@ -379,7 +384,7 @@ def test_checksums_of_measured_data_are_those_of_matminer() -> None:
 
 def one_file(server: Server, name: str = "file.bin", sha256: str | None = None) -> PublishedSet:
     file = File(name=name, url=server.base + name, sha256=sha256)
-    return replace(PUBLISHED["gnome"], files=(file,))
+    return published()["gnome"].model_copy(update={"files": (file,)})
 
 
 def test_a_fetch_that_is_cut_off_goes_on_where_it_stopped(server: Server, tmp_path: Path) -> None:
@@ -414,8 +419,45 @@ def test_another_file_than_the_published_one_is_refused_with_both_checksums(serv
     with pytest.raises(DataError) as caught:
         fetch_all(one_file(server, sha256="0" * 64), tmp_path)
     assert "0" * 64 in str(caught.value)
-    assert sha256_of(tmp_path / "file.bin") in str(caught.value)
+    assert file_hash(tmp_path / "file.bin") in str(caught.value)
     assert "crysldnet data download gnome" in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/file.bin", "ftp://127.0.0.1/file.bin", "file:///etc/hostname"])
+def test_only_https_is_fetched_from_and_redirected_to(
+    server: Server, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.files = {"b": b"good"}
+    server.redirects = {"a": url.replace("http:", "https:"), "file.bin": f"{server.base}b"}
+    with pytest.raises(DataError, match=r"not fetched, for it isn't https|is not allowed"):
+        fetch_all(one_file(server, "a"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    fetch_all(one_file(server), tmp_path)
+    assert (tmp_path / "file.bin").read_bytes() == b"good"
+    monkeypatch.undo()
+    assert download.SCHEMES == ("https",)
+    other = published()["gnome"].model_copy(update={"files": (File(name="other", url=url),)})
+    with pytest.raises(DataError, match=f"{url}: not fetched, for it isn't https"):
+        fetch_all(other, tmp_path)
+
+
+def test_a_set_whose_files_have_no_published_sha256_is_called_not_verified_where_it_is_used(
+    data_folder: Path, starter: CrystalStore, capsys: pytest.CaptureFixture
+) -> None:
+    put(data_folder / "raw" / "jarvis_dft_3d", jarvis_files(rows_of(starter)))
+    assert cli.run(["data", "download", "jarvis_dft_3d"]) == 0
+    datasets._note_unverified.cache_clear()
+    capsys.readouterr()
+    for _ in range(2):
+        open_store("published:jarvis_dft_3d")
+    said = capsys.readouterr().err
+    file = "jdft_3d-8-18-2021.json.zip"
+    assert said.count(f"published:jarvis_dft_3d is not verified: no sha256 is published of {file}") == 1
+    assert cli.run(["data", "describe", "published:jarvis_dft_3d"]) == 0
+    assert f"{file} {file_hash(data_folder / 'raw' / 'jarvis_dft_3d' / file)}" in capsys.readouterr().out
+    assert [name for name, known in published().items() if known.unverified] == [
+        *("alexandria", "gnome", "jarvis_dft_3d", "lemat_bulk", "megnet", "mp_20", "mptrj", "oqmd")
+    ]
 
 
 def test_a_missing_file_and_no_network_say_what_to_put_where(server: Server, tmp_path: Path) -> None:
@@ -435,18 +477,19 @@ def test_a_missing_file_and_no_network_say_what_to_put_where(server: Server, tmp
 
 def test_a_file_of_another_format_is_refused_with_its_name(data_folder: Path) -> None:
     put(data_folder / "raw" / "jarvis_dft_3d", {"jdft_3d-8-18-2021.json.zip": zipped("x.json", '[{"jid": "a"')})
-    with pytest.raises(DataError, match=r"jdft_3d-8-18-2021\.json\.zip: not read as JARVIS.*ends too early"):
+    with pytest.raises(DataError, match=r"jdft_3d-8-18-2021\.json\.zip: damaged after record 0 "):
         cli.run(["data", "download", "jarvis_dft_3d"])
     assert not (data_folder / "jarvis_dft_3d.store").exists()
 
 
 @pytest.mark.parametrize("content", [[1, "a]b", {"x": [1, {"y": None}]}, float("inf")], {"k": [1, 2], "l": {}}, [], {}])
 def test_json_is_read_the_same_in_parts_as_whole(content: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crysldnet.data.published.formats._CHUNK", 3)
+    monkeypatch.setattr("crysldnet.readers.json_stream._BLOCK", 3)
     expected = list(content.items()) if isinstance(content, dict) else content
-    assert list(stream_json(io.StringIO(json.dumps(content, indent=1)))) == expected
-    with pytest.raises(ValueError, match="ends too early"):
-        list(stream_json(io.StringIO(json.dumps(content)[:-1])))
+    items = top_level(io.BytesIO(json.dumps(content, indent=1).encode()))
+    assert [value if element else (key, value) for key, element, value in items] == expected
+    with pytest.raises(ValueError, match=r"ends too early|Expecting value"):
+        list(top_level(io.BytesIO(json.dumps(content)[:-1].encode())))
 
 
 # --- published splits ---
@@ -462,7 +505,7 @@ def test_json_is_read_the_same_in_parts_as_whole(content: Any, monkeypatch: pyte
     ],
 )
 def test_the_rule_of_the_field_gives_the_published_sizes(property_: str, count: int) -> None:
-    known = next(p for p in PUBLISHED["jarvis_dft_3d"].properties if p.name == property_)
+    known = next(p for p in published()["jarvis_dft_3d"].properties if p.name == property_)
     labels = seeded_split(count, known.fractions, known.sizes)
     assert known.sizes is not None
     assert [labels.count(s) for s in ("train", "val", "test")] == [known.sizes.train, known.sizes.val, known.sizes.test]
@@ -486,7 +529,7 @@ def test_each_property_has_the_split_of_its_own_rows_and_rejected_crystals_do_no
     rows[5]["frac_coords"] = [0.0] * len(rows[5]["frac_coords"])  # its atoms overlap, so the import rejects it
     put(data_folder / "raw" / "jarvis_dft_3d", jarvis_files(rows))
     made = make_store(
-        PUBLISHED["jarvis_dft_3d"], data_folder / "raw" / "jarvis_dft_3d", data_folder / "jarvis_dft_3d.store"
+        published()["jarvis_dft_3d"], data_folder / "raw" / "jarvis_dft_3d", data_folder / "jarvis_dft_3d.store"
     )
     assert made.report.rejected == 1
     store = open_store("published:jarvis_dft_3d")
@@ -527,9 +570,9 @@ def test_a_model_trains_on_a_published_set(
 )
 def test_a_data_set_that_is_not_here_names_the_command_that_brings_it(name: str, tmp_path: Path) -> None:
     path = load_yaml(conf_folder() / "data" / f"{name}.yaml").path
-    published = path.removeprefix("published:")
-    assert published in PUBLISHED
-    with pytest.raises(DataError, match=f"crysldnet data download {published}"):
+    published_name = path.removeprefix("published:")
+    assert published_name in published()
+    with pytest.raises(DataError, match=f"crysldnet data download {published_name}"):
         cli.run(["pretrain", f"data={name}", f"runs={tmp_path}", "data.split.by=random"])
     assert not list(tmp_path.glob("pretrain"))
 
@@ -543,16 +586,45 @@ def test_names_that_do_not_exist_are_refused_with_what_does() -> None:
 
 def test_every_definition_is_complete_and_on_the_data_page(capsys: pytest.CaptureFixture) -> None:
     page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
-    for name, definition in PUBLISHED.items():
+    for name, definition in published().items():
         assert name == definition.name
         assert definition.licence
         assert definition.citation
         assert all(p.unit for p in definition.properties)
-        known = "yes" if all(f.sha256 is not None for f in definition.files) else "no"
+        known = "not verified" if definition.unverified else "published"
+        assert all(file.url.startswith("https://") for file in definition.files)
         title = f"{definition.title}, {definition.version}"
         assert f"| `{name}` | {title} | {definition.entries:,} | {definition.licence} | {known} |" in page
         assert cli.run(["data", "download", name, "--info"]) == 0
     capsys.readouterr()
     assert cli.run(["data", "download"]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in PUBLISHED)
+    assert all(name in listed for name in published())
+
+
+def test_a_data_set_of_ones_own_is_one_yaml_file(data_folder: Path, tmp_path: Path, starter: CrystalStore) -> None:
+    rows = rows_of(starter)
+    own = tmp_path / "mine.yaml"
+    own.write_text((conf_folder() / "published" / "jarvis_dft_3d.yaml").read_text())
+    put(data_folder / "raw" / "mine", jarvis_files(rows))
+    assert cli.run(["data", "download", str(own)]) == 0
+    same_crystals(open_store("published:mine"), rows)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("licenze: CC0", "licenze: extra inputs are not permitted"),
+        ("name: other", "its name is the file's"),
+        ("entries: many", "entries: input should be a valid integer"),
+        ("version: 0.1", "version: input should be a valid string"),
+        ("files: [{name: a, url: b, sha: c}]", r"files\.0\.sha: extra inputs"),
+        ("version: 2024-01-01", "not readable"),
+    ],
+)
+def test_a_definition_with_an_unknown_key_or_another_type_is_refused(line: str, message: str, tmp_path: Path) -> None:
+    known = yaml.safe_load((conf_folder() / "published" / "gnome.yaml").read_text())
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump(known | yaml.safe_load(line)))
+    with pytest.raises(DataError, match=rf"x\.yaml: .*{message}"):
+        read_definition(path)

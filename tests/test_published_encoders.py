@@ -5,6 +5,7 @@ Golden values were computed in float64 from the published definitions by an inde
 
 import csv
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +14,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import COPPER, COPPER_CUBE, PEROVSKITE, ROCKSALT, ROCKSALT_CUBE, TRICLINIC, Cell, cells_of, put_together
-from crysldnet.data.batch import make_batch
-from crysldnet.data.lattice_edges import frames
-from crysldnet.data.potentials import lattice_sums
+from conftest import (
+    COPPER,
+    COPPER_CUBE,
+    PEROVSKITE,
+    ROCKSALT,
+    ROCKSALT_CUBE,
+    TRICLINIC,
+    Cell,
+    cell,
+    cells_of,
+    put_together,
+)
 from crysldnet.data.store import CrystalStore
 from crysldnet.encoders import elements
 from crysldnet.encoders.bases import (
@@ -34,7 +43,10 @@ from crysldnet.encoders.icomformer import AngleLayer
 from crysldnet.encoders.layers import GatedConv, set_factorised
 from crysldnet.encoders.matformer import Matformer, MatformerConv
 from crysldnet.encoders.potnet import PotNet
-from crysldnet.geometry import inverse, random_rotations
+from crysldnet.graphs.batch import make_batch
+from crysldnet.graphs.geometry import inverse, random_rotations
+from crysldnet.graphs.lattice_edges import frames
+from crysldnet.graphs.potentials import lattice_sums
 from crysldnet.models.head import PropertyHead
 from encoders import CLASSES, PUBLISHED, batch_of, every_crystal_differs, features, settled, small
 from test_encoder_golden import EDGES, NODES, SOURCE, TARGET, doubles, filled, meta, size
@@ -91,8 +103,8 @@ def test_published_graphs_have_the_published_number_of_edges(name: str) -> None:
 
 
 def test_potnet_has_every_ordered_pair_besides() -> None:
-    for cell, pairs in ((ROCKSALT, 4), (ROCKSALT_CUBE, 64), (COPPER, 1), (COPPER_CUBE, 16)):
-        batch = make_batch(put_together([cell]), PotNet().graph)
+    for crystal, pairs in ((ROCKSALT, 4), (ROCKSALT_CUBE, 64), (COPPER, 1), (COPPER_CUBE, 16)):
+        batch = make_batch(put_together([crystal]), PotNet().graph)
         assert batch.pairs is not None
         assert len(set(map(tuple, batch.pairs.T.tolist()))) == pairs == batch.pairs.shape[1]
 
@@ -203,6 +215,28 @@ def test_frames_have_their_golden_vectors() -> None:
     r = np.array([1.0, 2, 2])
     cosines = vectors @ r / np.linalg.norm(vectors, axis=1) / 3.0
     np.testing.assert_allclose(cosines, [-0.333333, -0.739600, 0.728455], atol=1e-6)
+
+
+def test_frames_are_found_in_long_and_in_skewed_cells_without_listing_all_vectors_as_long() -> None:
+    """A list up to the longest edge would hold 4 · 10⁷ vectors of the first cell."""
+    long = np.diag([2.5, 2.5, 9000.0])
+    expected = [[-1, 0, 0], [0, -1, 0], [0, 0, 1]]
+    skew = np.array([[1, 0, 0], [900, 1, 0], [-70, 300, 1]])
+    found = frames(np.stack([long, skew @ long, skew @ TRICLINIC.lattice]), 1e-4)
+    assert np.linalg.norm(found[0] @ long, axis=1).tolist() == [2.5, 2.5, 9000.0]
+    np.testing.assert_allclose(np.linalg.norm(found[1] @ skew @ long, axis=1), [2.5, 2.5, 9000.0], rtol=1e-12)
+    np.testing.assert_allclose(found[2] @ skew @ TRICLINIC.lattice, expected @ TRICLINIC.lattice, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_cell_with_one_very_long_edge_costs_no_more_than_others(name: str) -> None:
+    graph = small(name).graph
+    one, long = (put_together([cell(np.diag([2.5, 2.5, c]), [6], [[0, 0, 0]])]) for c in (3.0, 9000.0))
+    graph.build(one)
+    start = time.process_time()
+    found = graph.build(long)
+    assert time.process_time() - start < 0.5
+    assert len(found.neighbors.source) >= 6
 
 
 # fmt: off
@@ -378,7 +412,7 @@ def test_published_heads_compute_their_formula(activation: str) -> None:
     shift = 0.0 if activation == "softplus" else math.log(2.0)
     first = torch.log1p(pooled.exp()) if activation == "softplus" else pooled
     hidden = torch.log1p(head.mlp[0](first).exp()) - shift
-    torch.testing.assert_close(head(x, torch.tensor([0, 0, 1, 1, 1]), 2), head.mlp[-1](hidden))
+    torch.testing.assert_close(head(pooled, torch.tensor([0, 0, 1, 1, 1]), 2), head.mlp[-1](hidden))
 
 
 def test_atoms_readout_takes_the_mean_after_the_head() -> None:
@@ -388,7 +422,8 @@ def test_atoms_readout_takes_the_mean_after_the_head() -> None:
     expected = torch.stack([head.mlp(x[:2]).mean(0), head.mlp(x[2:]).mean(0)])
     torch.testing.assert_close(head(x, torch.tensor([0, 0, 1, 1, 1]), 2), expected)
     head.readout = "mean"
-    assert (head(x, torch.tensor([0, 0, 1, 1, 1]), 2) - expected).abs().max() > 1e-4
+    pooled = torch.stack([x[:2].mean(0), x[2:].mean(0)])
+    assert (head(pooled, torch.tensor([0, 0, 1, 1, 1]), 2) - expected).abs().max() > 1e-4
 
 
 def test_random_rotations_are_rotations_and_uniform() -> None:

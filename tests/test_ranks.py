@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from crysldnet.training.ranks import BEAT_S, GONE_S, SEARCH_S, RankWatch, of_a_collective
+from crysldnet.training.watchdog import BEAT_S, GONE_S, SEARCH_S, RankWatch, of_a_collective
 from tiny import DENOISER, ENCODER, QUIET, subset
 
 TIMEOUT_S = 10.0
@@ -138,7 +138,7 @@ def test_ranks_that_cannot_meet_end_and_say_why(tmp_path: Path, killed: bool) ->
     """The port is in use; or the first process is killed while the other one is on its way to their meeting."""
     data = subset(tmp_path / "data.parquet", train=8, val=4)
     program = tmp_path / "orphan.py"
-    program.write_text("from crysldnet import cli, stopping\nstopping.ORPHAN_S = 3.0\ncli.main()\n")
+    program.write_text("from crysldnet import cli, signals\nsignals.ORPHAN_S = 3.0\ncli.main()\n")
     children: list[int] = []
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

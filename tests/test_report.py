@@ -23,9 +23,9 @@ from crysldnet import cli
 from crysldnet.config import compose
 from crysldnet.data.elements import SYMBOLS
 from crysldnet.errors import ConfigError, DataError
-from crysldnet.reports import names_of
-from crysldnet.reports.run_files import read_run
-from crysldnet.stopping import RUN_NAME
+from crysldnet.signals import RUN_NAME
+from crysldnet.tools.report import names_of
+from crysldnet.tools.report.run_files import read_run
 from crysldnet.training.plots import draw_curves
 from html_page import Page, assert_self_contained
 from tiny import ENCODER, QUIET, keep_two_curves, subset
@@ -37,6 +37,7 @@ TRAIN = [
     "data.batch_size=16",
     "epochs=2",
     "min_steps=0",
+    "baselines=false",
     "pretrained=none",
 ]
 

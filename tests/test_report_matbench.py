@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from crysldnet import cli
+from crysldnet.data.datasets import open_store
 from crysldnet.data.elements import SYMBOLS
-from crysldnet.data.locations import open_store
 from crysldnet.errors import DataError
-from crysldnet.stopping import RUN_NAME
+from crysldnet.signals import RUN_NAME
 from html_page import Page, assert_self_contained
 from tiny import ENCODER, QUIET, keep_two_curves
 

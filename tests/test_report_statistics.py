@@ -9,10 +9,12 @@ import pytest
 from scipy import stats
 
 from conftest import PEROVSKITE, ROCKSALT_CUBE, cell, put_together
+from crysldnet.artifacts.calibration import reliability
 from crysldnet.data.elements import SYMBOLS
-from crysldnet.reports.figures import parity, svg
-from crysldnet.reports.predictions import Predictions, read_predictions
-from crysldnet.reports.statistics import (
+from crysldnet.html.structure_drawing import draw_structure
+from crysldnet.tools.report.figures import parity, svg
+from crysldnet.tools.report.predictions import Predictions, read_predictions
+from crysldnet.tools.report.statistics import (
     CalibrationOfRun,
     bootstrap,
     compare,
@@ -20,8 +22,6 @@ from crysldnet.reports.statistics import (
     errors_by_size,
     metrics,
 )
-from crysldnet.reports.structure_drawing import draw_structure
-from crysldnet.training.calibration import reliability
 
 
 def errors_of_two_runs(seed: int, n: int = 400, shift: float = 0.0) -> np.ndarray:

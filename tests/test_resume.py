@@ -22,14 +22,16 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
+from conftest import drawing
 from crysldnet import cli, finetune, pretrain
+from crysldnet.artifacts import model_file
 from crysldnet.config import compose, refuse_changed
 from crysldnet.data.datamodule import CrystalDataset
 from crysldnet.data.sampler import BatchSampler, Budget
 from crysldnet.errors import CheckpointError, ConfigError, Interrupted
 from crysldnet.finetune.module import FinetuneModule
-from crysldnet.stopping import RUN_NAME
-from crysldnet.training import checkpoint, resume
+from crysldnet.signals import RUN_NAME
+from crysldnet.training import checkpointing, plots
 from crysldnet.training.checkpoint_file import HEADER, LAST, CheckpointFile, DamagedError, verify
 from crysldnet.training.diagnostics import Diagnostics
 from crysldnet.training.run_folder import RunFolder
@@ -57,7 +59,7 @@ def whole(small, tmp_path_factory):
 
 
 def weights(folder):
-    return checkpoint.read(folder / "vae" / "pretraining.safetensors", "pretraining")[1]
+    return model_file.read(folder / "vae" / "pretraining.safetensors", "pretraining")[1]
 
 
 def assert_equal_runs(one, other):
@@ -88,7 +90,7 @@ def send(number):
     return lambda: os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("arguments", [[], ["trainer.accumulate=2", "trainer.ema_decay=0.9"], ["data.num_workers=1"]])
+@pytest.mark.parametrize("arguments", [[], ["trainer.accumulate=2", "trainer.ema_decay=0.9"]])
 def test_a_run_stopped_inside_an_epoch_goes_on_exactly(tmp_path, small, whole, monkeypatch, arguments):
     expected = run(tmp_path / "whole", small, *arguments) if "trainer.accumulate=2" in arguments else whole
     with monkeypatch.context() as patch:
@@ -100,6 +102,26 @@ def test_a_run_stopped_inside_an_epoch_goes_on_exactly(tmp_path, small, whole, m
     assert_equal_runs(expected, run(tmp_path, small, "resume=last", *arguments))
 
 
+def test_what_cannot_change_a_result_may_change_on_resume_and_what_can_is_refused(tmp_path, small, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_batch(patch, 8, send(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            run(tmp_path, small, "data.num_workers=1")
+    line = ["pretrain", f"runs={tmp_path}", "name=run", "resume=last"]
+    for key, then, now in (
+        ("trainer.precision", "32-true", "bf16-mixed"),
+        ("trainer.average_last", "None", "0.25"),
+        ("trainer.ema_decay", "None", "0.9"),
+    ):
+        with pytest.raises(ConfigError, match=f"{key}: .* was begun with {key}={then}, not {now}; resume it as it was"):
+            cli.run([*line, f"{key}={now}"])
+    free = "data.num_workers=0 trainer.progress_bar=true trainer.log_every=3 trainer.checkpoint_every_steps=3"
+    more = "trainer.keep_checkpoints=1 trainer.activation_checkpointing=true logger=wandb logger.mode=disabled"
+    assert cli.run([*line, *free.split(), *more.split()]) == 0
+    found, expected = weights(tmp_path / "pretrain/run"), weights(whole)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("stop", ["SIGUSR1", "SIGINT", "time limit"])
 def test_signals_and_the_time_limit_save_and_stop(tmp_path, small, whole, monkeypatch, stop):
     arguments = []
@@ -107,7 +129,7 @@ def test_signals_and_the_time_limit_save_and_stop(tmp_path, small, whole, monkey
         if stop == "time limit":
             arguments = ["trainer.time_limit_minutes=60"]
             clock = iter([time.monotonic()] * 4 + [time.monotonic() - 3601.0] * 99)
-            patch.setattr(resume, "started", lambda: next(clock))
+            patch.setattr(checkpointing, "started", lambda: next(clock))
         else:
             at_batch(patch, 3, send(getattr(signal, stop)))
         with pytest.raises(Interrupted, match=stop):
@@ -160,7 +182,7 @@ def run_without_export(path, data, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "export", fail)
+        patch.setattr(pretrain.command, "export", fail)
         with pytest.raises(KeyboardInterrupt):
             run(path, data)
 
@@ -168,6 +190,20 @@ def run_without_export(path, data, monkeypatch):
 def test_a_stage_stopped_after_its_last_step_is_resumed_with_its_metrics(tmp_path, small, whole, monkeypatch):
     run_without_export(tmp_path, small, monkeypatch)
     assert_equal_runs(whole, run(tmp_path, small, "resume=last"))
+
+
+def test_a_plot_that_a_kill_left_out_is_drawn_on_resume(tmp_path, small, monkeypatch):
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "learning_curves", kill)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, small, "stages.vae.epochs=1")
+    assert (tmp_path / "pretrain/run/vae/pretraining.safetensors").exists()
+    with drawing():
+        run(tmp_path, small, "stages.vae.epochs=1", "resume=last")
+    assert [file.name for file in (tmp_path / "pretrain/run/plots").iterdir()] == ["vae.png"]
 
 
 def test_finetuning_stopped_inside_an_epoch_ends_alike_with_the_same_best_epoch(tmp_path, small, monkeypatch):
@@ -179,7 +215,7 @@ def test_finetuning_stopped_inside_an_epoch_ends_alike_with_the_same_best_epoch(
         assert finetune.run(config, values) == 0
         folder = path / "finetune" / name
         best = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)["global_step"]
-        return checkpoint.read(folder / "model.safetensors", "property_model"), (best, metrics_of(folder))
+        return model_file.read(folder / "model.safetensors", "property_model"), (best, metrics_of(folder))
 
     def metrics_of(folder):
         return repeatable(folder / "metrics.csv"), (folder / "predictions_test.csv").read_text()
@@ -221,7 +257,7 @@ def test_a_stop_between_two_validations_loses_no_step(tmp_path, small, monkeypat
         )
         assert finetune.run(config, values) == 0
         folder = tmp_path / "finetune" / name
-        return checkpoint.read(folder / "model.safetensors", "property_model")[1], repeatable(folder / "metrics.csv")
+        return model_file.read(folder / "model.safetensors", "property_model")[1], repeatable(folder / "metrics.csv")
 
     expected, rows = train("whole")
     for name, arguments, batch, step in (
@@ -431,12 +467,12 @@ def test_fewer_steps_an_epoch_than_were_planned_are_refused(tmp_path, small, mon
     header = {**verify(last), "epoch": 1, "batch": 0}
     trainer = SimpleNamespace(world_size=2, accumulate_grad_batches=1, strategy="single", max_epochs=2)
     steps = header["steps_per_epoch"]
-    resume.check_position(last, header, trainer, steps)
-    resume.check_position(last, {**header, "finished": True}, trainer, steps // 2)
+    checkpointing.check_position(last, header, trainer, steps)
+    checkpointing.check_position(last, {**header, "finished": True}, trainer, steps // 2)
     with pytest.raises(CheckpointError, match="inside epoch 2 under an earlier version"):
-        resume.check_position(last, {**header, "batch": 3, "world_size": 2, "order": 1}, trainer, steps)
+        checkpointing.check_position(last, {**header, "batch": 3, "world_size": 2, "order": 1}, trainer, steps)
     with pytest.raises(CheckpointError, match=rf"an epoch had {steps} steps and would have {steps // 2} now"):
-        resume.check_position(last, header, trainer, steps // 2)
+        checkpointing.check_position(last, header, trainer, steps // 2)
     with pytest.raises(CheckpointError, match=r"inside epoch 1|an epoch had"):
         run(tmp_path, small, bound, "resume=last", "trainer.accumulate=2")
 
@@ -483,6 +519,14 @@ def test_the_last_checkpoints_are_kept_in_order(tmp_path):
     assert files.newest(tmp_path)[0].name == LAST
     assert files.load_checkpoint(tmp_path / LAST)["weights"].eq(5).all()
     assert written(tmp_path / "nothing", count=0).newest(tmp_path / "nothing") is None
+
+
+def test_a_checkpoint_of_thousands_of_targets_is_written_and_other_targets_are_refused(tmp_path):
+    names = [f"absorption_at_{i:04d}_meV_direction_xx" for i in range(3000)]
+    written(tmp_path, owner={**OWNER, "targets": names}).newest(tmp_path)
+    assert verify(tmp_path / LAST)["step"] == 3
+    with pytest.raises(CheckpointError, match="it belongs to another run: targets is"):
+        CheckpointFile({**OWNER, "targets": [*names[:-1], "other"]}).newest(tmp_path)
 
 
 def flip(place):

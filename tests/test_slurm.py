@@ -51,7 +51,15 @@ def test_a_job_that_is_interrupted_is_requeued_and_completes(tmp_path: Path) -> 
     data = subset(tmp_path / "data.parquet", train=32, val=8)
     job = free_job()
     run = tmp_path / "runs/pretrain" / f"slurm-{job}"
-    settings = [*ENCODER, *DENOISER, f"data.path={data}", "data.batch_size=16", "stage=vae", "stages.vae.epochs=25"]
+    settings = [
+        "data=starter",
+        *ENCODER,
+        *DENOISER,
+        f"data.path={data}",
+        "data.batch_size=16",
+        "stage=vae",
+        "stages.vae.epochs=25",
+    ]
     settings.append("data.num_workers=1")
     done = make(
         tmp_path,

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from crysldnet.data.batch import CrystalBatch, make_batch
-from crysldnet.data.corruption import Corruption
 from crysldnet.data.store import CrystalStore
 from crysldnet.encoders.neighbor_attention import bucket
 from crysldnet.finetune import train
+from crysldnet.graphs.batch import CrystalBatch, make_batch
+from crysldnet.graphs.corruption import Corruption
 from crysldnet.models.dit import DiT
 from crysldnet.models.flow import LatentFlow
 from crysldnet.models.head import PropertyHead, PropertyModel

@@ -15,6 +15,8 @@ from crysldnet import cli
 from crysldnet.training.checkpoint_file import verify
 from tiny import DENOISER, ENCODER, QUIET, subset
 
+BRIEF = ["epochs=1", "min_steps=0", "baselines=false"]
+
 AT = """
 import importlib, os, signal, sys
 from operator import attrgetter
@@ -60,7 +62,7 @@ def test_pretraining_is_stopped_while_it_reads_and_between_its_stages(tmp_path, 
     words += ["stages.vae.epochs=1", "stages.diffusion.epochs=1"]
     reading = ("crysldnet.data.datamodule", "CrystalDataModule", "setup", "1", "SIGTERM")
     stopped(run(tmp_path, "pretrain", *words, "name=a", at=reading), "SIGTERM")
-    exporting = ("crysldnet.pretrain", "", "export", "1", "SIGUSR1,SIGUSR1,SIGTERM")
+    exporting = ("crysldnet.pretrain.command", "", "export", "1", "SIGUSR1,SIGUSR1,SIGTERM")
     stopped(run(tmp_path, "pretrain", *words, "name=a", at=exporting), "SIGUSR1")
     for name, resume in (("a", "last"), ("whole", "null")):
         assert cli.run(["pretrain", *words, f"runs={tmp_path / 'runs'}", f"name={name}", f"resume={resume}"]) == 0
@@ -71,7 +73,7 @@ def test_pretraining_is_stopped_while_it_reads_and_between_its_stages(tmp_path, 
 
 @pytest.mark.slow
 def test_finetuning_is_stopped_between_its_members_and_while_it_is_tested(tmp_path, small):
-    words = [*ENCODER, *QUIET, f"data.path={small}", "data.batch_size=8", "epochs=1", "min_steps=0", "ensemble=2"]
+    words = [*ENCODER, *QUIET, f"data.path={small}", "data.batch_size=8", *BRIEF, "ensemble=2"]
     stopped(run(tmp_path, "finetune", *words, "name=a", "trainer.time_limit_minutes=1e-9"), "the time limit")
     words = [*words, "resume=last", "trainer.time_limit_minutes=null"]
     between = ("crysldnet.finetune.training", "", "calibrate", "1", "SIGTERM")

@@ -22,12 +22,13 @@ from torch import nn
 
 from conftest import cells_of
 from crysldnet import pretrain
+from crysldnet.artifacts import model_file
 from crysldnet.build import build
 from crysldnet.config import choices, compose
 from crysldnet.data.datamodule import CrystalDataModule
-from crysldnet.data.graph import GraphSpec
 from crysldnet.errors import ConfigError, DataError
-from crysldnet.training import checkpoint, strategies
+from crysldnet.graphs.spec import GraphSpec
+from crysldnet.training import strategies
 from crysldnet.training.optimizer import AdamW
 from crysldnet.training.strategies import Name, check_combination, name_of, refusals, timeout_of
 from crysldnet.training.trainer import TrainerSettings, moving_average
@@ -77,7 +78,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
 
 
 def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    return checkpoint.read(folder / "pretrain" / name / "vae" / "pretraining.safetensors", "pretraining")[1]
+    return model_file.read(folder / "pretrain" / name / "vae" / "pretraining.safetensors", "pretraining")[1]
 
 
 @pytest.mark.parametrize("case", ["ddp", "ddp_static", "fsdp2", "ddp_less_memory", "ddp_static_less_memory"])
@@ -136,7 +137,7 @@ def parts_of(file: Path) -> tuple[dict, bytes]:
 def test_a_sharded_property_model_is_tested_at_its_best_epoch_and_exported(runs: Any) -> None:
     folder, _, _ = runs
     run = folder / "finetune/fsdp2"
-    model, info = checkpoint.load_property_model(run)
+    model, info = model_file.load_property_model(run)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["test/mae"] == pytest.approx(info["metrics"]["test/mae"])
     with (run / "predictions_test.csv").open() as file:
@@ -279,7 +280,7 @@ def test_a_sharded_run_that_trained_to_its_end_is_exported_on_resume_and_keeps_i
 
     assert run("strategy=fsdp2").returncode == 0
     folder = tmp_path / "pretrain" / "a"
-    info, before = checkpoint.read(folder / "encoder.safetensors", "encoder")
+    info, before = model_file.read(folder / "encoder.safetensors", "encoder")
     for name in ("summary.json", "encoder.safetensors", "vae/pretraining.safetensors"):  # killed after the last step
         (folder / name).unlink()
     other = run("strategy=ddp", "resume=last")
@@ -287,7 +288,7 @@ def test_a_sharded_run_that_trained_to_its_end_is_exported_on_resume_and_keeps_i
     assert "begun with strategy=fsdp2" in other.stderr
     again = run("strategy=fsdp2", "resume=last")
     assert again.returncode == 0, again.stderr[-4000:]
-    info_again, after = checkpoint.read(folder / "encoder.safetensors", "encoder")
+    info_again, after = model_file.read(folder / "encoder.safetensors", "encoder")
     assert (info_again["encoder"], info_again["metrics"]) == (info["encoder"], info["metrics"])
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -388,7 +389,7 @@ def test_the_check_passes_what_is_asked_for_in_one_process() -> None:
 
 def test_the_projection_in_the_documents_is_what_its_script_prints() -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "projection.py"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "benchmarks.projection"], capture_output=True, text=True, check=True, cwd=ROOT
     )
     for table in done.stdout.strip().split("\n\n"):
         assert table in (ROOT / "docs/cluster.md").read_text()
@@ -448,7 +449,7 @@ def test_batches_of_real_crystals_suit_any_number_of_ranks(starter: Any, seed: i
 
 def test_a_batch_that_ranks_cannot_share_is_refused() -> None:
     config, _ = pretrain_config("data.batch_size=20")
-    data = pretrain._make_data(config, pretrain.build_model(config, with_flow=False))
+    data = pretrain.make_data(config, pretrain.build_model(config, with_flow=False))
     data.setup()
     assert data.steps_per_epoch(4, 1) > 0
     with pytest.raises(DataError, match="8 processes × 1"):

@@ -1,8 +1,8 @@
 """What ``crysldnet sweep`` promises: W&B's own files, known keys, every run recorded, however it ended."""
 
 import csv
-import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -11,27 +11,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from crysldnet import cli, sweep
+pytest.importorskip("optuna")
+
+from crysldnet import cli
 from crysldnet.config import choices, compose
 from crysldnet.errors import ConfigError
-from crysldnet.stopping import RUN_NAME
-from crysldnet.sweep import agents
-from crysldnet.sweep.parallel_coordinates import make_axis
-from crysldnet.sweep.proposals import ARGUMENTS, Trial, import_sweeps, to_stop
-from crysldnet.sweep.results import best_first, write_results
-from crysldnet.sweep.trials import find_metric, read_history
+from crysldnet.signals import RUN_NAME
+from crysldnet.tools import sweep
+from crysldnet.tools.sweep import agents
+from crysldnet.tools.sweep.parallel_coordinates import make_axis
+from crysldnet.tools.sweep.proposals import ARGUMENTS
+from crysldnet.tools.sweep.results import best_first, write_results
+from crysldnet.tools.sweep.study import JOURNAL, Study, Trial
+from crysldnet.tools.sweep.trials import metrics_of, read_history
 from crysldnet.training import processes
 from tiny import environment_of_a_shell
-
-if importlib.util.find_spec("sweeps") is None:
-    pytest.skip("the sweeps package isn't installed", allow_module_level=True)
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -56,7 +56,7 @@ folder.mkdir(parents=True, exist_ok=True)
 plan = json.loads(Path(os.environ["PLAN"]).read_text())[words["optimizer.lr"]]
 with open(os.environ["PLAN"] + ".log", "a") as log:
     log.write(json.dumps({"line": sys.argv[1:], "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "time": time.time(),
-                          "named": "CRYSLDNET_RUN_NAME" in os.environ}) + "\\n")
+                          "named": "CRYSLDNET_RUN_NAME" in os.environ, "seen": os.environ.get("SEEN")}) + "\\n")
 (folder / "config.yaml").touch()
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 with open(folder / "metrics.csv", "w") as file:
@@ -130,10 +130,10 @@ def test_every_sweep_that_ships_is_valid_and_has_known_keys(
     (tmp_path / "fold_0.json").touch()  # of the sweep of Matbench, see below
     loaded = sweep.load_sweep(name)
     assert loaded.config["program"]  # W&B's agent reads it, though the command doesn't use it
-    first = sweep.propose(loaded, [], 0)
+    sweep.check_parameters(loaded, [])
+    first = Study(loaded, tmp_path, 0).propose()
     assert first is not None
-    sweep.check_parameters(loaded, first, [])
-    assert set(first) == set(loaded.parameters)
+    assert set(first.values) == set(loaded.parameters)
 
 
 def test_an_unknown_key_is_refused_by_its_name(write: Any, tmp_path: Path) -> None:
@@ -155,6 +155,8 @@ def test_every_listed_value_is_checked_before_the_first_run(write: Any, tmp_path
         ({"parameters": {}}, "parameters must hold"),
         ({"parameters": [{"optimizer.lr": 1}]}, "parameters must hold"),
         ({"parameters": {1: {"value": 1.0e-3}}}, "parameter 1 must be a key of crysldnet"),
+        ({"parameters": {"data.path=${oc.env:HOME}/": {"value": "x"}}}, r"parameter 'data\.path=.*' must be a key"),
+        ({"parameters": {"--seed": {"value": 1}}}, "parameter '--seed' must be a key of crysldnet"),
         ({"parameters": {"optimizer.lr": 1.0e-3}}, r"parameter 'optimizer\.lr' must be a key of crysldnet"),
         ({"method": "guess"}, "not a W&B sweep configuration"),
         ({"parameters": {"optimizer.lr": {"min": 2.0, "max": 1.0}}}, "not a W&B sweep configuration"),
@@ -163,11 +165,97 @@ def test_every_listed_value_is_checked_before_the_first_run(write: Any, tmp_path
         ({"command": ["${env}", "python", "train.py", "${args}"]}, "its command must be"),
         ({"command": [*GRID["command"][:4], "matbench", "${args_no_hyphens}"]}, "its command must be"),
         ({"command": [*GRID["command"][:4], "pretrain", ARGUMENTS]}, "begin it with the stage that it is of, vae/"),
+        ({"command": [*GRID["command"], "runs=elsewhere"]}, "its command must be"),
+        ({"command": [*GRID["command"], " runs=elsewhere"]}, "its command must be"),
+        ({"command": [*GRID["command"], "data.path=${oc.env:HOME}"]}, "its command must be"),
+        ({"command": [*GRID["command"][:-1], "${args_no_hyphens}x"]}, "its command must be"),
+        ({"command": "sh"}, "its command must be"),
+        ({"parameters": {"data.path": {"values": ["a", "${oc.env:HOME}"]}}}, r"data\.path: \$\{…\} would be replaced"),
+        ({"parameters": {"data.targets": {"value": [["${oc.env:HOME}"]]}}}, r"data\.targets: \$\{…\} would be"),
+        ({"parameters": {"optimizer.lr": {"min": 1.0}}}, r"optimizer\.lr: min and max are needed"),
+        ({"parameters": {"optimizer.lr": {"values": []}}}, r"parameters\.optimizer\.lr: "),
+        ({"parameters": {"optimizer.lr": {"min": 0.0, "max": 1.0}}}, "a grid needs values, or whole numbers"),
+        (
+            {"parameters": {"optimizer.lr": {"min": 0, "max": 1, "distribution": "beta"}}},
+            "beta isn't among int_uniform",
+        ),
+        ({"parameters": {"optimizer.lr": {"mu": 0.0, "distribution": "normal"}}}, r"optimizer\.lr\.mu: unknown key"),
+        ({"metric": {"name": "val/mae", "goal": "least"}}, r"metric\.goal='least'"),
+        ({"early_terminate": {"type": "hyperband"}}, "it needs min_iter from 1 on"),
+        ({"early_terminate": {"type": "hyperband", "min_iter": 2, "eta": 1}}, "eta from 2 on"),
+        ({"erly_terminate": {"type": "hyperband"}}, "erly_terminate: unknown key; did you mean 'early_terminate'"),
     ],
 )
 def test_what_is_no_sweep_is_refused(write: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         sweep.load_sweep(write(**changes))
+
+
+FOREIGN = [
+    ["sh", "-c", "touch owned"],
+    ["${env}", "nice"],
+    ["/tmp/python", "-m"],
+    ["python", "-c", "evil", "-m"],
+    ["-m"],
+]
+
+
+@pytest.mark.parametrize("before", FOREIGN)
+def test_the_command_of_a_sweep_starts_no_other_program_unless_that_is_allowed(
+    write: Any, tmp_path: Path, before: list[str]
+) -> None:
+    path = write(command=[*before, "crysldnet", "finetune", ARGUMENTS])
+    for backend in ("local", "wandb"):
+        with pytest.raises(ConfigError, match=r"starts another program: .*; if you trust it, add allow_command=true"):
+            cli.run(["sweep", f"sweep={path}", f"backend={backend}", f"runs={tmp_path}"])
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("before", [[], ["${env}", "python3", "-m"], ["${env}", "${interpreter}", "-m"]])
+def test_any_way_to_start_this_program_is_this_interpreter(write: Any, before: list[str]) -> None:
+    loaded = sweep.load_sweep(write(command=[*before, "crysldnet", "finetune", ARGUMENTS]))
+    assert loaded.launcher == []
+    assert agents.online_config(loaded, [], 1)["command"][:3] == ["${env}", sys.executable, "-m"]
+
+
+def test_a_command_that_is_allowed_starts_the_runs(write: Any, tmp_path: Path, program: Program) -> None:
+    path = write(command=["${env}", "env", "SEEN=yes", "python", "-m", "crysldnet", "finetune", ARGUMENTS])
+    program.does(**{"lr0.001": {"values": [3.0]}})
+    line = ["sweep", f"sweep={path}", "count=1", "name=one", f"runs={tmp_path}", "allow_command=true"]
+    assert cli.run(line) == 0
+    assert program.runs[0]["seen"] == "yes"
+    online = agents.online_config(sweep.load_sweep(path, allow_command=True), [], 1)["command"]
+    assert online[:6] == ["${env}", "env", "SEEN=yes", sys.executable, "-m", "crysldnet"]
+
+
+ODD = [
+    "null",
+    "true",
+    "1e-3",
+    "a b",
+    "it's",
+    '"',
+    "$(id)",
+    "`id`",
+    "[x](y)",
+    "{a: b}",
+    "a\nb",
+    "#",
+    " x ",
+    "ü",
+    "-",
+    "",
+]
+ODD_VALUES = [*ODD, None, True, 1, 1.0, 1.0e-5, ["a, b", "c]"], [[1], [2, 3]], {"a": ["$(id)"]}]
+
+
+@pytest.mark.parametrize("value", ODD_VALUES, ids=repr)
+def test_a_run_gets_each_value_as_the_file_has_it(write: Any, tmp_path: Path, value: Any) -> None:
+    study = Study(sweep.load_sweep(write(parameters={"data.path": {"values": [value]}})), tmp_path, 0)
+    trial = study.propose()
+    assert trial is not None
+    made = compose("finetune", study.sweep.line(trial.values, [])).values["data"]["path"]
+    assert (type(made), made) == (type(value), value)
 
 
 def test_a_sweep_that_is_not_there_is_refused_with_those_that_are() -> None:
@@ -293,6 +381,88 @@ def test_a_stopped_sweep_keeps_its_finished_runs(write: Any, tmp_path: Path, pro
     assert program.runs[2]["line"][-1] == "resume=last"
 
 
+def test_a_sweep_of_an_earlier_version_is_refused(write: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep" / "old"
+    folder.mkdir(parents=True)
+    for name in ("config.yaml", "trials.json"):
+        (folder / name).write_text("[]")
+    with pytest.raises(ConfigError, match=r"begun by an earlier version and can't be continued .*choose another name"):
+        cli.run(["sweep", f"sweep={write()}", "name=old", f"runs={tmp_path}", "resume=last"])
+
+
+CHILD = """
+import fcntl, os, signal, sys, time
+from pathlib import Path
+from crysldnet import signals
+words = dict(word.split("=", 1) for word in sys.argv[2:])
+folder = Path(words["runs"]) / sys.argv[1] / words["name"]
+folder.mkdir(parents=True, exist_ok=True)
+lock = (folder / ".lock").open("a+")
+try:
+    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except OSError:
+    sys.exit(2)  # as a run does whose folder is taken
+lock.write(f"process {os.getpid()}")
+lock.flush()
+(folder / "config.yaml").touch()
+def save(*_):
+    time.sleep(2.0)  # as one that writes a checkpoint
+    (folder / "saved").touch()
+    os._exit(75)
+signal.signal(signal.SIGTERM, save)
+signals.end_with_the_parent()
+if "resume" in words:
+    (folder / "summary.json").write_text('{"wall_time_s": 1.0, "val/mae": 0.5}')
+    sys.exit()
+(folder / "trains").write_text(str(os.getpid()))
+time.sleep(60)
+"""
+"""A run that ends slowly when it is told to, and well when it is resumed."""
+
+
+def test_the_runs_of_a_killed_sweep_end_and_a_resumed_one_waits_for_them(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "child.py").write_text(CHILD)
+    monkeypatch.setattr(processes, "PROGRAM", [sys.executable, str(tmp_path / "child.py")])
+    line = ["sweep", f"sweep={write(parameters=grid(0.1, 0.2))}", "parallel=2", "name=killed", f"runs={tmp_path}"]
+    code = f"from crysldnet.training import processes as p; p.PROGRAM = {processes.PROGRAM!r}"
+    code += "; from crysldnet.cli import main; main()"
+    parent = subprocess.Popen([sys.executable, "-c", code, *line], cwd=ROOT)
+    own = [tmp_path / "sweep/killed/finetune" / name for name in ("run_001", "run_002")]
+    while not all((folder / "trains").exists() for folder in own):
+        assert parent.poll() is None
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    assert cli.run([*line, "resume=last"]) == 0
+    assert all((folder / "saved").exists() for folder in own)
+    assert [row["state"] for row in results(tmp_path / "sweep/killed")] == ["finished", "finished"]
+    assert "run_001: process " in capfd.readouterr().err
+    assert "the process that started this one is gone" in (tmp_path / "sweep/killed/run_001.log").read_text()
+
+
+def test_an_agent_of_wandb_ends_with_the_sweep_that_started_it(tmp_path: Path) -> None:
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb/__init__.py").touch()
+    (tmp_path / "wandb/__main__.py").write_text("import sys, time\nprint(sys.argv, flush=True)\ntime.sleep(60)")
+    code = "from pathlib import Path; from crysldnet.tools.sweep.agents import run_agents; "
+    code += f"run_agents('me/sweep', Path({str(tmp_path)!r}), [{{}}])"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    parent = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=tmp_path)
+    log = tmp_path / "agent_0_0" / "agent.log"
+    while not (log.exists() and log.read_text()):
+        assert parent.poll() is None
+        time.sleep(0.05)
+    assert "'agent', '--forward-signals', 'me/sweep'" in log.read_text()
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while "is gone" not in log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_runs_go_on_at_the_same_time_each_with_a_gpu_of_its_own(
     write: Any, tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,48 +497,147 @@ def test_a_run_that_hyperband_gives_up_is_stopped_and_recorded(write: Any, tmp_p
     assert summary["best"]["run"] == "run_002"
 
 
-def test_hyperband_stops_by_its_thresholds_and_only_what_runs(write: Any) -> None:
-    loaded = sweep.load_sweep(write(parameters=THREE, early_terminate=HYPERBAND))
-    good = Trial("good", {"optimizer.lr": 1.0e-3}, "finished", 1.0, 1.0, (3.0, 2.0, 1.0))
-    better = replace(good, name="better", history=(3.0, 1.0, 0.8))
-    bad = Trial("bad", {"optimizer.lr": -1.0}, "running", None, 1.0, (9.0, 8.0, 7.0))
-    assert to_stop(loaded, [good, better, bad]) == {"bad"}
-    assert to_stop(loaded, [good, better, replace(bad, history=(9.0, 8.0))]) == set()  # too early to say
-    assert to_stop(loaded, [good, better, replace(bad, history=(3.0, 2.0, 0.9))]) == set()
-    assert to_stop(loaded, [good, better, replace(bad, state="failed")]) == set()
-    assert to_stop(sweep.load_sweep(write(parameters=THREE)), [good, better, bad]) == set()
+def test_hyperband_stops_what_isnt_among_the_best_and_only_what_runs(write: Any, tmp_path: Path) -> None:
+    study = Study(sweep.load_sweep(write(parameters=grid(0.1, 0.2, 0.3), early_terminate=HYPERBAND)), tmp_path, 0)
+    for name, history in (("run_001", (3.0, 2.0, 1.0)), ("run_002", (3.0, 1.0, 0.8))):
+        study.propose()
+        assert not study.report(name, history)
+        study.end(name, "finished", history[-1], 1.0)
+    study.propose()
+    assert not study.report("run_003", (9.0,))  # too early to say
+    assert study.report("run_003", (9.0, 8.0))
+    assert study.end("run_003", "stopped", None, 1.0).metric == 8.0
+    assert study.trials()["run_003"].history == (9.0, 8.0)
 
 
-def test_the_metric_of_earlier_runs_is_fed_back(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = import_sweeps()
-    loaded = sweep.load_sweep(write(parameters=THREE))
-    seen: list[Any] = []
-    original = package.next_run
-    monkeypatch.setattr(package, "next_run", lambda config, runs: seen.append(runs) or original(config, runs))
-    first = sweep.propose(loaded, [], 0)
-    assert first is not None
-    trials = [Trial("a", first, "finished", 2.5, 1.0), Trial("b", {"optimizer.lr": -1.0}, "failed", None, 1.0)]
-    assert sweep.propose(loaded, trials, 0) == {"optimizer.lr": 1.0e-5}
-    assert [run.state for run in seen[1]] == ["finished", "failed"]
-    assert seen[1][0].summary_metric("val/mae") == 2.5
-    third = Trial("c", {"optimizer.lr": 1.0e-5}, "running", None, 1.0)
-    assert sweep.propose(loaded, [*trials, third], 0) is None
+def test_without_early_termination_no_run_is_stopped(write: Any, tmp_path: Path) -> None:
+    study = Study(sweep.load_sweep(write(parameters=grid(*(i / 10 for i in range(1, 9))))), tmp_path, 0)
+    for i in range(1, 9):
+        study.propose()
+        assert not study.report(f"run_00{i}", [float(i)] * 5)
+        study.end(f"run_00{i}", "finished", float(i), 1.0)
+
+
+def test_a_loss_that_isnt_finite_is_no_value_of_the_metric(write: Any, tmp_path: Path) -> None:
+    study = Study(sweep.load_sweep(write()), tmp_path, 0)
+    study.propose()
+    study.report("run_001", (2.0, float("nan"), 1.0))
+    assert study.trials()["run_001"].history == (2.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "first"),
+    [
+        ({"min_iter": 5}, 5),
+        ({"max_iter": 27, "s": 2}, 3),
+        ({"max_iter": 27, "s": 2, "eta": 2}, 6),
+    ],
+)
+def test_hyperband_begins_as_wandb_says(write: Any, given: dict[str, int], first: int) -> None:
+    early = sweep.load_sweep(write(early_terminate={"type": "hyperband", **given})).early_terminate
+    assert early is not None
+    assert early.first == first
+
+
+MANY = {
+    "optimizer.lr": {"distribution": "log_uniform_values", "min": 1.0e-4, "max": 1.0e-2},
+    "layer_decay": {"min": 0.5, "max": 1.0},
+    "epochs": {"min": 10, "max": 20},
+    "data.batch_size": {"distribution": "q_log_uniform_values", "min": 16, "max": 128, "q": 8},
+    "head.dropout": {"distribution": "q_uniform", "min": 0.0, "max": 0.5, "q": 0.25},
+    "optimizer.weight_decay": {"distribution": "log_uniform", "min": -5, "max": -2},
+    "head": {"values": ["mean", "attention"]},
+    "patience": {"value": 7},
+}
+
+
+def test_values_are_drawn_as_wandb_describes_them(write: Any, tmp_path: Path) -> None:
+    loaded = sweep.load_sweep(write(method="random", parameters=MANY))
+    sweep.check_parameters(loaded, [])
+    study = Study(loaded, tmp_path, 0)
+    drawn: dict[str, list[Any]] = {name: [] for name in MANY}
+    for _ in range(60):
+        trial = study.propose()
+        assert trial is not None
+        for name, value in trial.values.items():
+            drawn[name].append(value)
+    below = sum(lr < 1.0e-3 for lr in drawn["optimizer.lr"])
+    assert 15 < below < 45  # half of them, where the logarithm is uniform
+    assert all(1.0e-4 <= lr <= 1.0e-2 for lr in drawn["optimizer.lr"])
+    assert all(isinstance(v, float) and 0.5 <= v <= 1.0 for v in drawn["layer_decay"])
+    assert set(drawn["epochs"]) == set(range(10, 21))
+    assert all(isinstance(v, int) and v % 8 == 0 and 16 <= v <= 128 for v in drawn["data.batch_size"])
+    assert set(drawn["head.dropout"]) == {0.0, 0.25, 0.5}
+    assert all(math.exp(-5) <= v <= math.exp(-2) for v in drawn["optimizer.weight_decay"])
+    assert set(drawn["head"]) == {"mean", "attention"}
+    assert set(drawn["patience"]) == {7}
+
+
+def test_a_bayesian_sweep_learns_from_the_metric_of_earlier_runs(write: Any, tmp_path: Path) -> None:
+    rate = {"optimizer.lr": {"distribution": "log_uniform_values", "min": 1.0e-5, "max": 1.0e-1}}
+    study = Study(sweep.load_sweep(write(method="bayes", parameters=rate)), tmp_path, 0)
+    errors = []
+    for _ in range(20):
+        trial = study.propose()
+        assert trial is not None
+        errors.append(abs(math.log10(trial.values["optimizer.lr"]) + 3.0))
+        study.end(trial.name, "finished", errors[-1], 1.0)
+    assert sum(error < 0.3 for error in errors[5:]) >= 7  # by chance, 2 of 15 are within a factor of 2
+
+
+def test_a_failed_run_is_no_reason_to_try_its_values_again(write: Any, tmp_path: Path) -> None:
+    study = Study(sweep.load_sweep(write(parameters=THREE)), tmp_path, 0)
+    tried = []
+    while (trial := study.propose()) is not None:
+        tried.append(trial.values["optimizer.lr"])
+        study.end(
+            trial.name,
+            "failed" if trial.values["optimizer.lr"] < 0 else "finished",
+            None if trial.values["optimizer.lr"] < 0 else 2.5,
+            1.0,
+        )
+    assert tried == THREE["optimizer.lr"]["values"]
 
 
 @pytest.mark.parametrize("name", choices("sweep"))
-def test_proposals_repeat_with_the_seed(name: str) -> None:
+def test_proposals_repeat_with_the_seed(name: str, tmp_path: Path) -> None:
     loaded = sweep.load_sweep(name)
     sequences = []
-    for seed in (0, 0, 1):
-        trials: list[Trial] = []
-        for number in range(4):
-            values = sweep.propose(loaded, trials, seed)
-            assert values is not None
-            trials.append(Trial(f"run_{number}", values, "finished", 0.1 * number, 1.0))
-        sequences.append([trial.values for trial in trials])
+    for turn, seed in enumerate((0, 0, 1)):
+        (folder := tmp_path / str(turn)).mkdir()
+        values: list[Any] = []
+        for number in range(7):
+            if turn == 1 or number == 0:  # resumed again and again
+                study = Study(loaded, folder, seed)
+            trial = study.propose()
+            assert trial is not None
+            values.append(trial.values)
+            study.end(trial.name, "finished", 0.1 * number, 1.0)
+        sequences.append(values)
     assert sequences[0] == sequences[1]
     assert sequences[0] != sequences[2]
     assert sequences[0][0] != sequences[0][1]
+
+
+def test_a_study_goes_on_after_a_kill_in_the_middle_of_a_line(write: Any, tmp_path: Path) -> None:
+    loaded = sweep.load_sweep(write(parameters=grid(0.1, 0.2, 0.3)))
+    study = Study(loaded, tmp_path, 0)
+    study.propose()
+    study.end("run_001", "finished", 1.0, 1.0)
+    study.propose()
+    study.report("run_002", (5.0,))
+    journal = tmp_path / JOURNAL
+    whole = journal.read_bytes()
+    for end in range(len(whole) - 400, len(whole), 23):  # whatever of its end was written
+        journal.write_bytes(whole[:end])
+        Path(f"{journal}.lock").symlink_to(journal)  # of the killed one
+        begun = Study(loaded, tmp_path, 0)
+        names = [name for name, t in begun.trials().items() if t.state == "running"] or [begun.propose().name]  # type: ignore[union-attr]
+        assert begun.begin_again(*names).values == {"optimizer.lr": 0.2}
+        begun.report("run_002", (5.0, 4.0))
+        begun.end("run_002", "finished", 4.0, 1.0)
+        assert begun.propose().values == {"optimizer.lr": 0.3}  # type: ignore[union-attr]
+        assert begun.trials()["run_002"].history == (5.0, 4.0)
 
 
 def test_the_best_run_comes_first_then_stopped_and_failed_ones(write: Any) -> None:
@@ -376,16 +645,15 @@ def test_the_best_run_comes_first_then_stopped_and_failed_ones(write: Any) -> No
     trials = [Trial(name, {}, "finished", metric, 1.0) for name, metric in (("a", 2.0), ("b", 1.0))]
     trials += [Trial("c", {}, "failed", None, 1.0), Trial("d", {}, "stopped", 0.5, 1.0)]
     assert [t.name for t in best_first(loaded, trials)] == ["b", "a", "d", "c"]
-    assert [t.name for t in best_first(replace(loaded, maximize=True), trials)] == ["a", "b", "d", "c"]
+    loaded = sweep.load_sweep(write(metric={"name": "val/mae", "goal": "maximize"}))
+    assert [t.name for t in best_first(loaded, trials)] == ["a", "b", "d", "c"]
 
 
 def test_the_metric_of_pretraining_is_that_of_the_stage_it_names(tmp_path: Path) -> None:
     summary = {"seed": 0, "vae": {"val/masked_accuracy": 0.2, "val/x": 1}, "diffusion": {"val/masked_accuracy": 0.3}}
-    assert find_metric(summary, "vae/val/masked_accuracy") == 0.2
-    assert find_metric(summary, "diffusion/val/masked_accuracy") == 0.3
-    assert find_metric(summary, "diffusion/val/x") is None
-    assert find_metric({"val/mae": float("nan")}, "val/mae") is None
-    assert find_metric({"val/mae/gap": 2.0}, "val/mae/gap") == 2.0
+    staged = {"vae/val/masked_accuracy": 0.2, "vae/val/x": 1.0, "diffusion/val/masked_accuracy": 0.3}
+    assert metrics_of(summary) == {"seed": 0.0, **staged}
+    assert metrics_of({"val/mae": float("nan"), "val/mae/gap": 2.0}) == {"val/mae/gap": 2.0}
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "metrics.csv").write_text("step,val/x\n1,0.5\n2,\n3,0.25\n")
     assert read_history(tmp_path, "vae/val/x") == (0.5, 0.25)
@@ -400,20 +668,22 @@ def test_a_sweep_ends_when_its_target_is_reached(write: Any, tmp_path: Path, pro
     assert [float(row["val/mae"]) for row in results(tmp_path / "sweep" / "target")] == [3.0, 0.5]
 
 
-def some_trials(loaded: Any, metrics: Sequence[float | None]) -> list[Trial]:
-    trials: list[Trial] = []
+def some_trials(study: Study, metrics: Sequence[float | None]) -> list[Trial]:
     for i, metric in enumerate(metrics):
-        values = sweep.propose(loaded, trials, 0)
-        assert values is not None
-        state = "failed" if metric is None else "stopped" if i % 3 == 2 else "finished"
-        history = () if metric is None else (metric + 1, metric)
-        trials.append(Trial(f"run_{i + 1:03d}", values, state, metric, 10.0, history))  # type: ignore[arg-type]
-    return trials
+        trial = study.propose()
+        assert trial is not None
+        if metric is None:
+            study.end(trial.name, "failed", None, 10.0)
+            continue
+        study.report(trial.name, (metric + 1, metric))
+        stopped = i % 3 == 2
+        study.end(trial.name, "stopped" if stopped else "finished", None if stopped else metric, 10.0)
+    return list(study.trials().values())
 
 
 def test_the_page_shows_every_run_and_needs_no_network(tmp_path: Path) -> None:
     loaded = sweep.load_sweep("finetune")
-    trials = some_trials(loaded, [50.0, 41.5, 60.0, None, 45.0])
+    trials = some_trials(Study(loaded, tmp_path, 0), [50.0, 41.5, 60.0, None, 45.0])
     write_results(tmp_path, loaded, trials)
     text = (tmp_path / "sweep.html").read_text()
     first_chart = text.split("<svg", 2)[1].split("</svg>")[0]
@@ -433,8 +703,9 @@ def test_an_axis_is_logarithmic_where_the_parameter_is(write: Any) -> None:
     assert make_axis("lr", [1e-5, 1e-3, 1e-1], logarithmic=True).place(1e-3) == pytest.approx(0.5)
     assert make_axis("lr", [0.0, 1.0, 4.0]).place(1.0) == pytest.approx(0.25)
     assert make_axis("head", ["mean", "sum"]).ticks == [(0.25, "mean"), (0.75, "sum")]
-    assert sweep.load_sweep("finetune").is_logarithmic("optimizer.lr")
-    assert not sweep.load_sweep("finetune").is_logarithmic("epochs")
+    parameters = sweep.load_sweep("finetune").parameters
+    assert parameters["optimizer.lr"].logarithmic
+    assert not parameters["epochs"].logarithmic
 
 
 def test_the_sweep_that_goes_online_has_this_interpreter_and_a_folder_for_each_agent(
@@ -442,8 +713,7 @@ def test_the_sweep_that_goes_online_has_this_interpreter_and_a_folder_for_each_a
 ) -> None:
     loaded = sweep.load_sweep("finetune")
     online = agents.online_config(loaded, ["epochs=2"], 20)
-    known = {key: value for key, value in online.items() if key != "run_cap"}  # newer than the package
-    assert import_sweeps().schema_violations_from_proposed_config(known) == []
+    assert {**online, "command": 0} == {**loaded.config, "command": 0, "run_cap": 20}
     assert online["run_cap"] == 20
     assert online["command"][:5] == ["${env}", sys.executable, "-m", "crysldnet", "finetune"]
     assert online["command"][-3:] == [ARGUMENTS, "epochs=2", "runs=${envvar:CRYSLDNET_SWEEP_RUNS}"]
@@ -488,7 +758,7 @@ def test_make_sweep_runs_on_wandb_or_here(given: str, expected: str) -> None:
 
 
 def test_the_matbench_sweep_sees_no_test_crystal_of_its_fold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from crysldnet.data.locations import open_store
+    from crysldnet.data.datasets import open_store
 
     page = (ROOT / "docs" / "sweep.md").read_text()
     (script,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)

@@ -19,10 +19,10 @@ from conftest import (
     random_triclinic,
     supercell,
 )
-from crysldnet.data.batch import CrystalBatch, make_batch
-from crysldnet.data.corruption import Corruption, Undo
 from crysldnet.data.store import CrystalStore
 from crysldnet.encoders.pddformer import PDDFormer
+from crysldnet.graphs.batch import CrystalBatch, make_batch
+from crysldnet.graphs.corruption import Corruption, Undo
 from crysldnet.models.dit import DiT
 from crysldnet.models.head import PropertyHead, PropertyModel
 from crysldnet.models.objectives import Denoising, Published

@@ -11,18 +11,19 @@ import pytest
 import torch
 
 from crysldnet import finetune, load
+from crysldnet.artifacts import model_file
+from crysldnet.artifacts.model_file import load_property_model
 from crysldnet.build import build_dataclass
-from crysldnet.data.batch import make_batch
-from crysldnet.data.crystals import from_lists
-from crysldnet.data.locations import open_store
+from crysldnet.data.datasets import open_store
 from crysldnet.encoders.pddformer import PDDFormer
 from crysldnet.errors import ConfigError, DataError
 from crysldnet.finetune import FinetuneConfig
-from crysldnet.models.head import Prediction, PropertyHead, PropertyModel
+from crysldnet.graphs.batch import make_batch
+from crysldnet.graphs.crystals import from_lists
+from crysldnet.models.head import PropertyHead, PropertyModel
+from crysldnet.models.predictor import Prediction
 from crysldnet.models.references import fit_references
 from crysldnet.models.target import Bounded, Classes, Log, Number, TwoPart, make_number, make_target
-from crysldnet.training import checkpoint
-from crysldnet.training.checkpoint import load_property_model
 from crysldnet.training.metrics import ClassificationScores, TargetMetrics
 from tiny import finetune_config, subset
 
@@ -159,7 +160,7 @@ def test_classes_and_gaps_are_learned_by_heart(tmp_path, small):
         (["layer_decay=0"], ConfigError, "layer_decay"),
         (["patience=0"], ConfigError, "patience"),
         (["layer_decay=0.5", "strategy=fsdp"], ConfigError, "sharding joins layers"),
-        (["data.targets=[is_metal]", "ensemble=500", "ensemble_by=folds"], ConfigError, "fewer than folds"),
+        (["data.targets=[is_metal]", "ensemble=500", "ensemble_by=folds"], ConfigError, "can't make 500 parts"),
     ],
 )
 def test_a_wrong_target_is_refused_before_a_folder_is_made(tmp_path, small, arguments, error, says):
@@ -408,9 +409,9 @@ def test_a_run_of_before_there_were_kinds_can_be_resumed():
 
 def test_a_model_of_before_there_were_kinds_is_a_plain_number(tmp_path, small):
     folder, _, _ = run(tmp_path, "now", f"data.path={small}", "epochs=1")
-    info, state = checkpoint.read(folder / "model.safetensors", "property_model")
+    info, state = model_file.read(folder / "model.safetensors", "property_model")
     old = {k: v for k, v in info.items() if k not in ("target_types", "element_references", "format_version", "kind")}
-    checkpoint.write(tmp_path / "old.safetensors", "property_model", state, old)
+    model_file.write(tmp_path / "old.safetensors", "property_model", state, old)
     models = [load_property_model(path)[0] for path in (folder, tmp_path / "old.safetensors")]
     batch = make_batch(open_store(str(small)).crystals.take(np.arange(4)), models[0].encoder.graph)
     with torch.inference_mode():

@@ -11,13 +11,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from crysldnet.config import compose, validate
-from crysldnet.data.locations import EMBEDDED
+from crysldnet.data.datasets import EMBEDDED
 from crysldnet.finetune import FinetuneConfig
 from crysldnet.pretrain import PretrainConfig
 from crysldnet.training.diagnostics import OF_THE_MACHINE
 
 ENCODER = ["encoder.width=32", "encoder.layers=2", "encoder.k=8", "encoder.n_distances=12", "encoder.n_basis=32"]
-DENOISER = ["denoiser.width=32", "denoiser.layers=1", "denoiser.heads=2"]
+DENOISER = ["stage=both", "denoiser.width=32", "denoiser.layers=1", "denoiser.heads=2"]
 QUIET = ["trainer.progress_bar=false"]
 
 
@@ -48,7 +48,7 @@ def pretrain_config(*arguments: str, tiny_encoder: Sequence[str] = ENCODER) -> t
 
 def finetune_config(*arguments: str, tiny_encoder: Sequence[str] = ENCODER) -> tuple[FinetuneConfig, dict]:
     """Compose a tiny finetuning run."""
-    composition = compose("finetune", [*tiny_encoder, *QUIET, "min_steps=0", *arguments])
+    composition = compose("finetune", [*tiny_encoder, *QUIET, "min_steps=0", "baselines=false", *arguments])
     return validate(composition, FinetuneConfig), composition.values
 
 

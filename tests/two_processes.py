@@ -93,13 +93,13 @@ def export_untrained(folder: Path, data: str, name: str, *arguments: str) -> Non
     config, _ = pretrain_config(f"data.path={data}", *STEPS, *arguments)
     settings: TrainerSettings = build(config.trainer, "trainer")
     model = pretrain.build_model(config, with_flow=False)
-    crystals = pretrain._make_data(config, model)
+    crystals = pretrain.make_data(config, model)
     module = pretrain.PretrainModule(model=model, optimizer=build(config.optimizer, "optimizer"))
     trainer = make_trainer(
         settings, build(config.strategy, "strategy"), folder=folder, epochs=1, seed=0, gradient_clip=None, owner={}
     )
     trainer.validate(module, datamodule=crystals, verbose=False)
-    pretrain.export(trainer, {"encoder": config.encoder}, folder / "untrained" / name, "vae")
+    pretrain.command.export(trainer, {"encoder": config.encoder}, folder / "untrained" / name, "vae")
 
 
 if __name__ == "__main__":

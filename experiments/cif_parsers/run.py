@@ -1,6 +1,6 @@
 """Do gemmi and pymatgen read the same crystal in a CIF, and how fast?
 
-python experiments/cif_parsers/run.py [--data FOLDER] [--cifs FOLDER …] [--limit N] [--workers N]
+python -m experiments.cif_parsers.run [--data FOLDER] [--cifs FOLDER …] [--limit N] [--workers N]
 
 Every crystal is written by several writers in several ways, and each file is read by three readers. What a file should
 give is known from the crystal that it was written from.
@@ -30,10 +30,10 @@ from pymatgen.core import Lattice, Structure
 from pymatgen.io.ase import AseAtomsAdaptor
 from pymatgen.io.cif import CifParser, CifWriter
 
-from crysldnet import evidence
-from crysldnet.data.locations import EMBEDDED
-from crysldnet.data.structure_files import parse_structure
+from crysldnet.data.datasets import EMBEDDED
 from crysldnet.errors import DataError
+from crysldnet.readers.structure_files import parse_structure
+from experiments import evidence
 
 HERE = Path(__file__).parent
 READERS = ("this package", "gemmi alone", "pymatgen")
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     settings = parser.parse_args()
     commit = evidence.current_commit(HERE)
-    command = "python experiments/cif_parsers/run.py"
+    command = "python -m experiments.cif_parsers.run"
     if settings.data != EMBEDDED:
         command += f" --data {settings.data.name} --limit {settings.limit}"
     crystals = tasks(settings.data, settings.limit, settings.max_atoms)

@@ -1,6 +1,6 @@
 """Correct formation energies from DFT by measured enthalpies: 20 % and 80 % of them to learn from, the rest to test on.
 
-python experiments/dft_correction/run.py data=FOLDER [key=value …]
+python -m experiments.dft_correction.run data=FOLDER [key=value …]
 
 The keys are those of config.yaml beside this file. Runs that are complete are not run again, so an interrupted study
 goes on where it stopped.
@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from crysldnet import evidence
 from crysldnet.data.datamodule import open_store
 from crysldnet.data.elements import reduced_formula
 from crysldnet.data.store import CrystalStore
+from experiments import evidence
 
 HERE = Path(__file__).parent
 DIFFERENCE = "measured_minus_dft"
@@ -194,7 +194,7 @@ def main() -> None:
         "unit": "eV/atom",
         "seeds": settings.seeds,
         "data": f"{len(study.crystals)} measured formation enthalpies",
-        "command": "python experiments/dft_correction/run.py data=FOLDER",
+        "command": "python -m experiments.dft_correction.run data=FOLDER",
         "commit": evidence.current_commit(HERE),
     }
     trained_on_dft = study.learn_dft()

@@ -60,7 +60,7 @@ files written:
 Each file is printed with its size and SHA-256: draw into another folder to compare.
 
 example:
-  python experiments/embedded_data/draw.py --source DATA_FOLDER --out redrawn"""
+  python -m experiments.embedded_data.draw --source DATA_FOLDER --out redrawn"""
 )
 
 

@@ -1,6 +1,6 @@
 """Which encoder learns most from the same data, and at what cost? Formation energy and band gap, three seeds.
 
-python experiments/encoders/run.py --data FOLDER [--runs FOLDER] [--parallel N] [--only ENCODER …]
+python -m experiments.encoders.run --data FOLDER [--runs FOLDER] [--parallel N] [--only ENCODER …]
 
 FOLDER holds mp_cgcnn_train.parquet and mp_cgcnn_val.parquet. Runs that are complete are not run again, so an
 interrupted study goes on where it stopped.
@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from crysldnet import evidence
+from crysldnet.artifacts import model_file
 from crysldnet.data.datamodule import open_store
 from crysldnet.data.split import Split
-from crysldnet.training import checkpoint
+from experiments import evidence
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
@@ -100,7 +100,7 @@ def study(runs: Path, files: dict[str, Path], encoder: str, seeds: tuple[int, ..
         for seed in seeds
     ]
     model = runs / "finetune" / f"{encoder}-seed{seeds[0]}" / "model.safetensors"
-    _, state = checkpoint.read(model, "property_model")
+    _, state = model_file.read(model, "property_model")
     counts = ("running_", "num_batches_tracked")
     parameters = sum(
         v.numel() for k, v in state.items() if k.startswith("encoder.") and not any(word in k for word in counts)
@@ -126,7 +126,7 @@ def records(found: dict[str, dict]) -> list[evidence.Record]:
                 unit=unit,
                 seeds=SEEDS if len(values) > 1 else [],
                 data=f"mp_cgcnn of ≤ {MAX_ATOMS} atoms, {SIZES['train']} to train on and {SIZES['val']} to validate",
-                command="python experiments/encoders/run.py --data FOLDER",
+                command="python -m experiments.encoders.run --data FOLDER",
                 commit=result["runs"][0]["code_version"].rpartition("+")[2],
             )
             made.append(record)
@@ -137,7 +137,7 @@ def costs() -> list[evidence.Record]:
     """Return the speed and the memory of a training step, as the benchmark measured them."""
     steps = evidence.read(HERE.parents[1] / "benchmarks" / "results.json")
     wanted = {("speed", "structures/s"), ("memory of a step", "MB")}
-    return [r for r in steps if r.command == "python benchmarks/encoders.py" and (r.metric, r.unit) in wanted]
+    return [r for r in steps if r.command == "python -m benchmarks.encoders" and (r.metric, r.unit) in wanted]
 
 
 def plot_frontier(made: list[evidence.Record]) -> None:

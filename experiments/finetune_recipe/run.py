@@ -1,6 +1,6 @@
 """Which recipe of finetuning is good at 100 labels and at many?
 
-python experiments/finetune_recipe/run.py data=FOLDER [key=value …]
+python -m experiments.finetune_recipe.run data=FOLDER [key=value …]
 
 The keys are those of config.yaml beside this file. Runs that are complete are not run again, so an interrupted study
 goes on where it stopped.
@@ -19,12 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from crysldnet import evidence
 from crysldnet.data.datamodule import open_store
 from crysldnet.data.split import Split
+from experiments import evidence
 
 HERE = Path(__file__).parent
-COMMAND = "python experiments/finetune_recipe/run.py data=FOLDER"
+COMMAND = "python -m experiments.finetune_recipe.run data=FOLDER"
 CHANGES = {"runs", "out", "parallel", "seeds", "sizes", "budgets", "rates"}
 """Settings that runs in one folder may have otherwise: their names tell them."""
 

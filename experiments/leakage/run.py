@@ -1,6 +1,6 @@
 """What pretraining sets share with test sets, and what the filter before the structure matcher loses and saves.
 
-python experiments/leakage/run.py --data FOLDER
+python -m experiments.leakage.run --data FOLDER
 
 FOLDER holds mp_cgcnn_train.parquet, mp_20_val.parquet, matbench_jdft2d.parquet, matbench_phonons.parquet and
 jarvis_dft_3d_part.parquet.
@@ -14,17 +14,18 @@ from pathlib import Path
 
 import numpy as np
 
-from crysldnet import evidence
-from crysldnet.data.audit import Shared, audit
-from crysldnet.data.crystals import Crystals
-from crysldnet.data.fingerprint import POSSIBLE, SIMILAR, Fingerprints, Tolerance, candidates, formulas_of
-from crysldnet.data.locations import open_store
+from crysldnet.data.datasets import open_store
+from crysldnet.data.fingerprint import POSSIBLE, SIMILAR, Fingerprints, Tolerance, candidates
+from crysldnet.data.formulas import formulas_of
 from crysldnet.data.matching import Matcher
 from crysldnet.data.schema import table_from_crystals
 from crysldnet.data.store import CrystalStore
+from crysldnet.graphs.crystals import Crystals
+from crysldnet.tools.datacheck.audit import Shared, audit
+from experiments import evidence
 
 HERE = Path(__file__).parent
-COMMAND = "python experiments/leakage/run.py --data FOLDER"
+COMMAND = "python -m experiments.leakage.run --data FOLDER"
 ANY = Tolerance(np.inf, np.inf)
 MAX_ATOMS, MAX_ATOMS_OF_COPIES = 60, 20
 STRAIN, DISPLACEMENT = 0.02, 0.05

@@ -1,7 +1,7 @@
 """All folds of matbench_jdft2d and matbench_phonons, from scratch and pretrained.
 
-python experiments/matbench/run.py data=FOLDER [key=value …]
-python experiments/matbench/run.py pretrained=ENCODER [key=value …]
+python -m experiments.matbench.run data=FOLDER [key=value …]
+python -m experiments.matbench.run pretrained=ENCODER [key=value …]
 
 The keys are those of config.yaml beside this file. Runs that are complete are not run again, so an interrupted study
 goes on where it stopped. What came out of each arm is kept in arms.json, and the table and the plot show both where
@@ -19,17 +19,17 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from crysldnet import evidence
+from crysldnet.artifacts import model_file
+from crysldnet.artifacts.provenance import pretraining_overlap
 from crysldnet.config import choices, conf_folder
+from crysldnet.data.datasets import open_store
 from crysldnet.data.fingerprint import Fingerprints
-from crysldnet.data.locations import open_store
-from crysldnet.matbench.leaderboard import load_leaderboard, ranking
-from crysldnet.matbench.scores import TaskScores
-from crysldnet.training import checkpoint
-from crysldnet.training.pretraining_set import pretraining_overlap
+from crysldnet.tools.matbench.leaderboard import load_leaderboard, ranking
+from crysldnet.tools.matbench.scores import TaskScores
+from experiments import evidence
 
 HERE = Path(__file__).parent
-COMMAND = "python experiments/matbench/run.py data=FOLDER"
+COMMAND = "python -m experiments.matbench.run data=FOLDER"
 TASKS = ("matbench_jdft2d", "matbench_phonons")
 ALGORITHMS = {"scratch": "CrysLDNet-scratch", "pretrained": "CrysLDNet"}
 """Arm to its name in a submission."""
@@ -72,6 +72,7 @@ class Study:
             self.runs,
             "pretrain",
             "without_tasks",
+            "stage=both",
             "data=custom",
             f"data.path={json.dumps({split: str(Path(file).absolute()) for split, file in settings.files.items()})}",
             f"encoder={settings.encoder}",
@@ -95,7 +96,7 @@ class Study:
         settings = self.settings
         own = f"pretrained={encoder}"
         if arm == "scratch":
-            own = f"encoder={encoder_choice(checkpoint.read(encoder, 'encoder')[0]['encoder'], self.runs)}"
+            own = f"encoder={encoder_choice(model_file.read(encoder, 'encoder')[0]['encoder'], self.runs)}"
         summary = evidence.launch(
             self.runs,
             "matbench",

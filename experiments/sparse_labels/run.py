@@ -1,6 +1,6 @@
 """What does each stage of pretraining add, from 1 % to 100 % of the labels?
 
-python experiments/sparse_labels/run.py data=FOLDER [key=value …]
+python -m experiments.sparse_labels.run data=FOLDER [key=value …]
 
 The keys are those of config.yaml beside this file. Runs that are complete are not run again, so an interrupted study
 goes on where it stopped.
@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from crysldnet import evidence
 from crysldnet.data.datamodule import open_store
+from experiments import evidence
 
 HERE = Path(__file__).parent
 SPLITS = ("train", "val", "test")
@@ -123,7 +123,7 @@ def records_of(study: Study, results: list[dict[tuple[str, float], dict]]) -> li
         "seeds": settings.seeds,
         "data": f"{Path(settings.files['train']).stem} of ≤ {settings.max_atoms} atoms, "
         f"{settings.sizes['train']:,} labelled crystals to train on",
-        "command": "python experiments/sparse_labels/run.py data=FOLDER",
+        "command": "python -m experiments.sparse_labels.run data=FOLDER",
         "commit": evidence.current_commit(HERE),
     }
     records = []

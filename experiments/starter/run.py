@@ -1,6 +1,6 @@
 """Does pretraining help on the embedded set? Formation energy, few and all labels, three seeds.
 
-python experiments/starter/run.py [--runs FOLDER] [--parallel N]
+python -m experiments.starter.run [--runs FOLDER] [--parallel N]
 
 Runs that are complete are not run again, so an interrupted study goes on where it stopped.
 """
@@ -11,7 +11,7 @@ import argparse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from crysldnet import evidence
+from experiments import evidence
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
@@ -21,7 +21,7 @@ EPOCHS = {0.1: 100, 1.0: 40}
 
 def study(runs: Path, seed: int) -> dict[tuple[str, float], dict]:
     """Pretrain with a seed, then finetune both arms with it."""
-    evidence.launch(runs, "pretrain", f"seed{seed}", f"seed={seed}")
+    evidence.launch(runs, "pretrain", f"seed{seed}", "stage=both", "stages.vae.epochs=20", f"seed={seed}")
     encoder = runs / "pretrain" / f"seed{seed}" / "encoder.safetensors"
     results = {}
     for share, epochs in EPOCHS.items():
@@ -61,7 +61,7 @@ def main() -> None:
                         unit="eV/atom",
                         seeds=SEEDS,
                         data=f"mp_starter, {results[0][arm, share]['train_crystals']} training crystals",
-                        command="python experiments/starter/run.py",
+                        command="python -m experiments.starter.run",
                         commit=commit,
                     )
                 )

@@ -12,14 +12,14 @@ import torch
 from numpy.typing import NDArray
 
 import crysldnet
-from crysldnet import evidence
-from crysldnet.data.locations import open_store
+from crysldnet.data.datasets import open_store
 from crysldnet.data.split import Split
-from crysldnet.data.stream import StreamSettings
 from crysldnet.inference import Predictor
+from crysldnet.readers.stream import StreamSettings
+from experiments import evidence
 
 FOLDER = Path(__file__).parent
-COMMAND = "python experiments/uncertainty/run.py"
+COMMAND = "python -m experiments.uncertainty.run"
 TARGET = "formation_energy_per_atom"
 SEEDS = [0, 1]
 SETTINGS = ["encoder=cgcnn", "optimizer.lr=0.004", "epochs=6", "min_steps=0", f"data.targets=[{TARGET}]"]

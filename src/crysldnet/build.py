@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from crysldnet.errors import ConfigError
@@ -33,6 +34,7 @@ ALLOWED = {
     "crysldnet.encoders.cgcnn.CGCNN",
     "crysldnet.encoders.cogn.CoGN",
     "crysldnet.encoders.ecomformer.EComFormer",
+    "crysldnet.encoders.elements.ElementProperties",
     "crysldnet.encoders.icomformer.IComFormer",
     "crysldnet.encoders.matformer.Matformer",
     "crysldnet.encoders.neighbor_attention.NeighborAttention",
@@ -54,12 +56,20 @@ ALLOWED = {
     "crysldnet.training.loggers.csv",
     "crysldnet.training.loggers.wandb",
 }
-"""Everything that configuration may instantiate. Use :func:`allow` for an encoder of your own."""
+"""Everything of this package that configuration may instantiate."""
+PLUGINS: set[str] = set()
+"""Modules of users whose own classes and functions it may instantiate too; see :mod:`crysldnet.plugins`."""
 
 
-def allow(name: str) -> None:
-    """Let configuration instantiate one more class, for example an encoder of your own: ``my_package.MyEncoder``."""
-    ALLOWED.add(name)
+def _is_of_plugin(name: str) -> bool:
+    """Return whether a name is that of a class or function which a plugin defines itself."""
+    module, _, attribute = name.rpartition(".")
+    if not any(f"{module}.".startswith(f"{plugin}.") for plugin in PLUGINS):
+        return False
+    try:
+        return getattr(importlib.import_module(module), attribute).__module__ == module
+    except (ImportError, AttributeError):
+        return False
 
 
 @cache
@@ -115,10 +125,10 @@ def target_of(node: Mapping[str, Any], where: str) -> str:
     name = node.get(TARGET)
     if not isinstance(name, str):
         raise ConfigError(f"{where}: it needs {TARGET}, the name of what to build", where)
-    if name not in ALLOWED:
+    if name not in ALLOWED and not _is_of_plugin(name):
         raise ConfigError(
             f"{_join(where, TARGET)}: {name!r} is not on the list of what configuration may build; "
-            f"{_suggest(name, sorted(ALLOWED), listed=False)}",
+            f"{_suggest(name, sorted(ALLOWED), listed=False)}; a class of your own needs plugins=[its module]",
             where,
         )
     return name
@@ -162,14 +172,19 @@ def _check_value(value: Any, annotation: Any, path: str) -> None:
         raise ConfigError(f"{path}={value!r}: {first['msg'].lower()}", path) from None
 
 
-def build(node: Mapping[str, Any], where: str = "", **parts: Any) -> Any:
+def build(node: Mapping[str, Any], where: str = "", *, kind: type | None = None, **parts: Any) -> Any:
     """Check a node and call its target.
 
     Args:
         node: a mapping with ``_target_`` and plain values.
         where: the node's path in the configuration, for messages.
+        kind: the class that the target must be of; None for any.
         parts: what the configuration can't hold.
     """
+    if kind is not None:
+        target = _signature(target_of(node, where))[0]
+        if not (inspect.isclass(target) and issubclass(target, kind)):
+            raise ConfigError(f"{_join(where, TARGET)}: {node[TARGET]!r} is no {kind.__name__}", where)
     check(node, where)
     function, _, hints = _signature(node[TARGET])
     return _call(function, hints, {k: v for k, v in node.items() if k != TARGET}, where, parts)
@@ -191,3 +206,18 @@ def build_dataclass(kind: type, values: Mapping[str, Any], where: str) -> Any:
     described = _describe(kind)
     _check_signature(described, values, where)
     return _call(kind, described[2], dict(values), where, {})
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts that YAML would change, such as those with other line breaks, in quotes and with escapes."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, None if text.isprintable() else '"'),
+)
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """Return plain values as YAML, which is read as these very values."""
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import logging
 import os
@@ -10,10 +11,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from crysldnet import __version__, stopping
+from crysldnet import __version__, signals
+from crysldnet.console import escaped, note
 from crysldnet.errors import UNFINISHED, ConfigError, CrysldnetError, Interrupted
+from crysldnet.io import DISK_ERRORS, cannot_write
 
 if TYPE_CHECKING:
     from crysldnet.config import Composition
@@ -21,17 +25,28 @@ if TYPE_CHECKING:
 COMMANDS = {
     "pretrain": ("crysldnet.pretrain", "PretrainConfig", "pretrain an encoder without labels"),
     "finetune": ("crysldnet.finetune", "FinetuneConfig", "train a property model, pretrained or from scratch"),
-    "predict": ("crysldnet.predict", "PredictConfig", "predict properties of crystals in files, tables or stores"),
-    "embed": ("crysldnet.embed", "EmbedConfig", "write an encoder's features of crystals or atoms"),
-    "matbench": ("crysldnet.matbench", "MatbenchConfig", "run Matbench tasks and write a submission folder"),
-    "sweep": ("crysldnet.sweep", "SweepCommandConfig", "run a W&B sweep configuration on this machine"),
-    "report": ("crysldnet.reports", "ReportConfig", "write a page about finished runs, and compare them"),
+    "predict": (
+        "crysldnet.inference.predict",
+        "PredictConfig",
+        "predict properties of crystals in files, tables or stores",
+    ),
+    "embed": ("crysldnet.inference.embed", "EmbedConfig", "write an encoder's features of crystals or atoms"),
+    "suggest": ("crysldnet.tools.suggest", "SuggestConfig", "choose the crystals to measure next"),
+    "matbench": ("crysldnet.tools.matbench", "MatbenchConfig", "run Matbench tasks and write a submission folder"),
+    "sweep": ("crysldnet.tools.sweep", "SweepCommandConfig", "run a W&B sweep configuration on this machine"),
+    "report": ("crysldnet.tools.report", "ReportConfig", "write a page about finished runs, and compare them"),
 }
 """Command to the module that runs it, its configuration and a line of help."""
 
+FLAGGED = {
+    "data": ("crysldnet.tools.importer.command", "import, describe, compare and download crystals"),
+    "weights": ("crysldnet.tools.hub", "list, fetch and share pretrained encoders"),
+}
+"""Commands that take flags, to the module whose ``main`` runs them and a line of help."""
+
 PARTS = {
-    ("matbench", "validate"): "crysldnet.matbench.validation",
-    ("matbench", "fold"): "crysldnet.matbench.parallel",
+    ("matbench", "validate"): "crysldnet.tools.matbench.validation",
+    ("matbench", "fold"): "crysldnet.tools.matbench.parallel",
 }
 """Commands of two words to the module whose ``main`` runs them."""
 
@@ -49,7 +64,7 @@ def usage() -> str:
         "Pretrain a crystal encoder by latent diffusion and finetune it to predict properties of crystals.",
         "",
         *(f"  {name:<10} {text}" for name, (_, _, text) in COMMANDS.items()),
-        f"  {'data':<10} import, describe, compare and download crystals",
+        *(f"  {name:<10} {text}" for name, (_, text) in FLAGGED.items()),
         "",
         "crysldnet COMMAND --help lists every key with its default; --print-config shows what would be run.",
         "",
@@ -62,7 +77,8 @@ def usage() -> str:
 
 
 def _run_command(name: str, arguments: Sequence[str]) -> int:
-    from crysldnet.config import compose, help_text, refuse_changed, refuse_unused, to_yaml, validate
+    from crysldnet import plugins
+    from crysldnet.config import compose, help_text, pin_files, refuse_changed, refuse_unused, to_yaml, validate
 
     module_name, schema_name, _ = COMMANDS[name]
     if "--help" in arguments or "-h" in arguments:
@@ -81,15 +97,19 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
             composition = compose(name, arguments, saved)
             changed = refuse_changed(name, composition, saved, complete=is_complete(earlier))
             if is_complete(earlier) and not (name == "matbench" and _has_more_to_do(earlier, composition, changed)):
-                print(f"{earlier}: this run is complete", file=sys.stderr)
+                note(f"{earlier}: this run is complete")
                 return 0
     refuse_unused(composition)
+    plugins.load(composition.values.get("plugins", ()))
+    composition = pin_files(composition)
     module = importlib.import_module(module_name)
     settings = validate(composition, getattr(module, schema_name))
     if show:
         print(to_yaml(composition.values), end="")
         return 0
     _quieten_libraries()
+    if composition.groups:
+        return module.run(settings, composition.values, composition.choices)
     return module.run(settings, composition.values)
 
 
@@ -99,7 +119,7 @@ def _has_more_to_do(run: Path, composition: Composition, changed: set[str]) -> b
     Raises:
         ConfigError: then it would lose folds that it has.
     """
-    from crysldnet.matbench.settings import FOLDS
+    from crysldnet.tools.matbench.settings import FOLDS
 
     summary = json.loads((run / "summary.json").read_text())
     has = {fold for fold in range(FOLDS) for task in summary["tasks"].values() if f"fold_{fold}" in task["scores"]}
@@ -121,15 +141,16 @@ def run(arguments: Sequence[str]) -> int:
     if command in ("--version", "version"):
         print(__version__)
         return 0
-    if command == "data":
-        from crysldnet.data.commands import main as data_main
-
-        return data_main(rest)
+    if command in FLAGGED:
+        return importlib.import_module(FLAGGED[command][0]).main(rest)
     if (command, *rest[:1]) in PARTS:
+        from crysldnet import plugins
+
+        plugins.load()
         _quieten_libraries()
         return importlib.import_module(PARTS[command, rest[0]]).main(rest[1:])
     if command not in COMMANDS:
-        raise CrysldnetError(f"no command {command!r}; there are: {', '.join([*COMMANDS, 'data'])}")
+        raise CrysldnetError(f"no command {command!r}; there are: {', '.join([*COMMANDS, *FLAGGED])}")
     return _run_command(command, rest)
 
 
@@ -151,27 +172,51 @@ def _quieten_libraries() -> None:
         warnings.filterwarnings("ignore", message)
 
 
+def _leave_pandas_out() -> None:
+    """Keep pyarrow from importing pandas, which takes longer than predicting some files; others still can."""
+    import pyarrow
+
+    if "pandas" not in sys.modules:
+        with warnings.catch_warnings(action="ignore"):
+            sys.modules["pandas"] = SimpleNamespace(__version__="0")  # type: ignore[assignment]
+            pyarrow.array([])  # looks for pandas this once, and does without one that is too old
+            del sys.modules["pandas"]
+
+
 def main() -> None:
     """Run ``sys.argv``; print errors of the input without a traceback, and exit with a status that tells the truth."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files needn't be UTF-8, nor the terminal
     try:
         if len(sys.argv) > 1 and sys.argv[1] in RESUMABLE and sys.argv[2:3] != ["validate"]:
-            stopping.heed()
-            stopping.end_with_the_first()
+            signals.heed()
+            signals.end_with_the_first()
+            signals.end_with_the_parent()
+        if sys.argv[1:2] in (["predict"], ["embed"]) and not {"--help", "-h"} & set(sys.argv):
+            _leave_pandas_out()
         status = run(sys.argv[1:])
-    except (Interrupted, stopping.Stopped) as error:
-        stopping.ignore()
-        stopping.end_children()
-        if stopping.started_by_the_first():
+        sys.stdout.flush()
+    except (Interrupted, signals.Stopped) as error:
+        signals.ignore()
+        signals.end_children()
+        if signals.started_by_the_first():
             status = 0  # the first process tells what became of all; Lightning kills it where another one fails
         else:
-            print(f"unfinished: {error}", file=sys.stderr)
+            print(escaped(f"unfinished: {error}"), file=sys.stderr)
             status = UNFINISHED
     except CrysldnetError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(escaped(f"error: {error}"), file=sys.stderr)
         status = USAGE_ERROR
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:  # the reader of our output went away, as in `crysldnet … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(escaped(f"error: {cannot_write(error.filename or 'a file or the output', error)}"), file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = USAGE_ERROR
     sys.exit(status)

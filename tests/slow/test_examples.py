@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from crysldnet.data.locations import EMBEDDED
-from crysldnet.stopping import RUN_NAME
+from crysldnet.data.datasets import EMBEDDED
+from crysldnet.signals import RUN_NAME
 from test_docs import CPU, ROOT, SHORT, Block, Reader, needs_make
 from tiny import DENOISER, ENCODER, QUIET, subset
 

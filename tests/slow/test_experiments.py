@@ -1,6 +1,7 @@
 """Studies of ``experiments/`` at a small size, each from its data to its table; ``make test-slow`` runs this."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from crysldnet import cli, evidence
+from crysldnet import cli
 from crysldnet.data.elements import reduced_formula
+from experiments import evidence
 from tiny import DENOISER, repeatable, subset
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
+FROM_ROOT = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
 SMALL = ["data.batch_size=16", "trainer.accelerator=cpu"]
 
 
@@ -32,9 +35,11 @@ def encoder(tmp_path):
 
 def run(study: str, folder: Path, *arguments: str) -> dict[tuple[str, str], evidence.Record]:
     """Run a study to its end, and once more, which trains nothing; return its records by name and measure."""
-    line = [sys.executable, str(ROOT / "experiments" / study / "run.py"), f"data={folder}", f"runs={folder / 'runs'}"]
+    line = [sys.executable, "-m", f"experiments.{study}.run", f"data={folder}", f"runs={folder / 'runs'}"]
     for turn in (1, 2):
-        done = subprocess.run([*line, f"out={folder / 'out'}", *arguments], capture_output=True, text=True, cwd=folder)
+        done = subprocess.run(
+            [*line, f"out={folder / 'out'}", *arguments], capture_output=True, text=True, cwd=folder, env=FROM_ROOT
+        )
         assert done.returncode == 0, done.stderr
         assert ("crysldnet" in done.stdout) == (turn == 1)
     return {(r.name, r.metric): r for r in evidence.read(folder / "out" / "results.json")}
@@ -172,13 +177,13 @@ def test_matbench(tmp_path, encoder):
 
 
 def test_wrong_settings_of_a_study_end_it_before_anything_is_written(tmp_path):
-    line = [sys.executable, str(ROOT / "experiments" / "sparse_labels" / "run.py")]
+    line = [sys.executable, "-m", "experiments.sparse_labels.run"]
     for arguments, message in (
         ([], "data: it has no default"),
         (["data=x", "share=[1.0]"], "did you mean 'shares'?"),
         (["data=x", "seeds=many"], "seeds='many'"),
     ):
-        done = subprocess.run([*line, *arguments], capture_output=True, text=True, cwd=tmp_path)
+        done = subprocess.run([*line, *arguments], capture_output=True, text=True, cwd=tmp_path, env=FROM_ROOT)
         assert done.returncode == 2
         assert message in done.stderr
         assert "Traceback" not in done.stderr
@@ -190,8 +195,10 @@ def test_runs_of_other_settings_are_not_taken_for_those_of_a_study(tmp_path):
     runs.mkdir()
     values = yaml.safe_load((ROOT / "experiments" / "finetune_recipe" / "config.yaml").read_text())
     (runs / "study.yaml").write_text(yaml.safe_dump(values | {"data": "x", "file": "x/mp_cgcnn_train.parquet"}))
-    line = [sys.executable, str(ROOT / "experiments" / "finetune_recipe" / "run.py"), "data=x", f"runs={runs}"]
-    done = subprocess.run([*line, "sizes=[7]", "max_atoms=5"], capture_output=True, text=True, cwd=tmp_path)
+    line = [sys.executable, "-m", "experiments.finetune_recipe.run", "data=x", f"runs={runs}"]
+    done = subprocess.run(
+        [*line, "sizes=[7]", "max_atoms=5"], capture_output=True, text=True, cwd=tmp_path, env=FROM_ROOT
+    )
     assert done.returncode == 2
     assert "max_atoms: the runs in" in done.stderr
     assert "were made with 20" in done.stderr

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from crysldnet import cli
-from crysldnet.stopping import RUN_NAME
+from crysldnet.signals import RUN_NAME
 from tiny import ENCODER, QUIET, subset
 
 pytestmark = pytest.mark.slow

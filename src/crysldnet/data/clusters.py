@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from crysldnet.data.fingerprint import geometry_of
+from crysldnet.data.fingerprint import geometries_of
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
 
@@ -15,13 +15,12 @@ _CHUNK = 4096
 
 def features_of(store: CrystalStore) -> NDArray[np.float32]:
     """[B, 119 + 13] the share of each element among the atoms, and the standardised geometry fingerprint."""
-    shares, geometry = [], []
+    shares = []
     for start in range(0, len(store), _CHUNK):
         crystals = store.crystals.take(np.arange(start, min(start + _CHUNK, len(store))))
         flat = np.bincount(crystals.crystal * _ELEMENTS + crystals.numbers, minlength=len(crystals) * _ELEMENTS)
         shares.append(flat.reshape(len(crystals), _ELEMENTS) / crystals.sizes[:, None])
-        geometry.append(geometry_of(crystals).astype(np.float32))
-    shape = np.concatenate(geometry)
+    shape = geometries_of(store.crystals, np.arange(len(store))).astype(np.float32)
     spread = shape.std(axis=0)
     shape = (shape - shape.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
     # the geometry counts about as much as the composition: its columns are scaled to a total variance of one

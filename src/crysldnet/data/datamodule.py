@@ -2,92 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from itertools import combinations
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from crysldnet.build import Part
-from crysldnet.data.batch import CrystalBatch, make_batch
-from crysldnet.data.corruption import Corruption, Undo
-from crysldnet.data.crystals import Crystals, concatenate
+from crysldnet.console import SHOWN, listed
+from crysldnet.data.crystal_dataset import CrystalDataset
+from crysldnet.data.datasets import open_store
+from crysldnet.data.decontamination import By, shared_rows
 from crysldnet.data.edge_counts import edge_counts
-from crysldnet.data.exclusion import By, shared_rows
-from crysldnet.data.graph import GraphSpec
-from crysldnet.data.labels import read_target
-from crysldnet.data.locations import open_store
-from crysldnet.data.sampler import BatchRequest, BatchSampler, Budget
+from crysldnet.data.joined import join_splits, refuse_repeated_ids
+from crysldnet.data.sampler import BatchSampler, Budget
 from crysldnet.data.split import SPLITS, Rows, Split
 from crysldnet.data.split_file import split_text
 from crysldnet.data.store import CrystalStore
+from crysldnet.data.targets import read_target
 from crysldnet.errors import DataError
-from crysldnet.stopping import leave_to_parent
-
-
-class CrystalDataset(Dataset[CrystalBatch]):
-    """Whole batches of one split, built when asked for.
-
-    Args:
-        store: the crystals.
-        targets: [n, T] of all rows of the store, in physical units, NaN where unknown; None for none.
-        graph: the graph to build.
-        corruption: what to do to each crystal first; None for nothing.
-        seed: key of the corruption's random numbers, together with the split, the epoch and the batch's number.
-        max_edges: where moved atoms and strained cells have more edges than this, the batch is shown with its species
-            masked alone: the crystals as they are stored have fewer. None for no bound.
-    """
-
-    def __init__(
-        self,
-        store: CrystalStore,
-        targets: NDArray[np.float64] | None,
-        graph: GraphSpec,
-        corruption: Corruption | None,
-        seed: Sequence[int],
-        max_edges: int | None = None,
-    ) -> None:
-        self.store, self.targets, self.graph, self.corruption, self.seed = store, targets, graph, corruption, seed
-        self.max_edges = max_edges
-
-    def __getitem__(self, request: BatchRequest) -> CrystalBatch:
-        batch = self._make(request, self.corruption)
-        if self.corruption is None or self.max_edges is None or batch.edge_index.shape[1] <= self.max_edges:
-            return batch
-        return self._make(request, replace(self.corruption, displacement=0.0, strain=0.0))
-
-    def _make(self, request: BatchRequest, corruption: Corruption | None) -> CrystalBatch:
-        crystals, undo = self.store.crystals.take(request.rows), None
-        if corruption is not None and corruption.resample:
-            rng = np.random.default_rng([*self.seed, request.epoch, request.number])
-            crystals, undo = corruption.apply(crystals, rng)
-        elif corruption is not None:
-            crystals, undo = self._corrupt_always_alike(corruption, request.rows)
-        targets = None if self.targets is None else self.targets[request.rows]
-        return make_batch(crystals, self.graph, rows=request.rows, targets=targets, undo=undo)
-
-    def _corrupt_always_alike(self, corruption: Corruption, rows: NDArray[np.int64]) -> tuple[Crystals, Undo]:
-        """Corrupt each crystal by its own random numbers, whichever batch it is in."""
-        parts = [
-            corruption.apply(self.store.crystals.take(rows[i : i + 1]), np.random.default_rng([*self.seed, int(row)]))
-            for i, row in enumerate(rows)
-        ]
-        undo = Undo(*(np.concatenate(values) for values in zip(*(undo for _, undo in parts), strict=True)))
-        return concatenate([crystals for crystals, _ in parts]), undo
-
-
-def _refuse_shared_ids(stores: dict[str, CrystalStore]) -> None:
-    ids = {name: set(store.ids.to_pylist()) for name, store in stores.items()}
-    for one, other in combinations(ids, 2):
-        shared = sorted(ids[one] & ids[other])
-        if shared:
-            raise DataError(f"data.path: {len(shared)} crystals are both in {one} and in {other} ({shared[0]}, …)")
+from crysldnet.graphs.batch import CrystalBatch, make_batch
+from crysldnet.graphs.corruption import Corruption
+from crysldnet.graphs.spec import GraphSpec
+from crysldnet.signals import leave_to_parent
 
 
 class CrystalDataModule(pl.LightningDataModule):
@@ -98,9 +39,11 @@ class CrystalDataModule(pl.LightningDataModule):
             train, val and test.
         graph: the graph that the encoder needs.
         targets: columns to predict; rows without any of them are left out. None or empty for no targets.
+        descriptors: columns of numbers that the head reads beside the crystal; rows without one of them are left out.
         calibration_fraction: share of the validation crystals that is kept out of validation, for calibration alone.
         split: how to split (not where ``path`` names a file for each).
         corruption: what pretraining does to the crystals.
+        with_clean: give the crystals as they are stored beside the corrupted ones.
         batch_size: crystals in a global batch: of all devices and accumulation steps together; None where
             ``batch_atoms`` alone bounds it.
         batch_atoms: bound of a global batch in atoms; None for none.
@@ -123,8 +66,10 @@ class CrystalDataModule(pl.LightningDataModule):
         path: str | dict[str, str] = "",
         graph: Part[GraphSpec],
         targets: list[str] | None = None,
+        descriptors: list[str] | None = None,
         split: Split | None = None,
         corruption: Part[Corruption | None] = None,
+        with_clean: Part[bool] = False,
         batch_size: int | None = 64,
         batch_atoms: int | None = None,
         max_atoms: int | None = None,
@@ -144,10 +89,14 @@ class CrystalDataModule(pl.LightningDataModule):
             raise ValueError("path: name a store, a Parquet file or embedded:NAME")
         self.path, self.graph, self.targets, self.split = path, graph, targets or [], split or Split()
         if len(set(self.targets)) < len(self.targets):
-            raise ValueError(f"targets: name each once, not {', '.join(self.targets)}")
+            raise ValueError(f"targets: name each once, not {listed(self.targets)}")
+        self.descriptors = descriptors or []
+        if len({*self.descriptors, *self.targets}) < len(self.descriptors) + len(self.targets):
+            raise ValueError(f"descriptors: name each once, and no target, not {', '.join(self.descriptors)}")
         if batch_size is None and batch_atoms is None:
             raise ValueError("batch_size or batch_atoms: one of them has to say how large a step is")
-        self.corruption, self.batch_size, self.batch_atoms, self.seed = corruption, batch_size, batch_atoms, seed
+        self.corruption, self.with_clean, self.seed = corruption, with_clean, seed
+        self.batch_size, self.batch_atoms = batch_size, batch_atoms
         self.max_atoms, self.max_edges, self.max_crystal_atoms = max_atoms, max_edges, max_crystal_atoms
         self.num_workers = num_workers
         self.exclude, self.exclude_by = exclude or [], exclude_by
@@ -156,6 +105,8 @@ class CrystalDataModule(pl.LightningDataModule):
         self.calibration_fraction = calibration_fraction
         self._given = (store, rows)
         self.target_types = target_types or {}
+        self.descriptor_values: NDArray[np.float64] | None = None
+        """[n, K] of all rows of the store, NaN where unknown; None for none."""
         self.labels: list[list[str] | None] = []
         """Names of the classes of each target, None for numbers."""
         self.left_out: dict[str, int] = {}
@@ -174,6 +125,7 @@ class CrystalDataModule(pl.LightningDataModule):
         store, rows = self._given
         self.store, self.rows = (store, dict(rows)) if store is not None and rows is not None else self._open()
         self.target_values = self._read_targets()
+        self.descriptor_values = self._read_descriptors()
         self._leave_out_excluded()
         self.rows = {name: self._keep(rows) for name, rows in self.rows.items()}
         if not len(self.rows["train"]):
@@ -185,22 +137,13 @@ class CrystalDataModule(pl.LightningDataModule):
     def _open(self) -> tuple[CrystalStore, Rows]:
         if isinstance(self.path, str):
             store = open_store(self.path)
+            refuse_repeated_ids(store)
             return store, self.split.rows(store, self.targets)
         unknown = set(self.path) - set(SPLITS)
         if unknown or "train" not in self.path:
             raise DataError(f"data.path must name a file for train, val and test, not {', '.join(self.path)}")
         stores = {name: open_store(self.path[name]) for name in SPLITS if name in self.path}
-        _refuse_shared_ids(stores)
-        tables = []
-        for name, store in stores.items():
-            table = store.to_table()
-            table = table.drop_columns([c for c in table.column_names if c == "split"])
-            tables.append(table.append_column("split", pa.array([name] * len(store))))
-        shared = [c for c in tables[0].column_names if all(c in t.column_names for t in tables)]
-        metadata = tables[0].schema.metadata
-        joined = pa.concat_tables([t.select(shared) for t in tables], promote_options="permissive")
-        schema = pa.schema([tables[0].schema.field(c) for c in shared], metadata=metadata)
-        store = CrystalStore.from_table(joined.cast(schema), " + ".join(s.name for s in stores.values()))
+        store = join_splits(stores, [*self.targets, *self.descriptors])
         split = Split(by="column", column="split", train_fraction=self.split.train_fraction, seed=self.split.seed)
         return store, split.rows(store)
 
@@ -220,6 +163,12 @@ class CrystalDataModule(pl.LightningDataModule):
         self.labels = [labels for _, labels in read]
         return np.stack([values for values, _ in read], axis=1)
 
+    def _read_descriptors(self) -> NDArray[np.float64] | None:
+        """Return [n, K] of all rows of the store, NaN where unknown; None for none."""
+        if not self.descriptors:
+            return None
+        return np.stack([read_target(self.store, name, "number")[0] for name in self.descriptors], axis=1)
+
     def _keep(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         sizes = self.store.crystals.sizes[rows]
         smallest = self.corruption.min_atoms if self.corruption is not None else 1
@@ -227,9 +176,12 @@ class CrystalDataModule(pl.LightningDataModule):
         if self.max_crystal_atoms is not None:
             rules[f"over {self.max_crystal_atoms} atoms (max_crystal_atoms)"] = sizes > self.max_crystal_atoms
         if self.target_values is not None:
-            rules[f"no value of {' or '.join(self.targets)}"] = np.asarray(
-                np.isnan(self.target_values[rows]).all(axis=1)
-            )
+            many = len(self.targets) > SHOWN
+            named = f"any of {len(self.targets):,} targets" if many else " or ".join(self.targets)
+            rules[f"no value of {named}"] = np.asarray(np.isnan(self.target_values[rows]).all(axis=1))
+        for place, name in enumerate(self.descriptors):
+            assert self.descriptor_values is not None
+            rules[f"no value of {name} (descriptors)"] = np.isnan(self.descriptor_values[rows, place])
         gone: NDArray = np.zeros(len(rows), bool)
         for reason, bad in rules.items():
             if (bad & ~gone).any():
@@ -266,6 +218,16 @@ class CrystalDataModule(pl.LightningDataModule):
     def units(self) -> list[str]:
         """Unit of each target, empty where the data don't say."""
         return [self.store.units.get(name, "") for name in self.targets]
+
+    @property
+    def descriptor_units(self) -> list[str]:
+        """Unit of each descriptor, empty where the data don't say."""
+        return [self.store.units.get(name, "") for name in self.descriptors]
+
+    def batch(self, rows: NDArray[np.int64], graph: GraphSpec) -> CrystalBatch:
+        """Return the graphs of some rows of the store, with their descriptors."""
+        descriptors = None if self.descriptor_values is None else self.descriptor_values[rows]
+        return make_batch(self.store.crystals.take(rows), graph, rows=rows, descriptors=descriptors)
 
     @property
     def commonest_species(self) -> int:
@@ -327,6 +289,8 @@ class CrystalDataModule(pl.LightningDataModule):
                 self.corruption,
                 [self.seed, SPLITS.index(name)],
                 self.max_edges,
+                self.with_clean,
+                self.descriptor_values,
             ),
             sampler=self._sampler(name, rank, world_size, accumulate),
             batch_size=None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from crysldnet.data.graph import GraphSpec
 from crysldnet.data.store import CrystalStore
+from crysldnet.graphs.spec import GraphSpec
 
 PORTION = 1024
 """Crystals whose graphs are built together."""
@@ -22,12 +23,12 @@ def edge_counts(store: CrystalStore, rows: NDArray[np.int64], graph: GraphSpec) 
     """Return the edges [n] of the graphs of n rows of a store.
 
     They are kept in the system's folder for temporary files, under a hash of crystals, rows and graph, behind a lock.
-    Where nothing can be written there, every process counts.
+    Where nothing can be written there, or the folder is another user's, every process counts.
     """
     key = hashlib.sha256(f"{store.hash} {graph}".encode() + np.ascontiguousarray(rows).tobytes()).hexdigest()[:32]
     file = Path(tempfile.gettempdir()) / f"crysldnet-{os.getuid()}" / f"edges-{key}.npy"
     try:
-        file.parent.mkdir(mode=0o700, exist_ok=True)
+        _make_own(file.parent)
         with FileLock(file.with_suffix(".lock")):
             kept = _read(file, len(rows))
             if kept is not None:
@@ -39,6 +40,18 @@ def edge_counts(store: CrystalStore, rows: NDArray[np.int64], graph: GraphSpec) 
             return counts
     except OSError:
         return _count(store, rows, graph)
+
+
+def _make_own(folder: Path) -> None:
+    """Make a folder that nobody else can write to.
+
+    Raises:
+        OSError: there is one of another user, one that others can write to, or a link.
+    """
+    folder.mkdir(mode=0o700, exist_ok=True)
+    about = folder.lstat()
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o022:
+        raise PermissionError(f"{folder} isn't this user's own folder")
 
 
 def _read(file: Path, count: int) -> NDArray[np.int64] | None:

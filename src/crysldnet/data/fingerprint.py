@@ -1,7 +1,7 @@
 """What a crystal is known by in another data set: its id, its reduced formula, its geometry.
 
-Shapes: ``B`` crystals, ``D`` = 12 distances. Ids and formulas are kept as 64-bit hashes, so the fingerprints of a
-million crystals take 42 MB and can travel inside a checkpoint.
+Shapes: ``B`` crystals, ``D`` = 12 distances. Ids and formulas are 64-bit hashes. In the file of a model a
+fingerprint is packed into 8 bytes.
 
 The geometry is the logarithm of the volume of an atom, and an atom's distances to some of its 24 nearest neighbors,
 averaged over the atoms of the cell (the average minimum distance: D. Widdowson et al., MATCH 87, 529, 2022) and divided
@@ -11,22 +11,28 @@ when atoms do.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from crysldnet.data.crystals import Crystals
-from crysldnet.data.elements import reduced_formula
-from crysldnet.data.neighbors import neighbor_list
+from crysldnet.data.formulas import formulas_of, hashes
 from crysldnet.data.store import CrystalStore
+from crysldnet.graphs.crystals import Crystals
+from crysldnet.graphs.neighbors import neighbor_list
 
 RANKS = (1, 4, 8, 12, 13, 14, 15, 17, 19, 21, 23, 24)
 """Which neighbors, counted from the nearest; those after the twelfth tell close packings from each other."""
 _CHUNK = 4096
+_PAIRS = 1 << 20
+_PACKED = [0, *(1 + RANKS.index(rank) for rank in (14, 19))]
+"""The three numbers of a geometry that are packed: of all choices of two distances, these tell the most crystals of one
+formula apart (experiments/leakage)."""
+_FORMULA, _ID, _NUMBER = 36, 16, 4
+"""Bits of the formula's hash, of the id's hash and of each of those numbers."""
 
 
 @dataclass(frozen=True)
@@ -70,35 +76,31 @@ class Fingerprints:
     def of(cls, store: CrystalStore, rows: NDArray[np.int64] | None = None) -> Fingerprints:
         """Take the fingerprints of some rows of a store, by default of all."""
         rows = np.arange(len(store)) if rows is None else rows
-        parts = [np.empty((0, 1 + len(RANKS)), np.float16)]
-        formulas: list[str] = []
-        for start in range(0, len(rows), _CHUNK):
-            crystals = store.crystals.take(rows[start : start + _CHUNK])
-            formulas += formulas_of(crystals)
-            parts.append(geometry_of(crystals))
-        return cls(hashes(store.ids_at(rows)), hashes(formulas), np.concatenate(parts))
+        formulas = hashes(formulas_of(store.crystals, rows))
+        return cls(hashes(store.ids_at(rows)), formulas, geometries_of(store.crystals, rows))
 
-    def joined(self, other: Fingerprints) -> Fingerprints:
-        """Return those of both, each once."""
-        ids = np.concatenate([self.ids, other.ids])
-        formulas = np.concatenate([self.formulas, other.formulas])
-        geometry = np.concatenate([self.geometry, other.geometry])
-        rows = np.concatenate([part.reshape(len(ids), -1).view(np.uint8) for part in (ids, formulas, geometry)], axis=1)
-        _, first = np.unique(np.ascontiguousarray(rows).view(f"V{rows.shape[1]}"), return_index=True)
-        first = np.sort(first)
-        return Fingerprints(ids[first], formulas[first], geometry[first])
+    def packed(self) -> NDArray[np.uint64]:
+        """[B] formula, id and geometry in 36, 16 and 12 bits, from the highest on.
 
-
-def hashes(texts: Iterable[str]) -> NDArray[np.int64]:
-    """Return the first 8 bytes of the sha256 of each text, as integers."""
-    digests = b"".join(hashlib.sha256(text.encode()).digest()[:8] for text in texts)
-    return np.frombuffer(digests, "<i8").astype(np.int64)
+        Formula and id are the highest bits of their hashes. The geometry is three numbers of 4 bits: the logarithm of
+        the volume of an atom, and the distances to the 14th and 19th neighbor, in whole steps of :data:`SIMILAR`,
+        modulo 16. Two crystals within SIMILAR are at most one step apart in each.
+        """
+        steps = np.array([SIMILAR.log_volume, *[SIMILAR.distance] * (len(_PACKED) - 1)], np.float32).astype(np.float64)
+        numbers = np.floor(self.geometry[:, _PACKED] / steps).astype(np.int64) % (1 << _NUMBER)
+        code: NDArray[np.uint64] = self.formulas.view(np.uint64) >> np.uint64(64 - _FORMULA)
+        code = code << np.uint64(_ID) | self.ids.view(np.uint64) >> np.uint64(64 - _ID)
+        for number in numbers.T.astype(np.uint64):
+            code = code << np.uint64(_NUMBER) | number
+        return code
 
 
-def formulas_of(crystals: Crystals) -> list[str]:
-    """Return each crystal's reduced formula."""
-    ptr, numbers = crystals.ptr.tolist(), np.asarray(crystals.numbers)
-    return [reduced_formula(numbers[begin:end]) for begin, end in pairwise(ptr)]
+def geometries_of(crystals: Crystals, rows: NDArray[np.int64]) -> NDArray[np.float16]:
+    """[B, 1 + D] the geometry of some crystals, computed on all cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parts = [rows[start : start + _CHUNK] for start in range(0, max(len(rows), 1), _CHUNK)]
+    with ThreadPoolExecutor(min(cores, len(parts))) as threads:
+        return np.concatenate(list(threads.map(lambda part: geometry_of(crystals.take(part)), parts)))
 
 
 def volumes_per_atom(crystals: Crystals) -> NDArray[np.float64]:
@@ -118,27 +120,66 @@ def geometry_of(crystals: Crystals) -> NDArray[np.float16]:
 
 def candidates(a: Fingerprints, b: Fingerprints, tolerance: Tolerance) -> NDArray[np.int64]:
     """[M, 2] indices in ``a`` and ``b`` of crystals with the same formula and geometries within the tolerance."""
-    order = np.argsort(b.formulas, kind="stable")
-    keys, geometry = b.formulas[order], b.geometry[order].astype(np.float32)
-    first = np.searchsorted(keys, a.formulas, side="left")
-    last = np.searchsorted(keys, a.formulas, side="right")
     limit = np.array([tolerance.log_volume, *[tolerance.distance] * (a.geometry.shape[1] - 1)], np.float32)
     pairs = [np.empty((0, 2), np.int64)]
-    for i in np.flatnonzero(last > first):
-        near = (np.abs(geometry[first[i] : last[i]] - a.geometry[i].astype(np.float32)) <= limit).all(axis=1)
-        found = order[first[i] : last[i]][near]
-        pairs.append(np.stack([np.full(len(found), i), found], axis=1))
+    for i, j in _equal(a.formulas, b.formulas):
+        near = (np.abs(b.geometry[j].astype(np.float32) - a.geometry[i].astype(np.float32)) <= limit).all(axis=1)
+        pairs.append(np.stack([i[near], j[near]], axis=1))
     return np.concatenate(pairs)
 
 
-def overlap(a: Fingerprints, b: Fingerprints) -> dict[str, int]:
-    """Count the crystals of ``a`` that ``b`` has too.
+def _equal(a: NDArray, b: NDArray) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Yield the indices of all pairs of equal values, in their order, about a million pairs at a time."""
+    order = np.argsort(b, kind="stable")
+    first, last = (np.searchsorted(b, a, side=side, sorter=order) for side in ("left", "right"))
+    shared = np.flatnonzero(last > first)
+    part = np.cumsum(last[shared] - first[shared]) // _PAIRS
+    for rows in np.split(shared, np.flatnonzero(np.diff(part)) + 1):
+        counts = last[rows] - first[rows]
+        before = np.cumsum(counts) - counts
+        yield np.repeat(rows, counts), order[np.arange(counts.sum()) + np.repeat(first[rows] - before, counts)]
+
+
+def shared(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> dict[str, NDArray[np.bool_]]:
+    """Say which crystals of ``a`` are in ``b`` too; both are packed fingerprints.
 
     Returns:
-        ``ids`` and ``formulas`` that are shared, and ``similar``: same formula, geometries within :data:`SIMILAR`.
+        [B] ``formulas`` that are shared; ``ids`` that are shared, of the same formula; and ``similar``: same formula,
+        geometries at most one step of :data:`SIMILAR` apart. None is missed. Hashes of other formulas and ids may agree
+        by chance, and a step apart is up to twice SIMILAR; how often is measured in experiments/leakage.
     """
-    return {
-        "ids": int(np.isin(a.ids, b.ids).sum()),
-        "formulas": int(np.isin(a.formulas, b.formulas).sum()),
-        "similar": len(np.unique(candidates(a, b, SIMILAR)[:, 0])),
-    }
+    found = {name: np.zeros(len(a), bool) for name in ("ids", "formulas", "similar")}
+    numbers = _NUMBER * len(_PACKED)
+    for i, j in _equal(a >> (_ID + numbers), b >> (_ID + numbers)):
+        one, other = a[i], b[j]
+        near = np.ones(len(i), bool)
+        for place in range(0, numbers, _NUMBER):
+            near &= ((one >> place) - (other >> place) + np.uint64(1)) % (1 << _NUMBER) <= 2
+        found["formulas"][i] = True
+        found["ids"][i[one >> numbers == other >> numbers]] = True
+        found["similar"][i[near]] = True
+    return found
+
+
+def overlap(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> dict[str, int]:
+    """Count what :func:`shared` finds."""
+    return {name: int(which.sum()) for name, which in shared(a, b).items()}
+
+
+def known(
+    crystals: Crystals, ids: Sequence[str], formulas: Sequence[str], among: NDArray[np.uint64]
+) -> NDArray[np.bool_]:
+    """[B] which crystals are among packed fingerprints in ascending order, by formula and id or similar geometry.
+
+    The geometry is taken of those alone whose formula is among them.
+    """
+    keys, below = hashes(formulas), np.uint64((1 << (64 - _FORMULA)) - 1)
+    first = np.searchsorted(among, keys.view(np.uint64) & ~below)
+    last = np.searchsorted(among, keys.view(np.uint64) | below, side="right")
+    found = np.zeros(len(keys), bool)
+    if len(rows := np.flatnonzero(last > first)):
+        own = Fingerprints(hashes([ids[row] for row in rows.tolist()]), keys[rows], geometry_of(crystals.take(rows)))
+        alike = np.unique(np.concatenate([among[first[row] : last[row]] for row in rows.tolist()]))
+        which = shared(own.packed(), alike)
+        found[rows] = which["ids"] | which["similar"]
+    return found

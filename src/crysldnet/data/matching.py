@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crysldnet.data.crystals import Crystals
 from crysldnet.data.fingerprint import POSSIBLE, Fingerprints, candidates
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
+from crysldnet.graphs.crystals import Crystals
 
 
 def new_matcher() -> Any:

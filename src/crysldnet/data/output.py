@@ -5,7 +5,6 @@ The output classes are context managers: leaving with an exception removes what 
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import sys
@@ -18,8 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from crysldnet.data.store import remove_partials
+from crysldnet.console import csv_text
+from crysldnet.data.store import remove_partials, utf8_path
 from crysldnet.errors import DataError
+from crysldnet.io import DISK_ERRORS, cannot_write
 
 ROW_GROUP_BYTES = 16 * 2**20
 """In memory, of a group of rows in a Parquet file."""
@@ -47,7 +48,7 @@ class FileOutput(ABC):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        self._path = Path(path)
+        self._path = utf8_path(Path(path))
         if self._path.is_dir() or (self._path.exists() and not overwrite):
             raise DataError(f"{self._path} exists already; choose another name or pass --overwrite")
         self._partial = self._path.with_name(f".{self._path.name}.partial-{os.getpid()}")
@@ -77,8 +78,12 @@ class FileOutput(ABC):
             self._file.close()
             if kind is None:
                 os.replace(self._partial, self._path)
+        except OSError as fault:
+            raise cannot_write(self._path, fault) from fault
         finally:
             self._partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise cannot_write(self._path, error) from error
 
 
 class ParquetOutput(FileOutput):
@@ -169,17 +174,7 @@ def _cells(column: pa.ChunkedArray) -> list[Any]:
 
 
 def _csv_lines(table: pa.Table, *, header: bool) -> str:
-    lines = _Lines()
-    writer = csv.writer(lines, lineterminator="\n")
-    if header:
-        writer.writerow(table.column_names)
-    writer.writerows(zip(*(_cells(column) for column in table.columns), strict=True))
-    return "".join(lines)
-
-
-class _Lines(list):
-    def write(self, text: str) -> None:
-        self.append(text)
+    return csv_text([*([table.column_names] if header else []), *zip(*map(_cells, table.columns), strict=True)])
 
 
 def _json_lines(table: pa.Table) -> str:

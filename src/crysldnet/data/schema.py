@@ -8,14 +8,15 @@ metadata.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from crysldnet.data.crystals import Crystals
 from crysldnet.errors import DataError
+from crysldnet.graphs.crystals import Crystals
 
 STRUCTURE_COLUMNS = {
     "material_id": pa.string(),
@@ -23,6 +24,8 @@ STRUCTURE_COLUMNS = {
     "atomic_numbers": pa.list_(pa.uint8()),
     "frac_coords": pa.list_(pa.float32()),
 }
+
+_TEXTS = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary())
 
 
 def units_of(schema: pa.Schema) -> dict[str, str]:
@@ -39,6 +42,34 @@ def metadata_of(schema: pa.Schema) -> dict[str, str]:
     return {
         k.decode(): v.decode() for k, v in (schema.metadata or {}).items() if not k.startswith((b"pandas", b"ARROW"))
     }
+
+
+def ids_of(table: pa.Table) -> pa.ChunkedArray:
+    """Return the ids of a table as texts.
+
+    Raises:
+        DataError: they are neither texts nor whole numbers.
+    """
+    ids = table["material_id"]
+    kind = ids.type.value_type if pa.types.is_dictionary(ids.type) else ids.type
+    try:
+        if pa.types.is_floating(kind):  # pandas makes them of whole numbers where one is missing
+            ids = ids.cast(pa.int64())
+        elif not (pa.types.is_integer(kind) or pa.types.is_null(kind) or kind in _TEXTS):
+            raise DataError(f"column 'material_id' must hold texts, not {ids.type}")
+        return ids.cast(pa.string())
+    except pa.ArrowException as error:
+        raise DataError(f"column 'material_id' must hold texts, not {ids.type} ({error})") from error
+
+
+def refuse_repeated_columns(names: Sequence[str]) -> None:
+    """Refuse a table two of whose columns have one name.
+
+    Raises:
+        DataError: naming it.
+    """
+    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
+        raise DataError(f"the column name {twice!r} stands there twice; rename one")
 
 
 def _lists(table: pa.Table, name: str, dtype: type) -> tuple[NDArray, NDArray[np.int64]]:
@@ -65,6 +96,7 @@ def crystals_from_table(table: pa.Table) -> Crystals:
     Raises:
         DataError: a column is missing or of the wrong type, or the lengths of a row's lists don't agree.
     """
+    refuse_repeated_columns(table.column_names)
     missing = [name for name in STRUCTURE_COLUMNS if name not in table.column_names]
     if missing:
         raise DataError(f"no column {', '.join(missing)}; a table of crystals needs {', '.join(STRUCTURE_COLUMNS)}")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -13,7 +11,7 @@ from numpy.typing import NDArray
 
 from crysldnet.data.clusters import clusters_of
 from crysldnet.data.elements import SYMBOLS
-from crysldnet.data.fingerprint import formulas_of
+from crysldnet.data.formulas import chemical_systems_of, digests, formulas_of, per_text
 from crysldnet.data.split_file import SPLITS, Rows, read_split_file
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
@@ -95,7 +93,7 @@ class Split:
         places: dict[str, Callable[[CrystalStore], NDArray[np.float64]]] = {
             "random": self._random_places,
             "formula": lambda store: self._hashed_places(formulas_of(store.crystals)),
-            "chemical_system": lambda store: self._hashed_places(_chemical_systems(store)),
+            "chemical_system": lambda store: self._hashed_places(chemical_systems_of(store.crystals)),
             "cluster": self._cluster_places,
             "element": self._element_places,
             "time": self._time_places,
@@ -144,11 +142,11 @@ class Split:
 
     def _hashed_places(self, keys: Sequence[str]) -> NDArray[np.float64]:
         """Return a number between 0 and 1 for each key, the same for the same key and seed."""
-        place = {}
-        for key in set(keys):
-            digest = hashlib.sha256(f"{self.seed}:{key}".encode()).digest()
-            place[key] = int.from_bytes(digest[:8], "big") / 2**64
-        return np.array([place[key] for key in keys])
+
+        def places(different: list[str]) -> NDArray[np.float64]:
+            return np.frombuffer(digests([f"{self.seed}:{key}" for key in different]), ">u8") / 2.0**64
+
+        return per_text(keys, places)
 
     def _cluster_places(self, store: CrystalStore) -> NDArray[np.float64]:
         """Put whole clusters one after another in a drawn order, each at its middle."""
@@ -190,8 +188,3 @@ class Split:
             _, which, counts = np.unique(times[known].astype(times.dtype), return_inverse=True, return_counts=True)
             place[known] = ((np.cumsum(counts) - counts / 2) / known.sum())[which]
         return place
-
-
-def _chemical_systems(store: CrystalStore) -> list[str]:
-    ptr, numbers = store.crystals.ptr.tolist(), np.asarray(store.crystals.numbers)
-    return ["-".join(sorted(SYMBOLS[z] for z in np.unique(numbers[begin:end]))) for begin, end in pairwise(ptr)]

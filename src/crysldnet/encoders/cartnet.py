@@ -26,13 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from crysldnet.data.batch import CrystalBatch
-from crysldnet.data.graph import GraphSpec
 from crysldnet.encoders.bases import ExponentialNormalBasis, cosine_cutoff
 from crysldnet.encoders.elements import N_SPECIES
 from crysldnet.encoders.layers import GatedConv
 from crysldnet.encoders.protocol import Encoder
-from crysldnet.geometry import random_rotations
+from crysldnet.graphs.batch import CrystalBatch
+from crysldnet.graphs.geometry import random_rotations
+from crysldnet.graphs.spec import GraphSpec
 
 PUBLISHED_RADIUS = 5.0
 
@@ -68,6 +68,7 @@ class CartNet(Encoder):
         self.width, self.radius, self.invariant = width, radius, invariant
         self.augment = variant == "clean" if augment is None else augment
         self.graph = GraphSpec(radius=radius)
+        self.smooth = True
         self.species = nn.Embedding(N_SPECIES, 2 * width)
         nn.init.xavier_uniform_(self.species.weight)
         self.species_bias = nn.Parameter(torch.zeros(2 * width))
@@ -77,8 +78,8 @@ class CartNet(Encoder):
         self.edge = nn.Sequential(nn.Linear(inputs, 2 * width), nn.SiLU(), nn.Linear(2 * width, width), nn.SiLU())
         self.convs = nn.ModuleList(GatedConv(width, update="silu") for _ in range(layers))
 
-    def forward(self, batch: CrystalBatch) -> Tensor:
-        """Return [N, width]."""
+    def layer_features(self, batch: CrystalBatch) -> list[Tensor]:
+        """Return [N, width] of the species and after each layer."""
         source, target = batch.edge_index
         length = batch.edge_vec.norm(dim=-1)
         inputs = self.basis(length)
@@ -92,8 +93,10 @@ class CartNet(Encoder):
         edge = self.edge(inputs)
         envelope = cosine_cutoff(length, self.radius).unsqueeze(-1)
         x = silu(self.node(silu(self.species(batch.numbers) + self.species_bias)))
+        layers = [x]
         for layer, conv in enumerate(self.convs):
             x, gate = conv(x, edge, source, target, envelope)
+            layers.append(x)
             if layer + 1 < len(self.convs):
                 edge = edge + gate
-        return x
+        return layers

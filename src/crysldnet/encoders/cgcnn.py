@@ -19,14 +19,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
-from torch_geometric.utils import scatter
 
-from crysldnet.data.batch import CrystalBatch
-from crysldnet.data.graph import GraphSpec
 from crysldnet.encoders.bases import GaussianBasis
 from crysldnet.encoders.elements import ElementTable
 from crysldnet.encoders.layers import Factorised
 from crysldnet.encoders.protocol import Encoder
+from crysldnet.encoders.scatter import scatter
+from crysldnet.graphs.batch import CrystalBatch
+from crysldnet.graphs.spec import GraphSpec
 
 LONGEST = 8.0
 """Å, the last center of the basis and, as published, the longest edge."""
@@ -56,7 +56,7 @@ class CGCNNConv(Factorised):
         else:
             y = self.linear(torch.cat([x.index_select(0, target), x.index_select(0, source), edge], dim=-1))
         y1, y2 = self.edge_norm(y).chunk(2, dim=-1)
-        total = scatter(torch.sigmoid(y1) * softplus(y2), target, 0, x.shape[0], "sum")
+        total = scatter(torch.sigmoid(y1) * softplus(y2), target, x.shape[0], "sum")
         return softplus(x + self.node_norm(total))
 
 
@@ -93,11 +93,12 @@ class CGCNN(Encoder):
         self.basis = GaussianBasis(0.0, LONGEST, CENTERS, sharpness=1.0)
         self.convs = nn.ModuleList(CGCNNConv(width, CENTERS) for _ in range(layers))
 
-    def forward(self, batch: CrystalBatch) -> Tensor:
-        """Return [N, width]."""
+    def layer_features(self, batch: CrystalBatch) -> list[Tensor]:
+        """Return [N, width] of the species and after each layer."""
         source, target = batch.edge_index
         x = self.species(batch.numbers)
         edge = self.basis(batch.edge_vec.norm(dim=-1))
+        layers = [x]
         for conv in self.convs:
-            x = conv(x, edge, source, target)
-        return x
+            layers.append(conv(layers[-1], edge, source, target))
+        return layers

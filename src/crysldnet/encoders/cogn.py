@@ -24,14 +24,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
-from torch_geometric.utils import scatter
 
-from crysldnet.data.batch import CrystalBatch
-from crysldnet.data.graph import GraphSpec
 from crysldnet.encoders.bases import GaussianBasis
 from crysldnet.encoders.elements import N_PUBCHEM, N_SPECIES, pubchem_table
 from crysldnet.encoders.layers import Factorised
 from crysldnet.encoders.protocol import Encoder
+from crysldnet.encoders.scatter import scatter
+from crysldnet.graphs.batch import CrystalBatch
+from crysldnet.graphs.spec import GraphSpec
 
 CENTERS = 32
 SPACING = 0.25
@@ -64,7 +64,7 @@ class Block(Factorised):
         message = silu(hidden)
         for layer in self.rest:
             message = silu(layer(message))
-        return x + silu(self.node(scatter(message, target, 0, x.shape[0], "sum")))
+        return x + silu(self.node(scatter(message, target, x.shape[0], "sum")))
 
 
 class CoGN(Encoder):
@@ -113,12 +113,15 @@ class CoGN(Encoder):
                 nn.init.xavier_uniform_(part.weight)
                 nn.init.zeros_(part.bias)
 
-    def forward(self, batch: CrystalBatch) -> Tensor:
-        """Return [N, width]."""
+    def layer_features(self, batch: CrystalBatch) -> list[Tensor]:
+        """Return [N, width] of the species and after each layer."""
         source, target = batch.edge_index
         elements = self.node(torch.cat([self.species.weight, self.properties], dim=-1))
         x = elements.index_select(0, batch.numbers)
         basis = self.basis(batch.edge_vec.norm(dim=-1))
+        layers = [x]
         for block in self.blocks:
-            x = block(x, basis, self.edge, source, target)
-        return x if batch.representative is None else x.index_select(0, batch.representative)
+            layers.append(block(layers[-1], basis, self.edge, source, target))
+        if batch.representative is None:
+            return layers
+        return [layer.index_select(0, batch.representative) for layer in layers]

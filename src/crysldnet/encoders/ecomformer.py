@@ -28,14 +28,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
-from torch_geometric.utils import scatter
 
-from crysldnet.data.batch import CrystalBatch
-from crysldnet.data.graph import GraphSpec
 from crysldnet.encoders.bases import ExponentialBasis, harmonics
 from crysldnet.encoders.elements import ElementTable
 from crysldnet.encoders.layers import ComFormerConv, Factorised
 from crysldnet.encoders.protocol import Encoder
+from crysldnet.encoders.scatter import scatter
+from crysldnet.graphs.batch import CrystalBatch
+from crysldnet.graphs.spec import GraphSpec
 
 SLOTS = 32
 """Edges in a row of the padded layout; k = 25 and its reverses mostly fit into one or two."""
@@ -87,7 +87,7 @@ class EquivariantBlock(Factorised):
         h = self.input(x)
 
         def mean(values: Tensor) -> Tensor:
-            return scatter(values, receiver, 0, x.shape[0], "mean")
+            return scatter(values, receiver, x.shape[0], "mean")
 
         splits = [n * n, n * v, n * v]
         first = [(0, n), (n * n, v), (n * n + n * v, v)]
@@ -209,13 +209,15 @@ class EComFormer(Encoder):
         """Return the layer of a parameter; ``equivariant`` follows the first."""
         return 1 if name.startswith("equivariant") else super().layer_of(name)
 
-    def forward(self, batch: CrystalBatch) -> Tensor:
-        """Return [N, width]."""
+    def layer_features(self, batch: CrystalBatch) -> list[Tensor]:
+        """Return [N, width] of the species and after each layer."""
         source, target = batch.edge_index
         x = self.species(batch.numbers)
         edge = softplus(self.edge(self.basis(-0.75 / batch.edge_vec.norm(dim=-1))))
+        layers = [x]
         for layer, conv in enumerate(self.convs):
             x = conv(x, edge, source, target)
             if layer == 0:
                 x = self.equivariant(x, edge, batch)
-        return x
+            layers.append(x)
+        return layers

@@ -14,6 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from crysldnet.descriptors.composition import element_table
+from crysldnet.encoders.protocol import Encoder
+from crysldnet.graphs.batch import CrystalBatch
+from crysldnet.graphs.spec import GraphSpec
+
 N_SPECIES = 119
 """Atomic numbers 1 to 118, and 0 for masked."""
 N_CGCNN = 92
@@ -77,3 +82,26 @@ class OneHotSpecies(nn.Linear):
     def forward(self, numbers: Tensor) -> Tensor:
         """Map atomic numbers [N] to [N, C]."""
         return nn.functional.embedding(numbers, self.weight.T) + self.bias
+
+
+class ElementProperties(Encoder):
+    """Nothing learned: tabulated properties of each atom's element, standardized over the elements.
+
+    It stands for an encoder where a model reads descriptors alone, so that compositions can still be compared
+    with those of the training set.
+    """
+
+    table: Tensor
+    smooth = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        table = np.stack(list(element_table().values()), axis=1)[1:]
+        table = (table - table.mean(axis=0)) / table.std(axis=0)
+        table = np.concatenate([np.zeros((1, table.shape[1])), table]).astype(np.float32)
+        self.width, self.graph = table.shape[1], GraphSpec(k=1)
+        self.register_buffer("table", torch.from_numpy(table), persistent=False)
+
+    def forward(self, batch: CrystalBatch) -> Tensor:  # type: ignore[override]
+        """Return [N, D], zero for masked atoms."""
+        return self.table.index_select(0, batch.numbers)

@@ -30,12 +30,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu, softplus
 
-from crysldnet.data.batch import CrystalBatch
-from crysldnet.data.graph import GraphSpec
 from crysldnet.encoders.bases import ExponentialBasis
 from crysldnet.encoders.elements import ElementTable
 from crysldnet.encoders.layers import ComFormerConv, Factorised, PairMLP, unused_parameters
 from crysldnet.encoders.protocol import Encoder
+from crysldnet.graphs.batch import CrystalBatch
+from crysldnet.graphs.spec import GraphSpec
 
 
 class AngleLayer(Factorised):
@@ -164,8 +164,8 @@ class IComFormer(Encoder):
         """Return the layer of a parameter; ``angle_layer`` follows the first."""
         return 1 if name.startswith("angle_layer") else super().layer_of(name)
 
-    def forward(self, batch: CrystalBatch) -> Tensor:
-        """Return [N, width]."""
+    def layer_features(self, batch: CrystalBatch) -> list[Tensor]:
+        """Return [N, width] of the species and after each layer."""
         assert batch.frame is not None
         source, target = batch.edge_index
         crystal = batch.crystal.index_select(0, target)
@@ -179,8 +179,9 @@ class IComFormer(Encoder):
         edge = softplus(self.edge(self.basis(-0.75 / lengths)))
         of_frame = softplus(self.edge(self.basis(-0.75 / frame_lengths.T)))
         angles = softplus(self.angle(self.angle_basis(cosines)))
+        layers = [x]
         for layer, conv in enumerate(self.convs):
-            x = conv(x, edge, source, target)
+            layers.append(conv(layers[-1], edge, source, target))
             if layer == 0:
                 edge = self.angle_layer(edge, of_frame, angles, crystal)
-        return x
+        return layers

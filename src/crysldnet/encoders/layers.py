@@ -15,7 +15,8 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, relu, silu, softplus
-from torch_geometric.utils import scatter
+
+from crysldnet.encoders.scatter import scatter
 
 
 class Factorised(nn.Module):
@@ -99,7 +100,7 @@ class GatedConv(Factorised):
         gate = torch.sigmoid(self.edge_norm(gate))
         if envelope is not None:
             gate = gate * envelope
-        total = self.node_norm(scatter(gate * message, target, 0, x.shape[0], "sum"))
+        total = self.node_norm(scatter(gate * message, target, x.shape[0], "sum"))
         return (relu(x + total) if self.update == "relu" else x + silu(total)), gate
 
 
@@ -136,7 +137,7 @@ class ComFormerConv(Factorised):
             keys = self.key_mlp(k, k, e, source, target)
             messages = self.message_mlp(v, v, e, source, target)
         gate = torch.sigmoid(self.edge_norm(query * keys / math.sqrt(h.shape[1])))
-        total = scatter(messages * gate, target, 0, h.shape[0], "sum")
+        total = scatter(messages * gate, target, h.shape[0], "sum")
         return softplus(h + self.node_norm(self.output(total)))
 
     def _hidden(self, h: Tensor, edge: Tensor, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,14 +26,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
-from torch_geometric.utils import scatter
 
-from crysldnet.data.batch import CrystalBatch
-from crysldnet.data.graph import GraphSpec
 from crysldnet.encoders.bases import ExponentialBasis
 from crysldnet.encoders.elements import ElementTable
 from crysldnet.encoders.layers import Factorised, unused_parameters
 from crysldnet.encoders.protocol import Encoder
+from crysldnet.encoders.scatter import scatter
+from crysldnet.graphs.batch import CrystalBatch
+from crysldnet.graphs.spec import GraphSpec
 
 LONGEST = 8.0
 """Å, the last center of the basis, and the radius in which the published code looks for neighbors first."""
@@ -74,7 +74,7 @@ class MatformerConv(Factorised):
             expanded = self.expand(torch.cat([v.index_select(0, target), v.index_select(0, source), e], dim=-1))
         gate = torch.sigmoid(self.gate_norm(alpha / math.sqrt(3 * self.width)))
         messages = self.message_norm(self.contract(expanded * gate)).flatten(1)
-        total = self.output(scatter(messages, target, 0, x.shape[0], "sum"))
+        total = self.output(scatter(messages, target, x.shape[0], "sum"))
         return silu(self.node_norm(total)) + self.skip(x)
 
     def _expanded(self, x: Tensor, edge: Tensor, source: Tensor, target: Tensor) -> Tensor:
@@ -138,11 +138,12 @@ class Matformer(Encoder):
         self.convs = nn.ModuleList(MatformerConv(width, heads) for _ in range(layers))
         self.unused = unused_parameters(97_792) if published else None
 
-    def forward(self, batch: CrystalBatch) -> Tensor:
-        """Return [N, width]."""
+    def layer_features(self, batch: CrystalBatch) -> list[Tensor]:
+        """Return [N, width] of the species and after each layer."""
         source, target = batch.edge_index
         x = self.species(batch.numbers)
         edge = self.edge(self.basis(batch.edge_vec.norm(dim=-1)))
+        layers = [x]
         for conv in self.convs:
-            x = conv(x, edge, source, target)
-        return x
+            layers.append(conv(layers[-1], edge, source, target))
+        return layers

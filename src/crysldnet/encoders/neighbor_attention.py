@@ -15,6 +15,10 @@ neighbors at the price of a sum over neighbors. With learned weights these are t
 P. J. Steinhardt, D. R. Nelson, M. Ronchetti, Phys. Rev. B 28, 784 (1983). That weights are divided by their sum keeps
 them bounded; unbounded, they made validation errors a third worse.
 
+With ``fade``, an edge longer than the distance d_k of its atom's k-th neighbor has its weights multiplied by
+u²(3 − 2u), u = 1 − (r − d_k) / fade, and edges longer than d_k + fade are left out. d_k is a continuous function of the
+positions, so the features are too. Without, features jump where the k-th neighbor and the next trade places.
+
 Edges lie in rows of K slots. An atom with more than K, for ties at its k-th shell are never cut, has several rows;
 sums are put together over its rows. No statistic runs over the batch, so a crystal's features don't depend on what
 else is in it, and padding changes nothing: compiled, the layers see a few bucketed shapes and aren't compiled again.
@@ -31,11 +35,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 
-from crysldnet.data.batch import CrystalBatch
-from crysldnet.data.graph import GraphSpec
 from crysldnet.encoders.bases import GaussianBasis, harmonics
 from crysldnet.encoders.elements import N_SPECIES
 from crysldnet.encoders.protocol import Encoder
+from crysldnet.graphs.batch import CrystalBatch
+from crysldnet.graphs.spec import GraphSpec
 
 LONGEST = 8.0
 """Å, the last center of the radial basis."""
@@ -51,7 +55,7 @@ class Slots(NamedTuple):
     Attributes:
         atom: [R] the atom of each row.
         source: [R, K] the neighbor in each slot; any where it is empty.
-        filled: [R, K, 1] 1 where there is a neighbor, else 0.
+        filled: [R, K, 1] 1 where there is a neighbor, less where it fades, else 0.
         basis: [R, K, n] radial functions.
         harmonics: [R, K, 8].
     """
@@ -124,7 +128,8 @@ class NeighborAttention(Encoder):
         k: nearest neighbors.
         slots: K; at k = 12 fourteen hold all ties of 95 % of atoms, the others take another row.
         n_basis: radial functions.
-        tolerance: Å by which the distances of one shell may differ.
+        tolerance: Å by which the distances of one shell may differ; not used with ``fade``.
+        fade: Å beyond the k-th distance over which an edge loses its weight; 0 cuts at once.
 
     Symmetries: translation, rotation, reflection, order of atoms, choice of cell.
     Tests: ``tests/test_encoder_symmetry.py``.
@@ -142,13 +147,15 @@ class NeighborAttention(Encoder):
         slots: int = 14,
         n_basis: int = 32,
         tolerance: float = 1e-4,
+        fade: float = 0.0,
     ) -> None:
         super().__init__()
         messages = width if messages is None else messages
         if messages % heads:
             raise ValueError(f"messages={messages} can't be shared out among {heads} heads")
         self.width = width
-        self.graph = GraphSpec(k=k, tolerance=tolerance, slots=slots)
+        self.graph = GraphSpec(k=k, tolerance=fade or tolerance, slots=slots)
+        self.smooth = fade > 0.0
         self.species = nn.Embedding(N_SPECIES, width)
         self.basis = GaussianBasis(0.0, LONGEST, n_basis)
         self.layers = nn.ModuleList(NeighborLayer(width, messages, heads, channels, n_basis) for _ in range(layers))
@@ -161,32 +168,45 @@ class NeighborAttention(Encoder):
         self._compiled = True
         self._run = torch.compile(self._encode, dynamic=False)
 
-    def forward(self, batch: CrystalBatch) -> Tensor:
-        """Return [N, width]."""
+    def layer_features(self, batch: CrystalBatch) -> list[Tensor]:
+        """Return [N, width] of the species and after each layer."""
         assert batch.slots is not None
         assert batch.slot_atom is not None
         flat = batch.slots.flatten()  # an empty slot has the edge E, put behind the others: from atom 0, of no length
         vector = pad(batch.edge_vec, (0, 0, 0, 1)).index_select(0, flat).unflatten(0, batch.slots.shape)
         source = pad(batch.edge_index[0], (0, 1)).index_select(0, flat).unflatten(0, batch.slots.shape)
+        cut = batch.cut.index_select(0, batch.slot_atom)
         if not self._compiled:
-            return self._run(batch.numbers, batch.slot_atom, source, vector)
+            return self._run(batch.numbers, batch.slot_atom, source, vector, cut)
         n, rows = batch.num_atoms, len(source)
         more_atoms, more_rows = bucket(n + 1) - n, bucket(rows) - rows
         numbers = pad(batch.numbers, (0, more_atoms))
         atom = pad(batch.slot_atom, (0, more_rows), value=n)  # added rows belong to the first added atom
         source, vector = pad(source, (0, 0, 0, more_rows)), pad(vector, (0, 0, 0, 0, 0, more_rows))
-        return self._run(numbers, atom, source, vector)[:n]
+        cut = pad(cut, (0, more_rows))
+        return [layer[:n] for layer in self._run(numbers, atom, source, vector, cut)]
 
-    def _encode(self, numbers: Tensor, atom: Tensor, source: Tensor, vector: Tensor) -> Tensor:
-        """Map atomic numbers [N] and slots (atom [R], source [R, K], vector [R, K, 3]) to [N, C]."""
+    def _encode(self, numbers: Tensor, atom: Tensor, source: Tensor, vector: Tensor, cut: Tensor) -> list[Tensor]:
+        """Map atomic numbers [N] and slots (atom [R], source, vector and cut) to [N, C] of each layer.
+
+        source: [R, K]; vector: [R, K, 3]; cut: [R] in Å.
+        """
         length = vector.norm(dim=-1)
         unit = vector / length.clamp_min(1e-6).unsqueeze(-1)
         filled = (length > 0).to(vector.dtype).unsqueeze(-1)
+        if self.smooth:
+            filled = filled * smooth_step((cut.unsqueeze(1) - length) / self.graph.tolerance).unsqueeze(-1)
         slots = Slots(atom, source, filled, self.basis(length), torch.cat(harmonics(unit), dim=-1))
-        x = self.species(numbers)
+        layers = [self.species(numbers)]
         for layer in self.layers:
-            x = layer(x, slots)
-        return self.norm(x)
+            layers.append(layer(layers[-1], slots))
+        return [*layers[:-1], self.norm(layers[-1])]
+
+
+def smooth_step(x: Tensor) -> Tensor:
+    """Rise from 0 at x ≤ 0 to 1 at x ≥ 1 without a kink, 3x² − 2x³."""
+    x = x.clamp(0.0, 1.0)
+    return x * x * (3.0 - 2.0 * x)
 
 
 def bucket(n: int) -> int:

@@ -27,14 +27,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, softplus
-from torch_geometric.utils import scatter
 
-from crysldnet.data.batch import CrystalBatch
-from crysldnet.data.graph import GraphSpec
 from crysldnet.encoders.bases import ExponentialBasis
 from crysldnet.encoders.elements import OneHotSpecies
 from crysldnet.encoders.layers import ComFormerConv
 from crysldnet.encoders.protocol import Encoder
+from crysldnet.encoders.scatter import scatter
+from crysldnet.graphs.batch import CrystalBatch
+from crysldnet.graphs.spec import GraphSpec
 
 
 class DistanceMixing(nn.Module):
@@ -110,21 +110,23 @@ class PDDFormer(Encoder):
     def distribution(self, batch: CrystalBatch) -> Tensor:
         """Return [N, 1 + n_distances]: each atom's weight and its nearest distances in Å."""
         z = batch.numbers.to(batch.distances.dtype)
-        total = scatter(z, batch.crystal, 0, batch.num_crystals, "sum")
+        total = scatter(z, batch.crystal, batch.num_crystals, "sum")
         weight = z / total.clamp_min(1.0).index_select(0, batch.crystal)
         if not self.weight_per_cell:
-            seen = scatter((z > 0).to(z.dtype), batch.crystal, 0, batch.num_crystals, "sum")
+            seen = scatter((z > 0).to(z.dtype), batch.crystal, batch.num_crystals, "sum")
             weight = weight * seen.index_select(0, batch.crystal)
         return torch.cat([weight.unsqueeze(-1), batch.distances], dim=-1)
 
-    def forward(self, batch: CrystalBatch) -> Tensor:
-        """Return [N, width]."""
+    def layer_features(self, batch: CrystalBatch) -> list[Tensor]:
+        """Return [N, width] of the species and after each layer."""
         source, target = batch.edge_index
         h = self.species(batch.numbers)
         edge = softplus(self.edge(self.basis(-0.75 / batch.edge_vec.norm(dim=-1))))
         a = self.distances(self.distribution(batch))
+        layers = [h]
         for layer, conv in enumerate(self.convs):
             h = conv(h, edge, source, target)
             if layer < len(self.mixing):
                 h, a = self.mixing[layer](h, a)
-        return h
+            layers.append(h)
+        return layers

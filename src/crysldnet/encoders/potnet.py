@@ -4,7 +4,7 @@ Y. Lin, K. Yan, Y. Luo, Y. Liu, X. Qian, S. Ji, "Efficient Approximations of Com
 Crystal Property Prediction", ICML 2023 (arXiv 2306.10045).
 
 Two sets of edges in one list: the k-nearest graph, and every ordered pair of a crystal's atoms, an atom with itself
-among them, which carries the lattice sum S_ij of the pair's potential (:mod:`crysldnet.data.potentials`).
+among them, which carries the lattice sum S_ij of the pair's potential (:mod:`crysldnet.graphs.potentials`).
 
     local     e_ij = SiLU(W RBF(−0.75 / r_ij))
     infinite  e_ij = BN(softplus(W multiquadrics(S_ij)))
@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
-from crysldnet.data.batch import CrystalBatch
-from crysldnet.data.graph import GraphSpec
 from crysldnet.encoders.bases import GaussianBasis, MultiquadricBasis
 from crysldnet.encoders.elements import ElementTable
 from crysldnet.encoders.layers import GatedConv
 from crysldnet.encoders.protocol import Encoder
+from crysldnet.graphs.batch import CrystalBatch
+from crysldnet.graphs.spec import GraphSpec
 
 
 class PotNet(Encoder):
@@ -76,8 +76,8 @@ class PotNet(Encoder):
         self.potential_norm = nn.BatchNorm1d(width)
         self.convs = nn.ModuleList(GatedConv(width, update="relu") for _ in range(layers))
 
-    def forward(self, batch: CrystalBatch) -> Tensor:
-        """Return [N, width]."""
+    def layer_features(self, batch: CrystalBatch) -> list[Tensor]:
+        """Return [N, width] of the species and after each layer."""
         assert batch.pairs is not None
         assert batch.potential is not None
         local = silu(self.edge(self.basis(-0.75 / batch.edge_vec.norm(dim=-1))))
@@ -85,6 +85,7 @@ class PotNet(Encoder):
         edge = torch.cat([local, infinite])
         source, target = torch.cat([batch.edge_index, batch.pairs], dim=1)
         x = self.species(batch.numbers)
+        layers = [x]
         for conv in self.convs:
-            x, _ = conv(x, edge, source, target)
-        return x
+            layers.append(conv(layers[-1], edge, source, target)[0])
+        return layers

@@ -1,36 +1,39 @@
 """What an encoder is.
 
 An encoder is an ``nn.Module`` whose keyword-only constructor takes plain values (they are its configuration), with
-``width``, ``graph`` and ``forward(batch) -> [N, width]``. Its features don't change under translation, rotation,
-choice of origin, and follow the order of the atoms. To add one: write the class in a file of its own, put its name on
-the list in ``build.py`` (or call ``allow``) and a YAML with its settings into ``conf/encoder/``.
+``width``, ``graph`` and ``layer_features(batch)``, the features after each of its layers. Its features don't change
+under translation, rotation, choice of origin, and follow the order of the atoms. To add one: write the class in a file
+of its own, put its name on the list in ``build.py`` (or call ``allow``) and a YAML with its settings into
+``conf/encoder/``.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Literal, overload
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from crysldnet.data.batch import CrystalBatch
-from crysldnet.data.graph import GraphSpec
+from crysldnet.graphs.batch import CrystalBatch
+from crysldnet.graphs.spec import GraphSpec
 
 
-class Encoder(nn.Module, ABC):
+class Encoder(nn.Module):
     """Base of all encoders.
 
     Attributes:
         width: D, number of features of an atom.
         graph: the graph it needs.
+        smooth: edges lose their weight before the graph is cut, so that features change continuously as atoms move.
     """
 
     width: int
     graph: GraphSpec
+    smooth: bool = False
 
     def compile_layers(self) -> None:
         """Compile the encoder for speed, once for all sizes of batches; the results stay the same up to rounding."""
@@ -65,9 +68,33 @@ class Encoder(nn.Module, ABC):
                 checkpoint, layer.forward, use_reentrant=False, context_fn=partial(_contexts, layer)
             )
 
-    @abstractmethod
-    def forward(self, batch: CrystalBatch) -> Tensor:
-        """Return [N, D] features of the atoms; masked atoms have the atomic number 0."""
+    @property
+    def depth(self) -> int:
+        """Number of tensors in :meth:`layer_features`: the input and each layer, unless the encoder says otherwise.
+
+        An encoder that defines ``forward`` alone has a depth of 1.
+        """
+        return self.n_layers + 1 if type(self).forward is Encoder.forward else 1
+
+    def layer_features(self, batch: CrystalBatch) -> list[Tensor]:
+        """Return [N, D] features of the atoms before the first layer and after each; masked atoms have number 0."""
+        raise NotImplementedError(f"{type(self).__name__} needs layer_features(batch), or a forward(batch) of its own")
+
+    @overload
+    def forward(self, batch: CrystalBatch) -> Tensor: ...
+
+    @overload
+    def forward(self, batch: CrystalBatch, every_layer: Literal[True]) -> list[Tensor]: ...
+
+    def forward(self, batch: CrystalBatch, every_layer: bool = False) -> Tensor | list[Tensor]:
+        """Return [N, D] features of the atoms, or with ``every_layer`` those of :meth:`layer_features`."""
+        layers = self.layer_features(batch)
+        return layers if every_layer else layers[-1]
+
+
+def features_of_layers(encoder: Encoder, batch: CrystalBatch) -> list[Tensor]:
+    """Return the features [N, D] of every layer that an encoder shows, its output last."""
+    return encoder(batch, every_layer=True) if encoder.depth > 1 else [encoder(batch)]
 
 
 def layers_of(module: nn.Module) -> list[nn.Module]:
@@ -77,6 +104,26 @@ def layers_of(module: nn.Module) -> list[nn.Module]:
 
 def _contexts(layer: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
     return nullcontext(), _still_statistics(layer)
+
+
+@contextmanager
+def batch_statistics(module: nn.Module, *, own: bool) -> Iterator[None]:
+    """Evaluate a module, its batch normalization by each batch's own statistics if ``own``; nothing is changed."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    for part in module.modules():
+        part.training = own and isinstance(part, _BatchNorm)
+    with _still_statistics(module):
+        try:
+            yield
+        finally:
+            for part, mode in modes.items():
+                part.training = mode
+
+
+def single_atom_statistics(module: nn.Module, batch: CrystalBatch) -> AbstractContextManager[None]:
+    """Normalize a batch of one atom by running statistics and without dropout: it has no variance of its own."""
+    return batch_statistics(module, own=False) if batch.num_atoms == 1 else nullcontext()
 
 
 @contextmanager

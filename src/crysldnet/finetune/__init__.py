@@ -6,56 +6,92 @@ Chooses the best epoch on the validation split and reads the test split once, at
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
+from crysldnet import CommandModule
+from crysldnet.artifacts.provenance import encoder_file
 from crysldnet.build import build
+from crysldnet.data.split import Rows
+from crysldnet.finetune.baselines import flat_metrics
+from crysldnet.finetune.cross_validation import cross_validate, divide
 from crysldnet.finetune.ensemble import member_rows, train_ensemble
-from crysldnet.finetune.results import finish
-from crysldnet.finetune.settings import FinetuneConfig, TrainingConfig, make_data, make_encoder, make_types
-from crysldnet.finetune.training import Finetuned, make_model, train
+from crysldnet.finetune.hybrid import check_recipe
+from crysldnet.finetune.recipes import train
+from crysldnet.finetune.results import baselines_of, finish
+from crysldnet.finetune.settings import (
+    FinetuneConfig,
+    TrainingConfig,
+    make_data,
+    make_encoder,
+    make_types,
+    note_other_units,
+)
+from crysldnet.finetune.training import Finetuned, make_model
+from crysldnet.training.inputs import inputs_of
 from crysldnet.training.loggers import describe_data
-from crysldnet.training.pretraining_set import encoder_file
 from crysldnet.training.run_folder import RunFolder
 from crysldnet.training.trainer import TrainerSettings
 from crysldnet.training.wandb_run import publish
 
 __all__ = ["FinetuneConfig", "Finetuned", "TrainingConfig", "make_encoder", "run", "train"]
 
+sys.modules[__name__].__class__ = CommandModule
 
-def run(config: FinetuneConfig, values: dict[str, Any]) -> int:
+
+def run(config: FinetuneConfig, values: dict[str, Any], choices: Mapping[str, Any] | None = None) -> int:
     """Finetune; return the exit status.
 
     Args:
         config: the settings.
         values: the same as plain values, to be saved with everything that the run writes.
+        choices: the files that they came from, by group.
     """
     settings: TrainerSettings = build(config.trainer, "trainer")
     settings.check(build(config.strategy, "strategy"))
-    encoder, encoder_config, _ = make_encoder(config)  # what is wrong stops here, before a folder is made
+    check_recipe(config)
+    encoder, encoder_config, provenance = make_encoder(config)  # what is wrong stops here, before a folder is made
     data = make_data(config, encoder)
+    folds: list[Rows] = []
+    if config.folds:
+        folds, rows = divide(data, config)
+        data = make_data(config, encoder, store=data.store, rows=rows)
+    note_other_units(provenance, data)
     make_model(config, encoder, data, make_types(config, data))
     if config.ensemble > 1:
         member_rows(data, config)
     data.steps_per_epoch(settings.world_size, settings.accumulate)
     folder = RunFolder(config.runs, "finetune", config.name, resume=config.resume is not None)
     values = {**values, "encoder": encoder_config}
-    folder.save_config(values)
     folder.save_split(data.split_text())
+    folder.save_inputs(inputs_of(data, pretrained=config.pretrained))
+    folder.save_config(values, choices)
 
     def make_loggers() -> list[Logger]:
         about = values | describe_data(data)
         return build(config.logger, "logger", folder=folder.path, name=folder.name, config=about)
 
+    tested = None
+    if folds:
+        device = "cuda" if settings.resolve_accelerator() == "gpu" else "cpu"
+        tested = cross_validate(config, values, folder.path, folder.name, data, folds, device)
     if config.ensemble > 1:
         result = train_ensemble(config, values, folder.path, folder.name, data)
-        loggers = make_loggers()
-        for logger in loggers:
-            logger.log_metrics(result.metrics, 0)
+        loggers, logged = make_loggers(), result.metrics
     else:
-        loggers = make_loggers()
-        result = train(config, values, folder.path, loggers=loggers)
-    finish(folder, result, config)
+        loggers, logged = make_loggers(), {}
+        result = train(config, values, folder.path, data=data if folds else None, loggers=loggers)
+    if tested is not None:
+        logged = {**logged, **tested.metrics}
+        metrics = {**result.metrics, **tested.metrics}
+        result = replace(result, metrics=metrics, predictions=tested.predictions)
+    baselines = tested.compared if tested is not None else baselines_of(result, config)
+    for logger in loggers:
+        logger.log_metrics({**logged, **flat_metrics(baselines, result.data.targets)}, 0)
+    finish(folder, result, config, baselines, tested)
     publish(loggers, folder.path, encoder_file(config.pretrained))
     return 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,29 +12,26 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
-from rich.console import Console
 
+from crysldnet.artifacts.model_file import load_property_model
 from crysldnet.build import build
-from crysldnet.data.batch import make_batch
+from crysldnet.console import note
 from crysldnet.data.datamodule import CrystalDataModule
-from crysldnet.data.fingerprint import formulas_of
+from crysldnet.data.formulas import formulas_of
 from crysldnet.data.sampler import BatchSampler
 from crysldnet.data.split import Rows
 from crysldnet.errors import ConfigError
-from crysldnet.finetune.settings import FinetuneConfig, make_data, make_encoder
-from crysldnet.finetune.training import Finetuned, Predictions, rows_of, train
-from crysldnet.models.ensemble import combine
-from crysldnet.training.atomic import write_atomically
-from crysldnet.training.calibrate import calibrate
-from crysldnet.training.checkpoint import load_property_model
-from crysldnet.training.loggers import describe_data
+from crysldnet.finetune.recipes import train
+from crysldnet.finetune.settings import EnsembleConfig, member_seed
+from crysldnet.finetune.training import Finetuned, Predictions, rows_of, train_part
+from crysldnet.models.predictor import TargetModel
+from crysldnet.training.calibrate import calibrate, together
+from crysldnet.training.inputs import hashes_of
 from crysldnet.training.metrics import TargetMetrics
-from crysldnet.training.pretraining_set import encoder_file
 from crysldnet.training.trainer import TrainerSettings
-from crysldnet.training.wandb_run import publish
 
 
-def member_rows(data: CrystalDataModule, config: FinetuneConfig) -> list[Rows]:
+def member_rows(data: CrystalDataModule, config: EnsembleConfig) -> list[Rows]:
     """Return the rows of each member; the test rows are the same for all.
 
     By folds, training and validation crystals are divided anew into as many parts as there are members, all crystals
@@ -45,25 +43,35 @@ def member_rows(data: CrystalDataModule, config: FinetuneConfig) -> list[Rows]:
     if config.ensemble_by == "seeds":
         return [data.rows] * config.ensemble
     pool = np.sort(np.concatenate([data.rows["train"], data.rows["val"]]))
-    formulas, which = np.unique(formulas_of(data.store.crystals.take(pool)), return_inverse=True)
-    if len(formulas) < config.ensemble:
-        raise ConfigError(
-            f"ensemble={config.ensemble}: there are {len(formulas)} formulas, fewer than folds", "ensemble"
-        )
-    fold = np.random.default_rng([config.seed, 3]).permutation(len(formulas)) % config.ensemble
-    parts: NDArray[np.int64] = fold[which]
+    parts = formula_parts(data, pool, config.ensemble, [config.seed, 3], "ensemble")
     return [
         {"train": pool[parts != i], "val": pool[parts == i], "test": data.rows["test"]} for i in range(config.ensemble)
     ]
 
 
-def member_seed(seed: int, member: int) -> int:
-    """Return the seed of a member; ensembles of neighbouring seeds have no member in common."""
-    return int(np.random.SeedSequence([seed, member]).generate_state(1)[0]) if member else seed
+def formula_parts(
+    data: CrystalDataModule, rows: NDArray[np.int64], count: int, seed: Sequence[int], key: str
+) -> NDArray[np.int64]:
+    """Return [n] in which of ``count`` parts each row is; all crystals of a reduced formula are in one.
+
+    Args:
+        data: the crystals.
+        rows: [n] of the store.
+        count: how many parts.
+        seed: of the division.
+        key: the setting that asks for it.
+
+    Raises:
+        ConfigError: there are fewer formulas than parts.
+    """
+    formulas, which = np.unique(formulas_of(data.store.crystals, rows), return_inverse=True)
+    if len(formulas) < count:
+        raise ConfigError(f"{key}: {len(rows)} crystals of {len(formulas)} formulas can't make {count} parts", key)
+    return (np.random.default_rng(seed).permutation(len(formulas)) % count)[which]
 
 
 def train_ensemble(
-    config: FinetuneConfig, values: dict[str, Any], folder: Path, name: str, data: CrystalDataModule
+    config: EnsembleConfig, values: dict[str, Any], folder: Path, name: str, data: CrystalDataModule
 ) -> Finetuned:
     """Train the members that aren't there yet, one after another, and evaluate them together.
 
@@ -78,17 +86,15 @@ def train_ensemble(
     for i, rows in enumerate(parts):
         path = folder / f"member_{i}"
         own = replace(config, seed=member_seed(config.seed, i))
-        if not (path / "model.safetensors").exists():
-            _train_member(own, {**values, "seed": own.seed}, path, data, rows, f"{name}-member_{i}")
-        info = load_property_model(path)[1]
-        _tell(i, config.ensemble, info["metrics"])
+        info = train_member(own, {**values, "seed": own.seed}, path, data, rows, f"{name}-member_{i}")
+        describe(f"member {i + 1} of {config.ensemble}", info["metrics"])
         results.append(info)
     settings: TrainerSettings = build(config.trainer, "trainer")
     device = "cuda" if settings.resolve_accelerator() == "gpu" else "cpu"
-    together = _together(folder, results, data, device)
+    result = _together(folder, results, data, device)
     apart = config.ensemble_by == "folds" and not data.calibration_fraction
-    _calibrate(folder, together, [rows["val"] for rows in parts] if apart else None, device)
-    return together
+    _calibrate(folder, result, [rows["val"] for rows in parts] if apart else None, device)
+    return result
 
 
 @rank_zero_only
@@ -99,24 +105,60 @@ def _calibrate(folder: Path, result: Finetuned, held_out: list[NDArray[np.int64]
     result.info["calibration"] = calibrate(files, out, result.data, held_out=held_out, drawn=drawn, device=device)
 
 
-def _train_member(
-    config: FinetuneConfig, values: dict[str, Any], path: Path, data: CrystalDataModule, rows: Rows, name: str
-) -> None:
-    encoder, _, _ = make_encoder(config)
-    own = make_data(config, encoder, store=data.store, rows=rows)
-    path.mkdir(parents=True, exist_ok=True)
-    rank_zero_only(write_atomically)(path / "split.json", own.split_text())
-    loggers = build(config.logger, "logger", folder=path, name=name, config=values | describe_data(own))
-    train(config, values, path, data=own, loggers=loggers)
-    publish(loggers, path, encoder_file(config.pretrained))
+def train_member(
+    config: EnsembleConfig, values: dict[str, Any], path: Path, data: CrystalDataModule, rows: Rows, name: str
+) -> dict[str, Any]:
+    """Train a model on some rows in a folder, unless it is there already; return what its file says of it.
+
+    Raises:
+        ConfigError: the one that is there was trained on other crystals, or from another file.
+    """
+    split = path / "split.json"
+    if split.exists():
+        before = json.loads(split.read_text())
+        if any(before[name] != data.store.ids_at(own) for name, own in rows.items()):
+            raise ConfigError(f"{path}: begun with another division of the crystals; begin another run", "resume")
+    if not (path / "model.safetensors").exists():
+        train_part(train, config, values, path, data, rows, name)
+    info = load_property_model(path)[1]
+    start = hashes_of(pretrained=config.pretrained).get("pretrained")
+    if info.get("pretrained_sha256", start) != start:
+        raise ConfigError(
+            f"{path}: this model started from a file of sha256 {info['pretrained_sha256']}, and that of "
+            f"pretrained={config.pretrained} is {start} now; bring that file back, or begin another run",
+            "pretrained",
+        )
+    return info
 
 
 @rank_zero_only
-def _tell(member: int, count: int, metrics: dict[str, float]) -> None:
+def describe(title: str, metrics: Mapping[str, float]) -> None:
+    """Print the metrics of a member or fold on one line."""
     shown = ", ".join(
         f"{name} {value:.4g}" for name, value in metrics.items() if name.count("/") == 1 and "train" not in name
     )
-    Console(stderr=True).print(f"member {member + 1} of {count}: {shown}", highlight=False, soft_wrap=True)
+    note(f"{title}: {shown}")
+
+
+@torch.inference_mode()
+def evaluate(
+    models: Sequence[TargetModel],
+    data: CrystalDataModule,
+    rows: NDArray[np.int64],
+    scores: Sequence[TargetMetrics],
+) -> Predictions:
+    """Predict rows of the store with one model or an ensemble, and add how well to the scores."""
+    predictions: Predictions = {}
+    assert data.target_values is not None
+    std = models[0].std
+    for some in _batches(data, rows):
+        batch = data.batch(some, models[0].encoder.graph).to(std.device)
+        predicted = together(models, [member.predict(batch) for member in models])
+        true = torch.from_numpy(data.target_values[some]).float().to(std.device)
+        for own in scores:
+            own.update(predicted, true, torch.zeros_like(true), std)
+        predictions |= rows_of(some, predicted)
+    return predictions
 
 
 def _together(folder: Path, infos: list[dict[str, Any]], data: CrystalDataModule, device: str) -> Finetuned:
@@ -124,15 +166,7 @@ def _together(folder: Path, infos: list[dict[str, Any]], data: CrystalDataModule
     loaded = [load_property_model(folder / f"member_{i}")[0].to(device) for i in range(len(infos))]
     model = loaded[0]
     scores = TargetMetrics(model.targets, model.types, sync_on_compute=False).to(device)
-    predictions: Predictions = {}
-    assert data.target_values is not None
-    for rows in _batches(data, data.rows["test"]):
-        batch = make_batch(data.store.crystals.take(rows), model.encoder.graph).to(device)
-        with torch.inference_mode():
-            combined = combine([member.predict(batch) for member in loaded], model.types)
-        true = torch.from_numpy(data.target_values[rows]).float().to(device)
-        scores.update(combined, true, torch.zeros_like(true), model.std)
-        predictions |= rows_of(rows, combined)
+    predictions = evaluate(loaded, data, data.rows["test"], [scores])
     metrics = {
         f"{'test_members' if name.startswith('test/') else name.split('/')[0]}/{name.split('/', 1)[1]}": float(
             np.mean([info["metrics"][name] for info in infos])

@@ -7,15 +7,17 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from torch import Tensor
 
-from crysldnet.data.batch import CrystalBatch
 from crysldnet.data.datamodule import CrystalDataModule
-from crysldnet.data.graph import GraphSpec
-from crysldnet.models.head import Prediction, PropertyModel
+from crysldnet.encoders.protocol import single_atom_statistics
+from crysldnet.graphs.batch import CrystalBatch
+from crysldnet.graphs.spec import GraphSpec
+from crysldnet.models.head import PropertyModel
+from crysldnet.models.predictor import Prediction
 from crysldnet.models.target import Loss
-from crysldnet.pretrain import total_steps
-from crysldnet.training.features import FeatureTable
+from crysldnet.training.features import ReadTable, standardize
 from crysldnet.training.metrics import TargetMetrics
 from crysldnet.training.optimizer import AdamW
+from crysldnet.training.trainer import total_steps
 
 Mode = Literal["full", "frozen", "gradual"]
 
@@ -34,6 +36,7 @@ class FinetuneModule(pl.LightningModule):
             layer of the encoder more after another, the last layer first, until all are trained in the second half.
         layer_decay: factor of the learning rate from one layer to the one below.
         entropies: [T] of the training classes, what the log loss of a classification is compared with.
+        fresh: the encoder isn't pretrained.
     """
 
     def __init__(
@@ -45,10 +48,11 @@ class FinetuneModule(pl.LightningModule):
         mode: Mode = "full",
         layer_decay: float = 1.0,
         entropies: list[float] | None = None,
+        fresh: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.optimizer, self.loss = model, optimizer, loss
-        self.mode, self.layer_decay = mode, layer_decay
+        self.mode, self.layer_decay, self.fresh = mode, layer_decay, fresh
         self.metrics = TargetMetrics(model.targets, model.types, entropies)
         if mode == "frozen":
             model.freeze_encoder()
@@ -68,10 +72,11 @@ class FinetuneModule(pl.LightningModule):
         return self.optimizer.build(self.model, steps, lambda name: self.layer_decay ** self.model.depth_of(name))
 
     def on_fit_start(self) -> None:
-        """Compute the features that a frozen encoder will always give."""
+        """Standardize what the head reads, and compute once what a frozen encoder will always give."""
+        data: CrystalDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        standardize(self.model, data, self.device, fresh=self.fresh)
         if self.mode == "frozen":
-            data: CrystalDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
-            self.model.cached = FeatureTable.of(self.model.encoder, data, self.device)
+            self.model.cached = ReadTable.of(self.model, data, self.device)
             data.graph = GraphSpec(k=1)  # the head needs no edges
 
     def _is_open(self, name: str) -> bool:
@@ -100,14 +105,15 @@ class FinetuneModule(pl.LightningModule):
         if stage == "train":
             self.log("train/loss", loss.detach(), prog_bar=True, batch_size=batch.num_crystals)
         else:
-            self.metrics.update(predicted, batch.targets, losses, self.model.std)
+            self.metrics.update(predicted, batch.targets, losses, self.model.error_scale)
         if stage == "test":
             self.predictions.append((batch.rows, predicted))
         return loss
 
     def training_step(self, batch: CrystalBatch, batch_idx: int) -> Tensor:
         """Return the loss."""
-        return self._step(batch, "train")
+        with single_atom_statistics(self, batch):
+            return self._step(batch, "train")
 
     def validation_step(self, batch: CrystalBatch, batch_idx: int) -> None:
         """Collect errors."""

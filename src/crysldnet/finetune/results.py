@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_only
 
-from crysldnet.console import print_table
+from crysldnet.artifacts.provenance import pretraining_overlap, print_overlap
+from crysldnet.console import SHOWN, csv_text, listed, print_table
 from crysldnet.data.fingerprint import Fingerprints
+from crysldnet.finetune.baselines import Baselines, compare, fit_baselines, flat_metrics, print_baselines
+from crysldnet.finetune.cross_validation import OutOfFold
 from crysldnet.finetune.settings import FinetuneConfig
 from crysldnet.finetune.training import Finetuned
+from crysldnet.io import replacing
 from crysldnet.training import plots
-from crysldnet.training.pretraining_set import pretraining_overlap, print_overlap
 from crysldnet.training.run_folder import RunFolder
 
 TITLES = {
@@ -39,10 +41,9 @@ def write_predictions(path: Path, rows: Iterable[Sequence[str]], *more: str) -> 
         rows: as :func:`prediction_row` makes them.
         more: names of columns that stand behind those.
     """
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["material_id", "target", "true", "prediction", "unit", "std", "probability", *more])
-        writer.writerows(rows)
+    with replacing(path) as partial, partial.open("w", newline="") as file:
+        header = ["material_id", "target", "true", "prediction", "unit", "std", "probability", *more]
+        file.write(csv_text([header, *rows]))
 
 
 def prediction_row(
@@ -62,13 +63,14 @@ def prediction_row(
     return [material_id, target, _cell(true, labels), _cell(value, labels), unit, _cell(std), _cell(probability)]
 
 
-def _tested(result: Finetuned) -> Iterator[list[str]]:
+def _tested(result: Finetuned, folds: OutOfFold | None) -> Iterator[list[str]]:
     rows, data = list(result.predictions), result.data
     assert data.target_values is not None
     for material_id, row in zip(data.store.ids_at(np.array(rows, np.int64)), rows, strict=True):
         for place, target in enumerate(data.targets):
             true, predicted = data.target_values[row, place], result.predictions[row][place]
-            yield prediction_row(material_id, target, data.units[place], data.labels[place], true, predicted)
+            cells = prediction_row(material_id, target, data.units[place], data.labels[place], true, predicted)
+            yield [*cells, *([str(folds.fold[row])] if folds else [])]
 
 
 def _cell(value: float, labels: list[str] | None = None) -> str:
@@ -81,30 +83,62 @@ def _plot_parity(folder: Path, result: Finetuned) -> None:
     rows = list(result.predictions)
     predicted = np.array([result.predictions[row] for row in rows])[:, :, 0]
     assert result.data.target_values is not None
-    for place, target in enumerate(result.data.targets):
+    for place, target in enumerate(result.data.targets[:SHOWN]):
         if result.data.labels[place] is None:
             name = plots.file_name(target)
             true = result.data.target_values[rows, place]
             plots.parity(true, predicted[:, place], folder / f"parity_{name}.png", target, result.data.units[place])
 
 
-@pl.utilities.rank_zero_only
-def finish(folder: RunFolder, result: Finetuned, config: FinetuneConfig) -> None:
-    """Write and print the result; the summary comes last."""
+def baselines_of(result: Finetuned, config: FinetuneConfig) -> Baselines:
+    """Compare the errors of the test split with those of a constant and of trees; empty on other ranks than the first.
+
+    They are fitted to the training crystals, of an ensemble by folds to those of all members.
+    """
+    is_first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    if not (config.baselines and result.predictions and is_first):
+        return {}
+    data, model = result.data, result.model
+    test = np.array(list(result.predictions), np.int64)
+    total = config.head.get("readout") == "sum"
+    others = fit_baselines(data, model.types, config.fitted_rows(data.rows), test, total=total)
+    own = np.array(list(result.predictions.values()))[:, :, 0]
+    return compare({"model": own, **others}, data, model.types, test)
+
+
+@rank_zero_only
+def finish(
+    folder: RunFolder,
+    result: Finetuned,
+    config: FinetuneConfig,
+    baselines: Baselines,
+    folds: OutOfFold | None = None,
+) -> None:
+    """Write and print the result; the summary comes last.
+
+    Args:
+        folder: of the run.
+        result: of the training; with ``folds`` its predictions are theirs.
+        config: the settings.
+        baselines: what its errors are compared with.
+        folds: of a cross-validation.
+    """
     members = [f"member_{i}" for i in range(config.ensemble)] if config.ensemble > 1 else []
     if result.predictions:
-        write_predictions(folder.path / "predictions_test.csv", _tested(result))
+        more = ["fold"] if folds else []
+        write_predictions(folder.path / "predictions_test.csv", _tested(result, folds), *more)
         _plot_parity(folder.path / "plots", result)
     if not members:
         curves = ["train/loss", "val/mae", "val/r2"] if None in result.data.labels else ["train/loss", "val/accuracy"]
         plots.learning_curves(
-            folder.path / "metrics.csv", folder.path / "plots" / "curves.png", curves, ", ".join(result.data.targets)
+            folder.path / "metrics.csv", folder.path / "plots" / "curves.png", curves, listed(result.data.targets, 3)
         )
-    tested = Fingerprints.of(result.data.store, result.data.rows["test"])
+    tested = Fingerprints.of(result.data.store, np.array(list(result.predictions), np.int64))
     overlap = pretraining_overlap(config.pretrained, tested)
     folder.finish(
         {
             "command": "finetune",
+            "recipe": config.recipe,
             "seed": config.seed,
             "pretrained": config.pretrained,
             "train_crystals": result.info["train_crystals"],
@@ -112,28 +146,35 @@ def finish(folder: RunFolder, result: Finetuned, config: FinetuneConfig) -> None
             "left_out": result.data.left_out,
             "pretraining_overlap": overlap,
             "calibration": result.info["calibration"],
+            **({"blend": result.info["blend"]} if "blend" in result.info and not members else {}),
             **({"members": members, "ensemble_by": config.ensemble_by} if members else {}),
+            **({"folds": folds.scores} if folds else {}),
+            **({"baselines": baselines} if baselines else {}),
             **result.metrics,
+            **flat_metrics(baselines, result.data.targets),
         }
     )
-    _print_metrics(result)
+    _print_metrics(result, "out of fold" if folds else "test")
+    print_baselines(baselines)
     print_overlap(overlap)
     written = [str(folder.path / name) for name in members] or [str(folder.path / "model.safetensors")]
     print_table("", ["written", ""], [["model" if not members else "members", place] for place in written])
 
 
-def _print_metrics(result: Finetuned) -> None:
+def _print_metrics(result: Finetuned, test: str) -> None:
     metrics: dict[str, Any] = result.metrics
     splits = [s for s in ("val", "test_members", "test") if any(name.startswith(f"{s}/") for name in metrics)]
     names = dict.fromkeys(name.split("/", 1)[1] for name in metrics if name.split("/")[0] in splits)
     units = dict(zip(result.data.targets, result.data.units, strict=True))
+    hidden = set(result.data.targets[SHOWN:])
     common = result.data.units[0] if len(set(result.data.units)) == 1 else ""
     rows = []
     for name in names:
-        if all(f"{split}/{name}" in metrics for split in splits):
-            kind, _, target = name.partition("/")
+        kind, _, target = name.partition("/")
+        if target not in hidden and all(f"{split}/{name}" in metrics for split in splits):
             title = TITLES.get(kind, kind) + (f" {target}" if target else "")
             unit = units.get(target, common)
             suffix = f" ({unit})" if unit and kind in WITH_UNIT else ""
             rows.append([title + suffix, *(f"{metrics[f'{split}/{name}']:.4f}" for split in splits)])
-    print_table(", ".join(result.data.targets), ["", *(s.replace("_", ", ") for s in splits)], rows)
+    titles = [test if split == "test" else split.replace("_", ", ") for split in splits]
+    print_table(listed(result.data.targets), ["", *titles], rows)

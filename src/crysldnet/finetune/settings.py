@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
+from crysldnet.artifacts import model_file
+from crysldnet.artifacts.provenance import encoder_file
 from crysldnet.build import TARGET, build
+from crysldnet.console import listed, note
 from crysldnet.data.datamodule import CrystalDataModule
+from crysldnet.data.split import Rows
+from crysldnet.data.units import same_unit
 from crysldnet.encoders.protocol import Encoder
-from crysldnet.errors import CheckpointError, ConfigError, DataError
+from crysldnet.errors import ConfigError, DataError
+from crysldnet.models.descriptors import Descriptors
+from crysldnet.models.per import Per, bulk_of, no_area
 from crysldnet.models.target import Classes, Loss, Named, TargetType, make_number
-from crysldnet.training import checkpoint
-from crysldnet.training.pretraining_set import encoder_file
+
+SMALLEST_SPREAD = 1e-30
+"""Standard deviation of training values; squares of smaller numbers are 0 in single precision."""
+LEAST_RELATIVE_SPREAD = 1e-6
+"""The same over the largest value; single precision has seven digits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +36,9 @@ class TrainingConfig:
     Those with a value here are newer than some runs that may still be resumed.
     """
 
+    plugins: list[str] = field(default_factory=list)
+    recipe: Literal["network", "frozen", "hybrid", "auto"] = "network"
+    networks: int = 5
     pretrained: str | None
     mode: Literal["full", "frozen", "gradual"] = "full"
     seed: int
@@ -31,6 +46,7 @@ class TrainingConfig:
     runs: str
     resume: Literal["last"] | None
     target_types: dict[str, Named] = field(default_factory=dict)
+    target_per: dict[str, Per] = field(default_factory=dict)
     element_references: list[str] = field(default_factory=list)
     epochs: int
     min_steps: int = 0
@@ -49,6 +65,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.seed < 0 or self.epochs < 1:
             raise ValueError(f"seed must be 0 or more and epochs at least 1, not {self.seed} and {self.epochs}")
+        if self.networks < 2:
+            raise ValueError(f"networks must be 2 or more, not {self.networks}")
         if self.min_steps < 0 or (self.patience is not None and self.patience < 1):
             raise ValueError(
                 f"min_steps={self.min_steps} must be 0 or more, patience={self.patience} 1 or more or null"
@@ -77,8 +95,8 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TrainingConfig):
-    """Every key of ``conf/finetune.yaml``."""
+class EnsembleConfig(TrainingConfig):
+    """How one model or an ensemble is trained."""
 
     ensemble: int = 1
     ensemble_by: Literal["seeds", "folds"] = "seeds"
@@ -88,22 +106,51 @@ class FinetuneConfig(TrainingConfig):
         if self.ensemble < 1:
             raise ValueError(f"ensemble must be 1 or more, not {self.ensemble}")
 
+    def fitted_rows(self, rows: Rows) -> NDArray[np.int64]:
+        """Return the rows that weights are fitted to; members of an ensemble by folds share those of validation."""
+        shared = self.recipe != "network" or (self.ensemble > 1 and self.ensemble_by == "folds")
+        return np.concatenate([rows["train"], rows["val"]]) if shared else rows["train"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(EnsembleConfig):
+    """Every key of ``conf/finetune.yaml``."""
+
+    folds: int = 0
+    baselines: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.folds < 0 or self.folds == 1:
+            raise ValueError(f"folds must be 2 or more, or 0 for no cross-validation, not {self.folds}")
+
+
+def member_seed(seed: int, member: int) -> int:
+    """Return the seed of a member; ensembles of neighbouring seeds have no member in common."""
+    return int(np.random.SeedSequence([seed, member]).generate_state(1)[0]) if member else seed
+
 
 def make_encoder(config: TrainingConfig) -> tuple[Encoder, dict[str, Any], dict[str, Any]]:
     """Return the encoder, its plain configuration and the provenance of its weights."""
     path = encoder_file(config.pretrained)
     if path is None:
         return build(config.encoder, "encoder"), config.encoder, {}
-    if not path.exists():
-        raise CheckpointError(
-            f"{path}: no such file; make one with crysldnet pretrain, or start from scratch with pretrained=none"
-        )
-    encoder, info = checkpoint.load_encoder(path)
+    encoder, info = model_file.load_encoder(path)
     provenance = info["provenance"]
     if "targets" in info:  # a finetuned model
-        learned = {key: info.get(key) for key in ("targets", "train_crystals", "data_sha256", "code_version")}
+        learned = {key: info.get(key) for key in ("targets", "units", "train_crystals", "data_sha256", "code_version")}
         provenance = {**provenance, "labels": [*provenance.get("labels", []), learned]}
     return encoder, info["encoder"], provenance
+
+
+def note_other_units(provenance: Mapping[str, Any], data: CrystalDataModule) -> None:
+    """Note a target whose unit isn't the one that the weights learned it in before."""
+    for learned in provenance.get("labels", []):
+        before = dict(zip(learned["targets"], learned.get("units") or [], strict=False))
+        for name, unit in zip(data.targets, data.units, strict=True):
+            if name in before and not same_unit(before[name] or None, unit or None):
+                said = f"in {unit}" if unit else "without a unit"
+                note(f"{name} was learned in {before[name] or 'no unit'} before, and stands here {said}")
 
 
 def make_data(config: TrainingConfig, encoder: Encoder, **parts: Any) -> CrystalDataModule:
@@ -123,6 +170,19 @@ def make_data(config: TrainingConfig, encoder: Encoder, **parts: Any) -> Crystal
     return data
 
 
+def make_descriptors(data: CrystalDataModule) -> Descriptors | None:
+    """Return what a model reads beside the structures, fitted to the training crystals; None for nothing.
+
+    Raises:
+        DataError: a descriptor has one value in all of them.
+    """
+    if data.descriptor_values is None:
+        return None
+    descriptors = Descriptors(data.descriptors, data.descriptor_units)
+    descriptors.fit(data.descriptor_values[data.rows["train"]])
+    return descriptors
+
+
 def make_types(config: TrainingConfig, data: CrystalDataModule) -> list[TargetType]:
     """Return what kind of target each column is, having checked every value that is used.
 
@@ -130,11 +190,11 @@ def make_types(config: TrainingConfig, data: CrystalDataModule) -> list[TargetTy
         ConfigError: a setting names a target that isn't predicted.
         DataError: a value can't be, or the training split has one class alone.
     """
-    for key in ("target_types", "element_references"):
+    for key in ("target_types", "target_per", "element_references"):
         for name in getattr(config, key):
             if name not in data.targets:
                 close = get_close_matches(name, data.targets, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"they are: {', '.join(data.targets)}"
+                hint = f"did you mean {close[0]!r}?" if close else f"they are: {listed(data.targets)}"
                 raise ConfigError(f"{key}: {name!r} is not among data.targets; {hint}", key)
     assert data.target_values is not None
     types: list[TargetType] = []
@@ -153,14 +213,42 @@ def make_types(config: TrainingConfig, data: CrystalDataModule) -> list[TargetTy
                 f"{data.store.ids_at(np.array([first]))[0]} (row {first}) has {data.target_values[first, place]:g} "
                 f"({bad.sum()} such rows); leave them out, or choose another kind with target_types"
             )
-        trained = data.train_targets()[:, place]
-        if np.isnan(trained).all():
-            raise DataError(
-                f"{data.store.name}: no training crystal has a value of {name!r}; leave it out of data.targets, or "
-                "split otherwise"
-            )
-        if isinstance(kind, Classes) and len(np.unique(trained[~np.isnan(trained)])) == 1:
-            only = kind.labels[int(trained[~np.isnan(trained)][0])]
-            raise DataError(f"{data.store.name}: every training crystal has {name}={only}; there is nothing to learn")
+        _refuse_nothing_to_learn(data, place, kind)
+        if config.target_per.get(name) == "area" and len(bulk := known[bulk_of(data.store.crystals.take(known))]):
+            first_id = data.store.ids_at(bulk[:1])[0]
+            raise DataError(f"{data.store.name}: {no_area(first_id)}; {len(bulk)} crystals have none: leave them out")
         types.append(kind)
     return types
+
+
+def class_entropies(types: Sequence[TargetType], data: CrystalDataModule) -> list[float]:
+    """Return [T] the entropy of the training classes, 1 for numbers."""
+    values = data.train_targets()
+    return [kind.entropy(values[:, i]) if isinstance(kind, Classes) else 1.0 for i, kind in enumerate(types)]
+
+
+def _refuse_nothing_to_learn(data: CrystalDataModule, place: int, kind: TargetType) -> None:
+    """Refuse a target that the training crystals don't show: no value, one value, or less than models can tell apart.
+
+    Raises:
+        DataError: so it is.
+    """
+    name, trained = data.targets[place], data.train_targets()[:, place]
+    trained = trained[~np.isnan(trained)]
+    if not len(trained):
+        raise DataError(
+            f"{data.store.name}: no training crystal has a value of {name!r}; leave it out of data.targets, or split "
+            "otherwise"
+        )
+    if len(np.unique(trained)) == 1:
+        only = kind.labels[int(trained[0])] if isinstance(kind, Classes) else f"{trained[0]:g}"
+        every = "the only training crystal with a value" if len(trained) == 1 else "every training crystal"
+        raise DataError(f"{data.store.name}: {every} has {name}={only}; there is nothing to learn")
+    if isinstance(kind, Classes):
+        return
+    spread, size = float(np.std(trained)), float(np.abs(trained).max())
+    if spread < SMALLEST_SPREAD or spread < LEAST_RELATIVE_SPREAD * size:
+        raise DataError(
+            f"{data.store.name}: the training values of {name!r} differ by {spread:.3g} at a size of {size:.3g}, which "
+            "single precision, in which models are trained, can't tell apart; use another unit, or subtract a constant"
+        )

@@ -1,7 +1,8 @@
-"""Train one property model, choose its best epoch on validation, and read the test split once."""
+"""Train one network, choose its best epoch on validation, and read the test split once."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,33 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 
+from crysldnet.artifacts import model_file
+from crysldnet.artifacts.provenance import encoder_file, seen_crystals
 from crysldnet.build import build
 from crysldnet.console import note
 from crysldnet.data.datamodule import CrystalDataModule
+from crysldnet.data.split import Rows
 from crysldnet.errors import ConfigError
 from crysldnet.finetune.module import FinetuneModule
-from crysldnet.finetune.settings import TrainingConfig, make_data, make_encoder, make_types
-from crysldnet.models.head import Prediction, PropertyModel
-from crysldnet.models.target import Classes, TargetType
-from crysldnet.training import checkpoint
+from crysldnet.finetune.settings import (
+    TrainingConfig,
+    class_entropies,
+    make_data,
+    make_descriptors,
+    make_encoder,
+    make_types,
+)
+from crysldnet.io import write_atomically
+from crysldnet.models.head import PropertyModel
+from crysldnet.models.predictor import Prediction, TargetModel
+from crysldnet.models.target import TargetType
 from crysldnet.training.calibrate import calibrate
 from crysldnet.training.checkpoint_file import BEST, LAST, check_best
-from crysldnet.training.pretraining_set import seen_crystals
+from crysldnet.training.inputs import hashes_of
+from crysldnet.training.loggers import describe_data
 from crysldnet.training.run_folder import code_version
 from crysldnet.training.trainer import TrainerSettings, announce, fit, make_trainer
+from crysldnet.training.wandb_run import publish
 
 Predictions = dict[int, list[list[float]]]
 """Row in the store to value, standard deviation and probability of the predicted class of each target, NaN where there
@@ -36,7 +50,7 @@ is none, for the test split."""
 class Finetuned:
     """A trained property model and how it did."""
 
-    model: PropertyModel
+    model: TargetModel
     info: dict[str, Any]
     metrics: dict[str, float]
     data: CrystalDataModule
@@ -49,7 +63,15 @@ def make_model(config: TrainingConfig, encoder: Any, data: CrystalDataModule, ty
     Raises:
         ConfigError: head and targets don't go together.
     """
-    head = build(config.head, "head", width=encoder.width, outputs=sum(kind.outputs for kind in types))
+    outputs = sum(kind.outputs for kind in types)
+    head = build(
+        config.head,
+        "head",
+        width=encoder.width,
+        depth=encoder.depth,
+        descriptors=len(data.descriptors),
+        outputs=outputs,
+    )
     try:
         model = PropertyModel(
             encoder=encoder,
@@ -58,6 +80,8 @@ def make_model(config: TrainingConfig, encoder: Any, data: CrystalDataModule, ty
             units=data.units,
             types=types,
             referenced=config.element_references,
+            descriptors=make_descriptors(data),
+            per=config.target_per,
         )
     except ValueError as error:
         raise ConfigError(str(error), "head") from error
@@ -69,22 +93,14 @@ def make_model(config: TrainingConfig, encoder: Any, data: CrystalDataModule, ty
     return model
 
 
-def train(
+def train_network(
     config: TrainingConfig,
     values: dict[str, Any],
     folder: Path,
     data: CrystalDataModule | None = None,
     loggers: list | None = None,
 ) -> Finetuned:
-    """Train a property model; write ``model.safetensors`` into the folder.
-
-    Args:
-        config: the settings.
-        values: the same as plain values.
-        folder: of the run.
-        data: the crystals, by default those of the configuration.
-        loggers: besides the CSV.
-    """
+    """Train a network; arguments as those of :func:`crysldnet.finetune.recipes.train`."""
     pl.seed_everything(config.seed, workers=True, verbose=False)
     settings: TrainerSettings = build(config.trainer, "trainer")
     encoder, encoder_config, provenance = make_encoder(config)
@@ -104,10 +120,8 @@ def train(
         loss=config.loss,
         mode=config.mode,
         layer_decay=config.layer_decay,
-        entropies=[
-            kind.entropy(data.train_targets()[:, place]) if isinstance(kind, Classes) else 1.0
-            for place, kind in enumerate(types)
-        ],
+        entropies=class_entropies(types, data),
+        fresh=not provenance,
     )
     has_validation = len(data.rows["val"]) > 0
     passes = config.passes(data.steps_per_epoch(settings.world_size, settings.accumulate))
@@ -124,8 +138,11 @@ def train(
                 "encoder": encoder_config,
                 "head": config.head,
                 "targets": data.targets,
+                **({"descriptors": data.descriptors} if data.descriptors else {}),
+                **({"target_per": config.target_per} if config.target_per else {}),
                 "target_types": [kind.describe() for kind in types],
             },
+            "inputs": {"data_sha256": data.store.hash, **hashes_of(pretrained=config.pretrained)},
         },
         resume=config.resume is not None,
         loggers=loggers or [],
@@ -151,8 +168,36 @@ def train(
     return Finetuned(model.cpu().eval(), info, metrics, data, predictions)
 
 
+def train_part(
+    train: Callable[..., Finetuned],
+    config: TrainingConfig,
+    values: dict[str, Any],
+    path: Path,
+    data: CrystalDataModule,
+    rows: Rows,
+    name: str,
+) -> None:
+    """Train one of the models that a run is made of, in a folder of its own.
+
+    Args:
+        train: does so, as :func:`train_network`.
+        config, values: its settings.
+        path: its folder.
+        data: the crystals of the run.
+        rows: which of them it is trained, validated and tested on.
+        name: for loggers.
+    """
+    encoder, _, _ = make_encoder(config)
+    own = make_data(config, encoder, store=data.store, rows=rows)
+    path.mkdir(parents=True, exist_ok=True)
+    rank_zero_only(write_atomically)(path / "split.json", own.split_text())
+    loggers = build(config.logger, "logger", folder=path, name=name, config=values | describe_data(own))
+    train(config, values, path, data=own, loggers=loggers)
+    publish(loggers, path, encoder_file(config.pretrained))
+
+
 def describe_model(
-    model: PropertyModel,
+    model: TargetModel,
     data: CrystalDataModule,
     config: TrainingConfig,
     values: dict[str, Any],
@@ -160,14 +205,19 @@ def describe_model(
 ) -> dict[str, Any]:
     """Return what a model's file says of it, but for its metrics."""
     return {
-        **checkpoint.encoder_info(model.encoder, values["encoder"], provenance),
+        **model_file.encoder_info(model.encoder, values["encoder"], provenance),
         "head": config.head,
         "targets": data.targets,
         "units": data.units,
         "target_types": [kind.describe() for kind in model.types],
         "element_references": config.element_references,
+        "target_per": config.target_per,
+        "descriptors": data.descriptors,
+        "descriptor_units": data.descriptor_units,
         "data_sha256": data.store.hash,
+        "pretrained_sha256": hashes_of(pretrained=config.pretrained).get("pretrained"),
         "train_crystals": len(data.rows["train"]),
+        "labelled_crystals": len(data.rows["train"]) + len(data.rows["val"]),
         "code_version": code_version(),
         "config": values,
     }
@@ -187,13 +237,13 @@ def export(
         CheckpointError: a weight isn't finite.
     """
     whole = trainer.strategy.lightning_module_state_dict()
-    checkpoint.refuse_diverged(whole, "finetuning")
+    model_file.refuse_diverged(whole, "finetuning")
     if trainer.is_global_zero:
         state = {k.removeprefix("model."): v for k, v in whole.items() if k.startswith("model.")}
         chosen_on = np.concatenate([data.rows["train"], data.rows["val"]])
         seen = seen_crystals(config.pretrained, data.store, chosen_on)
         partial = file.with_name("uncalibrated.safetensors")  # under its own name a file is whole
-        checkpoint.write(partial, "property_model", state, info, seen)
+        model_file.write(partial, "property_model", state, info, seen)
         info["calibration"] = calibrate([partial], file, data, drawn=file.parent / "plots", device=device)
         partial.unlink()
     trainer.strategy.barrier("export")

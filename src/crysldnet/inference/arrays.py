@@ -20,8 +20,12 @@ class ArraysOutput(FileOutput):
     def __init__(self, path: str) -> None:
         super().__init__(path, overwrite=True)
         self._columns: dict[str, list[Any]] = {}
-        self._features = tempfile.TemporaryFile()  # noqa: SIM115
         self._width = 0
+
+    def __enter__(self) -> FileOutput:
+        entered = super().__enter__()
+        self._features = tempfile.TemporaryFile(dir=self._path.parent)
+        return entered
 
     def append(self, table: pa.Table) -> None:
         """Add rows; all tables have the same columns."""

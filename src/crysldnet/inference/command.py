@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from crysldnet.data.ledger import Ledger
-from crysldnet.data.stream import Portion, Refused
+from crysldnet.console import note
 from crysldnet.errors import DataError
+from crysldnet.readers.issues import Ledger
+from crysldnet.readers.stream import Portion, Refused
 
 SHOWN = 20
 """refused crystals that are printed; all are in the file"""
 
 
 class Account:
-    """Counts what was done and refused, and what was read otherwise than it stood there.
+    """Counts what was done and refused, and what was normalized on reading.
 
     Args:
         out: the output; what is refused is listed beside it.
@@ -34,9 +36,9 @@ class Account:
         self._ledger.reject(*refused)
         self.refused += 1
         if self.refused <= SHOWN:
-            print(f"refused: {refused.source}: {refused.reason}", file=sys.stderr)  # noqa: T201
+            note(f"refused: {refused.source}: {refused.reason}")
         elif self.refused == SHOWN + 1:
-            print("refused: … and more", file=sys.stderr)  # noqa: T201
+            note("refused: … and more")
 
     @contextmanager
     def progress(self, total: int | None) -> Iterator[Callable[[Portion], None]]:
@@ -54,8 +56,8 @@ class Account:
                 self.used += len(portion.ids)
                 for refused in portion.refused:
                     self.refuse(refused)
-                for text, place in portion.notes:
-                    self._ledger.note(text, place)
+                for note in portion.notes:
+                    self._ledger.note(*note)
                 speed = bar.tasks[0].finished_speed or bar.tasks[0].speed
                 bar.update(task, completed=self.used + self.refused, rate=f"{speed:,.0f}/s" if speed else "")
 
@@ -70,25 +72,23 @@ class Account:
         if not self.used:
             raise DataError(f"none of the {self.refused} crystals could be used{self._reasons()}")
 
-    def finish(self) -> None:
-        """List what was refused beside the output, and say what was done and noted."""
-        for noted in self._ledger.notes:
-            print(f"note: {noted}", file=sys.stderr)  # noqa: T201
-        text = f"{self.used:,} crystals {self._done}, {self.refused:,} refused: {self._out}{self._reasons()}"
-        print(text, file=sys.stderr)  # noqa: T201
+    def finish(self, notes: Iterable[str] = ()) -> None:
+        """List what was refused and noted beside the output, and say what was done."""
+        for noted in (*self._ledger.notes, *notes):
+            note(f"note: {noted}")
+        note(f"{self.used:,} crystals {self._done}, {self.refused:,} refused: {self._out}{self._reasons()}")
 
     def _reasons(self) -> str:
-        """List what was refused beside the output; return where, as the end of a line."""
+        """List what was refused and noted beside the output; return where, as the end of a line."""
         if self._out == "-":
             return ""
         out = Path(self._out)
-        file = out.with_name(f"{out.name}.refused.csv")
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            listed = self._ledger.save(file)
-        except OSError as error:
-            return f", reasons can't be written to {file} ({error.strerror})"
-        return "" if listed is None else f", reasons in {listed}"
+            refused, notes = self._ledger.save(out, "refused")
+        except (OSError, DataError) as error:
+            return f", reasons can't be listed: {error}"
+        return (f", reasons in {refused}" if refused else "") + (f", notes in {notes}" if notes else "")
 
 
 def named_files(files: str | list[str], account: Account) -> str | list[str]:
@@ -101,6 +101,8 @@ def named_files(files: str | list[str], account: Account) -> str | list[str]:
     """
     if files != "-":
         return files
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # names needn't be UTF-8
     listed = [line for line in (line.strip() for line in sys.stdin) if line]
     if not listed:
         raise DataError("files=-: standard input lists no file")

@@ -13,11 +13,14 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 
-from crysldnet.data.elements import SYMBOLS, reduced_formula
-from crysldnet.data.stream import Portion, Refused
+from crysldnet.data.elements import SYMBOLS
+from crysldnet.data.formulas import formulas_of
 from crysldnet.errors import DataError
+from crysldnet.models.readout import mean_and_spread
+from crysldnet.readers.stream import Portion, Refused
 
 Floats = NDArray[np.float64]
 
@@ -78,9 +81,11 @@ class Predictions(Found):
         probabilities: [B, T, C] of the classes, NaN for regressions; None where nothing is classified.
         unseen: [B] elements that the training set didn't have.
         distance: [B] latent distance from the training set, NaN where it isn't known.
-        flags: [B] in what a crystal is unlike the training set: ``element``, ``distance``, ``size``.
+        flags: [B] in what a crystal is unlike the training set: ``element``, ``distance``, ``size``; and ``cutoff``
+            where moving its atoms by 0.001 Å may change which neighbors the encoder sees, ``trained`` where the model
+            was trained or validated on it, ``descriptor`` where a descriptor is beyond those of the training set.
         refused: crystals that can't be used, and why.
-        notes: what was read otherwise than it stood there, how often, and the first file or row.
+        notes: what was normalized on reading, how often, and the first file or row.
     """
 
     PER_CRYSTAL = ("ids", "sources", "formulas", "unseen", "flags")
@@ -162,10 +167,10 @@ class Embeddings(Found):
         ids, sources, formulas: [B] of the crystals.
         sizes: [B] atoms of each.
         numbers: [N] their atomic numbers.
-        features: [B, D] means over the atoms, or [N, D].
+        features: [B, D] means over the atoms, [B, 2 · layers · D] with their spread, or [N, D] of the atoms.
         per: ``crystal`` or ``atom``.
         refused: crystals that can't be used, and why.
-        notes: what was read otherwise than it stood there, how often, and the first file or row.
+        notes: what was normalized on reading, how often, and the first file or row.
     """
 
     PER_CRYSTAL = ("ids", "sources", "formulas")
@@ -181,17 +186,26 @@ class Embeddings(Found):
         return len(self.features)
 
     @classmethod
-    def of(cls, portion: Portion, features: NDArray[np.float32], per: Literal["crystal", "atom"]) -> Embeddings:
-        """Return the embeddings of a portion whose atoms have these features [N, D]."""
+    def of(
+        cls, portion: Portion, features: NDArray[np.float32], per: Literal["crystal", "atom"], *, spread: bool
+    ) -> Embeddings:
+        """Return the embeddings of a portion whose atoms have these features [N, D].
+
+        Args:
+            portion: the crystals.
+            features: of their atoms.
+            per: ``crystal`` takes the mean over a crystal's atoms.
+            spread: beside the mean, the standard deviation over the atoms.
+        """
         crystals = portion.crystals
         if per == "crystal":
-            sums = np.add.reduceat(features.astype(np.float64), crystals.ptr[:-1], axis=0)
-            features = (sums / crystals.sizes[:, None]).astype(np.float32)
-        names = [reduced_formula(numbers) for numbers in np.split(crystals.numbers, crystals.ptr[1:-1])]
+            atoms, crystal = torch.from_numpy(features).double(), torch.from_numpy(crystals.crystal)
+            pooled = mean_and_spread([atoms], crystal, len(crystals))
+            features = pooled[:, : None if spread else features.shape[1]].float().numpy()
         return cls(
             ids=portion.ids,
             sources=portion.sources,
-            formulas=names,
+            formulas=formulas_of(crystals),
             sizes=crystals.sizes,
             numbers=crystals.numbers,
             features=features,

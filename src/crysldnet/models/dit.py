@@ -54,6 +54,7 @@ class DiT(nn.Module):
         positional: ``none`` makes it equivariant to the order of atoms; ``index`` adds the published sinusoids of
             the atom's index, which make the result depend on that order.
         time_scale: t is multiplied by this before its sinusoids; 1 as published, where most of them hardly change.
+        condition_dim: width of a condition, of atoms or crystals; 0 for none.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class DiT(nn.Module):
         heads: int = 12,
         positional: Literal["none", "index"] = "none",
         time_scale: float = 1000.0,
+        condition_dim: Part[int] = 0,
     ) -> None:
         super().__init__()
         if width % heads:
@@ -77,6 +79,9 @@ class DiT(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, latent_dim)
+        if condition_dim:
+            self.condition_norm = nn.LayerNorm(condition_dim, elementwise_affine=False, eps=1e-6)
+            self.condition = nn.Linear(condition_dim, width)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -92,13 +97,14 @@ class DiT(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.output.weight)
 
-    def forward(self, z: Tensor, t: Tensor, valid: Tensor) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor, valid: Tensor, condition: Tensor | None = None) -> Tensor:
         """Return the clean latents [B, n, d].
 
         Args:
             z: [B, n, d] noisy latents.
             t: [B] times between 0 (noise) and 1 (data).
             valid: [B, n] true where there is an atom.
+            condition: [B, n, condition_dim] of the atoms, or [B, condition_dim] of the crystals.
         """
         u = self.input(z)
         if self.positional == "index":
@@ -106,6 +112,9 @@ class DiT(nn.Module):
             cos, sin = sinusoids(index * math.pi, self.width // 2, 2048.0).chunk(2, dim=-1)
             u = u + torch.cat([sin, cos], dim=-1)
         c = self.time_out(silu(self.time_in(sinusoids(t * self.time_scale, 128, 10_000.0))))
+        if condition is not None:
+            told = self.condition(self.condition_norm(condition))
+            u, c = (u + told, c) if told.ndim == 3 else (u, c + told)
         for block in self.blocks:
             u = block(u, c, ~valid)
         shift, scale = self.modulation(silu(c)).unsqueeze(1).chunk(2, dim=-1)

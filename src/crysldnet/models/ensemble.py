@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from crysldnet.models.head import Prediction
+from crysldnet.models.predictor import Prediction
 from crysldnet.models.target import TargetType, TwoPart
 
 

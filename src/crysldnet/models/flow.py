@@ -9,31 +9,58 @@ Shapes: ``B`` crystals, ``N`` atoms, ``n`` atoms of the largest crystal, ``d`` w
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from crysldnet.build import Part
 
+Target = Literal["joint", "joint_target_only", "ema", "frozen", "clean"]
+
+
+def _spread(time: Tensor) -> Tensor:
+    return ((1 - time).square() + time.square()).sqrt()
+
+
+def gaussian_guess(zt: Tensor, time: Tensor) -> Tensor:
+    """Return the mean of clean latents given noisy ones, where the clean ones are normal with unit variance."""
+    return time / _spread(time).square() * zt
+
+
+class FlowOutput(NamedTuple):
+    """The diffusion loss, and what a person reads: sums and counts over crystals."""
+
+    loss: Tensor
+    measures: dict[str, tuple[Tensor, Tensor]]
+
 
 class LatentFlow(nn.Module):
     """The latent diffusion model: its loss and its sampler.
 
     Args:
-        denoiser: maps (z_t, t, valid) to the clean latents.
+        denoiser: maps (z_t, t, valid, condition) to the clean latents.
         latent_dim: d.
         target: what the denoiser has to predict. ``joint``: the encoder's own latent, gradient flowing through both
-            sides; ``ema``: the latent of a slow average of the encoder; ``frozen``: that of the encoder as it was when
-            this stage began.
+            sides; ``joint_target_only``: the same, through the target alone; ``ema``: the latent of a slow average of
+            the encoder; ``frozen``: that of the encoder as it was when this stage began; ``clean``: that of the slow
+            average, which sees the crystal before it was corrupted.
+        condition: ``none`` diffuses the encoder's latents, so the loss depends on their distribution alone. ``atoms``
+            and ``crystal`` diffuse the teacher's, and the denoiser is told the encoder's features of each atom, or one
+            pooled vector of each crystal (mean and spread of all layers): the gradient reaches the encoder through
+            what the denoiser has to be told. Both need a teacher (``ema``, ``frozen`` or ``clean``).
+        noise: diffuse; without, the target is predicted from the condition alone.
+        skip: predict D = t / s² · z_t + (1 − t) / s · F with s² = (1 − t)² + t², F being the denoiser: it starts at
+            the optimum for Gaussian latents of unit variance, not at zero (after EDM, arXiv 2206.00364).
+        times: draw t uniformly, or as the logistic of a normal number (arXiv 2403.03206), within t_min and t_max.
         latent: diffuse ``posterior`` samples, or the encoder's ``features`` before the latent map, as published.
         reconstruction: keep the first stage's loss beside the diffusion loss. Without it and with a joint target a
             constant encoder is a global minimum, which is the published recipe.
         weight: of the diffusion loss beside the others; 1 as published. Over uniform times the weighted error of an
-            uninformed denoiser is about 19, so 1 lets it drown the reconstruction.
+            uninformed denoiser without skip is about 19, so 1 lets it drown the reconstruction.
         ema_decay: of the slow average, a step.
-        t_min, t_max: times are drawn uniformly between them.
-        min_gap: the loss is divided by max(1 − t, min_gap)².
+        t_min, t_max: bounds of the times.
+        min_gap: the loss is divided by max(1 − t, min_gap)². With 1 − t_max or less it is the loss of the velocity.
         center_noise: subtract the mean of z_0 over the crystal's atoms (``atoms``), over the padded axis as the
             published code does (``padded``), or not (``none``).
     """
@@ -43,7 +70,11 @@ class LatentFlow(nn.Module):
         *,
         denoiser: nn.Module,
         latent_dim: Part[int],
-        target: Literal["joint", "ema", "frozen"] = "joint",
+        target: Target = "joint",
+        condition: Literal["none", "atoms", "crystal"] = "none",
+        noise: bool = True,
+        skip: bool = False,
+        times: Literal["uniform", "logit_normal"] = "uniform",
         latent: Literal["posterior", "features"] = "posterior",
         reconstruction: bool = True,
         weight: float = 0.1,
@@ -54,11 +85,20 @@ class LatentFlow(nn.Module):
         center_noise: Literal["none", "atoms", "padded"] = "none",
     ) -> None:
         super().__init__()
+        if condition != "none" and target.startswith("joint"):
+            raise ValueError(f"condition={condition} needs a teacher's latents: set target to clean, ema or frozen")
+        if not noise and (condition == "none" or skip):
+            raise ValueError("noise=false predicts from the condition: set condition=atoms or crystal, skip=false")
         self.denoiser, self.latent_dim = denoiser, latent_dim
-        self.target, self.latent, self.reconstruction = target, latent, reconstruction
-        self.weight = weight
+        self.target, self.condition, self.latent, self.reconstruction = target, condition, latent, reconstruction
+        self.noise, self.skip, self.times, self.weight = noise, skip, times, weight
         self.ema_decay = 1.0 if target == "frozen" else ema_decay
         self.t_min, self.t_max, self.min_gap, self.center_noise = t_min, t_max, min_gap, center_noise
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the target isn't the encoder's own."""
+        return not self.target.startswith("joint")
 
     def _noise(self, like: Tensor, valid: Tensor) -> Tensor:
         noise = torch.randn_like(like)
@@ -69,15 +109,35 @@ class LatentFlow(nn.Module):
             noise = noise - noise.mean(1, keepdim=True)
         return noise * weight
 
-    def forward(self, z: Tensor, target: Tensor, crystal: Tensor, sizes: Tensor, largest: int) -> Tensor:
+    def _draw_times(self, like: Tensor, n_crystals: int) -> Tensor:
+        if not self.noise:
+            return like.new_zeros(n_crystals)
+        if self.times == "uniform":
+            return self.t_min + (self.t_max - self.t_min) * torch.rand(n_crystals, dtype=like.dtype, device=like.device)
+        return torch.randn(n_crystals, dtype=like.dtype, device=like.device).sigmoid().clamp(self.t_min, self.t_max)
+
+    def denoise(self, zt: Tensor, t: Tensor, valid: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return the clean latents [B, n, d] of noisy ones, as the denoiser's ``forward`` takes them."""
+        found = self.denoiser(zt, t, valid) if condition is None else self.denoiser(zt, t, valid, condition)
+        if not self.skip:
+            return found
+        time = t.view(-1, 1, 1)
+        return gaussian_guess(zt, time) + (1 - time) / _spread(time) * found
+
+    def forward(
+        self, z: Tensor, target: Tensor, crystal: Tensor, sizes: Tensor, largest: int, condition: Tensor | None = None
+    ) -> FlowOutput:
         """Return the loss, averaged over crystals: mean_atoms,channels ‖target − ẑ_1‖² / max(1 − t, min_gap)².
 
+        Its measures are the same error, and that of the guess that is best for Gaussian latents of unit variance.
+
         Args:
-            z: [N, d] clean latents z_1.
+            z: [N, d] clean latents z_1, that noise is added to.
             target: [N, d] what the denoiser has to predict, z itself or a teacher's.
             crystal: [N] the crystal of each atom.
             sizes: [B] atoms of each crystal.
             largest: their maximum, known without asking the device.
+            condition: [N, c] of the atoms or [B, c] of the crystals, where there is one.
         """
         first = sizes.cumsum(0) - sizes
         place = (
@@ -92,11 +152,25 @@ class LatentFlow(nn.Module):
 
         z1 = padded(z)
         wanted = z1 if target is z else padded(target)
-        t = self.t_min + (self.t_max - self.t_min) * torch.rand(len(sizes), dtype=z.dtype, device=z.device)
+        t = self._draw_times(z, len(sizes))
         time = t.view(-1, 1, 1)
-        zt = ((1 - time) * self._noise(z1, valid) + time * z1) * valid.unsqueeze(-1)
-        error = ((wanted - self.denoiser(zt, t, valid)) * valid.unsqueeze(-1)).square().sum(dim=(1, 2))
-        return (error / (1 - t).clamp_min(self.min_gap).square() / (sizes * self.latent_dim)).mean()
+        zt = torch.zeros_like(z1)
+        if self.noise:
+            zt = ((1 - time) * self._noise(z1, valid) + time * z1) * valid.unsqueeze(-1)
+        told = padded(condition) if condition is not None and self.condition == "atoms" else condition
+
+        def weighted(found: Tensor) -> Tensor:
+            error = ((wanted - found) * valid.unsqueeze(-1)).square().sum(dim=(1, 2))
+            return error / (1 - t).clamp_min(self.min_gap).square() / (sizes * self.latent_dim)
+
+        errors = weighted(self.denoise(zt, t, valid, told))
+        count = torch.tensor(float(len(sizes)), device=z.device)
+        with torch.no_grad():
+            baseline = weighted(gaussian_guess(zt, time))
+        measures = {"diffusion_error": (errors.detach().sum(), count)}
+        if self.latent == "posterior":
+            measures["diffusion_error_baseline"] = (baseline.sum(), count)
+        return FlowOutput(errors.mean(), measures)
 
     @torch.no_grad()
     def sample(self, sizes: Tensor, steps: int = 100) -> Tensor:
@@ -108,6 +182,6 @@ class LatentFlow(nn.Module):
         z = self._noise(like, valid)
         grid = torch.linspace(self.t_min, 1.0, steps + 1, dtype=z.dtype, device=z.device)
         for now, then in pairwise(grid):
-            clean = self.denoiser(z, now.expand(len(sizes)), valid)
+            clean = self.denoise(z, now.expand(len(sizes)), valid)
             z = z + (then - now) / (1 - now) * (clean - z)
         return z[valid]

@@ -1,30 +1,33 @@
 """From atom features to properties.
 
 Shapes: ``B`` crystals, ``N`` atoms, ``D`` width of the encoder, ``T`` targets, ``O`` outputs of all of them together,
-``C`` classes.
+``C`` classes, ``K`` descriptors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch_geometric.utils import scatter
 
 from crysldnet.build import Part
-from crysldnet.data.batch import CrystalBatch
-from crysldnet.data.crystals import Crystals
 from crysldnet.encoders.elements import N_SPECIES
-from crysldnet.encoders.protocol import Encoder
+from crysldnet.encoders.protocol import Encoder, features_of_layers
+from crysldnet.encoders.scatter import scatter
 from crysldnet.errors import DataError
-from crysldnet.models.readout import AttentionPooling
+from crysldnet.graphs.batch import CrystalBatch
+from crysldnet.graphs.crystals import Crystals
+from crysldnet.models.descriptors import Descriptors
+from crysldnet.models.per import Per, factors_of
+from crysldnet.models.predictor import Prediction, TargetModel
+from crysldnet.models.readout import AttentionPooling, mean_and_spread
 from crysldnet.models.references import fit_references
-from crysldnet.models.target import Classes, Estimate, Kind, Loss, Number, TargetType, stack_probabilities
+from crysldnet.models.target import Estimate, Loss, Number, TargetType
 
 
 class ShiftedSoftplus(nn.Softplus):
@@ -52,20 +55,35 @@ class PropertyHead(nn.Module):
     Args:
         width: D of the encoder.
         outputs: O.
+        depth: L, the number of the encoder's layers that can be read.
+        descriptors: K, numbers of the crystal that the MLP reads beside the features.
         readout: ``mean``, ``attention``, ``atoms`` or ``sum``.
+        layers_read: ``last`` reads the encoder's output. ``all`` reads every layer, side by side; ``mean`` then reads
+            the standard deviation over the atoms too. What is read is standardized by the training split.
         hidden: width of the MLP; the encoder's by default.
         layers: hidden layers.
         dropout: after each hidden layer.
         activation: after each hidden layer.
         activate_first: before the first map too.
+
+    Attributes:
+        center, scale: [I] mean and standard deviation of what is read, where all layers are read.
+        standardized: 1 once these have been set, else 0.
     """
+
+    center: Tensor
+    scale: Tensor
+    standardized: Tensor
 
     def __init__(
         self,
         *,
         width: Part[int],
         outputs: Part[int],
+        depth: Part[int] = 1,
+        descriptors: Part[int] = 0,
         readout: Literal["mean", "attention", "atoms", "sum"] = "mean",
+        layers_read: Literal["last", "all"] = "last",
         hidden: int | None = None,
         layers: int = 1,
         dropout: float = 0.0,
@@ -73,44 +91,63 @@ class PropertyHead(nn.Module):
         activate_first: bool = False,
     ) -> None:
         super().__init__()
-        self.readout = readout
+        self.readout, self.layers_read = readout, layers_read
         self.first = ACTIVATIONS[activation]() if activate_first else nn.Identity()
-        hidden = hidden or width
+        hidden, inputs = hidden or width, width
+        if layers_read == "all":
+            inputs = width * depth * (2 if readout == "mean" else 1)
+            self.register_buffer("center", torch.zeros(inputs))
+            self.register_buffer("scale", torch.ones(inputs))
+            self.register_buffer("standardized", torch.zeros(()))
+        pooled, inputs = inputs, inputs + descriptors
         steps: list[nn.Module] = []
         for layer in range(layers):
-            linear = nn.Linear(width if layer == 0 else hidden, hidden)
+            linear = nn.Linear(inputs if layer == 0 else hidden, hidden)
             steps += [linear, ACTIVATIONS[activation](), nn.Dropout(dropout)]
-        self.mlp = nn.Sequential(*steps, nn.Linear(hidden if layers else width, outputs))
-        self.attention = AttentionPooling(width) if readout == "attention" else None
+        self.mlp = nn.Sequential(*steps, nn.Linear(hidden if layers else inputs, outputs))
+        self.attention = AttentionPooling(pooled) if readout == "attention" else None
 
-    def forward(self, features: Tensor, crystal: Tensor, n_crystals: int) -> Tensor:
-        """Map features [N, D] to [B, O], in normalised units."""
+    @property
+    def per_crystal(self) -> bool:
+        """Whether what is read is a vector of each crystal, not of each atom."""
+        return self.readout == "mean"
+
+    def read(self, encoder: Encoder, batch: CrystalBatch) -> Tensor:
+        """Return what the MLP is given, before it is standardized: [B, I] for ``mean``, else [N, I]."""
+        if self.layers_read == "last":
+            features = encoder(batch)
+            return scatter(features, batch.crystal, batch.num_crystals, "mean") if self.per_crystal else features
+        layers = features_of_layers(encoder, batch)
+        if self.per_crystal:
+            return mean_and_spread(layers, batch.crystal, batch.num_crystals)
+        return torch.cat(layers, dim=-1)
+
+    def standardize(self, center: Tensor, scale: Tensor) -> None:
+        """Set mean and standard deviation [I] of what is read; a constant column keeps the scale 1."""
+        self.center.copy_(center)
+        self.scale.copy_(torch.where(scale > 1e-6 * scale.max(), scale, 1.0))
+        self.standardized.fill_(1.0)
+
+    def forward(self, read: Tensor, crystal: Tensor, n_crystals: int, descriptors: Tensor | None = None) -> Tensor:
+        """Map what :meth:`read` returns, and normalized descriptors [B, K], to [B, O], in normalized units."""
+        if self.layers_read == "all":
+            read = (read - self.center) / self.scale
         if self.attention is not None:
-            return self.mlp(self.first(self.attention(features, crystal, n_crystals)))
-        if self.readout == "mean":
-            return self.mlp(self.first(scatter(features, crystal, 0, n_crystals, "mean")))
-        reduce = "mean" if self.readout == "atoms" else "sum"
-        return scatter(self.mlp(self.first(features)), crystal, 0, n_crystals, reduce)
+            read = self.attention(read, crystal, n_crystals)
+        single = self.per_crystal or self.attention is not None
+        read = self.first(read)
+        if descriptors is not None:
+            beside = descriptors if single else descriptors.index_select(0, crystal)
+            read = torch.cat([read, beside.to(read.dtype)], dim=-1)
+        out = self.mlp(read)
+        return out if single else scatter(out, crystal, n_crystals, self._reduce)
+
+    @property
+    def _reduce(self) -> Literal["sum", "mean"]:
+        return "mean" if self.readout == "atoms" else "sum"
 
 
-class Prediction(NamedTuple):
-    """What a property model says of B crystals.
-
-    Attributes:
-        value: [B, T] in physical units; of a classification the number of the likeliest class, see
-            ``PropertyModel.classes``.
-        std: [B, T] standard deviations that the model itself predicts, in physical units, NaN for targets without one;
-            None where no target has one.
-        probability: [B, T, C] of the classes, C being the largest number of classes; 0 beyond a target's own classes,
-            NaN for regressions; None where there is no classification.
-    """
-
-    value: Tensor
-    std: Tensor | None
-    probability: Tensor | None
-
-
-class PropertyModel(nn.Module):
+class PropertyModel(TargetModel):
     """Encoder, head and the normalisation of the targets: predicts in physical units.
 
     Args:
@@ -120,17 +157,20 @@ class PropertyModel(nn.Module):
         units: their units.
         types: what kind of target each is; plain numbers by default.
         referenced: targets that are learned relative to energies of the elements, :meth:`fit_normalisation`.
+        descriptors: the K numbers of a crystal that the head reads too; None for none.
+        per: targets that are learned per area, volume or formula unit.
 
     Attributes:
         mean, std: [T] of the training targets; with the ``sum`` readout the mean is per atom.
         references: [T, 119] energies of the elements, where there are referenced targets.
+        typical: [T] mean of what the values are multiplied by, where targets are learned per something.
         frozen: keep the encoder in evaluation mode, without dropout.
-        cached: gives the features [N, D] in place of the encoder while a frozen one is trained with; None for none.
+        cached: gives what the head reads, in place of a frozen encoder in training; None for none.
     """
 
     mean: Tensor
-    std: Tensor
     references: Tensor | None
+    typical: Tensor | None
 
     def __init__(
         self,
@@ -141,11 +181,12 @@ class PropertyModel(nn.Module):
         units: list[str],
         types: Sequence[TargetType] | None = None,
         referenced: Sequence[str] = (),
+        descriptors: Descriptors | None = None,
+        per: Mapping[str, Per] | None = None,
     ) -> None:
-        super().__init__()
-        self.encoder, self.head, self.targets, self.units = encoder, head, targets, units
-        self.types = list(types) if types is not None else [Number() for _ in targets]
-        self.referenced = list(referenced)
+        super().__init__(encoder, targets, units, [Number() for _ in targets] if types is None else types, descriptors)
+        self.head = head
+        self.referenced, self.per = list(referenced), dict(per or {})
         self.frozen = False
         self.cached: Callable[[CrystalBatch], Tensor] | None = None
         for name, kind in zip(targets, self.types, strict=True):
@@ -153,19 +194,16 @@ class PropertyModel(nn.Module):
                 raise ValueError(f"readout=sum adds up over atoms, which {name!r} as {kind.name!r} can't be")
             if name in self.referenced and type(kind) is not Number:
                 raise ValueError(f"element_references: {name!r} is treated as {kind.name!r}, not as a number")
+            scalable = isinstance(kind, Number) and kind.bounds[1] == math.inf and kind.bounds[0] in (0, -math.inf)
+            if name in self.per and (head.readout == "sum" or name in self.referenced or not scalable):
+                raise ValueError(
+                    f"target_per: {name!r} can't be learned per {self.per[name]} with head=sum, element_references, "
+                    "bounds other than 0, or as classes"
+                )
         self.register_buffer("mean", torch.zeros(len(targets)))
         self.register_buffer("std", torch.ones(len(targets)))
         self.register_buffer("references", torch.zeros(len(targets), N_SPECIES) if self.referenced else None)
-
-    @property
-    def kinds(self) -> list[Kind]:
-        """Of each target: ``regression``, ``binary`` or ``multiclass``."""
-        return [kind.kind for kind in self.types]
-
-    @property
-    def classes(self) -> list[list[str] | None]:
-        """Names of the classes of each target; None for a regression."""
-        return [list(kind.labels) if isinstance(kind, Classes) else None for kind in self.types]
+        self.register_buffer("typical", torch.ones(len(targets)) if self.per else None)
 
     @property
     def n_depths(self) -> int:
@@ -198,11 +236,16 @@ class PropertyModel(nn.Module):
         Args:
             values: [n, T] in physical units, NaN where unknown.
             sizes: [n] atoms of each crystal.
-            crystals: the n crystals; needed for referenced targets.
+            crystals: the n crystals; needed for referenced targets and those learned per something.
 
         Raises:
             DataError: a target has no value in the training rows.
         """
+        if self.typical is not None:
+            assert crystals is not None
+            factors = factors_of(self.per, self.targets, self.units, crystals)
+            values = values * factors
+            self.typical.copy_(torch.from_numpy(factors.mean(axis=0)))
         for place, (name, kind) in enumerate(zip(self.targets, self.types, strict=True)):
             known = ~np.isnan(values[:, place])
             if not known.any():
@@ -220,7 +263,24 @@ class PropertyModel(nn.Module):
             mean = float(np.nanmean(line / n))
             std = float(np.nanstd(line - mean * n))
             self.mean[place] = mean
-            self.std[place] = std if std > 1e-9 * max(1.0, abs(mean)) else 1.0
+            self.std[place] = std if std > 1e-9 * abs(mean) else 1.0
+
+    @property
+    def error_scale(self) -> Tensor:
+        """[T] standard deviations of the training targets in the units in which they are predicted."""
+        return self.std if self.typical is None else self.std / self.typical
+
+    def _factors(self, batch: CrystalBatch) -> Tensor | None:
+        """Return [B, T] what values are multiplied by to be learned; None for nothing."""
+        if self.typical is None:
+            return None
+        return torch.from_numpy(factors_of(self.per, self.targets, self.units, batch.to_crystals())).to(self.mean)
+
+    def _prediction(self, outputs: list[Tensor], center: Tensor, factors: Tensor | None) -> Prediction:
+        found = Prediction.of(self._estimates(outputs, center))
+        if factors is None:
+            return found
+        return found._replace(value=found.value / factors, std=None if found.std is None else found.std / factors)
 
     def _center(self, batch: CrystalBatch) -> Tensor:
         """Return what the normalised outputs are relative to, [B, T]."""
@@ -229,12 +289,13 @@ class PropertyModel(nn.Module):
         if self.references is None:
             return center
         energies = self.references.T.index_select(0, batch.numbers)
-        return center + scatter(energies, batch.crystal, 0, batch.num_crystals, "sum" if total else "mean")
+        return center + scatter(energies, batch.crystal, batch.num_crystals, "sum" if total else "mean")
 
     def _outputs(self, batch: CrystalBatch) -> list[Tensor]:
         """Return the head's outputs of each target, [B, O of the target]."""
-        features = self.encoder(batch) if self.cached is None else self.cached(batch)
-        whole = self.head(features, batch.crystal, batch.num_crystals)
+        read = self.head.read(self.encoder, batch) if self.cached is None else self.cached(batch)
+        beside = None if self.descriptors is None else self.descriptors(batch)
+        whole = self.head(read, batch.crystal, batch.num_crystals, beside)
         return list(whole.to(self.mean.dtype).split([kind.outputs for kind in self.types], dim=1))
 
     def _estimates(self, outputs: list[Tensor], center: Tensor) -> list[Estimate]:
@@ -243,21 +304,9 @@ class PropertyModel(nn.Module):
             for place, (kind, output) in enumerate(zip(self.types, outputs, strict=True))
         ]
 
-    def forward(self, batch: CrystalBatch) -> Tensor:
-        """Return [B, T] in physical units."""
-        return self.predict(batch).value
-
     def predict(self, batch: CrystalBatch) -> Prediction:
         """Return values, and standard deviations and probabilities where the targets have them."""
-        return self._prediction(self._estimates(self._outputs(batch), self._center(batch)))
-
-    @staticmethod
-    def _prediction(estimates: list[Estimate]) -> Prediction:
-        value = torch.stack([e.value for e in estimates], dim=1)
-        unknown = torch.full_like(value[:, 0], math.nan)
-        spread = any(e.std is not None for e in estimates)
-        std = torch.stack([unknown if e.std is None else e.std for e in estimates], dim=1) if spread else None
-        return Prediction(value, std, stack_probabilities(estimates, value))
+        return self._prediction(self._outputs(batch), self._center(batch), self._factors(batch))
 
     def losses(self, batch: CrystalBatch, kind: Loss) -> tuple[Tensor, Prediction]:
         """Return the loss of each value [B, T] in normalised units, 0 where unknown, and the predictions.
@@ -268,15 +317,16 @@ class PropertyModel(nn.Module):
                 or ``gaussian`` distribution; classes have their cross-entropy.
         """
         assert batch.targets is not None
-        outputs, center = self._outputs(batch), self._center(batch)
+        outputs, center, factors = self._outputs(batch), self._center(batch), self._factors(batch)
         known = ~batch.targets.isnan()
         true = torch.where(known, batch.targets, 1.0).to(self.mean.dtype)
+        true = true if factors is None else true * factors
         each = [
             kind_of.loss(output, true[:, place], center[:, place], self.std[place], kind)
             for place, (kind_of, output) in enumerate(zip(self.types, outputs, strict=True))
         ]
         losses = torch.where(known, torch.stack(each, dim=1), 0.0)
-        return losses, self._prediction(self._estimates(outputs, center))
+        return losses, self._prediction(outputs, center, factors)
 
     def loss(self, batch: CrystalBatch, kind: Loss) -> tuple[Tensor, Tensor]:
         """Return the mean loss over the values that are known, and the predictions [B, T]; see :meth:`losses`."""

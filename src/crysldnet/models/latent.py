@@ -5,6 +5,7 @@ Shapes: ``N`` atoms, ``D`` width of the encoder, ``d`` width of the latent.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from crysldnet.build import Part
+from crysldnet.encoders.scatter import scatter
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
@@ -38,6 +40,12 @@ class Posterior(nn.Module):
             the mean from the first step.
         normalise: give each channel of the mean zero mean and unit variance (batch statistics in training, running
             ones otherwise), so that the latent has a fixed scale and the encoder can't shrink it. Not as published.
+        noise: standard deviation of the posterior, the same for every atom and channel; null to learn it, as
+            published. Learned, it falls to about 0.02, and the space is variational in name only.
+        covariance_weight: of Σ_{i≠j} C_ij² / d, C being the covariance of the channels over the atoms of a batch: it
+            keeps the effective rank (the covariance term of VICReg, arXiv 2105.04906).
+        agreement_weight: of the variance of each channel within a crystal, averaged over atoms and channels: it pulls
+            the atoms of a crystal together.
     """
 
     def __init__(
@@ -48,8 +56,14 @@ class Posterior(nn.Module):
         kl_weight: float = 1e-5,
         log_variance: float = 0.0,
         normalise: bool = True,
+        noise: float | None = None,
+        covariance_weight: float = 0.0,
+        agreement_weight: float = 0.0,
     ) -> None:
         super().__init__()
+        if noise is not None and not noise > 0:
+            raise ValueError(f"noise must be over 0, or null to learn it, not {noise}")
+        self.noise, self.covariance_weight, self.agreement_weight = noise, covariance_weight, agreement_weight
         self.latent_dim, self.kl_weight, self.log_variance = latent_dim, kl_weight, log_variance
         self.map = nn.Linear(width, 2 * latent_dim, bias=False)
         self.norm = nn.BatchNorm1d(latent_dim, affine=False) if normalise else nn.Identity()
@@ -58,7 +72,10 @@ class Posterior(nn.Module):
         """Map features [N, D] to a Gaussian per atom and draw from it."""
         mean, log_variance = self.map(features).chunk(2, dim=-1)
         mean = self.norm(mean)
-        log_variance = (log_variance + self.log_variance).clamp(*LOG_VARIANCE_RANGE)
+        if self.noise is None:
+            log_variance = (log_variance + self.log_variance).clamp(*LOG_VARIANCE_RANGE)
+        else:
+            log_variance = torch.full_like(log_variance, 2.0 * math.log(self.noise))
         return Latent(mean, log_variance, mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean))
 
     @staticmethod
@@ -66,6 +83,25 @@ class Posterior(nn.Module):
         """Return KL(q ‖ N(0, 1)) = ½ Σ_d (μ² + s² − 1 − log s²), averaged over atoms."""
         mean, log_variance = latent.mean, latent.log_variance
         return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum(dim=-1).mean()
+
+    def penalties(self, latent: Latent, crystal: Tensor, n_crystals: int) -> dict[str, Tensor]:
+        """Return the weighted penalties that are switched on.
+
+        Args:
+            latent: of N atoms.
+            crystal: [N] the crystal of each.
+            n_crystals: B.
+        """
+        terms: dict[str, Tensor] = {}
+        if self.covariance_weight:
+            centered = latent.mean - latent.mean.mean(0)
+            covariance = centered.T @ centered / max(len(centered) - 1, 1)
+            others = covariance.square().sum() - covariance.diagonal().square().sum()
+            terms["covariance"] = self.covariance_weight * others / self.latent_dim
+        if self.agreement_weight:
+            mean = scatter(latent.mean, crystal, n_crystals, "mean").index_select(0, crystal)
+            terms["agreement"] = self.agreement_weight * (latent.mean - mean).square().mean()
+        return terms
 
 
 class LatentStatistics(Metric):

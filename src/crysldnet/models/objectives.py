@@ -9,20 +9,20 @@ terms and the measures that a person reads: sums and counts, to be divided at th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch_geometric.utils import scatter
 
 from crysldnet.build import Part
-from crysldnet.data.batch import CorruptionTargets, CrystalBatch
-from crysldnet.data.corruption import Corruption
 from crysldnet.encoders.bases import GaussianBasis
 from crysldnet.encoders.elements import N_SPECIES
 from crysldnet.encoders.layers import PairMLP
-from crysldnet.geometry import lattice_parameters, undo_strain
+from crysldnet.encoders.scatter import scatter
+from crysldnet.graphs.batch import CorruptionTargets, CrystalBatch
+from crysldnet.graphs.corruption import Corruption
+from crysldnet.graphs.geometry import lattice_parameters, undo_strain
 
 Measures = dict[str, tuple[Tensor, Tensor]]
 """Name to (sum, count)."""
@@ -70,9 +70,13 @@ class Objective(nn.Module, ABC):
 
     Attributes:
         corruption: what the data module does to the crystals.
+        condition: ``crystal`` where the latents are to be told about the clean crystal, through one pooled vector.
+        condition_share: of the crystals that are told, in training.
     """
 
     corruption: Corruption
+    condition: Literal["none", "crystal"] = "none"
+    condition_share: float = 0.0
 
     @abstractmethod
     def forward(self, z: Tensor, batch: CrystalBatch) -> Reconstruction:
@@ -85,7 +89,8 @@ class Denoising(Objective):
     With unit vectors r̂_ij and, from a pair map of (z_i, z_j, |r_ij|), scalars u_ij, s_ij, p_ij,
         displacement_i = mean_j u_ij r̂_ij,    strain = mean_ij (s_ij r̂_ij r̂_ijᵀ + p_ij 1),
     which turn with the crystal, so that everything asked for can be known from the input. Losses are mean squared
-    errors in units of the corruption's standard deviations.
+    errors in units of the corruption's standard deviation: the one of all crystals, or, where it is drawn from a
+    range, each crystal's own (at least the lower end), so that small displacements count as much as large ones.
 
     Args:
         latent_dim: d.
@@ -93,6 +98,10 @@ class Denoising(Objective):
         corruption: how crystals are corrupted; without displacement or strain that term is left out, so masked
             species alone is the same objective with both at 0.
         species_weight, displacement_weight, strain_weight: of the three terms.
+        condition: ``crystal`` encodes the clean crystal too and adds a linear map of its pooled features (mean and
+            spread of all layers) to the latents: self-conditioned denoising. The gradient then asks the pooled vector
+            for what the corrupted crystal lacks. ``none`` leaves the latents alone.
+        condition_share: share of the crystals that are conditioned in training; the others are denoised as before.
     """
 
     def __init__(
@@ -104,12 +113,17 @@ class Denoising(Objective):
         species_weight: float = 1.0,
         displacement_weight: float = 1.0,
         strain_weight: float = 1.0,
+        condition: Literal["none", "crystal"] = "none",
+        condition_share: float = 0.5,
     ) -> None:
         super().__init__()
-        self.corruption = corruption
+        if not 0.0 < condition_share <= 1.0:
+            raise ValueError(f"condition_share must be over 0 and at most 1, not {condition_share}")
+        self.corruption, self.condition, self.condition_share = corruption, condition, condition_share
+        self.largest = {name: corruption.highest(name) for name in ("displacement", "strain")}
         self.weights = {"species": species_weight, "displacement": displacement_weight, "strain": strain_weight}
         self.species = nn.Sequential(nn.Linear(latent_dim, hidden), nn.SiLU(), nn.Linear(hidden, N_SPECIES))
-        self.geometric = corruption.displacement > 0 or corruption.strain > 0
+        self.geometric = any(largest > 0 for largest in self.largest.values())
         if self.geometric:
             self.node = nn.Linear(latent_dim, hidden)
             self.basis = GaussianBasis(0.0, 8.0, 32)
@@ -124,18 +138,39 @@ class Denoising(Objective):
         terms = {"species": self.weights["species"] * loss}
         if self.geometric:
             displacement, strain = self.undo_geometry(z, batch)
-            if self.corruption.displacement > 0:
-                error = (displacement - undo.displacement) / self.corruption.displacement
-                terms["displacement"] = self.weights["displacement"] * error.square().mean()
+            if self.largest["displacement"] > 0:
+                unit = self._unit("displacement", undo.levels[:, 0], batch.crystal)
+                loss, found = self._squared_error("displacement", displacement, undo.displacement, unit)
+                terms["displacement"], measures = loss, measures | found
                 measures["coordinate_error"] = _mean_of((displacement - undo.displacement).norm(dim=-1))
                 measures["coordinate_error_baseline"] = _mean_of(undo.displacement.norm(dim=-1))
-            if self.corruption.strain > 0:
-                error = (strain - undo.strain) / self.corruption.strain
-                terms["strain"] = self.weights["strain"] * error.square().mean()
+            if self.largest["strain"] > 0:
+                unit = self._unit("strain", undo.levels[:, 1])
+                loss, found = self._squared_error("strain", strain, undo.strain, unit)
+                terms["strain"], measures = loss, measures | found
                 true = undo_strain(batch.lattice, undo.strain)
                 measures |= lattice_measures(undo_strain(batch.lattice, strain.detach()), true)
                 measures |= lattice_measures(batch.lattice, true, "_baseline")
         return Reconstruction(terms, measures)
+
+    def _unit(self, name: Literal["displacement", "strain"], levels: Tensor, owner: Tensor | None = None) -> Any:
+        """Return what errors are divided by: a number, or one of each crystal [B], or of each of its atoms."""
+        lowest = self.corruption.lowest(name)
+        if lowest is None:
+            return self.largest[name]
+        unit = levels.clamp_min(lowest)
+        return unit if owner is None else unit.index_select(0, owner)
+
+    def _squared_error(self, name: str, found: Tensor, true: Tensor, unit: Any) -> tuple[Tensor, Measures]:
+        """Return the weighted mean squared error in its units, and the measures of it and of leaving all as it is."""
+        if isinstance(unit, Tensor):
+            unit = unit.view(-1, *[1] * (true.ndim - 1))
+        error = (found - true) / unit
+        measures = {
+            f"{name}_squared_error": _mean_of(error.square().flatten(1).mean(1)),
+            f"{name}_squared_error_baseline": _mean_of((true / unit).square().flatten(1).mean(1)),
+        }
+        return self.weights[name] * error.square().mean(), measures
 
     def undo_geometry(self, z: Tensor, batch: CrystalBatch) -> tuple[Tensor, Tensor]:
         """Return the displacement [N, 3] in Å and the strain [B, 3, 3] found in the corrupted crystal."""
@@ -144,11 +179,12 @@ class Denoising(Objective):
         unit = batch.edge_vec / length
         node = self.node(z)
         u, s, p = self.pair(node, node, self.edge(self.basis(length.squeeze(-1))), source, target).split(1, dim=-1)
-        displacement = scatter(u * unit, target, 0, batch.num_atoms, "mean") * self.corruption.displacement
+        displacement = scatter(u * unit, target, batch.num_atoms, "mean")
+        displacement = displacement * self.largest["displacement"]
         outer = (unit.unsqueeze(-1) * unit.unsqueeze(-2)).flatten(1)
         eye = torch.eye(3, dtype=z.dtype, device=z.device).flatten()
-        strain = scatter(s * outer + p * eye, batch.crystal.index_select(0, target), 0, batch.num_crystals, "mean")
-        return displacement, strain.view(-1, 3, 3) * self.corruption.strain
+        strain = scatter(s * outer + p * eye, batch.crystal.index_select(0, target), batch.num_crystals, "mean")
+        return displacement, strain.view(-1, 3, 3) * self.largest["strain"]
 
 
 class Published(Objective):
@@ -174,7 +210,7 @@ class Published(Objective):
         assert batch.undo is not None
         species, measures = masked_species(self.species(z), batch.undo)
         coordinates = self.coordinates(z)
-        lattice = self.lattice(scatter(z, batch.crystal, 0, batch.num_crystals, "mean")).view(-1, 3, 3)
+        lattice = self.lattice(scatter(z, batch.crystal, batch.num_crystals, "mean")).view(-1, 3, 3)
         terms = {
             "species": species,
             "coordinates": (coordinates - batch.positions).abs().mean(),

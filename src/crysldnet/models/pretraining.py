@@ -11,11 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from crysldnet.data.batch import CrystalBatch
-from crysldnet.encoders.protocol import Encoder
-from crysldnet.models.flow import LatentFlow
+from crysldnet.encoders.protocol import Encoder, features_of_layers
+from crysldnet.graphs.batch import CrystalBatch
+from crysldnet.models.flow import FlowOutput, LatentFlow
 from crysldnet.models.latent import Latent, Posterior
-from crysldnet.models.objectives import Measures, Objective
+from crysldnet.models.objectives import Measures, Objective, Reconstruction
+from crysldnet.models.readout import mean_and_spread
 
 
 class PretrainingOutput(NamedTuple):
@@ -48,11 +49,18 @@ class PretrainingModel(nn.Module):
         super().__init__()
         self.encoder, self.posterior, self.objective, self.flow = encoder, posterior, objective, flow
         self.teacher: nn.ModuleDict | None = None
+        self.condition: nn.Sequential | None = None
+        if objective.condition == "crystal":
+            pooled = 2 * encoder.depth * encoder.width
+            last = nn.Linear(pooled, posterior.latent_dim)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.condition = nn.Sequential(nn.LayerNorm(pooled, elementwise_affine=False), last)
         if flow is not None:
             if not flow.reconstruction:
                 self.objective.requires_grad_(False)
                 self.posterior.requires_grad_(flow.latent == "posterior")
-            if flow.target != "joint":
+            if flow.has_teacher:
                 self.teacher = nn.ModuleDict({"encoder": copy.deepcopy(encoder), "posterior": copy.deepcopy(posterior)})
                 self.teacher.requires_grad_(False)
 
@@ -60,6 +68,11 @@ class PretrainingModel(nn.Module):
     def reconstructs(self) -> bool:
         """Whether the reconstruction loss is on."""
         return self.flow is None or self.flow.reconstruction
+
+    @property
+    def needs_clean(self) -> bool:
+        """Whether batches must hold the crystals before they were corrupted, too."""
+        return self.condition is not None or (self.flow is not None and self.flow.target == "clean")
 
     def start_teacher(self) -> None:
         """Set the teacher to the encoder as it is now."""
@@ -82,27 +95,60 @@ class PretrainingModel(nn.Module):
 
     def forward(self, batch: CrystalBatch) -> PretrainingOutput:
         """Return the loss terms and measures of a batch."""
-        features = self.encoder(batch)
+        every_layer = self.flow is not None and self.flow.condition == "crystal"
+        layers = features_of_layers(self.encoder, batch) if every_layer else [self.encoder(batch)]
+        features = layers[-1]
         latent = self.posterior(features)
         terms: dict[str, Tensor] = {}
         measures: Measures = {}
         if self.reconstructs:
-            reconstruction = self.objective(latent.sample, batch)
+            reconstruction = self._reconstruct(latent.sample, batch)
             terms |= reconstruction.terms
             terms["kl"] = self.posterior.kl_weight * self.posterior.kl(latent)
+            terms |= self.posterior.penalties(latent, batch.crystal, batch.num_crystals)
             measures |= reconstruction.measures
         if self.flow is not None:
-            z = features if self.flow.latent == "features" else latent.sample
-            terms["diffusion"] = self.flow.weight * self.flow(
-                z, self._target(z, batch), batch.crystal, batch.sizes, batch.largest
-            )
+            found = self._diffuse(self.flow, layers, latent, batch)
+            terms["diffusion"] = self.flow.weight * found.loss
+            measures |= found.measures
         return PretrainingOutput(terms, measures, features, latent)
+
+    def _reconstruct(self, z: Tensor, batch: CrystalBatch) -> Reconstruction:
+        """Reconstruct from latents [N, d], told of the clean crystal where the objective asks for that.
+
+        In evaluation the measures are those without being told, and those with it under names of their own.
+        """
+        if self.condition is None:
+            return self.objective(z, batch)
+        assert batch.clean is not None
+        pooled = mean_and_spread(features_of_layers(self.encoder, batch.clean), batch.crystal, batch.num_crystals)
+        told, share = self.condition(pooled), self.objective.condition_share
+        if self.training:
+            chosen = torch.rand(len(told), 1, dtype=z.dtype, device=z.device) < share
+            return self.objective(z + (told * chosen).index_select(0, batch.crystal), batch)
+        without, with_it = self.objective(z, batch), self.objective(z + told.index_select(0, batch.crystal), batch)
+        terms = {name: torch.lerp(term, with_it.terms[name], share) for name, term in without.terms.items()}
+        named = {f"{k}_conditioned": v for k, v in with_it.measures.items() if not k.endswith("_baseline")}
+        return Reconstruction(terms, without.measures | named)
+
+    def _diffuse(self, flow: LatentFlow, layers: list[Tensor], latent: Latent, batch: CrystalBatch) -> FlowOutput:
+        z = layers[-1] if flow.latent == "features" else latent.sample
+        target, condition = self._target(z, batch), None
+        if flow.condition == "atoms":
+            z, condition = target, layers[-1]
+        elif flow.condition == "crystal":
+            z, condition = target, mean_and_spread(layers, batch.crystal, batch.num_crystals)
+        elif flow.target == "joint_target_only":
+            z = z.detach()
+        return flow(z, target, batch.crystal, batch.sizes, batch.largest, condition)
 
     def _target(self, z: Tensor, batch: CrystalBatch) -> Tensor:
         if self.teacher is None:
             return z
+        assert self.flow is not None
+        seen = batch.clean if self.flow.target == "clean" else batch
+        assert seen is not None
         with torch.no_grad():
             self.teacher.eval()
-            features = self.teacher["encoder"](batch)
-            assert self.flow is not None
+            features = self.teacher["encoder"](seen)
             return features if self.flow.latent == "features" else self.teacher["posterior"](features).mean

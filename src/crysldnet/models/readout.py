@@ -5,8 +5,12 @@ Shapes: ``B`` crystals, ``N`` atoms, ``D`` features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
-from torch_geometric.utils import scatter, softmax
+
+from crysldnet.encoders.scatter import scatter, softmax
 
 
 class AttentionPooling(nn.Module):
@@ -25,5 +29,23 @@ class AttentionPooling(nn.Module):
 
     def forward(self, features: Tensor, crystal: Tensor, n_crystals: int) -> Tensor:
         """Map [N, D] to [B, D]."""
-        weight = softmax(self.score(features), crystal, num_nodes=n_crystals)
-        return scatter(weight * features, crystal, 0, n_crystals, "sum")
+        weight = softmax(self.score(features), crystal, n_crystals)
+        return scatter(weight * features, crystal, n_crystals, "sum")
+
+
+def mean_and_spread(layers: Sequence[Tensor], crystal: Tensor, n_crystals: int) -> Tensor:
+    """Return the mean and the standard deviation over a crystal's atoms of every layer, [B, 2 · layers · D].
+
+    Args:
+        layers: [N, D] each.
+        crystal: [N] the crystal of each atom.
+        n_crystals: B.
+    """
+    features = torch.cat(list(layers), dim=-1)
+    mean = scatter(features, crystal, n_crystals, "mean")
+    variance = scatter((features - mean.index_select(0, crystal)).square(), crystal, n_crystals, "mean")
+    return torch.cat([mean, (variance + SMALLEST_VARIANCE).sqrt()], dim=-1)
+
+
+SMALLEST_VARIANCE = 1e-6
+"""Keeps the gradient of a standard deviation finite where all atoms of a crystal are alike."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from crysldnet.data.crystals import Crystals
 from crysldnet.encoders.elements import N_SPECIES
+from crysldnet.graphs.crystals import Crystals
 
 
 @dataclass(frozen=True)

@@ -8,22 +8,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crysldnet.data.batch import CrystalBatch, make_batch
-from crysldnet.data.datamodule import CrystalDataModule
-from crysldnet.data.stream import cut
+from crysldnet.artifacts import model_file
+from crysldnet.artifacts.calibration import Calibration, TargetCalibration, check
+from crysldnet.artifacts.ood import REMEMBERED, TrainingSet, catch_features
+from crysldnet.console import SHOWN
+from crysldnet.errors import CheckpointError
+from crysldnet.graphs.batch import CrystalBatch
 from crysldnet.models.ensemble import combine
-from crysldnet.models.head import Prediction, PropertyModel
-from crysldnet.models.target import Log
-from crysldnet.training import checkpoint, plots
-from crysldnet.training.calibration import Calibration, TargetCalibration, check
-from crysldnet.training.training_set import REMEMBERED, TrainingSet, catch_features
+from crysldnet.models.predictor import Prediction, TargetModel
+from crysldnet.models.target import Log, TargetType
+from crysldnet.readers.stream import cut
+from crysldnet.training import plots
+
+if TYPE_CHECKING:
+    from crysldnet.data.datamodule import CrystalDataModule
 
 BATCH = (64, 4096)
 """Crystals and atoms of a batch."""
@@ -88,77 +93,99 @@ def calibrate(
         device: to compute on.
 
     Returns:
-        For each regression what :func:`crysldnet.training.calibration.check` finds.
+        For each regression what :func:`crysldnet.artifacts.calibration.check` finds.
     """
-    models = [checkpoint.load_property_model(file)[0].to(device) for file in files]
+    models = [model_file.load_property_model(file)[0].to(device) for file in files]
     if held_out is None:
-        found = _held_out(models, data, data.calibration_rows)
+        found = held_out_errors(models, data, data.calibration_rows)
     else:
-        parts = [_held_out([model], data, rows) for model, rows in zip(models, held_out, strict=True)]
+        parts = [held_out_errors([model], data, rows) for model, rows in zip(models, held_out, strict=True)]
         found = HeldOut(np.concatenate([part.errors for part in parts]), None)
-    targets = range(len(data.targets))
-    known = Knowledge(
-        Calibration(
-            [
-                TargetCalibration.of(*found.of_target(place), relative=isinstance(kind, Log))
-                for place, kind in enumerate(models[0].types)
-            ]
-        ),
-        _remember(models[0], data),
-    )
+    known, checks = learn(models[0], data, found, drawn)
     state: dict[str, Tensor] = {}
     seen = None
     info: dict[str, Any] = {"members": [file.parent.name for file in files], "targets": data.targets}
-    numbers = [place for place in targets if models[0].kinds[place] == "regression"]
-    checks = {data.targets[place]: check(*found.of_target(place)) for place in numbers}
     if out.parent == files[0].parent:
-        info, state = checkpoint.read(files[0], "property_model")
-        seen = checkpoint.read_pretraining_set(files[0], "property_model")
+        info, state = model_file.read(files[0], "property_model")
+        seen = model_file.read_pretraining_set(files[0], "property_model")
         info = {key: value for key, value in info.items() if key not in ("format_version", "kind")}
     info["calibration"] = checks
-    checkpoint.write(out, "property_model" if state else "calibration", {**state, **known.tensors()}, info, seen)
-    if drawn is not None:
-        for place in numbers:
-            plots.reliability(*found.of_target(place), drawn, data.targets[place])
+    model_file.write(out, "property_model" if state else "calibration", {**state, **known.tensors()}, info, seen)
     return checks
+
+
+def learn(
+    model: TargetModel, data: CrystalDataModule, found: HeldOut, drawn: Path | None = None
+) -> tuple[Knowledge, dict[str, dict[str, float]]]:
+    """Return what is known of a model's errors and training set, and how well it is calibrated.
+
+    Args:
+        model: the model, or a member of the ensemble.
+        data: what it was trained on.
+        found: its errors on crystals that it wasn't trained on.
+        drawn: the folder of plots, None for none.
+    """
+    known = Calibration(
+        [
+            TargetCalibration.of(*found.of_target(place), relative=isinstance(kind, Log))
+            for place, kind in enumerate(model.types)
+        ]
+    )
+    numbers = [place for place, kind in enumerate(model.kinds) if kind == "regression"]
+    if drawn is not None:
+        for place in numbers[:SHOWN]:
+            plots.reliability(*found.of_target(place), drawn, data.targets[place])
+    checks = {data.targets[place]: check(*found.of_target(place)) for place in numbers}
+    return Knowledge(known, _remember(model, data)), checks
 
 
 def knowledge_of(path: Path) -> Knowledge | None:
     """Read what the file of a model or the folder of a run keeps; None where that is of an earlier version."""
-    kind: checkpoint.Kind = "property_model"
+    kind: model_file.Kind = "property_model"
     if path.is_dir():
         own = path / "calibration.safetensors"
         path, kind = (own, "calibration") if own.exists() else (path / "model.safetensors", kind)
     if not path.exists():  # an ensemble that was never calibrated
         return None
-    calibration = checkpoint.read_extra(path, kind, "calibration.")
+    calibration = model_file.read_extra(path, kind, "calibration.")
     if not calibration:
         return None
-    training_set = checkpoint.read_extra(path, kind, "training_set.")
-    return Knowledge(Calibration.from_tensors(calibration), TrainingSet.from_tensors(training_set))
+    training_set = model_file.read_extra(path, kind, "training_set.")
+    try:
+        return Knowledge(Calibration.from_tensors(calibration), TrainingSet.from_tensors(training_set))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
-def _batches(
-    model: PropertyModel, data: CrystalDataModule, rows: NDArray[np.int64]
+def batches(
+    model: TargetModel, data: CrystalDataModule, rows: NDArray[np.int64]
 ) -> Iterator[tuple[NDArray[np.int64], CrystalBatch]]:
+    """Give rows and their batches, on the device of the model."""
     for start, stop in cut(data.store.crystals.sizes[rows], *BATCH):
         part = rows[start:stop]
-        batch = make_batch(data.store.crystals.take(part), model.encoder.graph)
-        yield part, batch.to(next(model.parameters()).device)
+        yield part, data.batch(part, model.encoder.graph).to(model.std.device)
 
 
 @torch.inference_mode()
-def _held_out(models: list[PropertyModel], data: CrystalDataModule, rows: NDArray[np.int64]) -> HeldOut:
+def held_out_errors(models: Sequence[TargetModel], data: CrystalDataModule, rows: NDArray[np.int64]) -> HeldOut:
+    """Return the errors of models that predict together on crystals that they weren't trained on."""
     assert data.target_values is not None
     values, stds = [np.empty((0, len(data.targets)))], []
-    for _, batch in _batches(models[0], data, rows):
+    for _, batch in batches(models[0], data, rows):
         found = together(models, [model.predict(batch) for model in models])
         values.append(found.value.double().cpu().numpy())
         if found.std is not None:
             stds.append(found.std.double().cpu().numpy())
-    value, true = np.concatenate(values), data.target_values[rows]
-    errors, std = value - true, np.concatenate(stds) if stds else None
-    for place, kind in enumerate(models[0].types):
+    std = np.concatenate(stds) if stds else None
+    return errors_of(models[0].types, np.concatenate(values), std, data.target_values[rows])
+
+
+def errors_of(
+    types: Sequence[TargetType], value: NDArray[np.float64], std: NDArray[np.float64] | None, true: NDArray[np.float64]
+) -> HeldOut:
+    """Return the errors of predictions [n, T] whose true values are NaN where unknown."""
+    errors, std = value - true, None if std is None else std.copy()
+    for place, kind in enumerate(types):
         if kind.kind != "regression":
             errors[:, place] = np.nan
         elif isinstance(kind, Log):
@@ -168,18 +195,18 @@ def _held_out(models: list[PropertyModel], data: CrystalDataModule, rows: NDArra
     return HeldOut(errors, std)
 
 
-def together(models: Sequence[PropertyModel], predictions: Sequence[Prediction]) -> Prediction:
+def together(models: Sequence[TargetModel], predictions: Sequence[Prediction]) -> Prediction:
     """Return the prediction of an ensemble, or of the one model that there is."""
     return combine(predictions, models[0].types) if len(predictions) > 1 else predictions[0]
 
 
 @torch.inference_mode()
-def _remember(model: PropertyModel, data: CrystalDataModule) -> TrainingSet:
+def _remember(model: TargetModel, data: CrystalDataModule) -> TrainingSet:
     rows = data.rows["train"]
     some = np.sort(np.random.default_rng(0).permutation(rows)[:REMEMBERED])
     features = []
     with catch_features(model.encoder) as caught:
-        for _, batch in _batches(model, data, some):
-            model.predict(batch)
+        for _, batch in batches(model, data, some):
+            model.encoder(batch)
             features.append(caught.of_crystals(batch).cpu())
     return TrainingSet.of(data.store.crystals.take(rows), torch.cat(features))

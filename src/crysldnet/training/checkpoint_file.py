@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from crysldnet.console import note
 from crysldnet.errors import CheckpointError
-from crysldnet.training.atomic import whole_file
+from crysldnet.io import whole_file
 
 FORMAT_VERSION = 1
 LAST = "last.ckpt"
@@ -31,6 +31,8 @@ HEADER = "crysldnet"
 """Key under which a checkpoint holds what its header will say of the position in the run."""
 _DIGEST = 64
 _NO_COMMENT = b"\0\0"
+_LONG = 1000
+"""characters of a value that the header doesn't hold in full"""
 
 
 class DamagedError(CheckpointError):
@@ -55,7 +57,7 @@ class CheckpointFile(CheckpointIO):
             CheckpointError: it can't be written; the earlier ones are as they were.
         """
         path = Path(path)
-        header = {"format_version": FORMAT_VERSION, "owner": self.owner, **checkpoint.get(HEADER, {})}
+        header = {"format_version": FORMAT_VERSION, "owner": _brief(self.owner), **checkpoint.get(HEADER, {})}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path, before=lambda: self._move_up(path)) as file:
@@ -107,9 +109,10 @@ class CheckpointFile(CheckpointIO):
                 f"{path}: its format version is {version}, this crysldnet reads up to {FORMAT_VERSION}; "
                 "upgrade crysldnet"
             )
-        theirs, ours = _flat(header.get("owner", {})), _flat(json.loads(json.dumps(self.owner)))
+        theirs, ours = _brief(header.get("owner", {})), _brief(self.owner)
         for key in sorted(theirs.keys() | ours.keys()):
-            if theirs.get(key) != ours.get(key):
+            older = key.startswith("inputs.") and key not in theirs  # versions that didn't keep them
+            if theirs.get(key) != ours.get(key) and not older:
                 raise CheckpointError(
                     f"{path}: it belongs to another run: {key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
                 )
@@ -173,6 +176,19 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, item in value.items():
         found |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def _brief(owner: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of all keys; of long ones, such as hundreds of targets, the beginning and the sha256.
+
+    The comment of a zip archive ends at 64 KiB.
+    """
+    found = _flat(json.loads(json.dumps(owner)))
+    for key, value in found.items():
+        text = json.dumps(value)
+        if len(text) > _LONG:
+            found[key] = f"{text[:60]}… (sha256 {hashlib.sha256(text.encode()).hexdigest()})"
     return found
 
 

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import FSDPStrategy
 
-from crysldnet.data.batch import CrystalBatch
-from crysldnet.training.finite import gradient_norm
+from crysldnet.graphs.batch import CrystalBatch
+from crysldnet.training.nan_guard import gradient_norm
 
 OF_THE_MACHINE = ("train/atoms_per_s", "train/crystals_per_s", "train/memory_mb")
 """Metrics that differ from one run to the next of the same seed."""

@@ -1,51 +1,92 @@
-"""Features of atoms that are computed once, because their encoder is frozen.
+"""What a head reads of many crystals: computed once where the encoder is frozen, and to standardize it.
 
-Shapes: ``B`` crystals, ``N`` atoms of a batch, ``D`` width of the encoder.
+Shapes: ``B`` crystals, ``N`` atoms of a batch, ``I`` numbers that the head reads of each crystal or atom.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from crysldnet.data.batch import CrystalBatch, make_batch
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.data.sampler import BatchSampler
-from crysldnet.encoders.protocol import Encoder
+from crysldnet.encoders.protocol import batch_statistics
+from crysldnet.graphs.batch import CrystalBatch, make_batch
+from crysldnet.models.head import PropertyModel
+
+
+@torch.no_grad()
+def read_batches(
+    model: PropertyModel, data: CrystalDataModule, rows: NDArray[np.int64], device: torch.device
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], Tensor]]:
+    """Give rows of the store, their numbers of atoms, and what the head reads of them, batch by batch."""
+    sizes = data.store.crystals.sizes[rows]
+    budget = data.share_of_a_step(1).for_any(sizes)
+    for chosen, *_ in BatchSampler(rows, sizes, None, budget, shuffle=False):
+        crystals = data.store.crystals.take(chosen)
+        yield (
+            chosen,
+            crystals.sizes,
+            model.head.read(model.encoder, make_batch(crystals, model.encoder.graph).to(device)),
+        )
+
+
+def standardize(model: PropertyModel, data: CrystalDataModule, device: torch.device, *, fresh: bool) -> None:
+    """Set mean and standard deviation of what the head reads from the training split, where it asks for that.
+
+    Args:
+        model: on its device.
+        data: what it is trained on.
+        device: of the model.
+        fresh: the encoder's batch statistics, if it has any, are still those of no data; each batch's own are used.
+    """
+    if model.head.layers_read == "last" or bool(model.head.standardized):
+        return
+    count, total, square = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    with batch_statistics(model.encoder, own=fresh):
+        for _, _, read in read_batches(model, data, data.rows["train"], device):
+            read = read.double()
+            count, total, square = count + len(read), total + read.sum(0), square + read.square().sum(0)
+    center = total / count
+    model.head.standardize(center.float(), (square / count - center.square()).clamp_min(0.0).sqrt().float())
 
 
 @dataclass(frozen=True)
-class FeatureTable:
-    """Features of the atoms of some crystals, in memory: 4 D bytes an atom.
+class ReadTable:
+    """What a head reads of some crystals, in memory: 4 I bytes a crystal or atom.
 
     Attributes:
-        features: [all atoms, D].
-        begin: [crystals of the store] where a crystal's atoms begin, −1 for crystals that aren't there.
+        values: [all crystals or atoms, I].
+        begin: [crystals of the store] where a crystal's values begin, −1 for crystals that aren't there.
+        per_crystal: whether a crystal has one row, else one an atom.
     """
 
-    features: Tensor
+    values: Tensor
     begin: Tensor
+    per_crystal: bool
 
     @classmethod
-    @torch.no_grad()
-    def of(cls, encoder: Encoder, data: CrystalDataModule, device: torch.device) -> FeatureTable:
-        """Compute the features of all crystals of a data module, on a device."""
-        rows = np.concatenate(list(data.rows.values()))
-        sizes = data.store.crystals.sizes[rows]
-        budget = data.share_of_a_step(1).for_any(sizes)
+    def of(cls, model: PropertyModel, data: CrystalDataModule, device: torch.device) -> ReadTable:
+        """Compute it for all crystals of a data module, on a device."""
         begin, parts, count = torch.full((len(data.store),), -1), [], 0
-        for chosen, *_ in BatchSampler(rows, sizes, None, budget, shuffle=False):
-            crystals = data.store.crystals.take(chosen)
-            parts.append(encoder(make_batch(crystals, encoder.graph).to(device)))
-            begin[torch.from_numpy(chosen)] = count + torch.from_numpy(crystals.ptr[:-1])
-            count += len(crystals.numbers)
-        return cls(torch.cat(parts), begin.to(device))
+        single = model.head.per_crystal
+        for chosen, sizes, read in read_batches(model, data, np.concatenate(list(data.rows.values())), device):
+            places = np.arange(len(sizes)) if single else np.cumsum(sizes) - sizes
+            begin[torch.from_numpy(chosen)] = count + torch.from_numpy(places)
+            count += len(read)
+            parts.append(read)
+        return cls(torch.cat(parts), begin.to(device), single)
 
     def __call__(self, batch: CrystalBatch) -> Tensor:
-        """Return the features [N, D] of a batch's atoms."""
-        first = self.begin[batch.rows] - batch.sizes.cumsum(0) + batch.sizes
+        """Return what the head reads of a batch."""
+        first = self.begin[batch.rows]
+        if self.per_crystal:
+            return self.values.index_select(0, first)
+        first = first - batch.sizes.cumsum(0) + batch.sizes
         place = torch.arange(batch.num_atoms, device=first.device) + first.index_select(0, batch.crystal)
-        return self.features.index_select(0, place)
+        return self.values.index_select(0, place)

@@ -14,10 +14,10 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from crysldnet.build import Part
-from crysldnet.console import note
+from crysldnet.console import csv_text, note
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.errors import ConfigError, DataError
-from crysldnet.training.atomic import write_atomically
+from crysldnet.io import write_atomically
 from crysldnet.training.run_folder import code_version
 from crysldnet.training.wandb_run import WandbRun
 
@@ -73,16 +73,16 @@ class MetricsFile(Logger):
 
     def _rows(self) -> list[dict[str, str]]:
         """Return what was written, less a last row that was cut off."""
-        lines = self.path.read_text().split("\n")[:-1]
-        rows = list(csv_module.DictReader(lines))
+        with self.path.open(newline="") as file:
+            text = file.read()
+        rows = list(csv_module.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
         return [row for row in rows if None not in row.values() and row.get("step", "").isdigit()]
 
     def _write_all(self, rows: list[dict[str, str]]) -> None:
-        text = io.StringIO()
-        writer = csv_module.DictWriter(text, self._columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(self.path, text.getvalue())
+        write_atomically(self.path, csv_text([self._columns, *map(self._cells, rows)]))
+
+    def _cells(self, row: Mapping[str, str]) -> list[str]:
+        return [row.get(name, "") for name in self._columns]
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -99,10 +99,8 @@ class MetricsFile(Logger):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._write_all([*rows, row])
                 return
-            text = io.StringIO()
-            csv_module.DictWriter(text, self._columns, lineterminator="\n").writerow(row)
-            with self.path.open("a") as file:
-                file.write(text.getvalue())
+            with self.path.open("a", newline="") as file:
+                file.write(csv_text([self._cells(row)]))
         except OSError as error:
             raise DataError(
                 f"can't write {self.path}: {error.strerror}; the checkpoints are intact, go on with resume=last"

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_auroc, binary_f1_score, multiclass_f1_score
 from torchmetrics.utilities import dim_zero_cat
 
-from crysldnet.models.head import Prediction
+from crysldnet.models.predictor import Prediction
 from crysldnet.models.target import Classes, Number, TargetType
 
 

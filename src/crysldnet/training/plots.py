@@ -6,6 +6,7 @@ Shapes: ``n`` crystals.
 from __future__ import annotations
 
 import csv
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from crysldnet.training.calibration import curves_of
+from crysldnet.artifacts.calibration import curves_of
+from crysldnet.console import drawable
+from crysldnet.io import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Curves = dict[str, tuple[list[float], list[float]]]
 """Name of a metric to epochs and values."""
@@ -54,7 +58,7 @@ def draw_curves(
             continue
         epochs, values = _by_epoch(curves[name])
         marker = "o" if len(epochs) == 1 else ""  # a line of one point isn't seen
-        color, title = colors[i % len(colors)], label if len(runs) > 1 else None
+        color, title = colors[i % len(colors)], drawable(label) if len(runs) > 1 else None
         axis.plot(epochs, values, linewidth=1.5, marker=marker, markersize=4, color=color, label=title)
         if f"{name}_baseline" in curves:
             baseline = "baseline" if len(runs) == 1 else None
@@ -82,7 +86,7 @@ def draw_parity(
         axis.hexbin(true, predicted, gridsize=50, bins="log", mincnt=1, cmap="viridis", linewidths=0.1)
     else:
         axis.scatter(true, predicted, s=10, alpha=0.6, edgecolors="none", color=color)
-    suffix = f" ({unit})" if unit else ""
+    suffix = drawable(f" ({unit})") if unit else ""
     axis.set(xlabel=f"true{suffix}", ylabel=f"predicted{suffix}", aspect="equal")
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -99,10 +103,9 @@ def learning_curves(metrics: Path, out: Path, names: Sequence[str], title: str) 
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
     for axis, name in zip(axes, shown, strict=True):
         draw_curves(axis, name, {title: curves}, ["C0"])
-        axis.set_title(name)
-    figure.suptitle(title)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120)
+        axis.set_title(drawable(name))
+    figure.suptitle(drawable(title))
+    _save(figure, out)
 
 
 def parity(true: NDArray[np.float64], predicted: NDArray[np.float64], out: Path, target: str, unit: str) -> None:
@@ -117,9 +120,9 @@ def parity(true: NDArray[np.float64], predicted: NDArray[np.float64], out: Path,
     axis = figure.subplots()
     draw_parity(axis, true, predicted, unit)
     suffix = f" ({unit})" if unit else ""
-    axis.set_title(f"{target}, test split: MAE {np.abs(true - predicted).mean():.3g}{suffix}", fontsize=10)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120)
+    title = f"{target}, test split: MAE {np.abs(true - predicted).mean():.3g}{suffix}"
+    axis.set_title(drawable(title), fontsize=10)
+    _save(figure, out)
 
 
 def reliability(errors: NDArray[np.float64], std: NDArray[np.float64] | None, folder: Path, target: str) -> None:
@@ -139,13 +142,19 @@ def reliability(errors: NDArray[np.float64], std: NDArray[np.float64] | None, fo
         color, line = styles[name]
         axis.plot(levels, shares, color=color, linestyle=line, linewidth=1.5, label=names[name])
     axis.set(xlabel="expected share", ylabel="share of true values inside", xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    axis.set_title(f"{target}, {known.sum()} calibration crystals", fontsize=10)
+    axis.set_title(drawable(f"{target}, {known.sum()} calibration crystals"), fontsize=10)
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"reliability_{file_name(target)}.png", dpi=120)
+    _save(figure, folder / f"reliability_{file_name(target)}.png")
 
 
-def file_name(target: str) -> str:
-    """Return a target's name with nothing in it that a file's name can't have."""
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in target)
+def _save(figure: Figure, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as partial:
+        figure.savefig(partial, dpi=120, format="png")
+
+
+def file_name(name: str) -> str:
+    """Return a name with nothing in it that a file's name can't have; the end of a long one becomes its hash."""
+    safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+    return safe if len(safe) <= 60 else f"{safe[:50]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"

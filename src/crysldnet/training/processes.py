@@ -8,9 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from crysldnet.stopping import RUN_NAME, noted
+from crysldnet.console import note
+from crysldnet.signals import PARENT_HOLDS_STDIN, RUN_NAME, noted
+from crysldnet.training.run_folder import owner_of
 
 POLL_SECONDS = 0.05
 PROGRAM = [sys.executable, "-m", "crysldnet"]
@@ -64,7 +67,8 @@ def run_jobs(
     """Run jobs to their ends, one at a time in each environment; return the exit status of each.
 
     Args:
-        jobs: the commands, in the order in which they are begun.
+        jobs: the commands, in the order in which they are begun. A job waits while another process works in the folder
+            of its log.
         environments: what is added to this process's environment; as many jobs as there are run at the same time.
         ended: called with each job that ends, and its status.
 
@@ -78,7 +82,7 @@ def run_jobs(
             while waiting or running:
                 stop_if_told()
                 for place in range(len(environments)):
-                    if place not in running and waiting:
+                    if place not in running and waiting and is_free(waiting[0].log.parent):
                         job = waiting.pop(0)
                         running[place] = job, start(job, environments[place])
                 time.sleep(POLL_SECONDS)
@@ -92,14 +96,40 @@ def run_jobs(
     return statuses
 
 
+def is_free(folder: Path) -> bool:
+    """Say whether no other process works in a folder, such as one whose parent was killed and that is about to end."""
+    owner = owner_of(folder)
+    if owner is not None:
+        _note_once(f"{folder}: {owner} is working in this folder; waiting until it ends")
+    return owner is None
+
+
+def wait_until_free(folder: Path) -> None:
+    """Wait while another process works in a folder."""
+    while not is_free(folder):
+        time.sleep(POLL_SECONDS)
+
+
+@cache
+def _note_once(text: str) -> None:
+    note(text)
+
+
+@cache
+def _held_open() -> int:
+    """Return a pipe that ends with this process, however that ends; the jobs have it as their standard input."""
+    return os.pipe()[0]
+
+
 def start(job: Job, environment: Environment) -> subprocess.Popen[bytes]:
-    """Start a job."""
+    """Start a job. A command of this package ends with this process, see ``signals.end_with_the_parent``."""
     whole = {**os.environ, RUN_NAME: None, "WANDB_SERVICE": None, **environment}  # those are of this process's own run
+    whole[PARENT_HOLDS_STDIN] = "1"
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
         return subprocess.Popen(
             job.command,
-            stdin=subprocess.DEVNULL,
+            stdin=_held_open(),
             stdout=log,
             stderr=subprocess.STDOUT,
             env={key: value for key, value in whole.items() if value is not None},

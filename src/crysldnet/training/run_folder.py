@@ -18,19 +18,24 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
 from crysldnet import __version__
+from crysldnet.build import to_yaml
 from crysldnet.console import note
 from crysldnet.errors import ConfigError
-from crysldnet.stopping import RUN_NAME, started_by_the_first
-from crysldnet.training.atomic import write_atomically
-from crysldnet.training.resume import started
+from crysldnet.io import write_atomically
+from crysldnet.signals import RUN_NAME, started_by_the_first
+from crysldnet.training.checkpointing import started
+from crysldnet.training.inputs import INPUTS, refuse_other_inputs
+
+LATEST = "latest"
+"""The link to the newest complete run of a command."""
 
 
 def code_version() -> str:
@@ -67,12 +72,31 @@ def is_complete(run: Path) -> bool:
     return (run / "summary.json").exists()
 
 
+def check_name(name: str | None) -> None:
+    """Refuse a name that no run can have.
+
+    Raises:
+        ConfigError: it is empty, hidden, a path, or that of the link to the newest run.
+    """
+    if name is None:
+        return
+    if not isinstance(name, str):
+        raise ConfigError(f"name={name!r}: a run's name is text; put it into two pairs of quotes", "name")
+    if not name.strip() or name.startswith(".") or name == LATEST or not name.isprintable() or {*name} & {*"/\\"}:
+        raise ConfigError(
+            f"name={name!r}: a run's name is its folder's: not empty, no path, not {LATEST!r}, no dot at its start and "
+            "no control characters",
+            "name",
+        )
+
+
 def find_run(root: str, command: str, name: str | None) -> Path | None:
     """Return the folder that ``resume=last`` means.
 
     It is the run of that name; without a name the newest that isn't complete, or the newest where all are complete.
     None where there is no such run.
     """
+    check_name(name)
     base = Path(root) / command
     name = _given_name() or name
     if name is not None:
@@ -114,6 +138,25 @@ def _agreed_name(base: Path) -> str:
     return _free_name(base)
 
 
+def _lock(file: TextIO) -> str | None:
+    """Lock a file for this process until it closes that; return which other process has done so instead."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        file.seek(0)
+        return file.read().strip() or "another process"
+    return None
+
+
+def owner_of(run: Path) -> str | None:
+    """Return which other process works in a run's folder; None where none does, as far as the file system knows."""
+    with contextlib.suppress(OSError), (run / ".lock").open("r+") as file:
+        return _lock(file)
+    return None
+
+
 class RunFolder:
     """Find or make the folder of a run.
 
@@ -123,7 +166,7 @@ class RunFolder:
         name: of the run; by default the name given by the process that started this one, the SLURM job, or the time.
         resume: continue the run of that name, or without a name the newest one that isn't complete.
         extend: also continue one that is complete: there is more for it to do now. Its summary stays until the new one.
-        lock: keep others out of the folder; not for a part of a run whose first process does that.
+        part: the folder that this process works in, where others work in other parts of the run; by default all of it.
 
     Raises:
         ConfigError: the name is taken, there is nothing to resume, another process works in the folder, or it can't be
@@ -131,8 +174,9 @@ class RunFolder:
     """
 
     def __init__(
-        self, root: str, command: str, name: str | None, *, resume: bool, extend: bool = False, lock: bool = True
+        self, root: str, command: str, name: str | None, *, resume: bool, extend: bool = False, part: Path | None = None
     ) -> None:
+        check_name(name)
         base = Path(root) / command
         given = _given_name() or name
         if given is None and resume:
@@ -146,44 +190,43 @@ class RunFolder:
         self.path = base / self.name
         self.started = time.time()
         started()
-        if Path(self.name).name != self.name:
-            raise ConfigError(f"name={name}: a run's name can't hold a path", "name")
         if _rank() == 0:
-            self._claim(resume, resume and extend, lock)
+            self._claim(resume, resume and extend, part or self.path)
             os.environ[RUN_NAME] = f"{os.getpid()}:{self.name}"
 
-    def _claim(self, resume: bool, extend: bool, lock: bool) -> None:
+    def _claim(self, resume: bool, extend: bool, part: Path) -> None:
         exists = (self.path / "config.yaml").exists()
         if resume and not exists:
             raise ConfigError(f"{self.path}: there is no run to resume", "resume")
         if self.complete and not extend:
             raise ConfigError(f"{self.path}: this run is complete; choose another name", "name")
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("a+")
+            part.mkdir(parents=True, exist_ok=True)
+            self._lock = (part / ".lock").open("a+")
         except OSError as error:
-            raise ConfigError(f"can't make the run folder {self.path}: {error.strerror}", "runs") from error
-        if lock:
-            self._take_lock()
+            raise ConfigError(f"can't make the run folder {part}: {error.strerror}", "runs") from error
+        self._take_lock(part)
         if exists and not resume:
             raise ConfigError(
                 f"{self.path}: this run exists; continue it with resume=last or choose another name", "name"
             )
 
-    def _take_lock(self) -> None:
+    def _take_lock(self, part: Path) -> None:
         """Lock the folder for this process; workers that it forks don't hold the lock, so none outlives it."""
         try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                note(f"{self.path}: its file system knows no locks; see that no other run uses this folder")
-                return
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "another process"
-            raise ConfigError(f"{self.path}: {owner} is working in this folder; choose another name", "name") from None
+            owner = _lock(self._lock)
+        except OSError:
+            note(f"{part}: its file system knows no locks; see that no other run uses this folder")
+            return
+        if owner is not None:
+            raise ConfigError(f"{part}: {owner} is working in this folder; choose another name", "name")
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
+
+    @property
+    def _begun(self) -> bool:
+        return (self.path / "config.yaml").exists()
 
     @property
     def complete(self) -> bool:
@@ -191,9 +234,25 @@ class RunFolder:
         return is_complete(self.path)
 
     @rank_zero_only
-    def save_config(self, config: dict[str, Any]) -> None:
-        """Write the resolved configuration, before the first step."""
-        self._write("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    def save_config(self, config: dict[str, Any], choices: Mapping[str, Any] | None = None) -> None:
+        """Write the resolved configuration, and the files that it came from, before the first step.
+
+        It is written last of what a run begins with: where it is there, the run has begun.
+        """
+        whole = {**({"defaults": dict(choices)} if choices else {}), **config}
+        self._write("config.yaml", to_yaml(whole))
+
+    @rank_zero_only
+    def save_inputs(self, inputs: dict[str, Any]) -> None:
+        """Write what the run is begun with, by content, before the first step.
+
+        Raises:
+            ConfigError: a run is resumed, and its inputs aren't those that it was begun with.
+        """
+        file = self.path / INPUTS
+        if self._begun and file.exists():
+            refuse_other_inputs(self.path, json.loads(file.read_text()), inputs)
+        self._write(INPUTS, json.dumps(inputs, indent=1))
 
     @rank_zero_only
     def save_split(self, text: str) -> None:
@@ -203,7 +262,7 @@ class RunFolder:
             ConfigError: a run is resumed, and they aren't those that it was begun with.
         """
         file = self.path / "split.json"
-        if file.exists():
+        if self._begun and file.exists():
             before, now = json.loads(file.read_text()), json.loads(text)
             if any(before.get(key) != now[key] for key in ("store_sha256", "sha256")):
                 raise ConfigError(
@@ -231,7 +290,7 @@ class RunFolder:
             **summary,
         }
         self._write("summary.json", json.dumps(_without_nan(whole), indent=1, allow_nan=False))
-        latest = self.path.parent / "latest"
+        latest = self.path.parent / LATEST
         with contextlib.suppress(OSError):  # a file system without links still has the run under its name
             link = self.path.parent / f".latest-{os.getpid()}"
             link.symlink_to(self.path.name)

@@ -19,24 +19,25 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
     RichProgressBar,
+    TQDMProgressBar,
     WeightAveraging,
 )
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
+from rich import get_console
 from torch import distributed, nn
 
-from crysldnet import stopping
+from crysldnet import signals
 from crysldnet.console import note
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.errors import CheckpointError, DataError, DeviceError, Interrupted
 from crysldnet.training.averaging import AverageOfLast, moving_average
 from crysldnet.training.checkpoint_file import BEST, CheckpointFile, check_best
+from crysldnet.training.checkpointing import SaveAndStop, check_position
 from crysldnet.training.diagnostics import Diagnostics
-from crysldnet.training.finite import RefuseNonFinite
 from crysldnet.training.loggers import MetricsFile
-from crysldnet.training.ranks import RankWatch, of_a_collective
-from crysldnet.training.resume import SaveAndStop, check_position
+from crysldnet.training.nan_guard import RefuseNonFinite
 from crysldnet.training.strategies import (
     SHARDED,
     FirstRanksBuffers,
@@ -45,6 +46,7 @@ from crysldnet.training.strategies import (
     name_of,
     timeout_of,
 )
+from crysldnet.training.watchdog import RankWatch, of_a_collective
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 """Of mallopt(3)."""
@@ -273,7 +275,7 @@ def _heed_signals(trainer: pl.Trainer) -> None:
 
     def register_and_heed() -> None:
         register()
-        stopping.heed_again()
+        signals.heed_again()
 
     connector.register_signal_handlers = register_and_heed  # type: ignore[method-assign]
 
@@ -298,7 +300,8 @@ def _callbacks(
     if settings.ema_decay is not None:
         callbacks.append(moving_average(settings.ema_decay))
     if settings.progress_bar:
-        callbacks.append(RichProgressBar(leave=False))
+        bar = TQDMProgressBar if get_console().is_jupyter else RichProgressBar
+        callbacks.append(bar(leave=False))
     callbacks += [LearningRateMonitor(logging_interval="epoch"), Diagnostics()]
     if monitor is not None:
         callbacks.append(
@@ -313,6 +316,12 @@ def _callbacks(
         if patience is not None:
             callbacks.append(EarlyStopping(monitor, patience=patience, mode="min", check_finite=False))
     return callbacks
+
+
+def total_steps(trainer: pl.Trainer) -> int:
+    """Return the optimizer steps of a whole run, counted by the sampler itself."""
+    data: CrystalDataModule = trainer.datamodule  # type: ignore[attr-defined]
+    return data.steps_per_epoch(trainer.world_size, trainer.accumulate_grad_batches) * (trainer.max_epochs or 1)
 
 
 @rank_zero_only
@@ -349,7 +358,7 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule
         DeviceError: the processes of the run can't meet.
     """
     path: Path | None = None
-    header: dict[str, Any] = {"epoch": 0, "batch": 0, "finished": False, "metrics": {}}
+    header: dict[str, Any] = {"epoch": 0, "batch": 0, "finished": False}
     save_and_stop = next(c for c in trainer.callbacks if isinstance(c, SaveAndStop))  # type: ignore[attr-defined]
     steps = data.steps_per_epoch(trainer.world_size, trainer.accumulate_grad_batches)
     if save_and_stop.start is not None:
@@ -367,8 +376,8 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule
                 trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
     except RuntimeError as error:
         if trainer.world_size > 1 and of_a_collective(error) and not distributed.is_initialized():
-            stopping.children[:] = getattr(trainer.strategy.launcher, "procs", [])
-            stopping.end_children()  # they would wait, and come to the meeting of the next run at that place
+            signals.children[:] = getattr(trainer.strategy.launcher, "procs", [])
+            signals.end_children()  # they would wait, and come to the meeting of the next run at that place
             raise DeviceError(_no_meeting(error, trainer.num_nodes)) from error
         if "DataLoader worker" not in str(error):
             raise
@@ -389,7 +398,8 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule
     # load the unaveraged ones for a test.
     trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
     if path is not None and trained:  # to its end, before
+        saved = torch.load(path, weights_only=True, map_location="cpu")
         if stopped_early or name_of(trainer.strategy) not in SHARDED:  # else Lightning has given each rank its share
-            module.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["state_dict"])
-        return header["metrics"]
+            module.load_state_dict(saved["state_dict"])
+        return saved["metrics"] if "metrics" in saved else header["metrics"]
     return {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any, Literal
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from crysldnet.artifacts.model_file import kind_of
 from crysldnet.console import note
-from crysldnet.training.checkpoint import kind_of
+from crysldnet.data.store import file_hash
 
 Summary = Literal["min", "max", "mean", "last"]
 
@@ -73,12 +73,6 @@ def unit_of(metric: str, targets: Mapping[str, str]) -> str:
 
 def _without_stage(metric: str) -> str:
     return re.sub(r"^(vae|diffusion)/", "", metric)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the hash of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class WandbRun(WandbLogger):
@@ -163,7 +157,7 @@ class WandbRun(WandbLogger):
         for path in sorted(folder.glob("*/predictions.csv")):
             tables = prediction_tables(path)
             self.experiment.log({f"{path.parent.name}/{name.removeprefix('test/')}": t for name, t in tables.items()})
-        hashes = {path.name: file_sha256(path) for path in sorted(submission.iterdir())}
+        hashes = {path.name: file_hash(path) for path in sorted(submission.iterdir())}
         artifact = wandb.Artifact("submission", "submission", metadata={"sha256": hashes, "run_folder": folder.name})
         artifact.add_dir(str(submission))
         self.experiment.log_artifact(artifact, aliases=["latest", re.sub(r"[/:]", "-", folder.name)])
@@ -175,15 +169,15 @@ class WandbRun(WandbLogger):
         made_from: dict[str, dict[str, str | list[str]]] = {"encoder": {}, "model": {}, "predictions": {}}
         if pretrained is not None:
             start = "model" if kind_of(pretrained) == "property_model" else "encoder"
-            sha256 = file_sha256(pretrained)
+            sha256 = file_hash(pretrained)
             made_from["model"] = {start: sha256}
             if not self.experiment.offline and not self.experiment.disabled:
                 used = wandb.Artifact(start, start, metadata={"sha256": sha256})
                 used.add_file(str(pretrained), f"{start}.safetensors")
                 self.experiment.use_artifact(used)  # the same content is the same version, whoever logged it first
-        models = [file_sha256(path) for path in sorted(folder.glob("member_*/model.safetensors"))]
+        models = [file_hash(path) for path in sorted(folder.glob("member_*/model.safetensors"))]
         if (folder / "model.safetensors").exists():
-            made_from["predictions"] = {"model": file_sha256(folder / "model.safetensors")}
+            made_from["predictions"] = {"model": file_hash(folder / "model.safetensors")}
         elif models:
             made_from["predictions"] = {"model": models}
         for name, kind in ARTIFACTS.items():
@@ -194,7 +188,7 @@ class WandbRun(WandbLogger):
                 kind,
                 kind,
                 metadata={
-                    "sha256": file_sha256(path),
+                    "sha256": file_hash(path),
                     "made_from": made_from[kind],
                     "run_folder": folder.name,
                 },

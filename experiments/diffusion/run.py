@@ -1,0 +1,228 @@
+"""Which form of latent diffusion teaches the encoder?
+
+python -m experiments.diffusion.run data=FOLDER [key=value …]
+
+Pretrains every arm with every seed, measures the frozen features and finetunes. The keys are those of config.yaml
+beside this file. What is complete is not run again, so an interrupted study goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from crysldnet.artifacts import model_file
+from crysldnet.io import write_atomically
+from experiments import evidence
+from experiments.diffusion import tables
+from experiments.diffusion.probe import errors, features
+from experiments.tasks import TASKS, Labelled, finetuning, formulas_of_store, load, open_files
+
+HERE = Path(__file__).parent
+CONTROL = "C1"
+"""The arm that the others are compared with: stage 1 continued at equal compute."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """See config.yaml."""
+
+    data: str
+    runs: str
+    out: str | None
+    seeds: list[int]
+    parts: list[str]
+    max_atoms: int
+    probe_atoms: int
+    draws: dict[int, int]
+    encoder: str
+    pretraining: list[str]
+    base: str
+    first_stages: dict[str, list[str]]
+    second: list[str]
+    mended: list[str]
+    arms: dict[str, list[str]]
+    finetuned: list[str]
+    finetuned_tasks: list[str]
+    finetuned_draws: int
+    finetuning: list[str]
+
+
+class Study:
+    """The settings, and the crystals that were drawn for them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.runs = settings, Path(settings.runs)
+        self.folder = Path(settings.data)
+        self.tasks: list[Labelled] = [load(task, self.folder, settings.probe_atoms) for task in TASKS]
+
+    def prepare(self) -> None:
+        """Write the crystals to pretrain on: small ones whose formulas no task has."""
+        seen = {f for files in {t.files for t in TASKS} for f in formulas_of_store(open_files(self.folder, files, []))}
+        for source, name, most in (("mp_cgcnn_train", "train", None), ("mp_cgcnn_val", "val", 500)):
+            out = self.runs / "data" / f"{name}.parquet"
+            if out.exists():
+                continue
+            out.parent.mkdir(parents=True, exist_ok=True)
+            store = open_files(self.folder, (source,), [])
+            free = ~np.isin(formulas_of_store(store), list(seen)) & (store.crystals.sizes <= self.settings.max_atoms)
+            rows = np.sort(np.random.default_rng(0).permutation(np.flatnonzero(free))[:most])
+            columns = ["material_id", "lattice", "atomic_numbers", "frac_coords"]
+            pq.write_table(pq.read_table(self.folder / f"{source}.parquet").select(columns).take(pa.array(rows)), out)
+
+    def _arguments(self, name: str) -> list[str]:
+        """Return the settings of a first stage or an arm; one that begins with + stands for those of another one."""
+        found: list[str] = []
+        known = {**self.settings.first_stages, **self.settings.arms, "mended": self.settings.mended}
+        for argument in known[name]:
+            found += self._arguments(argument[1:]) if argument.startswith("+") else [argument]
+        return found
+
+    def pretrain(self, name: str, seed: int, *arguments: str) -> Path:
+        """Pretrain once; return the folder of the run."""
+        data = self.runs / "data"
+        run = f"{name.replace(' ', '_')}-seed{seed}"
+        evidence.launch(
+            self.runs,
+            "pretrain",
+            run,
+            f"encoder={self.settings.encoder}",
+            "data=custom",
+            "data.targets=null",
+            f"data.path={{train: {data / 'train.parquet'}, val: {data / 'val.parquet'}}}",
+            f"seed={seed}",
+            *self.settings.pretraining,
+            *arguments,
+        )
+        return self.runs / "pretrain" / run
+
+    def first_stage(self, name: str, seed: int) -> Path:
+        """Train a first stage, and measure its features."""
+        folder = self.pretrain(name, seed, "stage=vae", *self._arguments(name))
+        self.probe(folder)
+        return folder
+
+    def second_stage(self, name: str, seed: int) -> Path:
+        """Train an arm from the base of a seed, and measure its features."""
+        base = self.first_stage(self.settings.base, seed) / "vae" / "pretraining.safetensors"
+        first = self._arguments(self.settings.base)
+        second = [*self.settings.second, *self._arguments(name)]
+        folder = self.pretrain(name, seed, "stage=diffusion", f"init={base}", *first, *second)
+        self.probe(folder)
+        return folder
+
+    def probe(self, folder: Path) -> list[dict[str, Any]]:
+        """Measure frozen features on every task, number of labels and draw; a file keeps what was found."""
+        file = folder / "probe.json"
+        if file.exists():
+            return json.loads(file.read_text())
+        torch.set_num_threads(1)
+        encoder, _ = model_file.load_encoder(folder / "encoder.safetensors")
+        found = []
+        for labelled in self.tasks:
+            of_layers = {
+                "all": features(encoder, labelled.store, labelled.rows),
+                "last": features(encoder, labelled.store, labelled.rows, all_layers=False),
+            }
+            for labels, draws in self.settings.draws.items():
+                for seed in range(draws):
+                    drawn = labelled.draw(labels, seed)
+                    for layers, x in of_layers.items():
+                        if drawn is None or (layers == "last" and (seed >= 5 or labels > 300)):
+                            continue
+                        measured = errors(x, labelled.values, *drawn)
+                        known = {"task": labelled.task.name, "labels": labels, "draw": seed, "layers": layers}
+                        found.append({**known, **{k: round(v, 6) for k, v in measured.items()}})
+        write_atomically(file, json.dumps(found))
+        return found
+
+    def finetune(self, folder: Path, task: Labelled, labels: int, draw: int, *arguments: str) -> dict[str, Any]:
+        """Finetune an encoder on one draw of a task; a sixth of the labels validate.
+
+        Args:
+            folder: of the pretraining run.
+            task: what is learned.
+            labels: how many crystals are labelled.
+            draw: which draw of them; it seeds the run too.
+            arguments: further settings.
+        """
+        data = self.runs / "labels" / f"{task.task.name.replace(' ', '_')}-{labels}-{draw}"
+        task.write(labels, draw, data)
+        return evidence.launch(
+            self.runs,
+            "finetune",
+            f"{folder.name}-{data.name}",
+            *finetuning(data, draw),
+            f"pretrained={folder / 'encoder.safetensors'}",
+            *self.settings.finetuning,
+            *arguments,
+        )
+
+    def of_seed(self, seed: int) -> None:
+        """Run the parts that are asked for, with one seed of pretraining."""
+        settings = self.settings
+        for name in settings.first_stages if "first" in settings.parts else ():
+            self.first_stage(name, seed)
+        for name in settings.arms if "second" in settings.parts else ():
+            self.second_stage(name, seed)
+        draws = range(settings.finetuned_draws) if "finetune" in settings.parts else range(0)
+        for draw, name, task in product(draws, settings.finetuned, self.tasks):
+            if task.task.name in settings.finetuned_tasks:
+                self.finetune(self.second_stage(name, seed), task, 300, draw)
+
+    def write(self, out: Path) -> None:
+        """Write what all complete runs of the folder measured: every error, the table and the plot."""
+        out.mkdir(parents=True, exist_ok=True)
+        settings = self.settings
+        first, arms = list(settings.first_stages), [settings.base, *settings.arms]
+        crystals = len(pq.read_table(self.runs / "data" / "train.parquet", columns=["material_id"]))
+        known = {
+            "data": f"{crystals:,} crystals of mp_cgcnn of ≤ {settings.max_atoms} atoms",
+            "commit": evidence.current_commit(HERE),
+        }
+        records = []
+        for part, names, control in (("first", first, first[0]), ("second", arms, CONTROL)):
+            errors = tables.collect(self.runs, names)
+            if not errors:
+                continue
+            command = f"python -m experiments.diffusion.run parts=[{part}] data=FOLDER"
+            records += tables.records_of(errors, names, control, {**known, "command": command})
+            tables.write_measurements(errors, out / f"{part}_stages.json")
+        evidence.write(out, records)
+        tables.draw(errors, arms, CONTROL, out / "arms.png")
+
+
+def main() -> None:
+    """Run what is asked for; write what is measured."""
+    may_change = {
+        "runs",
+        "out",
+        "seeds",
+        "parts",
+        "arms",
+        "first_stages",
+        "second",
+        "mended",
+        "draws",
+        "base",
+        "finetuned",
+        "finetuned_draws",
+    }
+    settings = evidence.settings(Settings, HERE, __doc__ or "", may_change)
+    study = Study(settings)
+    study.prepare()
+    for seed in settings.seeds:
+        study.of_seed(seed)
+    study.write(Path(settings.out or HERE))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The package from Python: commands as functions, and estimators for scikit-learn."""

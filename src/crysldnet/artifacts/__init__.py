@@ -1,0 +1,1 @@
+"""Files that training leaves for later use: weights with their description, provenance, calibration."""

@@ -1,0 +1,148 @@
+"""What a property model was trained on, kept beside its weights, so that crystals unlike it can be told.
+
+Shapes: ``B`` crystals, ``N`` atoms, ``D`` width of the encoder, ``R`` crystals of the training set that are remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from crysldnet.data.elements import SYMBOLS
+from crysldnet.encoders.scatter import scatter
+from crysldnet.graphs.batch import CrystalBatch
+from crysldnet.graphs.crystals import Crystals
+
+REMEMBERED = 1024
+"""R at most."""
+NEIGHBORS = 5
+FAR = 0.99
+"""Share of the training crystals that are nearer than what is flagged as far."""
+
+
+class Features:
+    """Catches what an encoder returns while a model predicts, so that it isn't computed twice."""
+
+    last: Tensor | None = None
+
+    def of_crystals(self, batch: CrystalBatch) -> Tensor:
+        """Return the mean over the atoms [B, D] of the last batch, in float32 on its device."""
+        assert self.last is not None
+        return scatter(self.last.float(), batch.crystal, batch.num_crystals, "mean")
+
+
+@contextmanager
+def catch_features(encoder: nn.Module) -> Iterator[Features]:
+    """Catch the features of every batch that goes through an encoder."""
+    caught = Features()
+
+    def keep(_module: nn.Module, _inputs: object, output: Tensor | list[Tensor]) -> None:
+        caught.last = output if isinstance(output, Tensor) else output[-1]
+
+    handle = encoder.register_forward_hook(keep)
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """A summary of the training crystals.
+
+    The latent distance of a crystal is the mean distance of its feature (the mean over its atoms) from those of the 5
+    nearest training crystals, in units of the median of that same distance within the training set. Each dimension is
+    divided by its standard deviation first. Distances are taken to at most 1,024 training crystals, chosen at random.
+
+    Attributes:
+        elements: [119] in how many training crystals each element is.
+        largest: atoms of the largest training crystal.
+        features: [R, D] of some of them, in units of ``scale``.
+        scale: [D] standard deviation of their features.
+        distances: [R] ascending, of each of those to the others, not yet in units of their median.
+    """
+
+    elements: Tensor
+    largest: Tensor
+    features: Tensor
+    scale: Tensor
+    distances: Tensor
+
+    @classmethod
+    def of(cls, crystals: Crystals, features: Tensor) -> TrainingSet:
+        """Summarise training crystals.
+
+        Args:
+            crystals: all of them.
+            features: [R, D] of some of them, chosen at random.
+        """
+        pairs = np.unique(np.stack([crystals.crystal, crystals.numbers.astype(np.int64)]), axis=1)
+        counts = np.bincount(pairs[1], minlength=len(SYMBOLS))
+        scale = features.std(dim=0, correction=0)
+        scale = torch.where(scale > 1e-6 * scale.max(), scale, 1.0)
+        features = features / scale
+        apart = _apart(features, features).fill_diagonal_(torch.inf)
+        distances = _nearest(apart).sort().values
+        largest = torch.tensor(int(crystals.sizes.max(initial=0)))
+        return cls(torch.from_numpy(counts), largest, features, scale, distances)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a file keeps."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> TrainingSet:
+        """Return what a file kept.
+
+        Raises:
+            ValueError: a tensor is missing, or they don't fit each other.
+        """
+        if lacks := {field.name for field in fields(cls)} ^ tensors.keys():
+            raise ValueError(f"training_set isn't complete ({', '.join(sorted(lacks))})")
+        kept = cls(**tensors)
+        count, width = (*kept.features.shape, 0, 0)[:2]
+        shapes = {"elements": (len(SYMBOLS),), "largest": (), "features": (count, width), "scale": (width,)}
+        for name, shape in {**shapes, "distances": (count,)}.items():
+            tensor = tensors[name]
+            is_whole = not (tensor.is_floating_point() or tensor.is_complex())
+            if tensor.shape != shape or is_whole != (name in ("elements", "largest")) or bool(tensor.isnan().any()):
+                raise ValueError(f"training_set.{name} can't be used ({tensor.dtype}, {list(tensor.shape)})")
+        return kept
+
+    @property
+    def _unit(self) -> float:
+        """The median distance within the training set."""
+        median = float(self.distances[len(self.distances) // 2]) if len(self.distances) else 0.0
+        return median if 0 < median < float("inf") else 1.0
+
+    def distance(self, features: Tensor) -> NDArray[np.float64]:
+        """Return the latent distance [B] of crystals with these features [B, D]."""
+        apart = _apart(features.cpu() / self.scale, self.features)
+        return _nearest(apart).double().numpy() / self._unit
+
+    @property
+    def far(self) -> float:
+        """The latent distance that 99 % of the training crystals don't reach."""
+        finite = self.distances[self.distances.isfinite()]
+        return float(finite.quantile(FAR)) / self._unit if len(finite) else float("inf")
+
+    def unseen(self, numbers: NDArray[np.uint8]) -> list[str]:
+        """Return the elements among atomic numbers that no training crystal has."""
+        return [SYMBOLS[z] for z in np.unique(numbers).tolist() if not int(self.elements[z])]
+
+
+def _apart(one: Tensor, other: Tensor) -> Tensor:
+    """Return all distances, by differences: by products of matrices they would depend on the size of the batch."""
+    return torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _nearest(apart: Tensor) -> Tensor:
+    """Return the mean of the smallest distances of each row."""
+    count = min(NEIGHBORS, apart.shape[1])
+    return apart.topk(count, dim=1, largest=False).values.mean(dim=1) if count else apart.new_zeros(len(apart))

@@ -1,0 +1,54 @@
+"""Encoders that have a name: those that ship with the package, and those that were fetched.
+
+Each is ``NAME.safetensors`` with a model card, ``NAME.md``, beside it.
+"""
+
+from __future__ import annotations
+
+import os
+from difflib import get_close_matches
+from pathlib import Path
+
+from crysldnet.errors import CheckpointError
+
+SHIPPED = Path(__file__).parents[1] / "weights"
+VARIABLE = "CRYSLDNET_WEIGHTS"
+"""Names the folder of fetched encoders."""
+
+
+def fetched_folder() -> Path:
+    """Return the folder of fetched encoders."""
+    return Path(os.environ.get(VARIABLE) or "~/.cache/crysldnet/weights").expanduser()
+
+
+def named_encoders() -> dict[str, Path]:
+    """Return the file of every encoder that has a name; a shipped one wins over a fetched one."""
+    return {file.stem: file for folder in (fetched_folder(), SHIPPED) for file in sorted(folder.glob("*.safetensors"))}
+
+
+def card_of(file: Path) -> str | None:
+    """Return the model card beside a file; None where there is none."""
+    card = file.with_suffix(".md")
+    return card.read_text(encoding="utf-8") if card.is_file() else None
+
+
+def find(name: str) -> Path:
+    """Return the file or folder that a path or the name of an encoder stands for.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    known = named_encoders()
+    if name in known:
+        return known[name]
+    if path.suffix or path.parent != Path("."):
+        raise CheckpointError(
+            f"{name}: no such file; make one with crysldnet pretrain, name one of {', '.join(known) or 'none'} "
+            "(crysldnet weights lists them), or start from scratch with pretrained=none"
+        )
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise CheckpointError(f"{name}: no file and no encoder of that name; {hint}crysldnet weights lists them")

@@ -1,0 +1,28 @@
+"""Compose, override and check the configuration of a command, and resume a run with the one that began it."""
+
+from crysldnet.build import to_yaml
+from crysldnet.config.arguments import argument, arguments_for, split_words
+from crysldnet.config.compose import PRESETS, Composition, compose, refuse_unused, validate
+from crysldnet.config.files import choices, load_yaml, read_saved
+from crysldnet.config.help import help_text
+from crysldnet.config.resume import pin_files, refuse_changed
+from crysldnet.io import conf_folder
+
+__all__ = [
+    "PRESETS",
+    "Composition",
+    "argument",
+    "arguments_for",
+    "choices",
+    "compose",
+    "conf_folder",
+    "help_text",
+    "load_yaml",
+    "pin_files",
+    "read_saved",
+    "refuse_changed",
+    "refuse_unused",
+    "split_words",
+    "to_yaml",
+    "validate",
+]

@@ -1,0 +1,328 @@
+"""Compose, override and check the configuration of a command.
+
+``conf/COMMAND.yaml`` names a default for each group under ``defaults`` and holds the command's own keys. A group's
+choice is a file ``conf/GROUP/CHOICE.yaml``, or several as ``[a,b]``, the later ones over the earlier ones. On the
+command line ``group=choice`` chooses, ``key.path=value`` overrides and ``preset=NAME`` applies
+``conf/preset/COMMAND/NAME.yaml`` before that, for Matbench those of finetuning. Every key is checked against the
+signature of what it configures, so an unknown one stops the run.
+
+A run's ``config.yaml`` holds the resolved values, and under ``defaults`` the choices that they came from. A run that is
+resumed is composed from that file. A group or preset that is named again is the one that is there already, so the
+arguments that began a run may be repeated.
+
+Only ``key=value`` of the command line and ``conf/`` can use resolvers such as ``${oc.env:HOME}``. Any other file that
+does is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from crysldnet.build import TARGET, build_dataclass, check
+from crysldnet.config.files import (
+    CHOICES,
+    choices,
+    choices_in,
+    conf_folder,
+    group_file,
+    lay_over,
+    read_saved,
+    read_yaml,
+)
+from crysldnet.console import note
+from crysldnet.errors import ConfigError
+
+COMMAND_LINE = "on the command line"
+PRESETS = {"pretrain": "preset/pretrain", "finetune": "preset/finetune", "matbench": "preset/finetune"}
+"""Command to the folder of its presets."""
+PLAIN_WORDS = {"report": "runs"}
+"""Command to the key that lists the words of its line which aren't key=value."""
+
+
+FILES = ("pretrained", "init")
+"""Keys that name the file which a run starts from."""
+
+
+@dataclass(frozen=True)
+class Composition:
+    """A composed configuration.
+
+    Attributes:
+        values: plain values, interpolations resolved.
+        origin: the file that each key came from, or the command line.
+        groups: the chosen name of each group.
+        given: the keys and groups that the command line names.
+        presets: the presets that were applied.
+        links: files that a run starts from as they were named, where a link stood in for the value.
+    """
+
+    values: dict[str, Any]
+    origin: dict[str, str]
+    groups: dict[str, str]
+    given: tuple[str, ...] = ()
+    presets: tuple[str, ...] = ()
+    links: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """What a run's ``config.yaml`` says under ``defaults``."""
+        return {**self.groups, **({"preset": list(self.presets)} if self.presets else {}), **self.links}
+
+    def where(self, key: str) -> str:
+        """Return where a key was set, for messages."""
+        while key:
+            if key in self.origin:
+                source = self.origin[key]
+                return source if source == COMMAND_LINE else f"in {source}"
+            key = key.rpartition(".")[0]
+        return ""
+
+
+def _note(origin: dict[str, str], node: Any, path: str, source: str) -> None:
+    if isinstance(node, Mapping) and node:
+        for key, value in node.items():
+            _note(origin, value, f"{path}.{key}" if path else str(key), source)
+    else:
+        origin[path] = source
+
+
+def _split(arguments: Sequence[str], plain: str | None) -> list[tuple[str, str]]:
+    """Return keys and values; plain words, which may have an = after a slash, are gathered under the key ``plain``."""
+    pairs, words = [], []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if plain is not None and not argument.startswith("--") and (not equals or "/" in key):
+            words.append(argument)
+            continue
+        key = key.strip().lstrip("-") if argument.startswith("--") else key.strip()
+        if not equals or not key:
+            raise ConfigError(f"{argument!r}: expected group=name or key=value")
+        pairs.append((key, value))
+    if words and plain in dict(pairs):
+        raise ConfigError(f"{words[0]}: give {plain} either as plain words or as {plain}=[…]", plain)
+    return [*pairs, (plain, json.dumps(literally(words), ensure_ascii=False))] if plain is not None and words else pairs
+
+
+def parse(value: str) -> Any:
+    """Read a value as YAML, or ``None``, which W&B's agent writes for null.
+
+    What isn't YAML, such as the pattern ``*.cif``, is text, and so is ``-``.
+    """
+    if value.strip() in ("-", "None"):
+        return value if value.strip() == "-" else None
+    try:
+        parsed = OmegaConf.from_dotlist([f"value={value}"])
+    except yaml.YAMLError:
+        return value
+    return OmegaConf.to_container(parsed, resolve=True)["value"]  # type: ignore[call-overload, index]
+
+
+def literally(value: Any) -> Any:
+    """Return plain values in which no text is resolved any more."""
+    if isinstance(value, Mapping):
+        return {key: literally(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [literally(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def compose(command: str | Path, arguments: Sequence[str] = (), saved: Path | None = None) -> Composition:
+    """Merge a command's file, its groups, a preset and the command line.
+
+    Args:
+        command: the name of a file in ``conf/``, or the path of one elsewhere.
+        arguments: ``group=name`` and ``key=value``; a leading ``--`` is allowed. Of the commands in ``PLAIN_WORDS``
+            also plain words.
+        saved: the ``config.yaml`` of a run that is resumed, in place of the defaults and presets.
+
+    Raises:
+        ConfigError: a file, group or choice is unknown, a value is missing or can't be parsed.
+    """
+    pairs = _split(arguments, PLAIN_WORDS.get(str(command)))
+    links: dict[str, str] = {}
+    presets = tuple(value for key, value in pairs if key == "preset" and value not in ("null", ""))
+    if saved is None:
+        origin: dict[str, str] = {}
+        values, groups = _merge_files(command, pairs, presets, origin)
+    else:
+        values, recorded = read_saved(saved)
+        begun_with = tuple(recorded.pop("preset", () if recorded else presets))
+        if presets not in ((), begun_with):
+            then = f"preset={','.join(begun_with)}" if begun_with else "no preset"
+            raise ConfigError(
+                f"preset={','.join(presets)}: the run in {saved.parent} was begun with {then}; resume it as it was, or "
+                "begin another",
+                "preset",
+            )
+        presets = begun_with
+        links = {key: str(recorded.pop(key)) for key in FILES if key in recorded}
+        values, groups, origin = _merge_saved(command, pairs, presets, saved, values, recorded)
+    merged = OmegaConf.create(values)
+    for key, value in pairs:
+        if key == "preset" or key in groups or links.get(key) == value:
+            continue
+        try:
+            OmegaConf.update(merged, key, literally(parse(value)), merge=False)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{key}={value}: {str(error).splitlines()[0]}", key) from error
+        origin[key] = COMMAND_LINE
+    given = tuple(key for key, _ in pairs)
+    if saved is None and origin.get("pretrained") == str(root_of(command)) and describes_encoder(given):
+        merged["pretrained"] = "none"
+    return Composition(_resolve(merged, origin), origin, groups, given, presets, links)
+
+
+def root_of(command: str | Path) -> Path:
+    """Return the file of a command's configuration."""
+    return command if isinstance(command, Path) else conf_folder() / f"{command}.yaml"
+
+
+def describes_encoder(given: Collection[str]) -> bool:
+    """Return whether a command line chooses or changes an encoder, which is then trained from scratch by default."""
+    return any(key == "preset" or key.split(".")[0] == "encoder" for key in given)
+
+
+def _merge_files(
+    command: str | Path, pairs: Sequence[tuple[str, str]], presets: Sequence[str], origin: dict[str, str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what files give a command, and the choice of each group; note in ``origin`` which file each key is of."""
+    root_file = root_of(command)
+    layers = [(str(root_file), read_yaml(root_file))]
+    for preset in presets:
+        if command not in PRESETS:
+            raise ConfigError(f"preset={preset}: {command} has no presets", "preset")
+        file = group_file(PRESETS[str(command)], preset)
+        layers.append((str(file), read_yaml(file)))
+    groups: dict[str, str] = {}
+    for source, layer in layers:
+        for group, choice in (layer.pop(CHOICES, None) or {}).items():
+            if source != str(root_file) and group not in groups:
+                raise ConfigError(f"{source}: {command} has no group {group!r}", group)
+            groups[str(group)] = choice
+    for key, value in pairs:
+        if key in groups:
+            if value in ("null", ""):
+                raise ConfigError(f"{key}={value}: choose one of {', '.join(choices(key))}", key)
+            groups[key] = value
+    merged: dict[str, Any] = {group: {} for group in groups}
+    for group, choice in groups.items():
+        for name in choices_in(choice):
+            file = group_file(group, name)
+            node = read_yaml(file, group)
+            _note(origin, node, group, str(file))
+            lay_over(merged[group], node)
+    for source, layer in layers:
+        _note(origin, layer, "", source)
+        lay_over(merged, layer)
+    return merged, groups
+
+
+def _merge_saved(
+    command: str | Path,
+    pairs: Sequence[tuple[str, str]],
+    presets: Sequence[str],
+    saved: Path,
+    values: Mapping[str, Any],
+    recorded: Mapping[str, str],
+) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+    """Return the values that a run was begun with, the choice of each group, and the file that each key is of.
+
+    A group is refilled only where another choice than before is named, or the run is of a version that kept none.
+    """
+    known = read_yaml(root_of(command)).get(CHOICES) or {}
+    named = {key: value for key, value in pairs if key in known}
+    other = {key: value for key, value in named.items() if choices_in(str(recorded.get(key))) != choices_in(value)}
+    origin: dict[str, str] = {}
+    merged = literally(values)
+    _note(origin, values, "", str(saved))
+    if other:
+        fresh, _ = _merge_files(command, list(other.items()), presets, origin)
+        for group in other:
+            merged[group] = fresh[group]
+    return merged, {**recorded, **named}, origin
+
+
+def _resolve(merged: Any, origin: dict[str, str]) -> dict[str, Any]:
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        key = missing[0]
+        near = get_close_matches(key, [k for k, source in origin.items() if source == COMMAND_LINE], n=1)
+        if near:
+            raise ConfigError(f"{near[0]}: unknown key; did you mean {key}?", near[0])
+        raise ConfigError(f"{key}: it has no default; give it as {key}=VALUE (it stands in {origin.get(key, '')})", key)
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", "") or "")
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}", key) from error
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def validate(composition: Composition, schema: type) -> Any:
+    """Check every key and type; return the command's settings as an instance of its dataclass.
+
+    Raises:
+        ConfigError: with the key, the file that set it, and a suggestion.
+    """
+    try:
+        settings = build_dataclass(schema, composition.values, "")
+        for key in (known.name for known in fields(schema)):
+            node = composition.values.get(key)
+            if isinstance(node, Mapping) and (TARGET in node or key in composition.groups):
+                check(node, key)
+    except ConfigError as error:
+        where = composition.where(error.key)
+        text = str(error)
+        if "unknown key" in text and (elsewhere := _same_leaf(error.key, composition.origin)):
+            text = f"{error.key}: unknown key; did you mean {' or '.join(elsewhere)}?"
+        raise ConfigError(f"{text}{f' (set {where})' if where else ''}", error.key) from None
+    return settings
+
+
+OTHER_WORDS = {
+    "device": "accelerator",
+    "gpus": "devices",
+    "workers": "num_workers",
+    "learning_rate": "lr",
+    "file": "path",
+    "max_epochs": "epochs",
+}
+"""Words that users of other programs know, and the last part of the key that is meant."""
+
+
+def _same_leaf(key: str, origin: Mapping[str, str]) -> list[str]:
+    """Return the keys elsewhere in a configuration that end like an unknown one, the least nested first."""
+    leaf = key.rpartition(".")[2]
+    leaves = {leaf, OTHER_WORDS.get(leaf, leaf)}
+    found = [k for k, source in origin.items() if source != COMMAND_LINE and k != key and k.split(".")[-1] in leaves]
+    return sorted(found, key=lambda k: (k.count("."), k))[:3]
+
+
+def refuse_unused(composition: Composition) -> None:
+    """Refuse keys of the command line that would have no effect.
+
+    Raises:
+        ConfigError: an encoder is described although a pretrained one brings its own description.
+    """
+    if composition.values.get("pretrained") in (None, "none"):
+        return
+    if "preset" in composition.given:
+        note(f"the preset's encoder isn't used: pretrained={composition.values['pretrained']} brings its own")
+    for key in composition.given:
+        if key.split(".")[0] == "encoder":
+            raise ConfigError(
+                f"{key}: pretrained={composition.values['pretrained']} brings its encoder's configuration, and this "
+                "would be ignored; leave it out, or start from scratch with pretrained=none",
+                key,
+            )

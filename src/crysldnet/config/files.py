@@ -1,0 +1,121 @@
+"""The files of a configuration: those of ``conf/``, a user's own, and what a run has saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from difflib import get_close_matches
+from functools import lru_cache
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from crysldnet.errors import ConfigError
+from crysldnet.io import conf_folder
+
+CHOICES = "defaults"
+"""Key of a file that names the choice of each group."""
+
+
+def choices(group: str) -> list[str]:
+    """Return the names that a group offers."""
+    return sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
+
+
+def load_yaml(path: Path) -> DictConfig:
+    """Read a YAML file of keys.
+
+    Raises:
+        ConfigError: it isn't one, or it uses a resolver and doesn't belong to the package.
+    """
+    return OmegaConf.create(read_yaml(path))
+
+
+def read_yaml(path: Path, group: str = "") -> dict[Any, Any]:
+    """Read a YAML file of keys, which are those of a group in messages; raises what :func:`load_yaml` does."""
+    try:
+        loaded = deepcopy(_parsed(path.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: it must hold keys and values")
+    if not path.resolve().is_relative_to(conf_folder().resolve()):
+        refuse_resolvers(loaded, str(path), group)
+    return loaded
+
+
+@lru_cache(maxsize=256)
+def _parsed(text: str) -> Any:
+    return OmegaConf.to_container(OmegaConf.load(StringIO(text)))
+
+
+def lay_over(base: dict[Any, Any], layer: Mapping[Any, Any]) -> None:
+    """Put the values of a layer over those of a base, key by key; a ??? leaves what is there."""
+    for key, value in layer.items():
+        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
+            lay_over(base[key], value)
+        elif value != MISSING or key not in base:
+            base[key] = value
+
+
+def refuse_resolvers(value: Any, source: str, key: str = "") -> None:
+    """Refuse plain values from a file that would read the environment or call anything else.
+
+    Raises:
+        ConfigError: naming the file and the key.
+    """
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            refuse_resolvers(item, source, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for item in value:
+            refuse_resolvers(item, source, key)
+    elif isinstance(value, str) and ":" in value.partition("${")[2]:
+        raise ConfigError(
+            f"{source}: {key}: {value!r} isn't resolved in a file; write the value there, or give {key}=…",
+            key,
+        )
+
+
+def group_file(group: str, choice: str) -> Path:
+    """Return the file of a group's choice, which is a name or a path.
+
+    Raises:
+        ConfigError: there is no choice of that name.
+    """
+    if choice.endswith((".yaml", ".yml")):
+        return Path(choice)
+    path = conf_folder() / group / f"{choice}.yaml"
+    if not path.is_file():
+        key = group.partition("/")[0]
+        close = get_close_matches(choice, choices(group), n=1, cutoff=0.4)
+        hint = f"did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"{key}={choice}: no such choice; {hint} there are: {', '.join(choices(group))}", key)
+    return path
+
+
+def choices_in(choice: str) -> list[str]:
+    """Return the choices of a group: one, or those of a list in brackets."""
+    if not (choice.startswith("[") and choice.endswith("]")):
+        return [choice]
+    return [name.strip() for name in choice[1:-1].split(",")]
+
+
+def read_saved(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the ``config.yaml`` of a run: its values, and the choices that they came from, where it has them.
+
+    Raises:
+        ConfigError: it can't be read.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: it must hold keys and values")
+    recorded = values.pop(CHOICES, None)
+    return values, recorded if isinstance(recorded, dict) else {}

@@ -1,0 +1,109 @@
+"""What a run may do differently from how it was begun when it is resumed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from crysldnet.config.compose import FILES, Composition
+from crysldnet.config.files import read_saved
+from crysldnet.console import note
+from crysldnet.errors import ConfigError
+
+FREE = (
+    *("name", "runs", "resume", "logger", "data.num_workers", "strategy.timeout_minutes"),
+    *(f"trainer.{key}" for key in ("progress_bar", "log_every", "activation_checkpointing", "keep_checkpoints")),
+    *(f"trainer.{key}" for key in ("checkpoint_every_steps", "checkpoint_every_minutes", "time_limit_minutes")),
+    *("baselines", "parallel", "folds", "out", "algorithm", "authors"),
+)
+"""Keys that can't change a result."""
+EXECUTION = ("strategy", *(f"trainer.{key}" for key in ("accelerator", "devices", "nodes", "compile", "deterministic")))
+"""Keys that change a result in its last digits. They may change, and it is said."""
+LENGTH = {"pretrain": ("stages.vae.epochs", "stages.diffusion.epochs"), "finetune": ("epochs",), "matbench": ()}
+"""Of each command, the keys that say how long it trains: learning rates are planned with them."""
+ALSO = {command: (*keys, "trainer.accumulate", "trainer.max_bad_steps") for command, keys in LENGTH.items() if keys}
+"""Of each command, more keys that may change, and it is said. All folds of a benchmark are trained alike."""
+
+
+def refuse_changed(command: str, composition: Composition, saved: Path, *, complete: bool) -> set[str]:
+    """Refuse to resume a run as another one, and say what changes a result; return the keys that differ.
+
+    Args:
+        command: pretrain, finetune or matbench.
+        composition: what is asked for now.
+        saved: the ``config.yaml`` of the run.
+        complete: whether the run has ended well.
+
+    Raises:
+        ConfigError: naming the key that differs.
+    """
+    before, _ = read_saved(saved)
+    given = [name for name in composition.given if name not in composition.groups]
+    compared = (("split.json", ("data.path",)), ("inputs.json", FILES))  # by content, when the run goes on
+    free = [*FREE, *(key for file, keys in compared if (saved.parent / file).exists() for key in keys)]
+    changed = set()
+    for name, then, now in _differences("", before, composition.values, given):
+        changed.add(name.partition(".")[0])
+        length = name in LENGTH[command]
+        if complete and length:
+            raise ConfigError(
+                f"{name}: the run in {saved.parent} is complete with {name}={then}, for which its learning rates were "
+                f"planned; for {name}={now} begin another, name=…",
+                name,
+            )
+        if _is_in(name, free):
+            continue
+        if not _is_in(name, (*EXECUTION, *ALSO.get(command, ()))):
+            raise ConfigError(
+                f"{name}: the run in {saved.parent} was begun with {name}={then}, not {now}; "
+                "resume it as it was, or begin another",
+                name,
+            )
+        effect = "its learning rates stay as they were planned" if length else "its results may change"
+        note(f"{name} is {now} from here on, and was {then} when the run was begun; {effect}")
+    return changed
+
+
+def pin_files(composition: Composition) -> Composition:
+    """Name the files that a run starts from without links, such as ``latest``, which may lead elsewhere later."""
+    values, links = dict(composition.values), dict(composition.links)
+    for key in FILES:
+        named = values.get(key)
+        if isinstance(named, str) and (pinned := _without_links(named)) != named:
+            values[key], links[key] = pinned, named
+    return replace(composition, values=values, links=links)
+
+
+def _without_links(name: str) -> str:
+    path = Path(name)
+    real = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+    if not path.exists() or real == Path.cwd() / path:
+        return name
+    relative = os.path.relpath(real)
+    return str(real) if path.is_absolute() or relative.startswith("..") else relative
+
+
+def _is_in(name: str, keys: Collection[str]) -> bool:
+    return any(name == key or name.startswith(f"{key}.") for key in keys)
+
+
+def _differences(key: str, before: Any, now: Any, given: Collection[str]) -> Iterator[tuple[str, Any, Any]]:
+    """Give the innermost keys whose values differ, and both values.
+
+    A key that an earlier version of the package didn't have doesn't count, unless it is given now.
+    """
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for part in {**now, **(before if key else {})}:
+            name = f"{key}.{part}" if key else part
+            if part in before or _is_given(name, given):
+                yield from _differences(name, before.get(part), now.get(part), given)
+    elif before != now:
+        yield key, before, now
+
+
+def _is_given(key: str, given: Collection[str]) -> bool:
+    """Return whether the command line names a key, a part of it, or what it is a part of."""
+    return any(one == key or one.startswith(f"{key}.") or key.startswith(f"{one}.") for one in given)

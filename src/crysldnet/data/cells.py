@@ -1,0 +1,267 @@
+"""Read the texts of a column as numbers, with uncertainties and a unit, or leave them texts.
+
+The decision is made once for a column, from all of its cells. What can be read in one way alone is read: ``-1.5e3``,
+``1.5D+03``, ``1,063.26``, ``63.26 ± 3``, ``5.64(3)``, ``63.26 GPa`` where every cell has this unit, and decimal commas
+where other characters separate the cells. What could be read in two ways, or isn't a plain value, is an error.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from crysldnet.data.units import is_unit, same_unit
+
+MISSING = frozenset(("", "nan", "na", "n/a", "#n/a", "<na>", "null", "none", "-", "--", "—", "?"))
+"""Texts, in lower case, that mean in a column of numbers: no value."""
+MISSING_TEXT = ("n/a", "N/A", "null", "Null", "NULL", "#N/A", "<NA>")
+"""Texts that mean so in a column of texts, besides empty ones: Na and NaN are formulas."""
+_MARKS = "'’\u00a0\u2009\u202f"
+_EXPONENT = r"(?:[eEdD][-+]?\d+)?"
+_NUMBER = rf"[-+]?[.,]?\d[\d.,{_MARKS}]*{_EXPONENT}"
+_GLUED = r"(?:[a-zA-ZΩµμ/^]{2,10}[-^]?[1-9]?|[%°ÅK])"
+"""Units that no space divides from the number; 2H and 3C name polytypes."""
+LOOKS_LIKE_A_NUMBER = (
+    rf"^[\s{_MARKS}]*[<>≤≥~≈]?=?\s*[-+−–]?\s*[.,]?\d[\d.,_{_MARKS}]*{_EXPONENT}\s*(?:$|[\s±(+–—×x*·-]|\.\.|{_GLUED}$)"
+)
+"""Found in every cell that can be taken for a number, and in others: for a quick look at many."""
+_CELL = re.compile(rf"({_NUMBER})(?:\s*(?:±|\+/-|\+-)\s*({_NUMBER})|\((\d+)\))?(\s*)(\D.*)?")
+_POINT = re.compile(rf"[-+]?(?:\d+\.?\d*|\.\d+){_EXPONENT}")
+_COMMA = re.compile(rf"[-+]?(?:\d+,?\d*|,\d+){_EXPONENT}")
+_GROUPED = {  # by the decimal mark: the whole number in groups of three, and where the groups alone tell, no decimals
+    ".": re.compile(rf"[-+]?[1-9]\d{{0,2}}(?:(?:,\d{{3}})+\.\d*|(?:,\d{{3}}){{2,}}|(?:[{_MARKS}]\d{{3}})+(?:\.\d*)?)"),
+    ",": re.compile(rf"[-+]?[1-9]\d{{0,2}}(?:(?:\.\d{{3}})+,\d*|(?:\.\d{{3}}){{2,}}|(?:[{_MARKS}]\d{{3}})+(?:,\d*)?)"),
+}
+_TWO_WAYS = re.compile(r"[-+]?[1-9]\d{0,2},\d{3}")
+_ODD = {
+    "is a bound or an estimate, not a value": re.compile(r"[<>≤≥~≈]=?\s*[-+]?[.,]?\d.*"),
+    "is a range, not a value": re.compile(r"[-+]?(?=[\d.]*\.)[\d.]+\s*(?:[-–—]|to|\.\.+)\s*[\d.]+.*"),
+    "has a space or an underscore in it": re.compile(r"[-+]?[1-9]\d{0,2}([ _]\d{3})+([.,]\d*)?|[-+]\s+\d.*"),
+    "has a power of ten in words": re.compile(rf"{_NUMBER}\s*[×x*·]\s*10.*"),
+}
+_PLAINLY = "write a plain number such as -1.5e3, or leave the cell empty"
+
+
+class CellError(Exception):
+    """A cell can't be read without guessing.
+
+    Attributes:
+        text: of the cell.
+        reason: why, and what to do.
+    """
+
+    def __init__(self, text: str, reason: str) -> None:
+        super().__init__(text, reason)
+        self.text, self.reason = text, reason
+
+
+class Number(NamedTuple):
+    """What a cell says."""
+
+    value: float
+    uncertainty: float | None = None
+
+
+NO_VALUE = Number(math.nan)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """How the texts of a column are read.
+
+    Attributes:
+        read: each text that is a number, or that says that there is no value: NaN.
+        unit: that cells or header state.
+        unread: texts that are no finite numbers.
+    """
+
+    read: Mapping[str, Number]
+    unit: str | None
+    unread: frozenset[str]
+
+    def names(self, name: str) -> list[str]:
+        """Return the names of a column and, where any of its cells has one, of the column of uncertainties."""
+        uncertain = any(number.uncertainty is not None for number in self.read.values())
+        return [name, f"{name}_uncertainty"] if uncertain else [name]
+
+    def columns(self, name: str, texts: Sequence[str | None]) -> dict[str, pa.Array]:
+        """Return the values of cells, and their uncertainties, by the names of the columns."""
+        found = [self.read.get(text, NO_VALUE) if text is not None else NO_VALUE for text in texts]
+        names = self.names(name)
+        return {
+            new: pa.array([number[place] for number in found], pa.float64(), from_pandas=True)
+            for place, new in enumerate(names)
+        }
+
+    def says_something(self, text: str) -> bool:
+        """Say whether a cell is meant to have a value, read or not."""
+        return text in self.unread or not math.isnan(self.read[text].value)
+
+
+def plain_numbers(texts: pa.Array) -> pa.Array | None:
+    """Return stripped texts as numbers where each is empty or a plain finite number; None where one isn't."""
+    known = pc.if_else(pc.equal(texts, ""), None, texts)
+    try:
+        numbers = known.cast(pa.float64())
+    except pa.ArrowInvalid:
+        return None
+    plain = pc.and_not(pc.is_finite(numbers), pc.match_substring_regex(known, r"^[-+]?0\d"))
+    return numbers if numbers.null_count < len(numbers) and pc.all(plain).as_py() else None
+
+
+class _Parts(NamedTuple):
+    number: str
+    uncertainty: str | None = None
+    last_digits: str | None = None
+    suffix: str = ""
+    odd: str = ""
+    """Why it can't be read, though it looks like a number."""
+
+
+def read_numbers(
+    counts: Mapping[str, int], unit: str | None = None, *, numbers: int = 0, commas: bool = False
+) -> Numbers | None:
+    """Decide how the texts of a column are read; None where they stay texts.
+
+    They are numbers where at least half of them look so, or where the header states a unit. Words among them aren't
+    read.
+
+    Args:
+        counts: how often each text is there.
+        unit: that the header states.
+        numbers: how many further cells are numbers already.
+        commas: whether decimal commas are read.
+
+    Raises:
+        CellError: a cell can't be read without guessing.
+    """
+    parts, words = _sorted_out(counts)
+    there, other = sum(counts[text] for text in parts) + numbers, sum(counts[text] for text in words)
+    empty = all(not text.strip() for text in counts)
+    if unit is None and not empty and (there < max(other, 1) or (not numbers and _are_codes(parts.values()))):
+        return None
+    if words and not there:
+        reason = f"where the column has the unit {unit}, and no cell is a number; mend the cells, or the column's name"
+        raise CellError(next(iter(words)), reason)
+    for text in words:
+        if text.strip().lower() in ("true", "false", "yes", "no"):
+            raise CellError(text, "which stands among numbers; write 1 and 0, or words alone")
+    for text, found in parts.items():
+        if found.odd:
+            raise CellError(text, f"which {found.odd}; {_PLAINLY}")
+    comma = commas and any(_has_decimal_comma(found.number) for found in parts.values())
+    unit = _unit_of(parts, unit, bool(numbers))
+    read = {
+        text: _read(text, parts[text], comma) if text in parts else NO_VALUE for text in counts if text not in words
+    }
+    return Numbers(read, unit, frozenset(words))
+
+
+def _sorted_out(counts: Mapping[str, int]) -> tuple[dict[str, _Parts], list[str]]:
+    """Return the texts that look like numbers, and the others; those that say that there is no value are neither."""
+    parts: dict[str, _Parts] = {}
+    words = []
+    for text in counts:
+        if (clean := _clean(text)).lower() in MISSING:
+            continue
+        if (found := _parts_of(clean)) is not None:
+            parts[text] = found
+        else:
+            words.append(text)
+    unknown = {text: f.suffix for text, f in parts.items() if f.suffix and not f.odd and not is_unit(f.suffix)}
+    if len(set(unknown.values())) > 1 or len(unknown) == 1:  # no unit that this program doesn't know, but words
+        words += unknown
+        parts = {text: found for text, found in parts.items() if text not in unknown}
+    return parts, words
+
+
+def _clean(text: str) -> str:
+    clean = text.strip().replace("−", "-")
+    return re.sub(r"^–(?=[.,]?\d)", "-", clean)
+
+
+def _parts_of(clean: str) -> _Parts | None:
+    """Take a cell apart that looks like a number; None where it doesn't."""
+    if _POINT.fullmatch(clean):
+        return _Parts(clean) if math.isfinite(float(clean.lower().replace("d", "e"))) else None
+    for reason, pattern in _ODD.items():
+        if pattern.fullmatch(clean):
+            return _Parts("", odd=reason)
+    match = _CELL.fullmatch(clean)
+    if match is None:
+        return None
+    number, uncertainty, last_digits, space, suffix = match.groups(default="")
+    if suffix and not space and not (re.fullmatch(_GLUED, suffix) and is_unit(suffix)):
+        return None
+    if not all(_is_number(part) for part in (number, uncertainty) if part):
+        return None
+    odd = "has its uncertainty behind the unit" if "±" in suffix or "+/-" in suffix else ""
+    odd = odd or ("has its uncertainty behind a power of ten" if last_digits and re.search("[edED]", number) else "")
+    return _Parts(number, uncertainty or None, last_digits or None, suffix, odd)
+
+
+def _is_number(text: str) -> bool:
+    return any(p.fullmatch(text) for p in (_POINT, _COMMA, *_GROUPED.values()))
+
+
+def _has_decimal_comma(number: str) -> bool:
+    plain = "," in number and _COMMA.fullmatch(number) and not _TWO_WAYS.fullmatch(number)
+    return bool(plain or ("," in number and _GROUPED[","].fullmatch(number) and not _GROUPED["."].fullmatch(number)))
+
+
+def _are_codes(parts: Collection[_Parts]) -> bool:
+    """Say whether texts are codes, such as 0012, that would lose their zeros."""
+    numbers = [found.number for found in parts]
+    return all(map(str.isdigit, numbers)) and any(len(number) > 1 and number[0] == "0" for number in numbers)
+
+
+def _unit_of(parts: Mapping[str, _Parts], unit: str | None, plain: bool) -> str | None:
+    """Return the unit that header or cells state."""
+    plain = plain or any(not found.suffix for found in parts.values())
+    stated = unit
+    for text, found in parts.items():
+        if not found.suffix:
+            continue
+        if not is_unit(found.suffix):
+            raise CellError(text, f"and {found.suffix!r} is not known as a unit; {_PLAINLY}")
+        if plain and unit is None:
+            raise CellError(text, f"which has the unit {found.suffix!r} where others have none; put it into the header")
+        if stated is not None and not same_unit(stated, found.suffix):
+            raise CellError(
+                text, f"where others, or the header, have the unit {stated!r}; put one unit into the header"
+            )
+        stated = stated or found.suffix
+    return stated
+
+
+def _read(text: str, parts: _Parts, comma: bool) -> Number:
+    value = _value(text, parts.number, comma)
+    if parts.uncertainty is not None:
+        return Number(value, abs(_value(text, parts.uncertainty, comma)))
+    if parts.last_digits is not None:
+        decimals = re.search(rf"(?<=\{',' if comma else '.'})\d+$", parts.number)
+        return Number(value, float(f"{parts.last_digits}e-{len(decimals[0]) if decimals else 0}"))
+    return Number(value)
+
+
+def _value(text: str, number: str, comma: bool) -> float:
+    if (_COMMA if comma else _POINT).fullmatch(number):
+        return float(number.replace(",", ".").lower().replace("d", "e"))
+    if _GROUPED["," if comma else "."].fullmatch(number):
+        whole, mark, decimals = (
+            number.partition("," if comma else ".") if (comma or "." in number) else (number, "", "")
+        )
+        return float(re.sub(r"[^\d+-]", "", whole) + (f".{decimals}" if mark else ""))
+    if comma:
+        raise CellError(text, f"which has no decimal comma as others have; {_PLAINLY}")
+    raise CellError(
+        text,
+        "which has a comma that may be a decimal one or divide thousands; write decimal points and no commas, or save "
+        "the table with decimal commas and semicolons between the cells",
+    )

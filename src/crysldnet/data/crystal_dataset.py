@@ -1,0 +1,75 @@
+"""Whole batches of crystals for a DataLoader: geometry is stored, graphs are built when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from crysldnet.data.sampler import BatchRequest
+from crysldnet.data.store import CrystalStore
+from crysldnet.graphs.batch import CrystalBatch, make_batch
+from crysldnet.graphs.corruption import Corruption, Undo
+from crysldnet.graphs.crystals import Crystals, concatenate
+from crysldnet.graphs.spec import GraphSpec
+
+
+class CrystalDataset(Dataset[CrystalBatch]):
+    """Whole batches of one split, built when asked for.
+
+    Args:
+        store: the crystals.
+        targets: [n, T] of all rows of the store, in physical units, NaN where unknown; None for none.
+        graph: the graph to build.
+        corruption: what to do to each crystal first; None for nothing.
+        seed: key of the corruption's random numbers, together with the split, the epoch and the batch's number.
+        max_edges: where moved atoms and strained cells have more edges than this, the batch is shown with its species
+            masked alone: the crystals as they are stored have fewer. None for no bound.
+        with_clean: give the crystals as they are stored beside the corrupted ones.
+        descriptors: [n, K] of all rows of the store; None for none.
+    """
+
+    def __init__(
+        self,
+        store: CrystalStore,
+        targets: NDArray[np.float64] | None,
+        graph: GraphSpec,
+        corruption: Corruption | None,
+        seed: Sequence[int],
+        max_edges: int | None = None,
+        with_clean: bool = False,
+        descriptors: NDArray[np.float64] | None = None,
+    ) -> None:
+        self.store, self.targets, self.graph, self.corruption, self.seed = store, targets, graph, corruption, seed
+        self.descriptors, self.max_edges, self.with_clean = descriptors, max_edges, with_clean
+
+    def __getitem__(self, request: BatchRequest) -> CrystalBatch:
+        batch = self._make(request, self.corruption)
+        if self.corruption is not None and self.max_edges is not None and batch.edge_index.shape[1] > self.max_edges:
+            batch = self._make(request, replace(self.corruption, displacement=0.0, strain=0.0))
+        if self.with_clean:
+            batch.clean = make_batch(self.store.crystals.take(request.rows), self.graph, rows=request.rows)
+        return batch
+
+    def _make(self, request: BatchRequest, corruption: Corruption | None) -> CrystalBatch:
+        crystals, undo = self.store.crystals.take(request.rows), None
+        if corruption is not None and corruption.resample:
+            rng = np.random.default_rng([*self.seed, request.epoch, request.number])
+            crystals, undo = corruption.apply(crystals, rng)
+        elif corruption is not None:
+            crystals, undo = self._corrupt_always_alike(corruption, request.rows)
+        targets = None if self.targets is None else self.targets[request.rows]
+        descriptors = None if self.descriptors is None else self.descriptors[request.rows]
+        return make_batch(crystals, self.graph, rows=request.rows, targets=targets, descriptors=descriptors, undo=undo)
+
+    def _corrupt_always_alike(self, corruption: Corruption, rows: NDArray[np.int64]) -> tuple[Crystals, Undo]:
+        """Corrupt each crystal by its own random numbers, whichever batch it is in."""
+        parts = [
+            corruption.apply(self.store.crystals.take(rows[i : i + 1]), np.random.default_rng([*self.seed, int(row)]))
+            for i, row in enumerate(rows)
+        ]
+        undo = Undo(*(np.concatenate(values) for values in zip(*(undo for _, undo in parts), strict=True)))
+        return concatenate([crystals for crystals, _ in parts]), undo

@@ -1,0 +1,35 @@
+"""Descriptors: named numbers of a composition or a crystal, computed from the store's arrays, without training.
+
+None depends on the rotation, the origin, the order of the atoms, or which cell describes the crystal.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from crysldnet.descriptors.cell import cell_features
+from crysldnet.descriptors.composition import amounts_of, composition_features
+from crysldnet.descriptors.environment import environment_features
+from crysldnet.descriptors.features import Features, side_by_side, stacked
+from crysldnet.graphs.crystals import Crystals
+
+_CHUNK = 512
+
+
+def crystal_descriptors(crystals: Crystals) -> Features:
+    """Describe what crystals are made of, and how they are built."""
+    return side_by_side([composition_descriptors(crystals), geometry_descriptors(crystals)])
+
+
+def composition_descriptors(crystals: Crystals) -> Features:
+    """Describe what crystals are made of."""
+    return composition_features(amounts_of(crystals))
+
+
+def geometry_descriptors(crystals: Crystals) -> Features:
+    """Describe how crystals are built: density, packing, slabs, surroundings of the atoms."""
+    parts = []
+    for start in range(0, len(crystals), _CHUNK):
+        some = crystals.take(np.arange(start, min(start + _CHUNK, len(crystals))))
+        parts.append(side_by_side([cell_features(some), environment_features(some)]))
+    return stacked(parts)

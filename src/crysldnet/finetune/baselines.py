@@ -1,0 +1,165 @@
+"""What a model is compared with on its test crystals: a constant, and trees on descriptors, without a network.
+
+Shapes: ``n`` test crystals, ``T`` targets, ``D`` descriptors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crysldnet.console import SHOWN, note, print_table
+from crysldnet.data.datamodule import CrystalDataModule
+from crysldnet.descriptors import crystal_descriptors
+from crysldnet.models.target import Classes, Log, TargetType
+from crysldnet.tabular.members import fit_models
+from crysldnet.training.baseline_table import baseline_header, baseline_rows
+from crysldnet.training.bootstrap import bootstrap
+
+MOST_CRYSTALS = 20_000
+"""Trees are left out where training and test crystals are more; they would take minutes."""
+MOST_COLUMNS = 10
+"""Likewise where there are more numbers and classes to predict; each takes seconds."""
+RESAMPLES = 2000
+
+Floats = NDArray[np.float64]
+Rows = NDArray[np.int64]
+Baselines = dict[str, dict[str, Any]]
+"""By target, what :func:`compare_baselines` finds."""
+
+
+def fit_baselines(
+    data: CrystalDataModule, types: Sequence[TargetType], train: Rows, test: Rows, *, total: bool
+) -> dict[str, Floats]:
+    """Return [n, T] predictions of a constant and, where that doesn't take long, of trees.
+
+    Args:
+        data: the crystals and their targets.
+        types: of the T targets.
+        train: rows of the store that they are fitted to.
+        test: the n rows.
+        total: the targets grow with the cell, so values of an atom are learned.
+    """
+    assert data.target_values is not None
+    sizes = data.store.crystals.sizes
+    atoms = sizes[:, None] if total else np.ones((len(sizes), 1))
+    values = data.target_values[train] / atoms[train]
+    found = {"constant": _constant(values, types) * atoms[test]}
+    if _affordable(types, len(train) + len(test)):
+        x = tabular_features(data, np.concatenate([train, test]))
+        found["trees"] = _trees(x, values, types) * atoms[test]
+    return found
+
+
+def compare(
+    predicted: Mapping[str, Floats], data: CrystalDataModule, types: Sequence[TargetType], test: Rows
+) -> Baselines:
+    """Compare predictions of the same crystals.
+
+    Args:
+        predicted: [n, T] by ``model`` and by baselines, of a class its place.
+        data: the crystals and their targets.
+        types: of the T targets.
+        test: the n rows.
+
+    Returns:
+        For each target with a known true value ``measure`` (``mae`` or ``error_rate``), ``unit``, ``crystals``, and
+        for ``model``, ``constant`` and ``trees`` (where they were fitted) the ``error``, its 95 % ``interval``, and how
+        far it is above the model's, ``difference`` and ``difference_interval``; intervals are null for one crystal.
+    """
+    assert data.target_values is not None
+    return {
+        name: {
+            "unit": data.units[place],
+            **_of_target({k: v[:, place] for k, v in predicted.items()}, true, types[place]),
+        }
+        for place, name in enumerate(data.targets)
+        if not np.isnan(true := data.target_values[test, place]).all()
+    }
+
+
+def tabular_features(data: CrystalDataModule, rows: Rows) -> Floats:
+    """Return [n, D] what models without a network read of some rows: descriptors, and the columns of the user's own."""
+    computed = crystal_descriptors(data.store.crystals.take(rows)).values
+    return computed if data.descriptor_values is None else np.hstack([computed, data.descriptor_values[rows]])
+
+
+def _affordable(types: Sequence[TargetType], crystals: int) -> bool:
+    columns = sum(len(kind.labels) if isinstance(kind, Classes) else 1 for kind in types)
+    if crystals > MOST_CRYSTALS:
+        note(f"no comparison with trees: {crystals:,} crystals, over {MOST_CRYSTALS:,}")
+    elif columns > MOST_COLUMNS:
+        note(f"no comparison with trees: {columns} numbers and classes to predict, over {MOST_COLUMNS}")
+    return crystals <= MOST_CRYSTALS and columns <= MOST_COLUMNS
+
+
+def _constant(values: Floats, types: Sequence[TargetType]) -> Floats:
+    """Return [T] the mean of the known values, of classes the most frequent."""
+    known = [column[~np.isnan(column)] for column in values.T]
+    return np.array(
+        [
+            np.bincount(own.astype(np.int64)).argmax() if isinstance(kind, Classes) else own.mean()
+            for own, kind in zip(known, types, strict=True)
+        ],
+        np.float64,
+    )
+
+
+def _trees(x: Floats, values: Floats, types: Sequence[TargetType]) -> Floats:
+    """Return [n, T] predictions of the last n rows of ``x`` by trees fitted to the first ones and their values."""
+    found = np.empty((len(x) - len(values), len(types)))
+    for place, kind in enumerate(types):
+        known = np.flatnonzero(~np.isnan(values[:, place]))
+        own = values[known, place]
+        if isinstance(kind, Classes):
+            y = np.eye(len(kind.labels))[own.astype(np.int64)]
+        else:
+            y = (np.log(own) if isinstance(kind, Log) else own)[:, None]
+        model = fit_models(x[known], y, np.arange(len(known)), members=("boosted_trees",))["boosted_trees"]
+        raw = model.predict(x[len(values) :])
+        found[:, place] = raw.argmax(axis=1) if isinstance(kind, Classes) else raw[:, 0]
+        if isinstance(kind, Log):
+            found[:, place] = np.exp(found[:, place])
+    return found
+
+
+def _of_target(predicted: Mapping[str, Floats], true: Floats, kind: TargetType) -> dict[str, Any]:
+    known = ~np.isnan(true)
+    off = np.stack([values[known] - true[known] for values in predicted.values()])
+    errors = (off != 0).astype(np.float64) if isinstance(kind, Classes) else np.abs(off)
+    means = errors.mean(axis=1)
+    low = high = np.full(2 * len(means), np.nan)
+    if known.sum() > 1:
+        low, high, _ = bootstrap(errors, RESAMPLES, 0)
+    ends = [None if np.isnan(a) else [float(a), float(b)] for a, b in zip(low, high, strict=True)]
+    found: dict[str, Any] = {"measure": "error_rate" if isinstance(kind, Classes) else "mae"}
+    found["crystals"] = int(known.sum())
+    for place, name in enumerate(predicted):
+        found[name] = {"error": float(means[place]), "interval": ends[place]}
+        if place:
+            found[name] |= {
+                "difference": float(means[place] - means[0]),
+                "difference_interval": ends[len(means) + place],
+            }
+    return found
+
+
+def flat_metrics(baselines: Baselines, targets: Sequence[str]) -> dict[str, float]:
+    """Return the errors as metrics: ``test_trees/mae`` of one target, ``test_trees/mae/NAME`` of several."""
+    return {
+        f"test_{name}/{found['measure']}{f'/{target}' if len(targets) > 1 else ''}": found[name]["error"]
+        for target, found in baselines.items()
+        for name in ("constant", "trees")
+        if name in found
+    }
+
+
+def print_baselines(baselines: Baselines) -> None:
+    """Print a table for each target, of many for the first."""
+    for target, found in islice(baselines.items(), SHOWN):
+        title = f"{target}: {found['crystals']:,} test crystals"
+        print_table(title, baseline_header(found), baseline_rows(found))

@@ -1,0 +1,148 @@
+"""Cross-validation: every crystal is predicted by a model that was trained on other formulas.
+
+Each fold is an ordinary training, of one model or an ensemble, in ``fold_i`` of the run's folder. A last one, on all
+crystals, gives the model that is kept.
+
+Shapes: ``n`` crystals, ``T`` targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crysldnet.artifacts.model_file import load_property_model
+from crysldnet.data.datamodule import CrystalDataModule
+from crysldnet.data.split import Rows
+from crysldnet.errors import ConfigError
+from crysldnet.finetune.baselines import Baselines, Floats, compare, fit_baselines
+from crysldnet.finetune.ensemble import describe, evaluate, formula_parts, train_ensemble, train_member
+from crysldnet.finetune.settings import FinetuneConfig, make_data, make_encoder
+from crysldnet.finetune.training import Predictions
+from crysldnet.models.predictor import TargetModel
+from crysldnet.training.metrics import TargetMetrics
+
+
+@dataclass(frozen=True)
+class OutOfFold:
+    """How the models of all folds did on the crystals that they weren't trained on.
+
+    Attributes:
+        predictions: of every crystal.
+        fold: of every crystal, by its row.
+        scores: of each fold, ``test/mae`` … and ``test_crystals``.
+        metrics: the same of all crystals together.
+        compared: the errors with their intervals, beside those of baselines that were fitted to the same crystals.
+    """
+
+    predictions: Predictions
+    fold: dict[int, int]
+    scores: list[dict[str, float]]
+    metrics: dict[str, float]
+    compared: Baselines
+
+
+def divide(data: CrystalDataModule, config: FinetuneConfig) -> tuple[list[Rows], Rows]:
+    """Return the rows of each fold, and those of the training on all; none of the latter is for the test.
+
+    All crystals of a reduced formula are in one fold. What isn't tested is divided in the same way into training and
+    validation, by the shares of ``data.split.fractions``.
+
+    Raises:
+        ConfigError: there are fewer formulas than folds, or ``data.exclude`` is set.
+    """
+    if data.exclude:
+        raise ConfigError(
+            "folds: data.exclude keeps crystals out of training, but in a cross-validation each one is trained on and "
+            "tested; leave one of both out",
+            "folds",
+        )
+    pool = np.unique(np.concatenate([*data.rows.values(), data.calibration_rows]))
+    part = formula_parts(data, pool, config.folds, [config.seed, 4], "folds")
+    folds = [_with_validation(data, pool[part != i], config) | {"test": pool[part == i]} for i in range(config.folds)]
+    return folds, _with_validation(data, pool, config)
+
+
+def _with_validation(data: CrystalDataModule, rows: NDArray[np.int64], config: FinetuneConfig) -> Rows:
+    train, val, _ = data.split.fractions
+    nothing = np.empty(0, np.int64)
+    if not val:
+        return {"train": rows, "val": nothing, "test": nothing}
+    part = formula_parts(data, rows, max(2, round((train + val) / val)), [config.seed, 5], "folds")
+    return {"train": rows[part != 0], "val": rows[part == 0], "test": nothing}
+
+
+def cross_validate(
+    config: FinetuneConfig,
+    values: dict[str, Any],
+    folder: Path,
+    name: str,
+    data: CrystalDataModule,
+    folds: Sequence[Rows],
+    device: str,
+) -> OutOfFold:
+    """Train the folds that aren't there yet, one after another, and predict the crystals that each left out.
+
+    Args:
+        config: the settings.
+        values: the same as plain values.
+        folder: fold i is kept in its ``fold_i``.
+        name: of the run, for loggers.
+        data: the crystals.
+        folds: the rows of each, as :func:`divide` gives them.
+        device: to predict on.
+    """
+    predictions: Predictions = {}
+    fold_of: dict[int, int] = {}
+    scores: list[dict[str, float]] = []
+    others: list[dict[str, Floats]] = []
+    whole: TargetMetrics | None = None
+    for i, rows in enumerate(folds):
+        models = _train_fold(config, values, folder / f"fold_{i}", data, rows, f"{name}-fold_{i}", device)
+        types, test = models[0].types, rows["test"]
+        own = TargetMetrics(data.targets, types, sync_on_compute=False).to(device)
+        whole = whole or TargetMetrics(data.targets, types, sync_on_compute=False).to(device)
+        found = evaluate(models, data, test, [own, whole])
+        predictions |= found
+        fold_of |= dict.fromkeys(found, i)
+        scores.append({"test_crystals": len(test), **_as_test(own)})
+        describe(f"fold {i + 1} of {len(folds)}", scores[-1])
+        if config.baselines:
+            total = config.head.get("readout") == "sum"
+            others.append(fit_baselines(data, types, config.fitted_rows(rows), test, total=total))
+    assert whole is not None
+    tested = np.concatenate([rows["test"] for rows in folds])
+    joined = {key: np.concatenate([own[key] for own in others]) for key in (others[0] if others else ())}
+    model = np.array([[of_target[0] for of_target in predictions[row]] for row in tested.tolist()])
+    compared = compare({"model": model, **joined}, data, types, tested)
+    return OutOfFold(dict(sorted(predictions.items())), fold_of, scores, _as_test(whole), compared)
+
+
+def _train_fold(
+    config: FinetuneConfig,
+    values: dict[str, Any],
+    path: Path,
+    data: CrystalDataModule,
+    rows: Rows,
+    name: str,
+    device: str,
+) -> list[TargetModel]:
+    """Train a fold's model or ensemble, unless it is there already, and load it."""
+    if config.ensemble > 1:
+        own = make_data(config, make_encoder(config)[0], store=data.store, rows=rows)
+        train_ensemble(config, values, path, name, own)
+        paths = [path / f"member_{i}" for i in range(config.ensemble)]
+    else:
+        train_member(config, values, path, data, rows, name)
+        paths = [path]
+    return [load_property_model(each)[0].to(device) for each in paths]
+
+
+def _as_test(scores: TargetMetrics) -> dict[str, float]:
+    found = {k: v for k, v in scores.compute().items() if k != "nll" and not k.startswith("normalised")}
+    return {f"test/{name}": float(value) for name, value in found.items()}

@@ -1,0 +1,335 @@
+"""Fit models on tables of features, alone or beside networks, and the weights by which they predict together.
+
+Training and validation crystals serve together. What is reported on validation are out-of-fold predictions, made by
+members and weights that weren't fitted to crystals of the same formula. They calibrate the model too, unless
+``data.calibration_fraction`` keeps crystals apart for that.
+
+Shapes: ``n`` crystals of training and validation, ``T`` targets.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.loggers import Logger
+from numpy.typing import NDArray
+
+from crysldnet.artifacts import model_file
+from crysldnet.artifacts.provenance import encoder_file, seen_crystals
+from crysldnet.build import TARGET, build
+from crysldnet.console import note, print_table
+from crysldnet.data.datamodule import CrystalDataModule
+from crysldnet.data.formulas import formulas_of
+from crysldnet.descriptors import stacked
+from crysldnet.descriptors.composition import amounts_of
+from crysldnet.encoders.elements import ElementProperties
+from crysldnet.errors import ConfigError, DataError
+from crysldnet.finetune.networks import Networks, train_networks
+from crysldnet.finetune.settings import (
+    TrainingConfig,
+    class_entropies,
+    make_data,
+    make_descriptors,
+    make_encoder,
+    make_types,
+)
+from crysldnet.finetune.training import Finetuned, Predictions, describe_model, rows_of
+from crysldnet.models.hybrid import NETWORK, HybridModel, TabularPart, estimate_of, outputs_of
+from crysldnet.models.predictor import Prediction
+from crysldnet.models.references import fit_references
+from crysldnet.models.target import Classes, Estimate
+from crysldnet.tabular.projection import fit_projection
+from crysldnet.tabular.stack import FittedStack, fit_stack
+from crysldnet.training.calibrate import HeldOut, batches, errors_of, held_out_errors, learn
+from crysldnet.training.loggers import MetricsFile
+from crysldnet.training.metrics import TargetMetrics
+from crysldnet.training.trainer import TrainerSettings
+
+WORTH_IT = 0.01
+"""Relative gain for which recipe=auto keeps networks, which take longer to predict."""
+FEWEST = 10
+"""Crystals with a value, of which folds can be made."""
+TITLES = {
+    NETWORK: "networks",
+    "extra_trees": "extremely randomized trees",
+    "boosted_trees": "boosted trees",
+    "kernel_ridge": "kernel ridge",
+}
+
+
+def check_recipe(config: TrainingConfig) -> None:
+    """Refuse what models on tables can't do.
+
+    Raises:
+        ConfigError: several processes, or a head that sums over atoms.
+    """
+    if config.recipe in ("network", "auto"):
+        return
+    settings: TrainerSettings = build(config.trainer, "trainer")
+    if settings.world_size > 1:
+        raise ConfigError(f"recipe={config.recipe} works in one process; set trainer.devices=1", "trainer.devices")
+    if config.target_per:
+        raise ConfigError(
+            f"recipe={config.recipe} learns values as they stand; target_per needs recipe=network", "recipe"
+        )
+    if config.head.get("readout") == "sum":
+        raise ConfigError(
+            f"recipe={config.recipe} predicts properties that don't grow with the cell; choose another head than sum, "
+            "or recipe=network",
+            "head",
+        )
+
+
+@dataclass(frozen=True)
+class OutOfFold:
+    """Predictions of the n crystals by what wasn't fitted to their formulas.
+
+    Attributes:
+        predicted: of all targets, NaN where a value isn't known.
+        members: of each target, by name: its weight and its error (MAE, of classes the share that is wrong).
+    """
+
+    predicted: Prediction
+    members: dict[str, dict[str, dict[str, float]]]
+
+
+def train_hybrid(
+    config: TrainingConfig,
+    values: dict[str, Any],
+    folder: Path,
+    data: CrystalDataModule | None = None,
+    loggers: list[Logger] | None = None,
+) -> Finetuned:
+    """Fit a hybrid, evaluate it, and write ``model.safetensors`` into the folder; arguments as those of ``train``."""
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    check_recipe(config)
+    settings: TrainerSettings = build(config.trainer, "trainer")
+    device = torch.device("cuda" if settings.resolve_accelerator() == "gpu" else "cpu")
+    encoder, encoder_config, provenance = make_encoder(config)
+    embeds = encoder_file(config.pretrained) is not None
+    if not embeds and config.recipe == "frozen":
+        encoder = ElementProperties()
+        encoder_config = {TARGET: f"{ElementProperties.__module__}.{ElementProperties.__name__}"}
+    values = {**values, "encoder": encoder_config}
+    if data is None:
+        data = make_data(config, encoder)
+    data = _pooled(config, encoder, data)
+    types = make_types(config, data)
+    note(f"finetune: {len(data.rows['train']):,} crystals of {data.store.name}, recipe={config.recipe}")
+    for reason, count in data.left_out.items():
+        note(f"{count:,} crystals left out: {reason}")
+    networks = Networks([], [])
+    if config.recipe != "frozen":
+        networks = train_networks(config, values, folder, data, device)
+    if not embeds and networks.models:
+        encoder = deepcopy(networks.models[0].encoder)
+    model = HybridModel(
+        encoder=encoder,
+        networks=networks.models,
+        targets=data.targets,
+        units=data.units,
+        types=types,
+        referenced=config.element_references,
+        descriptors=make_descriptors(data),
+    )
+    model.fit_scale(data.train_targets())
+    model.to(device).eval()
+    found = _fit(model, data, networks, embeds=embeds, may_drop=config.recipe == "auto", seed=config.seed)
+    entropies = class_entropies(types, data)
+    metrics = _scores(model, found.predicted, data.train_targets(), entropies, "val")
+    predictions: Predictions = {}
+    if len(data.rows["test"]):
+        predicted, predictions = _predict_test(model, data)
+        assert data.target_values is not None
+        metrics |= _scores(model, predicted, data.target_values[data.rows["test"]], entropies, "test")
+    info = describe_model(model, data, config, values, provenance)
+    info |= {"metrics": metrics, "blend": found.members}
+    _export(model, info, config, data, found, folder)
+    for logger in [MetricsFile(folder / "metrics.csv"), *(loggers or [])]:
+        logger.log_metrics({**metrics, "epoch": 0}, 0)
+    _print_members(found.members)
+    return Finetuned(model.cpu(), info, metrics, data, predictions)
+
+
+def _pooled(config: TrainingConfig, encoder: Any, data: CrystalDataModule) -> CrystalDataModule:
+    """Return the same crystals with those of training and validation together."""
+    data.setup()
+    pool = np.sort(np.concatenate([data.rows["train"], data.rows["val"]]))
+    rows = {"train": pool, "val": np.empty(0, np.int64), "test": data.rows["test"]}
+    own = make_data(config, encoder, store=data.store, rows=rows)
+    own.left_out = data.left_out
+    own.excluded = data.excluded
+    if data.calibration_fraction:
+        own.calibration_rows = data.calibration_rows
+    return own
+
+
+@torch.inference_mode()
+def _fit(
+    model: HybridModel, data: CrystalDataModule, networks: Networks, *, embeds: bool, may_drop: bool, seed: int
+) -> OutOfFold:
+    """Fit the tabular part of a model to the crystals, and return what all members predict of them out of fold."""
+    rows = data.rows["train"]
+    read = [model.read(batch) for _, batch in batches(model, data, rows)]
+    descriptors = stacked([part for part, _ in read])
+    embedding = np.concatenate([part for _, part in read]) if embeds else None
+    part = TabularPart(descriptors.names, None if embedding is None else fit_projection(embedding), [])
+    x = part.features(descriptors, embedding)
+    groups = np.unique(formulas_of(data.store.crystals, rows), return_inverse=True)[1]
+    rows_known: list[NDArray[np.int64]] = []
+    fits: list[FittedStack] = []
+    for place, target in enumerate(data.targets):
+        true = data.train_targets()[:, place]
+        known = np.flatnonzero(~np.isnan(true))
+        if len(known) < FEWEST or len(np.unique(groups[known])) < 2:
+            raise DataError(
+                f"{data.store.name}: {len(known)} crystals of {len(np.unique(groups[known]))} formulas have a value of "
+                f"{target!r}; models on tables need {FEWEST} of two formulas, so use recipe=network"
+            )
+        others = {NETWORK: networks.out_of_fold[place][known]} if networks.models else {}
+        rows_known.append(known)
+        fits.append(_fit_target(model, data, place, x, groups, known, others, seed))
+    if networks.models and may_drop:
+        fits = _drop_networks_that_add_nothing(model, fits)
+    model.tabular = replace(part, stacks=[fitted.stack for fitted in fits])
+    return _out_of_fold(model, data, rows_known, fits)
+
+
+def _drop_networks_that_add_nothing(model: HybridModel, fits: list[FittedStack]) -> list[FittedStack]:
+    """Take the networks out of the model and the stacks unless they lower the error out of fold."""
+    alone = [fitted.without(NETWORK) for fitted in fits]
+    with_them, without = (float(np.mean([fitted.error for fitted in own])) for own in (fits, alone))
+    gain = 1 - with_them / without
+    kept = gain >= WORTH_IT
+    note(f"networks change the error out of fold by {-100 * gain:+.1f} % and are {'kept' if kept else 'left out'}")
+    if not kept:
+        model.networks = torch.nn.ModuleList()
+    return fits if kept else alone
+
+
+def _out_of_fold(
+    model: HybridModel, data: CrystalDataModule, known: list[NDArray[np.int64]], fits: list[FittedStack]
+) -> OutOfFold:
+    estimates: list[Estimate] = []
+    members: dict[str, dict[str, dict[str, float]]] = {}
+    true = data.train_targets()
+    for place, (kind, rows, fitted) in enumerate(zip(model.types, known, fits, strict=True)):
+        estimates.append(_spread_out(len(true), rows, estimate_of(kind, fitted.value, fitted.spread)))
+        members[data.targets[place]] = {
+            name: {
+                "weight": fitted.stack.weights[name],
+                "error": _error(estimate_of(kind, own, own), true[rows, place]),
+            }
+            for name, own in fitted.members.items()
+        }
+    return OutOfFold(Prediction.of(estimates), members)
+
+
+def _fit_target(
+    model: HybridModel,
+    data: CrystalDataModule,
+    place: int,
+    x: NDArray[np.float64],
+    groups: NDArray[np.int64],
+    known: NDArray[np.int64],
+    others: dict[str, NDArray[np.float64]],
+    seed: int,
+) -> FittedStack:
+    kind = model.types[place]
+    y = outputs_of(kind, data.train_targets()[known, place])
+    baseline = None
+    if data.targets[place] in model.referenced:
+        crystals = data.store.crystals.take(data.rows["train"][known])
+        amounts = amounts_of(crystals)
+        fractions = amounts / amounts.sum(axis=1, keepdims=True)
+
+        def baseline(fitted: NDArray[np.int64]) -> NDArray[np.float64]:
+            energies = fit_references(crystals.take(fitted), y[fitted, 0], total=False)
+            return (fractions @ energies.of_element)[:, None]
+
+        whole = fit_references(crystals, y[:, 0], total=False)
+        model.references[place] = torch.from_numpy(whole.of_element)
+    absolute = not isinstance(kind, Classes)
+    return fit_stack(x[known], y, groups[known], others=others, baseline=baseline, absolute=absolute, seed=seed)
+
+
+def _spread_out(n: int, known: NDArray[np.int64], estimate: Estimate) -> Estimate:
+    """Return the estimates of known crystals among all n, NaN for the others."""
+
+    def whole(part: torch.Tensor | None) -> torch.Tensor | None:
+        if part is None:
+            return None
+        full = part.new_full((n, *part.shape[1:]), torch.nan)
+        full[torch.from_numpy(known)] = part
+        return full
+
+    return Estimate(*map(whole, estimate))  # type: ignore[arg-type]
+
+
+def _error(estimate: Estimate, true: NDArray[np.float64]) -> float:
+    """Return the MAE, or the share of wrong classes."""
+    value = estimate.value.numpy()
+    return float((value != true).mean() if estimate.probability is not None else np.abs(value - true).mean())
+
+
+def _scores(
+    model: HybridModel, predicted: Prediction, true: NDArray[np.float64], entropies: list[float], split: str
+) -> dict[str, float]:
+    scores = TargetMetrics(model.targets, model.types, entropies, sync_on_compute=False)
+    wanted = torch.from_numpy(true).float()
+    own = Prediction(*(None if part is None else part.float() for part in predicted))  # type: ignore[arg-type]
+    scores.update(own, wanted, torch.zeros_like(wanted), model.std.cpu())
+    kept = {name: value for name, value in scores.compute().items() if name != "nll"}
+    return {
+        f"{split}/{name}": float(value)
+        for name, value in kept.items()
+        if split == "val" or not name.startswith("normalised")
+    }
+
+
+@torch.inference_mode()
+def _predict_test(model: HybridModel, data: CrystalDataModule) -> tuple[Prediction, Predictions]:
+    parts: list[Prediction] = []
+    predictions: Predictions = {}
+    for rows, batch in batches(model, data, data.rows["test"]):
+        predicted = Prediction(*(None if part is None else part.cpu() for part in model.predict(batch)))  # type: ignore[arg-type]
+        parts.append(predicted)
+        predictions |= rows_of(rows, predicted)
+    columns = zip(*parts, strict=True)
+    whole = Prediction(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+    return whole, dict(sorted(predictions.items()))
+
+
+def _export(
+    model: HybridModel,
+    info: dict[str, Any],
+    config: TrainingConfig,
+    data: CrystalDataModule,
+    found: OutOfFold,
+    folder: Path,
+) -> None:
+    """Write the model with what is known of its errors; add to ``info`` what describes its parts."""
+    held_out: HeldOut
+    if len(data.calibration_rows):
+        held_out = held_out_errors([model], data, data.calibration_rows)
+    else:
+        value, std, _ = found.predicted
+        held_out = errors_of(model.types, value.numpy(), None if std is None else std.numpy(), data.train_targets())
+    known, info["calibration"] = learn(model, data, held_out, folder / "plots")
+    tensors, plain = model.tabular.to_file()
+    info |= {"recipe": "hybrid" if len(model.networks) else "frozen", "networks": len(model.networks), "tabular": plain}
+    state = {**model.state_dict(), **{f"{model_file.TABULAR}{name}": tensor for name, tensor in tensors.items()}}
+    seen = seen_crystals(config.pretrained, data.store, data.rows["train"])
+    model_file.write(folder / "model.safetensors", "property_model", {**state, **known.tensors()}, info, seen)
+
+
+def _print_members(members: dict[str, dict[str, dict[str, float]]]) -> None:
+    for target, own in members.items():
+        rows = [[TITLES[name], f"{of['weight']:.2f}", f"{of['error']:.4g}"] for name, of in own.items()]
+        print_table(f"Members, {target}", ["", "weight", "error out of fold"], rows)

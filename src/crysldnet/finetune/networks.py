@@ -1,0 +1,87 @@
+"""The networks of a hybrid: each is trained without another fold of the crystals, and predicts that one.
+
+No network chooses its epoch: the fold that it didn't see shall judge it, so the weights of the last epoch are taken.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from crysldnet.artifacts.model_file import load_property_model
+from crysldnet.console import note
+from crysldnet.data.datamodule import CrystalDataModule
+from crysldnet.data.formulas import formulas_of
+from crysldnet.finetune.settings import TrainingConfig, member_seed
+from crysldnet.finetune.training import train_network, train_part
+from crysldnet.models.head import PropertyModel
+from crysldnet.models.hybrid import predicted_outputs
+from crysldnet.models.predictor import TargetModel
+from crysldnet.tabular.blend import group_folds
+from crysldnet.training.calibrate import batches
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Trained networks.
+
+    Attributes:
+        models: one for each fold.
+        out_of_fold: of each target [n, C], the outputs that each crystal's fold was predicted to have.
+    """
+
+    models: list[PropertyModel]
+    out_of_fold: list[NDArray[np.float64]]
+
+
+def train_networks(
+    config: TrainingConfig, values: dict[str, Any], folder: Path, data: CrystalDataModule, device: torch.device
+) -> Networks:
+    """Train the networks that aren't there yet, one after another.
+
+    Args:
+        config: the settings; the networks share ``min_steps``.
+        values: the same as plain values.
+        folder: of the run; network i is kept in its ``network_i``.
+        data: its training rows are the n crystals.
+        device: to predict on.
+    """
+    rows = data.rows["train"]
+    groups = np.unique(formulas_of(data.store.crystals, rows), return_inverse=True)[1]
+    count = min(config.networks, len(np.unique(groups)))
+    folds = group_folds(groups, count, seed=config.seed)
+    none = np.empty(0, np.int64)
+    models: list[PropertyModel] = []
+    parts: list[list[NDArray[np.float64]]] = []
+    for i in range(count):
+        began = time.monotonic()
+        path, seed = folder / f"network_{i}", member_seed(config.seed, i)
+        own = replace(config, recipe="network", seed=seed, min_steps=-(-config.min_steps // count))
+        if not (path / "model.safetensors").exists():
+            changed = {"recipe": "network", "seed": seed, "min_steps": own.min_steps}
+            parts_of = {"train": rows[folds != i], "val": none, "test": none}
+            train_part(train_network, own, {**values, **changed}, path, data, parts_of, f"{folder.name}-network_{i}")
+        model = load_property_model(path)[0].to(device)
+        assert isinstance(model, PropertyModel)
+        models.append(model)
+        parts.append(_outputs(model, data, rows[folds == i]))
+        took = time.monotonic() - began
+        left = f"; about {(count - i - 1) * took / 60:.1f} minutes for the others" if i + 1 < count else ""
+        note(f"network {i + 1} of {count}: {took:.0f} s{left}")
+    order = np.argsort(np.concatenate([np.flatnonzero(folds == i) for i in range(count)]))
+    return Networks(models, [np.concatenate(each)[order] for each in zip(*parts, strict=True)])
+
+
+@torch.inference_mode()
+def _outputs(model: TargetModel, data: CrystalDataModule, rows: NDArray[np.int64]) -> list[NDArray[np.float64]]:
+    found = [model.predict(batch) for _, batch in batches(model, data, rows)]
+    return [
+        np.concatenate([predicted_outputs(kind, predicted, place) for predicted in found])
+        for place, kind in enumerate(model.types)
+    ]

@@ -1,0 +1,1 @@
+"""Crystals, their neighbor lists and graphs, and batches of them."""

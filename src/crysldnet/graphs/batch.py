@@ -1,0 +1,207 @@
+"""The one typed batch that travels through everything.
+
+Shapes: ``B`` crystals, ``N`` atoms, ``E`` directed edges, ``M`` distances an atom, ``T`` targets, ``K`` descriptors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from crysldnet.graphs.corruption import Undo
+from crysldnet.graphs.crystals import Crystals
+from crysldnet.graphs.spec import GraphSpec
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
+
+
+@dataclass
+class CorruptionTargets:
+    """What the objective has to undo; see :class:`crysldnet.graphs.corruption.Undo`."""
+
+    numbers: Tensor
+    """[N] true atomic numbers."""
+    masked: Tensor
+    """[N] bool."""
+    displacement: Tensor
+    """[N, 3] Å."""
+    strain: Tensor
+    """[B, 3, 3]."""
+    levels: Tensor
+    """[B, 2] standard deviations of displacement (Å) and strain."""
+
+
+@dataclass
+class CrystalBatch:
+    """Crystals as one graph of B components.
+
+    ``edge_index`` follows PyG: row 0 is the source, row 1 the target; edges are sorted by target.
+    """
+
+    lattice: Tensor
+    """[B, 3, 3] rows are lattice vectors in Å."""
+    numbers: Tensor
+    """[N] atomic numbers, 0 where masked."""
+    positions: Tensor
+    """[N, 3] Cartesian coordinates in Å."""
+    crystal: Tensor
+    """[N] the crystal of each atom."""
+    sizes: Tensor
+    """[B] atoms of each crystal."""
+    edge_index: Tensor
+    """[2, E]."""
+    edge_vec: Tensor
+    """[E, 3] displacement from source to target in Å."""
+    distances: Tensor
+    """[N, M] nearest distances of each atom in Å, ascending."""
+    cut: Tensor
+    """[N] distance in Å up to which each atom's own neighbors are kept: its k-th with the tolerance, or the radius."""
+    rows: Tensor
+    """[B] row of each crystal in its store."""
+    largest: int
+    """Atoms of the largest crystal, known without asking the device."""
+    targets: Tensor | None = None
+    """[B, T] in physical units, NaN where unknown."""
+    descriptors: Tensor | None = None
+    """[B, K] further inputs of the head, in physical units."""
+    undo: CorruptionTargets | None = None
+    frame: Tensor | None = None
+    """[B, 3, 3] right-handed frame of three short lattice vectors in Å, where the graph asks for it."""
+    pairs: Tensor | None = None
+    """[2, P] source and target of every ordered pair of a crystal's atoms, where the graph asks for potentials."""
+    potential: Tensor | None = None
+    """[P] lattice sum of each pair's potential."""
+    representative: Tensor | None = None
+    """[N] the atom of the asymmetric unit that stands for each atom, where edges end at those alone."""
+    slots: Tensor | None = None
+    """[R, K] the edges of each atom in rows of K, E where a slot is empty, where the graph asks for slots."""
+    slot_atom: Tensor | None = None
+    """[R] the atom of each row, ascending."""
+    clean: CrystalBatch | None = None
+    """The same crystals before they were corrupted, atoms in the same order, where they are asked for."""
+
+    @property
+    def num_crystals(self) -> int:
+        """B."""
+        return len(self.sizes)
+
+    @property
+    def num_atoms(self) -> int:
+        """N."""
+        return len(self.numbers)
+
+    def _apply(self, function: Callable[[Tensor], Tensor]) -> CrystalBatch:
+        changed: dict[str, Tensor | CorruptionTargets | CrystalBatch] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = function(value)
+            elif isinstance(value, CorruptionTargets):
+                changed[field.name] = CorruptionTargets(**{k: function(v) for k, v in vars(value).items()})
+            elif isinstance(value, CrystalBatch):
+                changed[field.name] = value._apply(function)
+        return replace(self, **changed)  # type: ignore[arg-type]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> CrystalBatch:
+        """Copy to a device."""
+        return self._apply(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> CrystalBatch:
+        """Copy to page-locked memory."""
+        return self._apply(lambda tensor: tensor.pin_memory())
+
+    def double(self) -> CrystalBatch:
+        """Copy with all real values in float64."""
+        return self._apply(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+
+    def to_crystals(self) -> Crystals:
+        """Return the crystals, atoms at the positions that they have in the batch."""
+        lattice = self.lattice.detach().double().cpu().numpy()
+        crystal, sizes = self.crystal.cpu().numpy(), self.sizes.cpu().numpy()
+        inverse = np.linalg.inv(lattice)[crystal]
+        inside = np.einsum("ni,nij->nj", self.positions.detach().double().cpu().numpy(), inverse)
+        ptr = np.concatenate([[0], np.cumsum(sizes)])
+        return Crystals(lattice, ptr, self.numbers.cpu().numpy().astype(np.uint8), inside.astype(np.float32))
+
+    def to_pyg(self) -> Data:
+        """Return a PyG ``Data`` with ``z``, ``pos``, ``batch``, ``edge_index``, ``edge_vec``, ``cell`` and ``y``."""
+        from torch_geometric.data import Data
+
+        return Data(
+            z=self.numbers,
+            pos=self.positions,
+            batch=self.crystal,
+            edge_index=self.edge_index,
+            edge_vec=self.edge_vec,
+            cell=self.lattice,
+            y=self.targets,
+        )
+
+
+def make_batch(
+    crystals: Crystals,
+    graph: GraphSpec,
+    *,
+    rows: NDArray[np.int64] | None = None,
+    targets: NDArray[np.float64] | None = None,
+    descriptors: NDArray[np.float64] | None = None,
+    undo: Undo | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> CrystalBatch:
+    """Build the graph of some crystals.
+
+    Args:
+        crystals: B crystals.
+        graph: the graph that the encoder needs.
+        rows: [B] where they stand in their store; 0 … B − 1 by default.
+        targets: [B, T] in physical units, NaN where unknown.
+        descriptors: [B, K] in physical units.
+        undo: what :meth:`Corruption.apply` did to them.
+        dtype: of all real values but the targets, which stay in float32.
+    """
+    built = graph.build(crystals)
+    edges = built.neighbors
+
+    def real(array: NDArray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+
+    def whole(array: NDArray[np.int64] | None) -> Tensor | None:
+        return None if array is None else torch.from_numpy(array)
+
+    return CrystalBatch(
+        lattice=real(crystals.lattice),
+        numbers=torch.from_numpy(crystals.numbers.astype(np.int64)),
+        positions=real(crystals.positions),
+        crystal=torch.from_numpy(crystals.crystal),
+        sizes=torch.from_numpy(crystals.sizes),
+        edge_index=torch.from_numpy(np.stack([edges.source, edges.target])),
+        edge_vec=real(edges.vector),
+        distances=real(edges.distances),
+        cut=real(edges.shell),
+        largest=int(crystals.sizes.max(initial=0)),
+        rows=torch.from_numpy(np.arange(len(crystals)) if rows is None else np.asarray(rows, np.int64)),
+        targets=None if targets is None else torch.from_numpy(targets.astype(np.float32)),
+        descriptors=None if descriptors is None else real(descriptors),
+        undo=None
+        if undo is None
+        else CorruptionTargets(
+            torch.from_numpy(undo.numbers),
+            torch.from_numpy(undo.masked),
+            real(undo.displacement),
+            real(undo.strain),
+            real(undo.levels),
+        ),
+        frame=None if built.frame is None else real(built.frame),
+        pairs=whole(built.pairs),
+        potential=None if built.potential is None else real(built.potential),
+        representative=whole(built.representative),
+        slots=whole(built.slots),
+        slot_atom=whole(built.slot_atom),
+    )

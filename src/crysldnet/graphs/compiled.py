@@ -1,0 +1,101 @@
+"""numba's compiler with a cache that may fail: what can't be kept is compiled anew at every start.
+
+Compiling takes seconds, so a function may run in Python while there is little to do: what it returns is the same, bit
+for bit.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache as once
+from multiprocessing import parent_process
+from types import FunctionType
+from typing import Any
+
+import numba
+import numpy as np
+from numba.core.caching import FunctionCache, NullCache
+from numba.core.dispatcher import Dispatcher
+
+
+class _Cache(FunctionCache):
+    """Numba's cache; a damaged entry is as good as none, and one that can't be written is left out."""
+
+    def load_overload(self, *arguments: Any) -> Any:
+        try:
+            return super().load_overload(*arguments)
+        except Exception:  # a damaged pickle raises anything
+            with suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, *arguments: Any) -> None:
+        try:
+            super().save_overload(*arguments)
+        except OSError as error:
+            _say_once(str(error))
+
+
+class _NoCache(NullCache):
+    def save_overload(self, *_arguments: Any) -> None:
+        _say_once("neither the package's folder nor the home folder can be written")
+
+
+@once
+def _say_once(reason: str) -> None:
+    if parent_process() is None:
+        print(  # noqa: T201
+            f"note: compiled code can't be kept ({reason}), so every start takes some seconds more; "
+            "name a folder that you can write to in the environment variable NUMBA_CACHE_DIR",
+            file=sys.stderr,
+        )
+
+
+@once
+def in_python(compiled: Any) -> Callable:
+    """Return the Python code of a compiled function, which calls that of other compiled functions in its turn."""
+    function = compiled.py_func
+    names = dict(function.__globals__)
+    for name in function.__code__.co_names:
+        if isinstance(names.get(name), Dispatcher):
+            names[name] = in_python(names[name])
+    return FunctionType(function.__code__, names, function.__name__)
+
+
+class _CompiledLater:
+    """Runs in Python until it was given ``numbers`` numbers in arrays, compiled from then on."""
+
+    def __init__(self, compiled: Any, numbers: int) -> None:
+        self.compiled, self.py_func, self._left = compiled, compiled.py_func, numbers
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._left > 0:
+            self._left -= sum(value.size for value in arguments if isinstance(value, np.ndarray))
+            if self._left >= 0:
+                with np.errstate(all="ignore"):
+                    return in_python(self.compiled)(*arguments)
+        return self.compiled(*arguments)
+
+
+def njit(*, cache: bool = False, python_up_to: int = 0, **options: Any) -> Callable[[Callable], Any]:
+    """Compile a function as numba does.
+
+    Args:
+        cache: keep the result for later processes where that is possible.
+        python_up_to: numbers in arrays of arguments that are dealt with in Python before it is compiled. A function
+            that compiled ones call can't have it.
+        options: numba's.
+    """
+
+    def compile_(function: Callable) -> Any:
+        compiled = numba.njit(**options)(function)
+        if cache:
+            try:
+                compiled._cache = _Cache(function)  # what numba's own cache=True does
+            except (RuntimeError, OSError):
+                compiled._cache = _NoCache()
+        return _CompiledLater(compiled, python_up_to) if python_up_to else compiled
+
+    return compile_

@@ -1,0 +1,39 @@
+"""What was refused, where that is allowed, and what was normalized on reading."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from crysldnet.errors import DataError
+from crysldnet.readers.issues import Ledger
+from crysldnet.readers.stream import Portion, Refused
+
+OnError = Literal["raise", "report"]
+
+
+class Refusals:
+    """What was refused, where that is allowed, and what was normalized on reading."""
+
+    def __init__(self, on_error: OnError) -> None:
+        if on_error not in get_args(OnError):
+            raise DataError(f"on_error must be one of {', '.join(get_args(OnError))}, not {on_error!r}")
+        self._raise = on_error == "raise"
+        self._ledger = Ledger(strict=False)
+        self.refused: list[Refused] = []
+
+    def take(self, portion: Portion) -> None:
+        """Take the account of a portion.
+
+        Raises:
+            DataError: something was refused, and that isn't allowed.
+        """
+        if portion.refused and self._raise:
+            raise DataError(f"{portion.refused[0].source}: {portion.refused[0].reason}")
+        self.refused += portion.refused
+        for note in portion.notes:
+            self._ledger.note(*note)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was normalized on reading."""
+        return self._ledger.notes

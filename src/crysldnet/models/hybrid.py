@@ -1,0 +1,206 @@
+"""Networks and models on tables of features that predict together.
+
+A tabular model reads descriptors of composition and geometry and, where the encoder was pretrained, the principal
+components of what all its layers say of a crystal. Each target has members of its own and weights between them.
+
+Shapes: ``B`` crystals, ``T`` targets, ``D`` features, ``C`` outputs of a target: one for a number or two classes, else
+one for each class. ``log`` targets are predicted and combined on their logarithms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from crysldnet.descriptors import Features, crystal_descriptors, side_by_side
+from crysldnet.descriptors.composition import amounts_of
+from crysldnet.encoders.protocol import Encoder, features_of_layers
+from crysldnet.errors import DataError
+from crysldnet.graphs.batch import CrystalBatch
+from crysldnet.models.descriptors import Descriptors
+from crysldnet.models.ensemble import combine
+from crysldnet.models.head import PropertyModel
+from crysldnet.models.predictor import Prediction, TargetModel
+from crysldnet.models.readout import mean_and_spread
+from crysldnet.models.target import LARGEST_EXPONENT, Classes, Estimate, Log, TargetType
+from crysldnet.tabular.arrays import from_arrays, to_arrays
+from crysldnet.tabular.projection import Projection
+from crysldnet.tabular.stack import Stack
+
+Floats = NDArray[np.float64]
+NETWORK = "network"
+"""Name of the networks among the members."""
+LEAST_PROBABILITY = 1e-3
+"""Regression trees may give a class none at all, which would make an infinite log loss."""
+
+
+def outputs_of(kind: TargetType, values: NDArray[np.floating]) -> Floats:
+    """Return the outputs [n, C] that stand for true values [n]."""
+    values = np.asarray(values, np.float64)
+    if isinstance(kind, Classes):
+        classes = np.arange(len(kind.labels))[-1:] if kind.kind == "binary" else np.arange(len(kind.labels))
+        return (values[:, None] == classes).astype(np.float64)
+    line = np.asarray(np.log(values) if isinstance(kind, Log) else values, np.float64)
+    return line[:, None]
+
+
+def predicted_outputs(kind: TargetType, predicted: Prediction, place: int) -> Floats:
+    """Return the outputs [B, C] that stand for what a network predicts of the target at a place."""
+    if isinstance(kind, Classes):
+        assert predicted.probability is not None
+        first = 1 if kind.kind == "binary" else 0
+        return predicted.probability[:, place, first : len(kind.labels)].double().cpu().numpy()
+    value = predicted.value[:, place].double().cpu().numpy()
+    return (np.log(np.maximum(value, np.finfo(np.float32).tiny)) if isinstance(kind, Log) else value)[:, None]
+
+
+def estimate_of(kind: TargetType, outputs: Floats, spread: Floats) -> Estimate:
+    """Return the prediction that outputs [B, C] stand for, and their spread [B, C] as standard deviation."""
+    if isinstance(kind, Classes):
+        share = torch.from_numpy(outputs).clamp(LEAST_PROBABILITY, 1.0)
+        if kind.kind == "binary":
+            share = torch.cat([1.0 - share, share], dim=1).clamp_min(LEAST_PROBABILITY)
+        share = share / share.sum(dim=1, keepdim=True)
+        return Estimate(share.argmax(dim=1).double(), None, share)
+    value, std = torch.from_numpy(outputs[:, 0]), torch.from_numpy(spread[:, 0])
+    if isinstance(kind, Log):
+        value = value.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).exp()
+        return Estimate(value, value * std)
+    return Estimate(value.clamp(*kind.bounds), std)
+
+
+@dataclass(frozen=True)
+class TabularPart:
+    """What the tabular members of a model are, beside the modules.
+
+    Attributes:
+        descriptors: names of the columns that are read, in this order.
+        projection: of the embedding, whose components follow the descriptors; None for none.
+        stacks: [T].
+    """
+
+    descriptors: tuple[str, ...]
+    projection: Projection | None
+    stacks: list[Stack]
+
+    def features(self, found: Features, embedding: NDArray[np.floating] | None) -> Floats:
+        """Return [B, D] the columns that are read.
+
+        Raises:
+            DataError: a descriptor isn't known to this version.
+        """
+        place = {name: i for i, name in enumerate(found.names)}
+        if unknown := [name for name in self.descriptors if name not in place]:
+            raise DataError(f"the model reads the descriptor {unknown[0]!r}, which this version of crysldnet lacks")
+        columns = found.values[:, [place[name] for name in self.descriptors]]
+        if self.projection is None or embedding is None:
+            return columns
+        return np.concatenate([columns, self.projection(embedding)], axis=1)
+
+    def to_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what a file keeps: tensors by name, and plain values."""
+        arrays: dict[str, NDArray] = {}
+        plain: dict[str, Any] = {"descriptors": list(self.descriptors), "projection": None, "targets": []}
+        if self.projection is not None:
+            arrays, plain["projection"] = to_arrays(self.projection, "projection.")
+        for place, stack in enumerate(self.stacks):
+            own, values = stack.to_arrays(f"{place}.")
+            arrays |= own
+            plain["targets"].append(values)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}, plain
+
+    @classmethod
+    def from_file(cls, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> TabularPart:
+        """Return what :meth:`to_file` took apart.
+
+        Raises:
+            DataError: something is missing, or doesn't fit together.
+        """
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        try:
+            known = plain["projection"]
+            projection = None if known is None else from_arrays(arrays, known, "projection.")
+            stacks = [Stack.from_arrays(arrays, own, f"{place}.") for place, own in enumerate(plain["targets"])]
+            return cls(tuple(plain["descriptors"]), projection, stacks)  # type: ignore[arg-type]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"its tabular members are damaged ({error}); export it again") from error
+
+
+class HybridModel(TargetModel):
+    """Networks, tabular members, and the weights between them.
+
+    Args:
+        encoder: what embeds crystals for the tabular members, and compares them with the training set.
+        networks: finetuned models that predict together as one member; none for tabular members alone.
+        targets, units, types: as of every model.
+        referenced: targets that tabular members learn relative to energies of the elements.
+        descriptors: numbers of a crystal that are read beside its structure; None for none.
+
+    Attributes:
+        references: [T, 119] energies of the elements, 0 for other targets.
+        tabular: the tabular members; set once they are fitted.
+    """
+
+    references: Tensor
+    tabular: TabularPart
+
+    def __init__(
+        self,
+        *,
+        encoder: Encoder,
+        networks: Sequence[PropertyModel],
+        targets: list[str],
+        units: list[str],
+        types: Sequence[TargetType],
+        referenced: Sequence[str] = (),
+        descriptors: Descriptors | None = None,
+    ) -> None:
+        super().__init__(encoder, targets, units, types, descriptors)
+        self.networks = nn.ModuleList(networks)
+        self.referenced = list(referenced)
+        self.register_buffer("std", torch.ones(len(targets)))
+        self.register_buffer("references", torch.zeros(len(targets), 119, dtype=torch.float64))
+
+    def read(self, batch: CrystalBatch) -> tuple[Features, NDArray[np.float32]]:
+        """Return descriptors, and the features of all layers pooled over each crystal, [B, 2 · layers · width]."""
+        layers = features_of_layers(self.encoder, batch)
+        pooled = mean_and_spread(layers, batch.crystal, batch.num_crystals)
+        found = crystal_descriptors(batch.to_crystals())
+        if self.descriptors is not None:
+            own = self.descriptors(batch).double().cpu().numpy()
+            found = side_by_side([found, Features(tuple(f"column {name}" for name in self.descriptors.names), own)])
+        return found, pooled.float().cpu().numpy()
+
+    def predict(self, batch: CrystalBatch) -> Prediction:
+        """Return values, their spread between the members, and probabilities where there are classes."""
+        found, embedding = self.read(batch)
+        x = self.tabular.features(found, embedding)
+        amounts = amounts_of(batch.to_crystals())
+        baseline = amounts / amounts.sum(axis=1, keepdims=True) @ self.references.cpu().numpy().T
+        network = self.predict_networks(batch) if len(self.networks) else None
+        estimates = []
+        for place, (kind, stack) in enumerate(zip(self.types, self.tabular.stacks, strict=True)):
+            members = {} if network is None else {NETWORK: predicted_outputs(kind, network, place)}
+            members |= {name: own + baseline[:, [place]] for name, own in stack.predict(x).items()}
+            estimates.append(estimate_of(kind, *stack.combine(members)))
+        whole = Prediction.of(estimates)
+        return Prediction(*(None if part is None else part.float().to(batch.positions.device) for part in whole))  # type: ignore[arg-type]
+
+    def predict_networks(self, batch: CrystalBatch) -> Prediction:
+        """Return what the networks alone predict together."""
+        each = [network.predict(batch) for network in self.networks]  # type: ignore[operator]
+        return combine(each, self.types) if len(each) > 1 else each[0]
+
+    def fit_scale(self, values: Floats) -> None:
+        """Set the standard deviations of the targets from training values [n, T], NaN where unknown."""
+        for place, kind in enumerate(self.types):
+            known = values[~np.isnan(values[:, place]), place]
+            spread = float(outputs_of(kind, known).std()) if not isinstance(kind, Classes) else 1.0
+            self.std[place] = spread if spread > 0 and math.isfinite(spread) else 1.0

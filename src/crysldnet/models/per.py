@@ -1,0 +1,62 @@
+"""Targets that are learned per area, per volume or per formula unit, and predicted as they stand in the data.
+
+A value of an atom (its unit ends in ``/atom``) times the atoms of the cell, or a value of the cell, is divided by what
+the cell has of the basis. Predictions are turned back in the same way, so nothing is lost.
+
+Shapes: ``B`` crystals, ``T`` targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crysldnet.data.formulas import formulas_of
+from crysldnet.descriptors.cell import VACUUM, slabs_of
+from crysldnet.descriptors.composition import amounts_of
+from crysldnet.errors import DataError
+from crysldnet.graphs.crystals import Crystals
+
+Per = Literal["area", "volume", "formula_unit"]
+
+
+def bulk_of(crystals: Crystals) -> NDArray[np.bool_]:
+    """Return [B] which crystals have no vacuum, and so no area."""
+    return ~slabs_of(crystals).is_slab
+
+
+def no_area(name: str) -> str:
+    """Return why a crystal can't be used for a value per area."""
+    return f"{name} has no gap of over {VACUUM:g} Å between planes of atoms: no slab, so it has no area (target_per)"
+
+
+def _basis(per: Per, crystals: Crystals) -> NDArray[np.float64]:
+    """Return [B] the area in Å², the volume in Å³, or the number of formula units of each cell."""
+    if per == "volume":
+        return np.abs(np.linalg.det(crystals.lattice))
+    if per == "formula_unit":
+        return np.gcd.reduce(amounts_of(crystals).astype(np.int64), axis=1).astype(np.float64)
+    slabs = slabs_of(crystals)
+    if not slabs.is_slab.all():
+        first = np.flatnonzero(~slabs.is_slab)[:1]
+        raise DataError(no_area(formulas_of(crystals, first)[0]))
+    return slabs.area * crystals.sizes
+
+
+def factors_of(
+    per: Mapping[str, Per], targets: Sequence[str], units: Sequence[str], crystals: Crystals
+) -> NDArray[np.float64]:
+    """Return [B, T] what values are multiplied by to be learned, 1 for targets that are learned as they are.
+
+    Raises:
+        DataError: a crystal has no area, where that is asked for.
+    """
+    bases = {kind: _basis(kind, crystals) for kind in dict.fromkeys(per[name] for name in targets if name in per)}
+    found = np.ones((len(crystals), len(targets)))
+    for place, (name, unit) in enumerate(zip(targets, units, strict=True)):
+        if name in per:
+            found[:, place] = (crystals.sizes if unit.endswith("/atom") else 1.0) / bases[per[name]]
+    return found

@@ -1,0 +1,89 @@
+"""What every model of properties offers: an encoder, targets of some kinds, and predictions in physical units.
+
+Shapes: ``B`` crystals, ``T`` targets, ``C`` classes.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from crysldnet.encoders.protocol import Encoder
+from crysldnet.graphs.batch import CrystalBatch
+from crysldnet.models.descriptors import Descriptors
+from crysldnet.models.target import Classes, Estimate, Kind, TargetType, stack_probabilities
+
+
+class Prediction(NamedTuple):
+    """Predictions of B crystals.
+
+    Attributes:
+        value: [B, T] in physical units; of a classification the number of the likeliest class, see
+            ``TargetModel.classes``.
+        std: [B, T] standard deviations that the model itself predicts, in physical units, NaN for targets without one;
+            None where no target has one.
+        probability: [B, T, C] of the classes, C being the largest number of classes; 0 beyond a target's own classes,
+            NaN for regressions; None where there is no classification.
+    """
+
+    value: Tensor
+    std: Tensor | None
+    probability: Tensor | None
+
+    @classmethod
+    def of(cls, estimates: Sequence[Estimate]) -> Prediction:
+        """Put the estimates of T targets side by side."""
+        value = torch.stack([e.value for e in estimates], dim=1)
+        unknown = torch.full_like(value[:, 0], math.nan)
+        spread = any(e.std is not None for e in estimates)
+        std = torch.stack([unknown if e.std is None else e.std for e in estimates], dim=1) if spread else None
+        return cls(value, std, stack_probabilities(estimates, value))
+
+
+class TargetModel(nn.Module):
+    """Base of the models that predict properties.
+
+    Attributes:
+        encoder: it says which graph a batch needs, and its features say how unlike the training set a crystal is.
+        targets, units: [T].
+        types: [T] what kind of target each is.
+        std: [T] standard deviations of the training targets.
+        descriptors: numbers of a crystal that are read beside its structure; None for none.
+    """
+
+    std: Tensor
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        targets: list[str],
+        units: list[str],
+        types: Sequence[TargetType],
+        descriptors: Descriptors | None = None,
+    ) -> None:
+        super().__init__()
+        self.descriptors = descriptors
+        self.encoder, self.targets, self.units, self.types = encoder, targets, units, list(types)
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """Of each target: ``regression``, ``binary`` or ``multiclass``."""
+        return [kind.kind for kind in self.types]
+
+    @property
+    def classes(self) -> list[list[str] | None]:
+        """Names of the classes of each target; None for a regression."""
+        return [list(kind.labels) if isinstance(kind, Classes) else None for kind in self.types]
+
+    def forward(self, batch: CrystalBatch) -> Tensor:
+        """Return [B, T] in physical units."""
+        return self.predict(batch).value
+
+    @abstractmethod
+    def predict(self, batch: CrystalBatch) -> Prediction:
+        """Return values, and standard deviations and probabilities where the targets have them."""

@@ -1,0 +1,151 @@
+"""The symmetry of a CIF: the operations that it lists, and those of the space group that it names.
+
+gemmi parses operations and has the tables of space groups; spglib finds the space group of operations in a setting that
+isn't in the tables.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import NamedTuple
+
+import gemmi
+import numpy as np
+from numpy.typing import NDArray
+
+from crysldnet.errors import DataError
+
+MAX_OPERATIONS = 8 * 192
+"""No space group has more than 192 operations; a supercell of 2 by 2 by 2 may be written with eight times as many."""
+
+
+class Operations(NamedTuple):
+    """Rotations [M, 3, 3] and translations [M, 3] of a space group, and its number."""
+
+    rotations: NDArray[np.float64]
+    translations: NDArray[np.float64]
+    number: int
+
+
+class Named(NamedTuple):
+    """The space group that a file names: Hermann-Mauguin symbol, Hall symbol, number; "" where it doesn't."""
+
+    symbol: str
+    hall: str
+    number: str
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, self))
+
+
+IDENTITY = Operations(np.eye(3)[None], np.zeros((1, 3)), 1)
+
+
+@lru_cache(512)
+def listed(triplets: tuple[str, ...]) -> Operations:
+    """Return the group of operations such as ``x,-y,z+1/2``.
+
+    Raises:
+        DataError: one isn't understood, they are no group, or more than any group has.
+    """
+    texts = list(dict.fromkeys(triplets))
+    if len(texts) > MAX_OPERATIONS:
+        raise DataError(f"it has {len(texts)} symmetry operations, more than any space group")
+    if wrong := next((text or "?" for text in texts if not text or re.search("[a-w]", text, re.I)), None):
+        raise DataError(f"its symmetry isn't understood ({wrong})")
+    try:
+        operations = [gemmi.Op(text).wrap() for text in texts]
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"its symmetry isn't understood ({error})") from error
+    operations = list({operation.triplet(): operation for operation in operations}.values())
+    rotations, translations = _arrays(operations)
+    tabulated = gemmi.find_spacegroup_by_ops(gemmi.GroupOps(operations))
+    if tabulated is not None and len(tabulated.operations()) == len(operations):
+        return Operations(rotations, translations, tabulated.number)
+    if not _is_group(rotations, translations):
+        raise DataError("its symmetry operations don't form a group; write it with all operations, x,y,z included")
+    return Operations(rotations, translations, _number_of(rotations, translations))
+
+
+def _arrays(operations: list[gemmi.Op]) -> tuple[NDArray, NDArray]:
+    den = gemmi.Op.DEN
+    return np.array([op.rot for op in operations]) / den, np.array([op.tran for op in operations]) / den
+
+
+def _is_group(rotations: NDArray, translations: NDArray) -> bool:
+    """Say whether the product of any two operations is one of them, up to lattice translations."""
+    own = _keys(rotations, translations)
+    return all(
+        np.isin(_keys(rotation @ rotations, translations @ rotation.T + shift), own).all()
+        for rotation, shift in zip(rotations, translations, strict=True)
+    )
+
+
+def _keys(rotations: NDArray, translations: NDArray) -> NDArray[np.int64]:
+    """Return a number for each operation, equal for those that differ by lattice translations."""
+    den = gemmi.Op.DEN
+    entries = np.concatenate([rotations.reshape(-1, 9) * den + 4 * den, translations * den % den], axis=1)
+    return np.rint(entries).astype(np.int64) % (8 * den) @ (8 * den + 1) ** np.arange(12)
+
+
+def _number_of(rotations: NDArray, translations: NDArray) -> int:
+    """Return the number of the space group of operations in any setting."""
+    import spglib
+
+    found = spglib.get_spacegroup_type_from_symmetry(rotations.astype(np.intc), translations)
+    return 0 if found is None else found.number
+
+
+def fits(rotations: NDArray, lattice: NDArray[np.float64]) -> bool:
+    """Say whether all rotations map the lattice onto itself."""
+    metric = lattice @ lattice.T
+    return bool(np.abs(rotations.transpose(0, 2, 1) @ metric @ rotations - metric).max() <= 0.02 * metric.max())
+
+
+@lru_cache(512)
+def numbers_of(named: Named) -> frozenset[int]:
+    """Return the numbers of the space groups that the parts of a name stand for, leaving out what isn't understood."""
+    group = gemmi.find_spacegroup_by_name(named.symbol) if named.symbol else None
+    numbers = {group.number} if group else set()
+    if named.hall and (hall := _of_hall(named.hall)):
+        numbers.add(hall.number)
+    if named.number.isdigit() and 1 <= int(named.number) <= 230:
+        numbers.add(int(named.number))
+    return frozenset(numbers)
+
+
+def settings_of(named: Named, lattice: NDArray[np.float64]) -> list[Operations]:
+    """Return the settings of a space group that agree with all parts of its name and fit the cell."""
+    return [setting for setting in _settings(named) if fits(setting.rotations, lattice)]
+
+
+@lru_cache(512)
+def _settings(named: Named) -> list[Operations]:
+    if named.hall and (setting := _of_hall(named.hall)):
+        return [setting] if numbers_of(named) == {setting.number} else []
+    if named.hall:
+        return []
+    table = [*gemmi.spacegroup_table()]
+    if named.symbol:
+        found = gemmi.find_spacegroup_by_name(named.symbol)
+        chosen = re.search(r":\s*[12hr]\s*$|\s[hr]$", named.symbol, re.I)
+        table = [g for g in table if found and (g.xhm() == found.xhm() if chosen else g.hm == found.hm)]
+    if named.number:
+        table = [group for group in table if str(group.number) == named.number]
+    settings: dict[bytes, Operations] = {}
+    for group in table:
+        setting = Operations(*_arrays([*group.operations()]), group.number)
+        settings.setdefault(np.sort(_keys(*setting[:2])).tobytes(), setting)
+    return [*settings.values()]
+
+
+def _of_hall(symbol: str) -> Operations | None:
+    """Return the operations of a Hall symbol, which fixes the setting and the origin; None if it isn't one."""
+    plain = "".join(symbol.split()).lower()
+    tabulated = next((g for g in gemmi.spacegroup_table() if "".join(g.hall.split()).lower() == plain), None)
+    try:
+        operations = [*(tabulated.operations() if tabulated else gemmi.symops_from_hall(symbol))]
+    except (RuntimeError, ValueError):
+        return None
+    return listed(tuple(operation.triplet() for operation in operations))

@@ -1,0 +1,90 @@
+"""What the chemical formula of a CIF says about its atoms: their ratio, their number, and ambiguous labels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from itertools import product
+
+from crysldnet.data.elements import SYMBOLS
+from crysldnet.errors import DataError
+from crysldnet.readers.species import symbols_in_label
+
+Formula = Mapping[str, float]
+"""The amount of each element; deuterium and tritium count as hydrogen."""
+
+_ELEMENTS = frozenset(SYMBOLS[1:])
+_PART = r"({})\s*(\d*\.?\d*)\s*"
+_USUAL, _CAPITALS = (re.compile(_PART.format(symbol)) for symbol in ("[A-Z][a-z]?", "[A-Z]{1,2}"))
+
+
+def read_formula(text: str) -> list[Formula]:
+    """Return what a formula such as ``'Na2 O'`` can mean: two formulas if it is in capitals, as ``'CO2'``.
+
+    A text that isn't a plain sum formula gives none.
+    """
+    readings = [_parsed(text, _USUAL)]
+    if text.isupper():
+        capitals = _parsed(text, _CAPITALS)
+        # one element a word is the standard's way
+        readings = [capitals] if 1 < len(capitals) == len(text.split()) else [*readings, capitals]
+    return [formula for i, formula in enumerate(readings) if formula and formula not in readings[:i]]
+
+
+def _parsed(text: str, part: re.Pattern[str]) -> Formula:
+    amounts: dict[str, float] = {}
+    end = 0
+    while end < len(text):
+        match = part.match(text, end)
+        name = match[1].capitalize() if match else ""
+        name = "H" if name in ("D", "T") else name
+        if match is None or name not in _ELEMENTS or match[2] == ".":
+            return {}
+        amounts[name] = amounts.get(name, 0.0) + float(match[2] or 1)
+        end = match.end()
+    return amounts if all(amounts.values()) else {}
+
+
+def formula_units(atoms: Formula, formula: Formula) -> float | None:
+    """Return how many formula units atoms are, or None if they aren't in the formula's ratio."""
+    units = sum(atoms.values()) / sum(formula.values())
+    fits = atoms.keys() == formula.keys() and all(abs(atoms[s] - units * formula[s]) < 0.02 * atoms[s] for s in atoms)
+    return units if fits else None
+
+
+def without_hydrogen(amounts: Formula) -> Formula:
+    """Leave hydrogen out, which many files have no coordinates of."""
+    return {symbol: amount for symbol, amount in amounts.items() if symbol != "H"} if "H" in amounts else amounts
+
+
+def elements_of_labels(labels: Sequence[str], stated: Sequence[Collection[str]]) -> list[str]:
+    """Return the element of each label of a site; D and T stay.
+
+    A label in capitals such as CO1 may be cobalt or carbon. It is what makes the elements of all sites those that
+    the file states.
+
+    Args:
+        labels: as they stand in the file.
+        stated: the elements that the file states, once for each meaning of its formula.
+
+    Raises:
+        DataError: a label is of no element, or of one of two.
+    """
+    candidates = {label: symbols_in_label(label) for label in dict.fromkeys(labels)}
+    sure = {"H" if found[0] == "D" else found[0] for found in candidates.values() if len(found) == 1}
+    unsure = {found: label for label, found in reversed(candidates.items()) if len(found) > 1}
+    if not unsure:
+        return [candidates[label][0] for label in labels]
+    elements = [{*stated_here, "H"} for stated_here in stated]
+    choices = {*product(*unsure)} if len(unsure) < 10 else set()
+    found_by = {chosen: sure | {*chosen, "H"} for chosen in choices}
+    fitting = [chosen for chosen, found in found_by.items() if found in elements]
+    if len(fitting) != 1:  # other atoms may be missing too
+        fitting = [chosen for chosen, found in found_by.items() if any(found <= known for known in elements)]
+    if len(fitting) != 1:
+        found, label = [*unsure.items()][-1]
+        raise DataError(
+            f"site {label} is {' or '.join(found)}, and the formula doesn't tell which; add _atom_site_type_symbol"
+        )
+    decided = dict(zip(unsure, fitting[0], strict=True))
+    return [decided.get(found, found[0]) for found in (candidates[label] for label in labels)]

@@ -1,0 +1,201 @@
+"""What a piece of an import gives: a table of the crystals that can be used, and the account of the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date, time
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from crysldnet.data.cells import MISSING
+from crysldnet.data.schema import STRUCTURE_COLUMNS, table_from_crystals
+from crysldnet.graphs.crystals import Crystals, faults, from_lists
+from crysldnet.readers.issues import Ledger
+from crysldnet.readers.structure_files import Structure
+
+PLACE = "__place"
+NOTE_NESTED = "columns hold neither numbers nor text and were left out"
+NOTE_TAKEN = "columns have a name that the schema needs and were left out"
+
+
+class Piece(NamedTuple):
+    """Crystals that can be used, and the account of the rest.
+
+    Attributes:
+        table: the columns of the Parquet schema and one more, ``PLACE``: the file, or row of one, that each came from.
+        read: how many crystals were read or rejected.
+        rejects: place, id and reason of what was left out.
+        notes: what was normalized on reading, the place, and the id.
+        dropped: columns that can't be kept, and why.
+    """
+
+    table: pa.Table
+    read: int
+    rejects: list[tuple[str, str, str]]
+    notes: list[tuple[str, str, str]]
+    dropped: dict[str, str]
+
+    def enter_account(self, ledger: Ledger) -> None:
+        """Enter in the ledger what was left out.
+
+        Raises:
+            DataError: something was, and the ledger is strict.
+        """
+        for reject in self.rejects:
+            ledger.reject(*reject)
+        for note in self.notes:
+            ledger.note(*note)
+
+
+Task = Callable[[], Piece]
+"""Reads one piece; it travels to another process, so it is a ``functools.partial`` of a module's function."""
+
+
+@dataclass
+class Found:
+    """Crystals as they were read, before they are checked.
+
+    Attributes:
+        places: the file or row that each crystal came from.
+        ids: of the crystals; an empty one is a fault.
+        order: place of each among all that were read, rejected ones too.
+        crystals: the structures.
+        properties: a column of numbers or text each.
+        units: of the properties that state one.
+        read: how many crystals were read or rejected.
+        rejects: order, place, id and reason of what was left out.
+        notes: what was normalized on reading, the place, and the id.
+        dropped: columns that can't be kept, and why.
+    """
+
+    places: list[str]
+    ids: list[str]
+    order: list[int]
+    crystals: Crystals
+    properties: dict[str, pa.Array]
+    units: Mapping[str, str]
+    read: int
+    rejects: list[tuple[int, str, str, str]]
+    notes: list[tuple[str, str, str]] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
+
+    def piece(self, max_atoms: int) -> Piece:
+        """Check every crystal and value, and return what can be used with the account of the rest."""
+        good = []
+        for i, fault in enumerate(faults(self.crystals, max_atoms=max_atoms)):
+            fault = fault or (None if self.ids[i] else "the id is empty")
+            if fault is None:
+                good.append(i)
+            else:
+                self.rejects.append((self.order[i], self.places[i], self.ids[i], fault))
+        index = np.array(good, np.int64)
+        columns: dict[str, Any] = {PLACE: pa.array([self.places[i] for i in good], pa.string())}
+        columns |= {name: column.take(pa.array(index)) for name, column in self.properties.items()}
+        table = table_from_crystals(
+            self.crystals.take(index), [self.ids[i] for i in good], columns, dict(self.units), {}
+        )
+        rejects = [reject[1:] for reject in sorted(self.rejects, key=lambda reject: reject[0])]
+        return Piece(table, self.read, rejects, self.notes, self.dropped)
+
+
+class Rows:
+    """Collects crystals one by one."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[int, str, str, Structure, Mapping[str, Any]]] = []
+        self._read = 0
+        self._rejects: list[tuple[int, str, str, str]] = []
+        self._notes: list[tuple[str, str, str]] = []
+        self.units: dict[str, str] = {}
+
+    def add(self, place: str, material_id: str, structure: Structure, properties: Mapping[str, Any]) -> None:
+        """Add a crystal with its properties, of any type."""
+        self._rows.append((self._read, place, material_id, structure, properties))
+        self._read += 1
+
+    def reject(self, place: str, material_id: str, reason: str) -> None:
+        """Record that a crystal can't be read."""
+        self._rejects.append((self._read, place, material_id, reason))
+        self._read += 1
+
+    def note(self, text: str, place: str, material_id: str) -> None:
+        """Record what was normalized on reading."""
+        self._notes.append((text, place, material_id))
+
+    def piece(self, max_atoms: int) -> Piece:
+        """Return what :meth:`Found.piece` returns."""
+        properties: dict[str, pa.Array] = {}
+        dropped = {}
+        for name in dict.fromkeys(name for row in self._rows for name in row[4]):
+            column = column_of([row[4].get(name) for row in self._rows])
+            if name in STRUCTURE_COLUMNS or name == PLACE:
+                dropped[name] = NOTE_TAKEN
+            elif column is None:
+                dropped[name] = NOTE_NESTED
+            else:
+                properties[name] = column
+        structures = [row[3] for row in self._rows]
+        return Found(
+            places=[row[1] for row in self._rows],
+            ids=[row[2] for row in self._rows],
+            order=[row[0] for row in self._rows],
+            crystals=from_lists(*zip(*structures, strict=True)) if structures else from_lists([], [], []),
+            properties=properties,
+            units={name: unit for name, unit in self.units.items() if name in properties},
+            read=self._read,
+            rejects=self._rejects,
+            notes=self._notes,
+            dropped=dropped,
+        ).piece(max_atoms)
+
+
+def column_of(values: Sequence[Any]) -> pa.Array | None:
+    """Make a column of numbers or, where a value is a text, of texts; None where a value is neither."""
+    plain = [_plain(value) for value in values]
+    kinds = {type(value) for value in plain if value is not None}
+    if not kinds:
+        return pa.nulls(len(plain))
+    if object in kinds:
+        return None
+    if str in kinds and kinds != {str}:
+        missing = [isinstance(value, str) and value.strip().lower() in MISSING for value in plain]
+        if all(gone or not isinstance(value, str) for value, gone in zip(plain, missing, strict=True)):
+            plain = [None if gone else value for value, gone in zip(plain, missing, strict=True)]
+            kinds.remove(str)
+    if str in kinds or (bool in kinds and kinds != {bool}):  # decided when all pieces are there
+        return pa.array([None if value is None else str(value) for value in plain], pa.string())
+    if kinds == {bool}:
+        return pa.array(plain, pa.bool_())
+    if kinds == {int} and all(abs(value) < 2**63 for value in plain if value is not None):
+        return pa.array(plain, pa.int64())
+    return pa.array([None if value is None else float(value) for value in plain], pa.float64())
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as bool, int, float, str or None; ``object``'s instance where it is none of these."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, str):
+        return value if value.strip() else None
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, (float, Decimal)):
+        return None if math.isnan(value) else float(value)
+    if isinstance(value, (date, time)):
+        return value.isoformat()
+    return None if type(value).__name__ in ("NAType", "NaTType") else object()
+
+
+def common_type(types: Sequence[pa.DataType]) -> pa.DataType:
+    """Return the type that a column takes whose pieces have these: text where one has texts, or not all booleans."""
+    stated = list(dict.fromkeys(kind for kind in types if not pa.types.is_null(kind)))
+    if len(stated) == 1:
+        return stated[0]
+    if any(pa.types.is_string(kind) or pa.types.is_boolean(kind) for kind in stated):
+        return pa.string()
+    return pa.int64() if stated and all(pa.types.is_integer(kind) for kind in stated) else pa.float64()

@@ -1,0 +1,306 @@
+"""Crystals of any source as a stream of batches: in the order of the source, in flat memory, read in the background."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from queue import Empty, Full, Queue
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from crysldnet.data.schema import crystals_from_table, ids_of, units_of
+from crysldnet.data.units import same_unit
+from crysldnet.errors import DataError
+from crysldnet.graphs.batch import CrystalBatch, make_batch
+from crysldnet.graphs.crystals import Crystals, from_lists
+from crysldnet.graphs.spec import GraphSpec
+from crysldnet.readers.rows import PLACE, Piece, Rows, Task
+from crysldnet.readers.sources import Reader, Settings, open_readers
+from crysldnet.readers.workers import run_in_order
+
+T = TypeVar("T")
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+POLL = 0.1
+"""seconds after which a thread that waits looks whether it is still needed"""
+
+
+Check = Callable[[Crystals, Sequence[str]], dict[int, str]]
+"""Given crystals and their ids, returns the rows that can't be used, and why."""
+
+
+class Refused(NamedTuple):
+    """A crystal that can't be used: the file or row it came from, its id, and why."""
+
+    source: str
+    id: str
+    reason: str
+
+
+class Portion(NamedTuple):
+    """Crystals that go through models at once.
+
+    Attributes:
+        ids: [B] of the crystals.
+        sources: [B] the file, or the row of one, that each came from.
+        crystals: B crystals, which may be none.
+        batches: their graphs, one for each way to build it.
+        refused: what was left out on the way to these.
+        notes: what was normalized on reading, each with its file or row and its id.
+        columns: [B] of each column of numbers that was asked for.
+    """
+
+    ids: list[str]
+    sources: list[str]
+    crystals: Crystals
+    batches: dict[GraphSpec, CrystalBatch]
+    refused: list[Refused]
+    notes: Sequence[tuple[str, str, str]] = ()
+    columns: Mapping[str, NDArray[np.float64]] = NOTHING
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSettings:
+    """How crystals are read and put into batches.
+
+    Attributes:
+        batch_size: crystals of a batch at most.
+        batch_atoms: atoms of a batch at most; a larger crystal is a batch of its own.
+        max_atoms: larger crystals are refused.
+        workers: processes that read, where reading takes longer than what follows; as many as there are cores, but at
+            most 8, where None. The graphs are built in a thread.
+    """
+
+    batch_size: int = 64
+    batch_atoms: int = 4096
+    max_atoms: int = 1000
+    workers: int | None = 1
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "batch_atoms", "max_atoms"):
+            if getattr(self, name) < 1:
+                raise DataError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.workers is not None and self.workers < 1:
+            raise DataError(f"workers must be at least 1 or null, not {self.workers}")
+
+
+class CrystalStream:
+    """The crystals of a source, as often as it can be read; iterating gives :class:`Portion` after portion.
+
+    Args:
+        source: anything that :func:`crysldnet.tools.importer.importer.import_crystals` reads, or :class:`Crystals`.
+        graphs: the graphs to build.
+        settings: how to read.
+        columns: of numbers that stand beside the crystals, with their units, empty where they aren't known; a crystal
+            without a value in one of them, or in another unit, is refused.
+        check: returns which crystals a model can't predict, and why; they are refused too.
+
+    Attributes:
+        total: how many crystals there are, None where that isn't known beforehand.
+        units: of the properties that stand beside the crystals read so far and state one.
+
+    Raises:
+        DataError: there is nothing to read, or nothing that is known.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        graphs: Iterable[GraphSpec],
+        settings: StreamSettings,
+        columns: Mapping[str, str] = NOTHING,
+        check: Check | None = None,
+    ) -> None:
+        self.units: dict[str, str] = {}
+        self._damaged: list[Refused] = []
+        self._readers = open_readers(source, lambda name, reason: self._damaged.append(Refused(name, "", reason)))
+        self._graphs, self._settings = list(dict.fromkeys(graphs)), settings
+        self._columns, self._check = dict(columns), check
+        totals = [reader.total for reader in self._readers]
+        self.total = None if None in totals else sum(total for total in totals if total is not None)
+
+    def __iter__(self) -> Iterator[Portion]:
+        return ahead(self._portions(), 2)
+
+    def _pieces(self) -> Iterator[Piece]:
+        settings = Settings(self._settings.max_atoms, None)
+        workers = min(os.cpu_count() or 1, 8) if self._settings.workers is None else self._settings.workers
+        return run_in_order((task for reader in self._readers for task in _tasks(reader, settings)), workers)
+
+    def _portions(self) -> Iterator[Portion]:
+        if self._damaged:
+            yield Portion([], [], from_lists([], [], []), {}, self._damaged)
+        seen: set[int] = set()
+        for piece in self._pieces():
+            table, repeated = _without_repeated(piece.table, seen)
+            kept = set(table[PLACE].to_pylist())
+            table, columns, unknown = _with_numbers(table, self._columns)
+            table, columns, unfit = _without_unfit(table, columns, self._check)
+            self.units |= units_of(table.schema)
+            ids, places = table["material_id"].to_pylist(), table[PLACE].to_pylist()
+            crystals, notes = crystals_from_table(table), piece.notes
+            # the properties alone of a crystal that is kept are no refusal
+            rejected = [Refused(*reject) for reject in piece.rejects if reject[0] not in kept]
+            refused = [*rejected, *repeated, *unknown, *unfit]
+            if not ids:
+                yield Portion([], [], crystals, {}, refused, notes)
+            for start, stop in cut(crystals.sizes, self._settings.batch_size, self._settings.batch_atoms):
+                part = crystals.take(np.arange(start, stop))
+                batches = {graph: make_batch(part, graph) for graph in self._graphs}
+                own = {name: values[start:stop] for name, values in columns.items()}
+                yield Portion(ids[start:stop], places[start:stop], part, batches, refused, notes, own)
+                refused, notes = [], []
+
+
+def _tasks(reader: Reader, settings: Settings) -> Iterator[Task]:
+    """Give a reader's tasks; what is damaged further on becomes a refused crystal, and other sources go on."""
+    try:
+        for task in reader.tasks(settings):
+            yield partial(_read, task, reader.name, settings)
+    except DataError as error:
+        yield partial(_nothing, reader.name, str(error), settings)
+
+
+def _read(task: Task, name: str, settings: Settings) -> Piece:
+    try:
+        return task()
+    except DataError as error:
+        return _nothing(name, str(error), settings)
+
+
+def _nothing(name: str, reason: str, settings: Settings) -> Piece:
+    rows = Rows()
+    rows.reject(name, "", reason)
+    return rows.piece(settings.max_atoms)
+
+
+def _without_repeated(table: pa.Table, seen: set[int]) -> tuple[pa.Table, list[Refused]]:
+    """Leave out the crystals whose id came before; ``seen`` has the hashes of those ids."""
+    ids = table["material_id"].to_pylist()
+    good: list[int] = []
+    repeated = []
+    for row, material_id in enumerate(ids):
+        if (key := hash(material_id)) in seen:
+            repeated.append(Refused(table[PLACE][row].as_py(), material_id, "an earlier crystal has the same id"))
+        else:
+            seen.add(key)
+            good.append(row)
+    return (table.take(pa.array(good, pa.int64())), repeated) if repeated else (table, [])
+
+
+def _with_numbers(
+    table: pa.Table, wanted: Mapping[str, str]
+) -> tuple[pa.Table, dict[str, NDArray[np.float64]], list[Refused]]:
+    """Leave out the crystals without a number in one of the columns; return the rest, their numbers, and the former."""
+    columns: dict[str, NDArray[np.float64]] = {}
+    known: NDArray[np.bool_] = np.ones(len(table), bool)
+    refused, units = [], units_of(table.schema)
+    for name, unit in wanted.items():
+        there = name in table.column_names
+        columns[name] = _numbers_of(table[name]) if there else np.full(len(table), np.nan)
+        reason = None if there else f"no column {name!r}, which the model needs (data.descriptors)"
+        if unit and not same_unit(unit, units.get(name, unit)):
+            reason = f"{name} is in {units[name]}, and the model learned it in {unit}; convert it"
+        lacking = known & (~np.isfinite(columns[name]) if reason is None else True)
+        for row in np.flatnonzero(lacking).tolist():
+            said = None if reason else table[name][row].as_py()
+            other = f"no value of {name!r}, which the model needs" if said is None else f"{name} is {said!r}, no number"
+            refused.append(Refused(table[PLACE][row].as_py(), table["material_id"][row].as_py(), reason or other))
+        known &= ~lacking
+    kept = {name: values[known] for name, values in columns.items()}
+    return (table if known.all() else table.filter(pa.array(known))), kept, refused
+
+
+def _without_unfit(
+    table: pa.Table, columns: dict[str, NDArray[np.float64]], check: Check | None
+) -> tuple[pa.Table, dict[str, NDArray[np.float64]], list[Refused]]:
+    """Leave out what can't be predicted; return the rest, their numbers, and the former."""
+    reasons = {} if check is None or not len(table) else check(crystals_from_table(table), ids_of(table).to_pylist())
+    if not reasons:
+        return table, columns, []
+    kept = np.setdiff1d(np.arange(len(table)), list(reasons))
+    places, ids = table[PLACE].to_pylist(), table["material_id"].to_pylist()
+    refused = [Refused(places[row], ids[row], reason) for row, reason in reasons.items()]
+    return table.take(pa.array(kept)), {name: values[kept] for name, values in columns.items()}, refused
+
+
+def _numbers_of(column: pa.ChunkedArray) -> NDArray[np.float64]:
+    """Return a column as numbers, NaN for what is none."""
+    if pa.types.is_string(column.type):
+        return np.array([_number(text) for text in column.to_pylist()])
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type):
+        return column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    return np.full(len(column), np.nan)
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return np.nan
+
+
+def cut(sizes: NDArray[np.int64], crystals: int, atoms: int) -> Iterator[tuple[int, int]]:
+    """Cut consecutive crystals into batches within both bounds."""
+    start = total = 0
+    for stop, size in enumerate(sizes.tolist()):
+        if stop > start and (stop - start == crystals or total + size > atoms):
+            yield start, stop
+            start, total = stop, 0
+        total += size
+    if start < len(sizes):
+        yield start, len(sizes)
+
+
+def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
+    """Give items that a thread takes from an iterator ahead of time, at most ``depth`` of them.
+
+    An error of the iterator is raised where its item would have come. The thread ends when the one who uses the items
+    stops, at the latest after its next item.
+    """
+    queue: Queue[tuple[Sequence[T], BaseException | None]] = Queue(depth)
+    stopped = threading.Event()
+
+    def put(entry: tuple[Sequence[T], BaseException | None]) -> None:
+        while not stopped.is_set():
+            try:
+                return queue.put(entry, timeout=POLL)
+            except Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                put(([item], None))
+                if stopped.is_set():
+                    break
+            put(([], None))
+        except BaseException as error:  # it is raised again in the other thread
+            put(([], error))
+        finally:
+            if hasattr(items, "close"):
+                items.close()
+
+    thread = threading.Thread(target=work, name="crysldnet-read", daemon=True)
+    thread.start()
+    try:
+        while True:
+            try:
+                found, error = queue.get(timeout=POLL)
+            except Empty:
+                continue  # so that Ctrl-C is noticed
+            if error is not None:
+                raise error
+            if not found:
+                return
+            yield from found
+    finally:
+        stopped.set()
+        thread.join()

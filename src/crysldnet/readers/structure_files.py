@@ -1,0 +1,262 @@
+"""Find CIF and POSCAR files, name the crystals in them, and read them.
+
+CIF is read with gemmi, POSCAR with pymatgen; each is imported when the first file of its kind is read and not before.
+Where a file could be read only by guessing, it is refused, because a guessed crystal can't be told from a right one
+later.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crysldnet.errors import DataError
+from crysldnet.graphs.crystals import MAX_FRACTION
+from crysldnet.readers.compression import DAMAGED, inner_name, open_stream
+
+Structure = tuple[NDArray[np.float64], NDArray[np.uint8], NDArray[np.float64]]
+"""lattice [3, 3] in Å, atomic numbers [n], fractional coordinates [n, 3]"""
+
+Source = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+"""a folder, glob pattern or file, or several of these"""
+
+SUFFIXES = {".cif": "CIF", ".vasp": "POSCAR", ".poscar": "POSCAR"}
+BARE_NAMES = ("POSCAR", "CONTCAR")
+KNOWN_NAMES = "*.cif, *.vasp, *.poscar, POSCAR*, CONTCAR*"
+LIMIT = 64 * 2**20
+"""bytes; a larger file is no crystal but a mistake, or made to fill the memory"""
+MAX_EMPTY_LINES = 100_000
+"""in a row; a file with more is a mistake, or made to take forever"""
+
+
+def kind_of(name: str | os.PathLike[str]) -> str | None:
+    """Return "CIF" or "POSCAR" by the file's name, in any case, or None where it is neither's."""
+    name = os.path.basename(inner_name(os.fspath(name)))
+    kind = SUFFIXES.get(os.path.splitext(name)[1].lower())
+    return kind or ("POSCAR" if name.upper().startswith(BARE_NAMES) else None)
+
+
+def without_suffix(name: str) -> str:
+    """Drop a structure file's suffix from a name or path, and nothing from other names."""
+    bare = inner_name(name)
+    stem, suffix = os.path.splitext(bare)
+    return stem if suffix.lower() in SUFFIXES else bare if kind_of(bare) else name
+
+
+def find_structure_files(sources: Source) -> list[Path]:
+    """List structure files.
+
+    Args:
+        sources: a folder (searched at every depth, hidden names left out), a glob pattern, a file, or several of
+            these. The files of a folder or pattern are sorted; each file is listed once.
+
+    Raises:
+        DataError: a source gives no structure file, or a file isn't one by its name.
+    """
+    found: dict[Path, None] = {}
+    for source in [sources] if isinstance(sources, (str, os.PathLike)) else sources:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            files = sorted(_in_folder(path), key=Path.as_posix)
+        elif os.path.lexists(path):
+            files = [path]
+            if kind_of(path) is None:
+                raise DataError(f"{path}: not a structure file by its name; those read are {KNOWN_NAMES}")
+        else:
+            files = [file for file in matches(path) if kind_of(file)]
+        if not files:
+            raise DataError(f"{path}: no structure file there; those read are {KNOWN_NAMES}")
+        found.update(dict.fromkeys(files))
+    return list(found)
+
+
+def matches(pattern: Path) -> list[Path]:
+    """Return what a glob pattern matches; the longest part of it that exists as it stands is no pattern.
+
+    Raises:
+        DataError: it has no part that is a pattern.
+    """
+    root = pattern
+    while not root.exists() and root != root.parent:
+        root = root.parent
+    rest = str(pattern.relative_to(root))
+    if not glob.has_magic(rest):
+        raise DataError(f"{pattern}: {no_such_file(pattern)}")
+    found: dict[tuple[str, str], Path] = {}  # a folder that is reached through several links is taken once
+    for name in sorted(glob.glob(rest, root_dir=root, recursive=True)):
+        folder, bare = os.path.split(root / name)
+        found.setdefault((os.path.realpath(folder), bare), root / name)
+    return [*found.values()]
+
+
+def _in_folder(folder: Path) -> Iterator[Path]:
+    """Give the structure files in a folder at every depth, and what can't be opened; a linked folder is gone through
+    once, after the others."""
+    seen: set[str] = set()
+    waiting = [str(folder)]
+    refused: list[OSError] = []
+    while waiting:
+        for base, folders, names in os.walk(waiting.pop(0), onerror=refused.append):
+            if (real := os.path.realpath(base)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            waiting += [path for name in folders if os.path.islink(path := os.path.join(base, name))]
+            yield from (Path(base, name) for name in names if not name.startswith(".") and kind_of(name))
+    yield from (Path(error.filename) for error in refused)
+
+
+def no_such_file(path: str | os.PathLike[str]) -> str:
+    """Say that a file isn't there, and where it should be if it is a link."""
+    return f"no such file, but a link to {os.readlink(path)}" if os.path.islink(path) else "no such file or folder"
+
+
+def printable(name: str) -> str:
+    r"""Return a file's name as text: ``caf\xe9.cif`` where it isn't UTF-8."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def material_ids(names: Sequence[str], folder: str) -> list[str]:
+    """Name crystals after their files: by the stem, or by the path where several files have the same stem.
+
+    Args:
+        names: the files' paths relative to one folder, with forward slashes.
+        folder: that folder's name, for a file there that is just called POSCAR.
+    """
+
+    def stem(name: str) -> str:
+        parent, bare = os.path.split(without_suffix(name))
+        return (os.path.basename(parent) or folder) if bare.upper() in BARE_NAMES else bare
+
+    stems, paths = [stem(name) for name in names], [without_suffix(name) for name in names]
+    of_stem, of_path = Counter(stems), Counter(paths)
+    return [
+        stem if of_stem[stem] == 1 else path if of_path[path] == 1 else name
+        for stem, path, name in zip(stems, paths, names, strict=True)
+    ]
+
+
+def read_structure(
+    path: str | os.PathLike[str], *, max_atoms: int | None = None, notes: list[str] | None = None
+) -> Structure:
+    """Read the crystal in a CIF or POSCAR file, with every atom of the cell.
+
+    Args:
+        path: the file; its name says which kind it is. It may be compressed (.gz, .bz2, .zst, .xz).
+        max_atoms: refuse a file that lists more sites than this before they are expanded.
+        notes: what was read otherwise than it stands there is appended: the ``NOTE_`` texts of
+            :mod:`crysldnet.readers.cif` and :mod:`crysldnet.readers.species`.
+
+    Returns:
+        lattice [3, 3] in Å with lattice vectors in rows, atomic numbers [n], fractional coordinates [n, 3] of atoms
+        wrapped into the cell.
+
+    Raises:
+        DataError: the file is empty, binary or not of its kind; the crystal is disordered, has no atoms, a species
+            that is no element, a symmetry that isn't understood, or a lattice that isn't finite or has no volume.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise DataError(f"{path}: not a file that can be read")
+        with open_stream(path) as stream:
+            raw = stream.read(LIMIT + 1)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: {no_such_file(path)}") from error
+    except DAMAGED as error:
+        raise DataError(f"{path}: it can't be read ({getattr(error, 'strerror', None) or error})") from error
+    try:
+        return parse_structure(raw, os.fspath(path), max_atoms=max_atoms, notes=notes)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def parse_structure(
+    raw: bytes | str, name: str, *, max_atoms: int | None = None, notes: list[str] | None = None
+) -> Structure:
+    """Read a crystal from what a CIF or POSCAR file holds; see :func:`read_structure`.
+
+    Args:
+        raw: the content.
+        name: of the file, which says which kind it is.
+        max_atoms: as there.
+        notes: as there.
+    """
+    kind = kind_of(name)
+    if kind is None:
+        raise DataError(f"not a structure file by its name; those read are {KNOWN_NAMES}")
+    found: list[str] = []
+    try:
+        text = _text(raw) if isinstance(raw, bytes) else raw
+        structure = checked(*_reader(kind)(text, max_atoms, found))
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"not a {kind} file that can be read ({_reason(error)})") from error
+    if notes is not None:
+        notes.extend(found)
+    return structure
+
+
+def _reader(kind: str) -> Any:
+    if kind == "CIF":
+        from crysldnet.readers.cif import read_cif
+
+        return read_cif
+    from crysldnet.readers.poscar import read_poscar
+
+    return read_poscar
+
+
+def _reason(error: Exception) -> str:
+    """Say in words what the bare errors of pymatgen's parser mean."""
+    if isinstance(error, IndexError):
+        return "it ends too early"
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _text(raw: bytes) -> str:
+    if len(raw) > LIMIT:
+        raise DataError(f"it is larger than {LIMIT // 2**20} MiB, too large for one crystal")
+    if not raw.strip():
+        raise DataError("the file is empty; export it again")
+    if b"\0" in raw:
+        raise DataError("a binary file, not text; is it compressed or of another program?")
+    return raw.decode("utf-8-sig", errors="replace").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def checked(lattice: Any, numbers: Any, frac_coords: Any) -> Structure:
+    """Check a crystal's arrays and wrap its atoms into the cell.
+
+    Args:
+        lattice: [3, 3] vectors in rows, in Å.
+        numbers: [n] atomic numbers.
+        frac_coords: [n, 3].
+
+    Raises:
+        DataError: no atoms, as many species as coordinates there aren't, a value that isn't finite, or a cell without
+            volume.
+    """
+    lattice = np.array(lattice, np.float64).reshape(3, 3)
+    frac_coords = np.array(frac_coords, np.float64).reshape(-1, 3)
+    if not len(numbers):
+        raise DataError("it has no atoms")
+    if len(numbers) != len(frac_coords):
+        raise DataError(f"it has {len(numbers)} species and {len(frac_coords)} coordinates")
+    if not np.isfinite(lattice).all():
+        raise DataError("its lattice has a value that is not finite")
+    if abs(np.linalg.det(lattice)) < 1e-6:
+        raise DataError("its cell has no volume; check the lattice vectors")
+    if not np.isfinite(frac_coords).all():
+        raise DataError("a coordinate is not finite")
+    if (farthest := np.abs(frac_coords).max()) > MAX_FRACTION:
+        raise DataError(f"an atom is {farthest:.3g} cells away from the origin: is the unit right?")
+    return lattice, np.array(numbers, np.uint8), frac_coords - np.floor(frac_coords)

@@ -1,0 +1,81 @@
+"""Calls that run in processes once they turn out to take long, their results in order."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
+from typing import TypeVar
+
+from crysldnet.errors import DataError
+
+T = TypeVar("T")
+
+PATIENCE = 2.0
+"""seconds; what takes less is read sooner in one process than it takes to start others"""
+
+
+def run_in_order(calls: Iterator[Callable[[], T]], workers: int) -> Iterator[T]:
+    """Run calls and give their results in order: here, and in processes once the calls turn out to take long.
+
+    Processes start after two seconds of work, where the calls take more time than whoever uses the results.
+
+    Args:
+        calls: what to run, each a ``functools.partial`` of a module's function, for it travels to another process.
+        workers: processes; 1 runs everything here.
+
+    Raises:
+        DataError: a process died; and what the calls raise.
+    """
+    workers = workers if _can_start_processes() else 1
+    begun, busy = time.monotonic(), 0.0
+    for call in calls:
+        start = time.monotonic()
+        result = call()
+        busy += time.monotonic() - start
+        yield result
+        if workers > 1 and busy > PATIENCE and 2 * busy > time.monotonic() - begun:
+            yield from _run_in_processes(calls, workers)
+            return
+
+
+def _can_start_processes() -> bool:
+    """Say whether a new process can import the main module, as it must; it can't where that was read from a pipe."""
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    return file is None or os.path.exists(file)
+
+
+def _run_in_processes(calls: Iterator[Callable[[], T]], workers: int) -> Iterator[T]:
+    pending: deque[Future[T]] = deque()
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
+    try:
+        for call in calls:
+            pending.append(pool.submit(call))
+            while len(pending) > 2 * workers + 2:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that reads structures died: it ran out of memory, or the script that called lacks "
+            'if __name__ == "__main__"; with workers=1 everything runs in one process'
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Let a process end when the one that started it is killed; it would wait for work forever."""
+
+    def wait() -> None:
+        if (parent := parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -1,0 +1,204 @@
+"""Signals that ask a command to stop, and that it can be resumed from.
+
+A command heeds them at once: :class:`Stopped` is raised where it stands, and it ends as unfinished. Training, and
+processes that wait for others of their own, only note them and look between two steps.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from subprocess import Popen, TimeoutExpired
+from types import FrameType
+
+from crysldnet.errors import UNFINISHED, Interrupted
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""Those of schedulers, where the system has them."""
+DEAF_S = 10.0
+"""How long nothing is raised after a signal: a group of processes gets it more than once, and an end takes time."""
+
+STUCK_S = 5.0
+"""How long a signal may wait for Python to heed it; in a collective that waits for another process it never does."""
+ORPHAN_S = 20.0
+"""How long a process outlives the one that started it: time to find and to say what became of that one."""
+RUN_NAME = "CRYSLDNET_RUN_NAME"
+"""Carries the first process's id and the run's name, as ID:NAME, to the processes that it starts."""
+
+PARENT_HOLDS_STDIN = "CRYSLDNET_PARENT_HOLDS_STDIN"
+"""Set where standard input is a pipe that ends with the process which started this one."""
+
+children: list[Popen] = []
+"""Ranks that this process started; they end with it where it is stopped."""
+_last = -DEAF_S
+_heeded = False
+_raised = threading.Event()
+
+
+class Stopped(BaseException):
+    """A signal asked the command to stop. No library takes it for an error of its own."""
+
+
+def heed() -> None:
+    """Raise :class:`Stopped` where a signal comes from now on."""
+    global _heeded
+    if not _heeded:
+        arrived, noticed = socket.socketpair()
+        noticed.setblocking(False)
+        signal.set_wakeup_fd(noticed.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=_end_where_stuck, args=(arrived, noticed), daemon=True, name="stopping").start()
+    _heeded = True
+    for number in SIGNALS:
+        signal.signal(number, _raise)
+
+
+def heed_again() -> None:
+    """Do so in place of a library that has put its own handlers there, where it was done before."""
+    if _heeded and threading.current_thread() is threading.main_thread():
+        heed()
+
+
+def _raise(number: int, _: FrameType | None) -> None:
+    _raised.set()
+    if not was_told_lately():
+        tell()
+        raise Stopped(_message(number))
+
+
+def _end_where_stuck(arrived: socket.socket, _: socket.socket) -> None:
+    """End the process where the main thread, waiting outside Python, can't heed a signal."""
+    while number := arrived.recv(1)[0]:
+        if number not in SIGNALS or signal.getsignal(number) is not _raise:
+            continue
+        if not _raised.wait(STUCK_S) and signal.getsignal(number) is _raise:
+            if not started_by_the_first():
+                sys.stderr.write(f"unfinished: {_message(number)}\n")
+                sys.stderr.flush()
+            end_children()
+            os._exit(0 if started_by_the_first() else UNFINISHED)
+
+
+def started_by_the_first() -> bool:
+    """Say whether Lightning started this process from the first one, which tells the exit status of all."""
+    return os.environ.get(RUN_NAME, "").partition(":")[0] == str(os.getppid())
+
+
+def end_with_the_first() -> None:
+    """Let this process, where the first one started it, not outlive that: nobody comes to where it may wait.
+
+    Lightning numbers the processes that it starts; another one may go on by itself.
+    """
+    if started_by_the_first() and os.environ.get("LOCAL_RANK", "0") != "0":
+        threading.Thread(target=_end_soon_after, args=(os.getppid(),), daemon=True, name="orphan").start()
+
+
+def _end_soon_after(first: int) -> None:
+    while os.getppid() == first:
+        time.sleep(1.0)
+    time.sleep(ORPHAN_S)
+    sys.stderr.write(f"process {first}, which started this one, is gone; this one ends\n")
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def end_with_the_parent() -> None:
+    """Take the end of the process that started this one for SIGTERM, where it has said that it wants that.
+
+    However it ends, the system closes its end of the pipe that is standard input here; nothing is read from that.
+    """
+    if os.environ.pop(PARENT_HOLDS_STDIN, None) is not None:
+        pipe, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.close(nothing)
+        threading.Thread(target=_stop_at_the_end_of, args=(pipe,), daemon=True, name="parent").start()
+
+
+def _stop_at_the_end_of(pipe: int) -> None:
+    os.read(pipe, 1)
+    sys.stderr.write("the process that started this one is gone\n")
+    sys.stderr.flush()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def end_children() -> None:
+    """End the ranks that this process started, for they would wait for it."""
+    for child in children:
+        child.terminate()
+    for child in children:
+        try:
+            child.wait(STUCK_S)
+        except TimeoutExpired:
+            child.kill()
+
+
+def tell() -> None:
+    """Take what comes in the next seconds for the signal that is being followed already."""
+    global _last
+    _last = time.monotonic()
+
+
+def was_told_lately() -> bool:
+    """Say whether a signal came so short a time ago that the command is still about to end."""
+    return time.monotonic() - _last < DEAF_S
+
+
+def ignore() -> None:
+    """Let no signal change the exit status any more, to the very end of the process."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _message(number: int) -> str:
+    name = signal.Signals(number).name
+    return f"stopped by {name}; continue with resume=last, or begin again where there was no run folder yet"
+
+
+def leave_to_parent(_: int = 0) -> None:
+    """Let this process outlive a signal to the whole group, for the parent needs it until its step is done.
+
+    The parent itself can still end it by SIGTERM. Called with the number of a DataLoader's worker as it begins.
+    """
+    for number in (*SIGNALS, signal.SIGINT):
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # elsewhere than on Linux nothing says who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_parent, daemon=True, name="stopping").start()
+
+
+def _end_with_the_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+@contextmanager
+def noted() -> Iterator[Callable[[], None]]:
+    """Give a function that raises ``Interrupted`` where a signal came meanwhile; at the end it is called.
+
+    Raising where the signal arrives could lose a process that has just been started. Elsewhere than in the main thread
+    the signals' effects stay as they are.
+    """
+    numbers: list[int] = []
+
+    def stop_if_told() -> None:
+        if numbers:
+            tell()
+            raise Interrupted(_message(numbers[0]))
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop_if_told
+        return
+    before = {n: signal.signal(n, lambda number, _: numbers.append(number)) for n in SIGNALS}
+    try:
+        yield stop_if_told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    stop_if_told()

@@ -1,0 +1,43 @@
+"""Fitted models as named arrays and plain values, to be written into a safetensors file and read from one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crysldnet.errors import DataError
+from crysldnet.tabular.kernel import KernelRidge
+from crysldnet.tabular.projection import Projection
+from crysldnet.tabular.trees import Trees
+
+Model = KernelRidge | Trees
+KINDS: dict[str, type[Model | Projection]] = {"kernel_ridge": KernelRidge, "trees": Trees, "projection": Projection}
+
+
+def to_arrays(model: Model | Projection, prefix: str) -> tuple[dict[str, NDArray], dict[str, Any]]:
+    """Return the arrays of a model, their names beginning with ``prefix``, and its other values with its kind."""
+    values = {field.name: getattr(model, field.name) for field in fields(model)}
+    arrays = {f"{prefix}{name}": np.ascontiguousarray(v) for name, v in values.items() if isinstance(v, np.ndarray)}
+    kind = next(name for name, of_kind in KINDS.items() if isinstance(model, of_kind))
+    return arrays, {"kind": kind, **{name: v for name, v in values.items() if not isinstance(v, np.ndarray)}}
+
+
+def from_arrays(arrays: Mapping[str, NDArray], plain: Mapping[str, Any], prefix: str) -> Model | Projection:
+    """Return the model that :func:`to_arrays` took apart.
+
+    Raises:
+        DataError: an array or value is missing, or they don't fit together.
+    """
+    try:
+        kind = KINDS[plain["kind"]]
+        values: dict[str, Any] = {
+            field.name: plain[field.name] if field.name in plain else np.asarray(arrays[prefix + field.name])
+            for field in fields(kind)
+        }
+        return kind(**values)
+    except (KeyError, ValueError, IndexError) as error:
+        raise DataError(f"the model's part {prefix!r} is damaged ({error}); export it again") from error

@@ -1,0 +1,172 @@
+"""Kernel ridge regression, the mean of a Gaussian process, on standardized features.
+
+f(x) = m + Σ_i a_i k(d(x, x_i) / l) with (K + λ 1) a = y − m, where k is the Matérn kernel of order 5/2 and
+d² = Σ_j r_j² (z_j − z'_j)² over standardized and clipped features z with relevances r. Length scale l and λ are those
+with the least error when each group of training crystals is left out. That error needs no refit: with C = K + λ 1,
+leaving group g out changes its residuals to ((C⁻¹)_gg)⁻¹ (C⁻¹ y)_g.
+
+The relevances matter most: taken from the importances of trees, and with clipping, they lowered the error at 300 labels
+by 7 to 36 % on four tasks of five, and raised it by 3 % on the fifth. Choosing among kernels, or a weight for each kind
+of features, gained nothing.
+
+Shapes: ``n`` training crystals, ``D`` features, ``T`` outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+RIDGES = tuple(10.0 ** (e / 2) for e in range(-10, 3))
+"""λ, over the variance of the targets."""
+LENGTHS = tuple(2.0 ** (e / 2) for e in range(-2, 6))
+"""Length scales, in median distances of training crystals."""
+CLIP = 3.0
+"""Standard deviations; what is farther out, such as an element that training hardly saw, counts as this far."""
+SEARCHED = 500
+"""Settings are chosen on at most so many crystals."""
+_CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class KernelRidge:
+    """A fitted kernel ridge regression.
+
+    Attributes:
+        shift, scale: [D] features are standardized to z = (x − shift) · scale and clipped to ±:data:`CLIP`.
+        factor: [D] what z is multiplied by: the relevances over the length scale.
+        points: [n, D] the training features so treated.
+        dual: [n, T] the coefficients a.
+        mean: [T] the mean m of the targets.
+        ridge: λ.
+    """
+
+    shift: NDArray[np.float64]
+    scale: NDArray[np.float64]
+    factor: NDArray[np.float64]
+    points: NDArray[np.float64]
+    dual: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    ridge: float
+
+    def __post_init__(self) -> None:
+        n, d = self.points.shape
+        if any(a.shape != (d,) for a in (self.shift, self.scale, self.factor)) or self.dual.shape != (
+            n,
+            *self.mean.shape,
+        ):
+            raise ValueError("these arrays don't make a kernel ridge regression")
+
+    def predict(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Return [B, T] the predictions for features [B, D]."""
+        parts = [np.empty((0, len(self.mean)))]
+        for start in range(0, len(x), _CHUNK):
+            z = clipped(x[start : start + _CHUNK], self.shift, self.scale) * self.factor
+            parts.append(matern(squared_distances(z, self.points)) @ self.dual)
+        return np.concatenate(parts) + self.mean
+
+
+def matern(d2: NDArray) -> NDArray[np.float64]:
+    """Return the Matérn kernel of order 5/2, given squared distances over the squared length scale."""
+    root = np.sqrt(5 * d2)
+    return (1 + root + 5 / 3 * d2) * np.exp(-root)
+
+
+def squared_distances(a: NDArray, b: NDArray) -> NDArray[np.float64]:
+    """[n, m] squared distances of the rows of two matrices."""
+    d2 = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * (a @ b.T)
+    return np.maximum(d2, 0.0)
+
+
+def standardize(x: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return [D] shift and scale of the columns; a constant column gets the scale 0."""
+    x = np.asarray(x, np.float64)
+    shift, spread = x.mean(axis=0), x.std(axis=0)
+    constant = spread <= 1e-7 * np.abs(x).max(axis=0, initial=0)  # features come in single precision
+    return shift, np.where(constant, 0.0, 1 / np.where(constant, 1.0, spread))
+
+
+def clipped(x: NDArray[np.floating], shift: NDArray, scale: NDArray) -> NDArray[np.float64]:
+    """Return [B, D] standardized features within ±:data:`CLIP`."""
+    return np.clip((np.asarray(x, np.float64) - shift) * scale, -CLIP, CLIP)
+
+
+def relevance_of(importances: NDArray[np.floating]) -> NDArray[np.float64]:
+    """[D] how much features count in a kernel, from their importances in trees that were grown on the same crystals."""
+    importances = np.asarray(importances, np.float64)
+    mean = importances.mean()
+    return np.sqrt(importances / mean if mean > 0 else np.ones_like(importances)) + 0.1
+
+
+def fit_kernel_ridge(
+    x: NDArray[np.floating],
+    y: NDArray[np.floating],
+    groups: NDArray[np.int64],
+    *,
+    relevance: NDArray[np.floating] | None = None,
+    seed: int = 0,
+) -> KernelRidge:
+    """Choose length scale and λ, and fit.
+
+    Args:
+        x: [n, D] finite features.
+        y: [n, T] finite targets.
+        groups: [n] what is left out together, such as the crystals of one formula.
+        relevance: [D] how much each feature counts, such as :func:`relevance_of` says; by default all count alike.
+        seed: draws the crystals on which settings are chosen, where there are more than :data:`SEARCHED`.
+    """
+    from scipy.linalg import cho_factor, cho_solve  # prediction does without
+
+    shift, scale = standardize(x)
+    counts: NDArray[np.float64] = np.asarray(np.ones(len(shift)) if relevance is None else relevance, np.float64)
+    z, y = clipped(x, shift, scale) * counts, np.asarray(y, np.float64)
+    rows = np.arange(len(z))
+    if len(z) > SEARCHED:
+        rows = np.sort(np.random.default_rng(seed).choice(len(z), SEARCHED, replace=False))
+    spread = y[rows].std(axis=0)
+    length, ridge = _choose(
+        squared_distances(z[rows], z[rows]), y[rows] / np.where(spread > 0, spread, 1.0), groups[rows]
+    )
+    points: NDArray[np.float64] = z / length
+    gram = matern(squared_distances(points, points))
+    gram[np.diag_indices_from(gram)] += ridge
+    mean: NDArray[np.float64] = y.mean(axis=0)
+    dual = cho_solve(cho_factor(gram, lower=True, overwrite_a=True, check_finite=False), y - mean, check_finite=False)
+    return KernelRidge(shift, scale, counts / length, points, dual, mean, ridge)
+
+
+def _choose(d2: NDArray, y: NDArray, groups: NDArray[np.int64]) -> tuple[float, float]:
+    """Return the length scale and λ with the least mean absolute error of the groups left out."""
+    unit = float(np.sqrt(np.median(d2[np.triu_indices(len(d2), 1)]))) or 1.0
+    centered = y - y.mean(axis=0)
+    best, error = (unit, RIDGES[-1]), np.inf
+    for length in (unit * factor for factor in LENGTHS):
+        values, vectors = np.linalg.eigh(matern(d2 / length**2))
+        projected = vectors.T @ centered
+        for ridge in RIDGES:
+            inverse = 1 / (np.maximum(values, 0) + ridge)
+            found = np.abs(
+                group_residuals(vectors * np.sqrt(inverse), vectors @ (inverse[:, None] * projected), groups)
+            )
+            if found.mean() < error:
+                best, error = (length, ridge), float(found.mean())
+    return best
+
+
+def group_residuals(root: NDArray, dual: NDArray, groups: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return [n, T] y − f(x) of each crystal when its group is left out.
+
+    Args:
+        root: [n, n] R with R Rᵀ = C⁻¹.
+        dual: [n, T] C⁻¹ (y − m).
+        groups: [n] the group of each crystal.
+    """
+    residual = dual / (root**2).sum(axis=1)[:, None]
+    order = np.argsort(groups, kind="stable")
+    _, begin, count = np.unique(groups[order], return_index=True, return_counts=True)
+    for first, size in zip(begin[count > 1], count[count > 1], strict=True):
+        rows = order[first : first + size]
+        residual[rows] = np.linalg.solve(root[rows] @ root[rows].T, dual[rows])
+    return residual

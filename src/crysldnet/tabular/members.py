@@ -1,0 +1,119 @@
+"""The tabular members of a hybrid: extremely randomized trees, boosted trees, and kernel ridge regression.
+
+Shapes: ``n`` training crystals, ``D`` features, ``T`` outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crysldnet.errors import DataError
+from crysldnet.tabular.arrays import Model
+from crysldnet.tabular.blend import group_folds, out_of_fold
+from crysldnet.tabular.kernel import fit_kernel_ridge, relevance_of
+from crysldnet.tabular.trees import Trees
+
+MEMBERS = ("extra_trees", "boosted_trees", "kernel_ridge")
+Baseline = Callable[[NDArray[np.int64]], NDArray[np.float64]]
+"""Given the rows to fit to, returns [n, T] what is predicted of every crystal without features; members learn the rest.
+"""
+
+
+@dataclass(frozen=True)
+class Members:
+    """Fitted members.
+
+    Attributes:
+        models: by name, fitted to all training crystals.
+        out_of_fold: [n, T] by name, predictions by members that weren't fitted to the crystal's group.
+    """
+
+    models: dict[str, Model]
+    out_of_fold: dict[str, NDArray[np.float64]]
+
+
+def fit_models(
+    x: NDArray[np.floating],
+    y: NDArray[np.floating],
+    groups: NDArray[np.int64],
+    *,
+    members: Sequence[str] = MEMBERS,
+    seed: int = 0,
+) -> dict[str, Model]:
+    """Fit each member to the same crystals.
+
+    Args:
+        x: [n, D] finite features.
+        y: [n, T] finite targets; for classes, one column of zeros and ones for each.
+        groups: [n] what is left out together where the kernel's settings are chosen.
+        members: names in :data:`MEMBERS`.
+        seed: of the trees.
+
+    Raises:
+        DataError: scikit-learn isn't installed.
+    """
+    try:
+        from sklearn.ensemble import ExtraTreesRegressor, HistGradientBoostingRegressor
+    except ImportError as error:
+        raise DataError(f"trees need scikit-learn, which isn't installed ({error}): pip install scikit-learn") from None
+    x, y = np.ascontiguousarray(x, np.float32), np.asarray(y, np.float64)
+    found: dict[str, Model] = {}
+    forest = None
+    if "extra_trees" in members or "kernel_ridge" in members:
+        forest = ExtraTreesRegressor(100, max_features=0.33, random_state=seed).fit(x, y if y.shape[1] > 1 else y[:, 0])
+    for name in members:
+        if name == "extra_trees":
+            found[name] = Trees.of_forest(forest)
+        elif name == "kernel_ridge":
+            assert forest is not None
+            relevance = relevance_of(forest.feature_importances_)
+            found[name] = fit_kernel_ridge(x, y, groups, relevance=relevance, seed=seed)
+        else:
+            boosted = HistGradientBoostingRegressor(
+                learning_rate=0.07,
+                max_iter=200,
+                max_leaf_nodes=15,
+                min_samples_leaf=min(5, max(1, len(x) // 10)),
+                l2_regularization=1.0,
+                max_features=0.3,
+                early_stopping=False,
+                random_state=seed,
+            )
+            each = [boosted] + [type(boosted)(**boosted.get_params()) for _ in range(y.shape[1] - 1)]
+            found[name] = Trees.of_boosting([model.fit(x, y[:, t]) for t, model in enumerate(each)])
+    return found
+
+
+def fit_members(
+    x: NDArray[np.floating],
+    y: NDArray[np.floating],
+    groups: NDArray[np.int64],
+    *,
+    members: Sequence[str] = MEMBERS,
+    folds: NDArray[np.int64] | None = None,
+    baseline: Baseline | None = None,
+    seed: int = 0,
+) -> Members:
+    """Fit each member, and predict every training crystal by members that didn't see its group.
+
+    Args:
+        x, y, groups, members, seed: as :func:`fit_models` takes them.
+        folds: [n] fold of each crystal, for other models to have the same ones; by default five, groups kept together.
+        baseline: fitted anew with each fold. The models predict what is left; the out-of-fold predictions are whole.
+    """
+    x, y = np.ascontiguousarray(x, np.float32), np.asarray(y, np.float64)
+    folds = group_folds(groups, seed=seed) if folds is None else folds
+
+    def fit_predict(rows: NDArray[np.int64], held: NDArray[np.int64]) -> NDArray[np.float64]:
+        known = np.zeros_like(y) if baseline is None else baseline(rows)
+        models = fit_models(x[rows], (y - known)[rows], groups[rows], members=members, seed=seed)
+        return np.concatenate([models[name].predict(x[held]) + known[held] for name in members], axis=1)
+
+    each = np.split(out_of_fold(fit_predict, folds), len(members), axis=1)
+    rest = y if baseline is None else y - baseline(np.arange(len(y)))
+    models = fit_models(x, rest, groups, members=members, seed=seed)
+    return Members(models, dict(zip(members, each, strict=True)))

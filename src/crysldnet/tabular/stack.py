@@ -1,0 +1,149 @@
+"""One target's members and the weights by which they predict together.
+
+Shapes: ``n`` training crystals, ``B`` crystals, ``D`` features, ``C`` outputs: one for a number, one for each class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crysldnet.tabular.arrays import Model, from_arrays, to_arrays
+from crysldnet.tabular.blend import FOLDS, blend_weights, group_folds
+from crysldnet.tabular.members import MEMBERS, Baseline, fit_members
+
+LARGEST_KERNEL = 10_000
+"""Crystals; with more there is no kernel ridge, whose memory and time grow with their square and cube."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Fitted members and their weights.
+
+    Attributes:
+        models: by name.
+        weights: by name, not negative, of sum 1; also of members that aren't tabular.
+    """
+
+    models: dict[str, Model]
+    weights: dict[str, float]
+
+    def predict(self, x: NDArray[np.floating]) -> dict[str, NDArray[np.float64]]:
+        """Return [B, C] the predictions of each member for features [B, D]."""
+        return {name: model.predict(x) for name, model in self.models.items()}
+
+    def combine(self, found: Mapping[str, NDArray[np.floating]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the weighted mean [B, C] of the members' predictions, and their standard deviation about it."""
+        return _mixed(np.array([self.weights[name] for name in found]), np.stack(list(found.values()), axis=1))
+
+    def to_arrays(self, prefix: str) -> tuple[dict[str, NDArray], dict[str, Any]]:
+        """Return what a file keeps: arrays whose names begin with ``prefix``, and plain values."""
+        arrays: dict[str, NDArray] = {}
+        plain: dict[str, Any] = {}
+        for name, model in self.models.items():
+            own, plain[name] = to_arrays(model, f"{prefix}{name}.")
+            arrays |= own
+        return arrays, {"weights": self.weights, "models": plain}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray], plain: Mapping[str, Any], prefix: str) -> Stack:
+        """Return the stack that :meth:`to_arrays` took apart.
+
+        Raises:
+            DataError: an array or value is missing, or they don't fit together.
+        """
+        models = {name: from_arrays(arrays, of, f"{prefix}{name}.") for name, of in plain["models"].items()}
+        return cls(models, dict(plain["weights"]))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class FittedStack:
+    """A stack, and how it did on crystals that it wasn't fitted to.
+
+    Attributes:
+        stack: fitted to all crystals.
+        members: [n, C] by name, out of fold.
+        value: [n, C] of the members together, out of fold, by weights that were found on the other folds.
+        spread: [n, C] standard deviation of the members about it.
+        y: [n, C] what they were fitted to.
+        folds: [n].
+        absolute: as :func:`fit_stack` took it.
+    """
+
+    stack: Stack
+    members: dict[str, NDArray[np.float64]]
+    value: NDArray[np.float64]
+    spread: NDArray[np.float64]
+    y: NDArray[np.float64]
+    folds: NDArray[np.int64]
+    absolute: bool
+
+    @property
+    def error(self) -> float:
+        """Mean absolute error out of fold, over the standard deviation of the targets."""
+        return float(np.abs(self.value - self.y).mean() / max(float(self.y.std()), 1e-30))
+
+    def without(self, name: str) -> FittedStack:
+        """Return the stack of the other members; nothing is fitted again but the weights."""
+        members = {other: own for other, own in self.members.items() if other != name}
+        return _weighed(self.stack.models, members, self.y, self.folds, self.absolute)
+
+
+def fit_stack(
+    x: NDArray[np.floating],
+    y: NDArray[np.floating],
+    groups: NDArray[np.int64],
+    *,
+    others: Mapping[str, NDArray[np.float64]] | None = None,
+    baseline: Baseline | None = None,
+    absolute: bool = True,
+    seed: int = 0,
+) -> FittedStack:
+    """Fit the tabular members and find the weights.
+
+    Args:
+        x: [n, D] finite features.
+        y: [n, C] finite targets; for classes zeros and ones.
+        groups: [n] what is left out together, such as the crystals of one formula; two groups at least.
+        others: [n, C] by name, out-of-fold predictions of members that aren't tabular.
+        baseline: what the tabular members learn the rest of.
+        absolute: weigh by absolute errors, else by squared ones.
+        seed: of folds and trees.
+    """
+    folds = group_folds(groups, min(FOLDS, len(np.unique(groups))), seed=seed)
+    names = MEMBERS if len(x) <= LARGEST_KERNEL else MEMBERS[:-1]
+    fitted = fit_members(x, y, groups, members=names, folds=folds, baseline=baseline, seed=seed)
+    members = {**(others or {}), **fitted.out_of_fold}
+    return _weighed(fitted.models, members, np.asarray(y, np.float64), folds, absolute)
+
+
+def _weighed(
+    models: dict[str, Model],
+    members: dict[str, NDArray[np.float64]],
+    y: NDArray[np.float64],
+    folds: NDArray[np.int64],
+    absolute: bool,
+) -> FittedStack:
+    """Find the weights of members [n, C] on all folds, and on all but each."""
+    each = np.stack(list(members.values()), axis=1)
+
+    def weigh(rows: NDArray[np.bool_]) -> NDArray[np.float64]:
+        flat = np.moveaxis(each[rows], 1, 2).reshape(-1, len(members))
+        return blend_weights(flat, y[rows].reshape(-1), absolute=absolute)
+
+    value, spread = np.empty(y.shape), np.empty(y.shape)
+    for fold in np.unique(folds):
+        held = folds == fold
+        value[held], spread[held] = _mixed(weigh(~held), each[held])
+    weights = dict(zip(members, weigh(np.ones(len(y), bool)).tolist(), strict=True))
+    return FittedStack(Stack(models, weights), members, value, spread, y, folds, absolute)
+
+
+def _mixed(weights: NDArray[np.floating], each: NDArray[np.floating]) -> tuple[NDArray, NDArray]:
+    """Return weighted mean and standard deviation [B, C] of the members' predictions [B, M, C]."""
+    mean = np.einsum("m,bmc->bc", weights, each)
+    return mean, np.sqrt(np.einsum("m,bmc->bc", weights, (each - mean[:, None]) ** 2))

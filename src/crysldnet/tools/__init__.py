@@ -1,0 +1,1 @@
+"""Tools around training. A tool imports the core and no other tool."""

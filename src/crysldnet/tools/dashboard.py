@@ -1,0 +1,110 @@
+"""Save a layout of this project's charts on W&B: python -m crysldnet.tools.dashboard ENTITY [PROJECT].
+
+There are two: one for pretraining, one for finetuning. With --print the layouts are printed as W&B would get them, and
+nothing is sent, so that needs no account. It needs the package wandb-workspaces, of the extra ``wandb``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+STEP = "trainer/global_step"
+Panels = list[tuple[str, list[str] | str]]
+"""Titles of charts, and the metrics of each, or a regular expression that they match."""
+PRETRAINING: dict[str, Panels] = {
+    "What it learned": [
+        ("masked species found", ["val/masked_accuracy", "val/masked_accuracy_baseline"]),
+        ("coordinate error (Å)", ["val/coordinate_error", "val/coordinate_error_baseline"]),
+        ("lattice length error (Å)", ["val/lattice_length_error", "val/lattice_length_error_baseline"]),
+        ("lattice angle error (°)", ["val/lattice_angle_error", "val/lattice_angle_error_baseline"]),
+    ],
+    "Latent space: a collapse shows here": [
+        ("spread of the encoder's output", ["val/features_spread"]),
+        ("effective rank of the encoder's output", ["val/features_rank"]),
+        ("spread of the latent", ["val/latent_spread"]),
+        ("effective rank of the latent", ["val/latent_rank"]),
+    ],
+    "Losses": [("training", ["train/loss"]), ("validation", ["val/loss"])],
+}
+"""Sections of the pretraining's layout; there is one of each for each stage."""
+FINETUNING: dict[str, Panels] = {
+    "Errors of numbers, on validation": [
+        ("MAE", "val/mae(/.+)?"),
+        ("RMSE", "val/rmse(/.+)?"),
+        ("R²", "val/r2(/.+)?"),
+        ("negative log-likelihood", "val/nll"),
+    ],
+    "Scores of classes, on validation": [
+        ("ROC-AUC", "val/roc_auc(/.+)?"),
+        ("accuracy", "val/accuracy(/.+)?"),
+        ("F1", "val/f1(/.+)?"),
+        ("log loss", "val/log_loss(/.+)?"),
+    ],
+    "Loss": [("training", ["train/loss"])],
+}
+"""Where there are several targets, a metric has the target's name behind it, and a chart all of them."""
+HEALTH: dict[str, Panels] = {
+    "Health and speed": [
+        ("norm of the gradient", ["train/grad_norm"]),
+        ("atoms/s", ["train/atoms_per_s"]),
+        ("crystals/s", ["train/crystals_per_s"]),
+        ("peak memory (MiB)", ["train/memory_mb"]),
+    ]
+}
+STAGES = ("vae", "diffusion")
+
+
+def layouts(entity: str, project: str) -> list[Any]:
+    """Return the layouts, as ``wandb_workspaces`` keeps them; nothing is sent."""
+    import wandb_workspaces.reports.v2 as reports
+    import wandb_workspaces.workspaces as workspaces
+
+    def chart(title: str, metrics: list[str] | str, before: str) -> Any:
+        if isinstance(metrics, str):
+            return reports.LinePlot(title=title, x=STEP, metric_regex=f"^{before}{metrics}$")
+        return reports.LinePlot(title=title, x=STEP, y=[before + metric for metric in metrics])
+
+    def sections(parts: dict[str, Panels], stage: str = "") -> list[Any]:
+        before, named = (f"{stage}/", f", {stage} stage") if stage else ("", "")
+        return [
+            workspaces.Section(
+                name=title + named,
+                is_open=True,
+                panels=[chart(name, metrics, before) for name, metrics in panels],
+            )
+            for title, panels in parts.items()
+        ]
+
+    pretraining = [section for stage in STAGES for section in sections(PRETRAINING | HEALTH, stage)]
+    finetuning = sections(FINETUNING | HEALTH)
+    return [
+        workspaces.Workspace(entity=entity, project=project, name=name, sections=parts)
+        for name, parts in (("crysldnet pretraining", pretraining), ("crysldnet finetuning", finetuning))
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Save or print the layouts; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m crysldnet.tools.dashboard", description=__doc__)
+    parser.add_argument("entity", help="user or team on W&B")
+    parser.add_argument("project", nargs="?", default="crysldnet")
+    parser.add_argument("--print", action="store_true", help="print them as JSON; nothing is sent")
+    given = parser.parse_args(arguments)
+    try:
+        made = layouts(given.entity, given.project)
+    except ImportError as error:
+        print(f"error: {error}: pip install 'crysldnet[wandb]'", file=sys.stderr)  # noqa: T201
+        return 2
+    if given.print:
+        print(json.dumps([layout._to_model().model_dump(mode="json") for layout in made], indent=1))  # noqa: T201
+        return 0
+    for layout in made:
+        print(layout.save().url)  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

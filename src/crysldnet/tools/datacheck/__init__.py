@@ -1,0 +1,1 @@
+"""Look into data sets: describe them, find repeats, compare two."""

@@ -1,0 +1,161 @@
+"""``crysldnet data audit``: what the crystals of two data sets have in common."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crysldnet.console import csv_text, escaped
+from crysldnet.data.datasets import open_part
+from crysldnet.data.formulas import formulas_of
+from crysldnet.data.matching import matches
+from crysldnet.data.store import CrystalStore
+from crysldnet.io import replacing
+
+HELP = "what a training and a test set have in common"
+DESCRIPTION = """\
+Count the crystals of a test set that a training set has too: by id, by reduced formula, by structure (pymatgen's
+StructureMatcher, behind a filter). A set is a store, a Parquet file, embedded:NAME or published:NAME; @SPLIT behind it
+takes the rows whose column split says so. Several sets may be given; every pair is compared.
+
+The exit status is 0 whatever is shared: 1 with --strict, where anything is."""
+EXAMPLE = """\
+example:
+  crysldnet data audit --train embedded:mp_starter@train --test embedded:mp_starter@test embedded:matbench_phonons"""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a test set has in common with a training set.
+
+    Attributes:
+        train, test: their names.
+        train_crystals, test_crystals: their sizes.
+        ids, formulas, structures: the test rows that share one, each with the training rows that it shares it with;
+            ``structures`` is None where they weren't compared.
+    """
+
+    train: str
+    test: str
+    train_crystals: int
+    test_crystals: int
+    ids: dict[str, list[str]]
+    formulas: dict[str, list[str]]
+    structures: dict[str, list[str]] | None
+
+
+def audit(train: str, test: str, *, structures: bool = True) -> Shared:
+    """Compare two data sets.
+
+    Args:
+        train, test: as :func:`crysldnet.data.datasets.open_part` takes them.
+        structures: compare structures too.
+    """
+    (a, rows_a), (b, rows_b) = open_part(train), open_part(test)
+    return Shared(
+        train,
+        test,
+        len(rows_a),
+        len(rows_b),
+        _shared(a, rows_a, _ids(a, rows_a), b, rows_b, _ids(b, rows_b)),
+        _shared(a, rows_a, _formulas(a, rows_a), b, rows_b, _formulas(b, rows_b)),
+        _matching(a, rows_a, b, rows_b) if structures else None,
+    )
+
+
+def _ids(store: CrystalStore, rows: NDArray[np.int64]) -> list[str]:
+    return store.ids_at(rows)
+
+
+def _formulas(store: CrystalStore, rows: NDArray[np.int64]) -> list[str]:
+    return formulas_of(store.crystals, rows)
+
+
+def _shared(
+    a: CrystalStore,
+    rows_a: NDArray[np.int64],
+    keys_a: Sequence[str],
+    b: CrystalStore,
+    rows_b: NDArray[np.int64],
+    keys_b: Sequence[str],
+) -> dict[str, list[str]]:
+    """Return the id of each row of b whose key a has, with the ids of a's rows of that key."""
+    wanted = set(keys_b)
+    where: dict[str, list[str]] = {}
+    for key, id_ in zip(keys_a, _ids(a, rows_a), strict=True):
+        if key in wanted:
+            where.setdefault(key, []).append(id_)
+    return {id_: where[key] for key, id_ in zip(keys_b, _ids(b, rows_b), strict=True) if key in where}
+
+
+def _matching(
+    a: CrystalStore, rows_a: NDArray[np.int64], b: CrystalStore, rows_b: NDArray[np.int64]
+) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    pairs = list(matches(b, rows_b, a, rows_a))
+    if not pairs:
+        return found
+    of_b, of_a = (store.ids_at(np.array(rows)) for store, rows in zip((b, a), zip(*pairs, strict=True), strict=True))
+    for id_b, id_a in zip(of_b, of_a, strict=True):
+        found.setdefault(id_b, []).append(id_a)
+    return found
+
+
+def write_table(path: str | os.PathLike[str], found: Sequence[Shared]) -> None:
+    """Write every shared crystal as a row of a CSV: sets, ids, and by what.
+
+    Raises:
+        DataError: it can't be written.
+    """
+    path = Path(path)
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        file.write(csv_text([["train", "test", "by", "test_id", "train_ids"]]))
+        file.writelines(csv_text(_rows(shared)) for shared in found)
+
+
+def _rows(shared: Shared) -> Iterator[list[str]]:
+    for by in ("ids", "formulas", "structures"):
+        for test_id, train_ids in (getattr(shared, by) or {}).items():
+            yield [shared.train, shared.test, by.removesuffix("s"), test_id, " ".join(train_ids)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument("--train", metavar="SET", nargs="+", required=True)
+    parser.add_argument("--test", metavar="SET", nargs="+", required=True)
+    parser.add_argument("--no-structures", action="store_true", help="compare ids and formulas alone, which is fast")
+    parser.add_argument("--out", metavar="CSV", help="write every shared crystal")
+    parser.add_argument("--strict", action="store_true", help="exit with status 1 where anything is shared")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compare the sets, print a table, and return the exit status."""
+    found = [
+        audit(train, test, structures=not arguments.no_structures)
+        for train in arguments.train
+        for test in arguments.test
+    ]
+    sys.stdout.write(escaped("\n".join(line for shared in found for line in _lines(shared))) + "\n")
+    if arguments.out:
+        write_table(arguments.out, found)
+        sys.stdout.write(f"every shared crystal: {arguments.out}\n")
+    return int(arguments.strict and any(s.ids or s.formulas or s.structures for s in found))
+
+
+def _lines(shared: Shared) -> list[str]:
+    lines = [
+        f"training set  {shared.train} ({shared.train_crystals:,} crystals)",
+        f"test set      {shared.test} ({shared.test_crystals:,} crystals), of which the training set has",
+    ]
+    for by in ("ids", "formulas", "structures"):
+        part, name = getattr(shared, by), by.removesuffix("s")
+        count = "not compared" if part is None else f"{len(part):,} ({len(part) / shared.test_crystals:.1%})"
+        lines.append(f"  by {name:<10} {count}")
+    return lines

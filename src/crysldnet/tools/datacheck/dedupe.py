@@ -1,0 +1,139 @@
+"""``crysldnet data dedupe``: keep each crystal once, and none that another set has."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crysldnet.console import csv_text, escaped
+from crysldnet.data.datasets import open_part
+from crysldnet.data.decontamination import shared_rows
+from crysldnet.data.matching import duplicates
+from crysldnet.data.output import ParquetOutput
+from crysldnet.data.store import CrystalStore, StoreWriter
+from crysldnet.io import replacing
+
+HELP = "keep each crystal once, and none that another set has"
+DESCRIPTION = """\
+Write a store without repeats. By id keeps the first row of each id, by structure the first of crystals that are the
+same structure (pymatgen's StructureMatcher, behind a filter of formula, volume and distances).
+
+--against leaves out what other sets have, so that they can be tested on after pretraining on the result; by formula
+(every crystal of a formula that they have) or by structure. What was left out, and why, is listed in OUT.removed.csv.
+
+The exit status is 0 where crystals were kept, 1 where none was left."""
+EXAMPLE = """\
+examples:
+  crysldnet data dedupe my.store --out unique.store
+  crysldnet data dedupe my.store --out pretraining.store --against embedded:matbench_phonons --against-by formula"""
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A row that is left out.
+
+    Attributes:
+        row: in the store.
+        reason: why.
+        of: the id that is kept in its place, or the name of the other set.
+    """
+
+    row: int
+    reason: str
+    of: str
+
+
+def find_repeats(store: CrystalStore, by: Sequence[str]) -> list[Removed]:
+    """Find the rows that repeat an earlier one.
+
+    Args:
+        store: the crystals.
+        by: ``id``, ``structure`` or both.
+    """
+    ids: list[str] = store.ids.to_pylist()
+    found: dict[int, Removed] = {}
+    if "id" in by:
+        first: dict[str, int] = {}
+        for row, id_ in enumerate(ids):
+            if first.setdefault(id_, row) != row:
+                found[row] = Removed(row, "same id", id_)
+    if "structure" in by:
+        for row, kept in duplicates(store).items():
+            found.setdefault(row, Removed(row, "same structure", ids[kept]))
+    return sorted(found.values(), key=lambda removed: removed.row)
+
+
+def write_rows(store: CrystalStore, rows: NDArray[np.int64], out: str, *, overwrite: bool) -> None:
+    """Write some rows of a store as a store, or as a Parquet file where the name ends in .parquet."""
+    table = store.to_table().take(rows)
+    kind = ParquetOutput if out.endswith(".parquet") else StoreWriter
+    with kind(out, overwrite=overwrite) as output:
+        output.append(table)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument("store", metavar="SET", help="a store, a Parquet file, embedded:NAME or published:NAME[@SPLIT]")
+    parser.add_argument("--out", metavar="OUT", required=True, help="name.store, or name.parquet")
+    parser.add_argument(
+        "--by",
+        nargs="+",
+        choices=("id", "structure"),
+        default=["id", "structure"],
+        help="what makes a repeat (default: both)",
+    )
+    parser.add_argument("--against", metavar="SET", nargs="+", default=[], help="sets that the result must not share")
+    parser.add_argument(
+        "--against-by",
+        choices=("formula", "structure"),
+        default="formula",
+        help="what counts as shared (default: formula)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the result, print the counts, and return the exit status."""
+    whole, rows = open_part(arguments.store)
+    store = whole if len(rows) == len(whole) else CrystalStore.from_table(whole.to_table().take(rows), arguments.store)
+    removed = find_repeats(store, arguments.by)
+    gone = {item.row for item in removed}
+    left = np.array([row for row in range(len(store)) if row not in gone], np.int64)
+    records = []
+    for name in arguments.against:
+        shared, (record,) = shared_rows(store, left, [name], arguments.against_by)
+        removed += [Removed(int(row), f"same {arguments.against_by}", name) for row in shared]
+        left = np.setdiff1d(left, shared)
+        records.append(record)
+    lines = [f"{len(store):,} crystals in {arguments.store}"]
+    for reason in ("same id", "same structure"):
+        count = sum(item.reason == reason for item in removed if item.of not in arguments.against)
+        lines.append(f"{count:,} left out: {reason} as an earlier one")
+    lines += [f"{r['crystals']:,} left out: {r['by']} also in {r['name']}" for r in records]
+    if not len(left):
+        sys.stdout.write(escaped("\n".join([*lines, "no crystal is left, nothing written"])) + "\n")
+        return 1
+    write_rows(store, left, arguments.out, overwrite=arguments.overwrite)
+    listed = _write_removed(store, removed, Path(arguments.out))
+    lines.append(f"{len(left):,} crystals written to {arguments.out}")
+    lines += [f"what was left out: {listed}"] if listed is not None else []
+    sys.stdout.write(escaped("\n".join(lines)) + "\n")
+    return 0
+
+
+def _write_removed(store: CrystalStore, removed: Sequence[Removed], out: Path) -> Path | None:
+    path = out.with_name(f"{out.name}.removed.csv")
+    if not removed:
+        path.unlink(missing_ok=True)
+        return None
+    ids = store.ids_at(np.array([item.row for item in removed], np.int64))
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        rows = ([id_, item.row, item.reason, item.of] for id_, item in zip(ids, removed, strict=True))
+        file.write(csv_text([["material_id", "row", "reason", "of"], *rows]))
+    return path

@@ -1,0 +1,187 @@
+"""List, fetch and share pretrained encoders: ``crysldnet weights``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from crysldnet.artifacts import model_file, weights
+from crysldnet.console import escaped, note, print_table
+from crysldnet.errors import CheckpointError
+from crysldnet.io import whole_file, write_atomically
+
+DESCRIPTION = """\
+List the encoders that have a name, show their model cards, and exchange encoders with the Hugging Face hub.
+
+A name stands for its file wherever an encoder is asked for, as in pretrained=NAME and model=NAME."""
+
+EXAMPLES = """\
+examples:
+  crysldnet weights
+  crysldnet weights show NAME
+  crysldnet weights pull OWNER/REPOSITORY
+  crysldnet weights push runs/pretrain/latest/encoder.safetensors OWNER/REPOSITORY --license mit
+"""
+FILE, CARD = "encoder.safetensors", "README.md"
+"""Of an encoder in a repository of the hub."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``crysldnet weights`` with these arguments; return the exit status.
+
+    Raises:
+        CheckpointError: there is no such encoder, or the hub can't be used.
+    """
+    arguments = _parser().parse_args(list(argv))
+    if arguments.action == "show":
+        file = _named(arguments.name)
+        print(escaped(weights.card_of(file) or f"{file} has no model card"))  # noqa: T201
+    elif arguments.action == "pull":
+        pull(arguments.repository, arguments.name, arguments.revision)
+    elif arguments.action == "push":
+        push(weights.find(arguments.file), arguments.repository, arguments.license)
+    else:
+        list_them()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("crysldnet weights", description=DESCRIPTION, epilog=EXAMPLES)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    actions = parser.add_subparsers(dest="action", metavar="list | show | pull | push")
+    actions.add_parser("list", help="list the encoders that have a name (the default)")
+    actions.add_parser("show", help="print a model card").add_argument("name", help="of an encoder")
+    fetch = actions.add_parser("pull", help="fetch an encoder from the Hugging Face hub")
+    fetch.add_argument("repository", help="OWNER/REPOSITORY")
+    fetch.add_argument("--name", help="to give it here; REPOSITORY by default")
+    fetch.add_argument("--revision", help="branch, tag or commit")
+    share = actions.add_parser("push", help="share an encoder on the Hugging Face hub (first: hf auth login)")
+    share.add_argument("file", help="encoder.safetensors, or the name of an encoder")
+    share.add_argument("repository", help="OWNER/REPOSITORY; made if it isn't there")
+    share.add_argument("--license", required=True, help="of the weights in the hub's words, such as mit or cc-by-4.0")
+    return parser
+
+
+def _named(name: str) -> Path:
+    known = weights.named_encoders()
+    if name not in known:
+        raise CheckpointError(f"{name}: no encoder of that name; there are: {', '.join(known) or 'none'}")
+    return known[name]
+
+
+def list_them() -> None:
+    """Print a table of the encoders that have a name."""
+    rows = []
+    for name, file in weights.named_encoders().items():
+        info, state = model_file.read(file, "encoder")
+        seen = info["provenance"].get("train_crystals")
+        rows.append(
+            [
+                name,
+                info["encoder"]["_target_"].rpartition(".")[2],
+                f"{sum(t.numel() for t in state.values()):,}",
+                f"{file.stat().st_size / 1e6:.1f} MB",
+                "not known" if seen is None else f"{seen:,}",
+                "with the package" if file.parent == weights.SHIPPED else str(file.parent),
+            ]
+        )
+    if not rows:
+        note("no encoder has a name yet; pull one, or make one with crysldnet pretrain")
+        return
+    print_table("", ["name", "encoder", "parameters", "size", "pretrained on", "where"], rows)
+
+
+def _hub() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise CheckpointError('the hub needs huggingface_hub: pip install "crysldnet[hub]"') from error
+    return huggingface_hub
+
+
+def _check_repository(repository: str) -> None:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise CheckpointError(f"{repository!r}: a repository of the hub is OWNER/REPOSITORY")
+
+
+def pull(repository: str, name: str | None = None, revision: str | None = None) -> Path:
+    """Fetch an encoder from the Hugging Face hub, check it, and give it a name.
+
+    Args:
+        repository: OWNER/REPOSITORY with encoder.safetensors, and a README.md as its card.
+        name: to give it; the repository's own by default.
+        revision: branch, tag or commit; the newest by default.
+
+    Raises:
+        CheckpointError: it can't be fetched, isn't an encoder, or the name is taken.
+    """
+    _check_repository(repository)
+    name = name or repository.partition("/")[2]
+    if not re.fullmatch(r"[\w-][\w.-]*", name) or name in ("none", "auto"):
+        raise CheckpointError(f"--name {name!r}: use letters, digits, _ and -")
+    out = weights.fetched_folder() / f"{name}.safetensors"
+    if name in weights.named_encoders():
+        raise CheckpointError(f"{name}: that name is taken by {weights.named_encoders()[name]}; choose another, --name")
+    hub = _hub()
+    try:
+        files = {file: Path(hub.hf_hub_download(repository, file, revision=revision)) for file in (FILE, CARD)}
+    except Exception as error:  # the hub's own errors, of many kinds
+        raise CheckpointError(f"{repository}: can't be fetched from the hub: {str(error).splitlines()[0]}") from error
+    model_file.load_encoder(files[FILE])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out.with_suffix(".md"), files[CARD].read_text(encoding="utf-8"))
+    with whole_file(out) as file:
+        file.write(files[FILE].read_bytes())
+    note(f"{repository} is here as {name}: use pretrained={name}")
+    return out
+
+
+def push(file: Path, repository: str, license: str) -> None:
+    """Share an encoder and its card on the Hugging Face hub.
+
+    Args:
+        file: an encoder.
+        repository: OWNER/REPOSITORY, made if it isn't there.
+        license: of the weights.
+
+    Raises:
+        CheckpointError: it isn't an encoder, or the hub refuses it.
+    """
+    _check_repository(repository)
+    if file.is_dir():
+        file = file / FILE
+    _, info = model_file.load_encoder(file)
+    card = _card(file, info, license)
+    hub = _hub()
+    try:
+        api = hub.HfApi()
+        api.create_repo(repository, exist_ok=True)
+        operations = [hub.CommitOperationAdd(FILE, file.read_bytes()), hub.CommitOperationAdd(CARD, card.encode())]
+        api.create_commit(repository, operations, commit_message=f"Upload {file.stem}")
+    except Exception as error:
+        raise CheckpointError(f"{repository}: the hub refuses it: {str(error).splitlines()[0]}") from error
+    note(f"{file} is shared as {repository}")
+
+
+def _card(file: Path, info: dict[str, Any], license: str) -> str:
+    """Return the card that goes to the hub: its own with the hub's header, or one made from what the file says."""
+    header = f"---\nlicense: {license}\nlibrary_name: crysldnet\ntags: [crystals, materials]\n---\n\n"
+    own = weights.card_of(file)
+    if own is not None:
+        return header + re.sub(r"\A---\n.*?\n---\n\s*", "", own, flags=re.DOTALL)
+    about = info["provenance"]
+    lines = [
+        f"# {os.fspath(file.stem)}",
+        "",
+        "A crystal encoder that was pretrained without labels by crysldnet.",
+        "",
+        f"- encoder: `{info['encoder']['_target_']}`",
+        f"- data: {about.get('data', 'not known')}, {about.get('train_crystals', 'an unknown number of')} crystals",
+        f"- sha256 of the data: {about.get('data_sha256', 'not known')}",
+        f"- code: {about.get('code_version', 'not known')}",
+    ]
+    return header + "\n".join(lines) + "\n"

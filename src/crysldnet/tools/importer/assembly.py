@@ -1,0 +1,171 @@
+"""Put the pieces of an import together: the second of its two steps (:mod:`crysldnet.tools.importer.importer`)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from crysldnet.console import listed
+from crysldnet.data.output import Output
+from crysldnet.data.schema import units_of
+from crysldnet.data.units import same_unit
+from crysldnet.errors import DataError
+from crysldnet.readers.issues import Ledger
+from crysldnet.readers.rows import PLACE, Piece
+from crysldnet.readers.target_table import Targets
+from crysldnet.tools.importer.columns import Columns
+
+_ROWS = 16_384
+_ATOMS = 1_000_000
+"""crystals and atoms that are written at a time"""
+
+
+class Plan:
+    """How pieces are put together: which columns of which type, and which ids are there more than once."""
+
+    def __init__(self, pieces: Iterable[Piece], about: Mapping[str, str]) -> None:
+        self._pieces, self._about = pieces, about
+        self._targets: Targets | None = None
+        self._dropped: dict[str, str] = {}
+        self.units: dict[str, str] = {}
+        self._without_unit: dict[str, str] = {}
+        """The first place that has values of a column and states no unit."""
+        self._columns = Columns(pieces)
+        self._repeated = _repeated(self._look_at(piece) for piece in pieces)
+
+    def _look_at(self, piece: Piece) -> list[str]:
+        """Take account of the columns of a piece; return its ids."""
+        table = piece.table
+        units = units_of(table.schema)
+        self._dropped |= piece.dropped
+        self._columns.add(table)
+        for field in table.schema:
+            if field.name in units:
+                self._add_unit(field.name, units[field.name], "one file", "another")
+            elif len(table) and not pa.types.is_null(field.type) and field.name not in self._without_unit:
+                self._without_unit[field.name] = table[PLACE][0].as_py()
+        return table["material_id"].to_pylist()
+
+    def _add_unit(self, name: str, unit: str, one: str, other: str) -> None:
+        known = self.units.setdefault(name, unit)
+        if not same_unit(known, unit):
+            raise DataError(f"the unit of {name!r} is {known!r} in {one} and {unit!r} in {other}")
+
+    def ids(self) -> set[str]:
+        """Return all ids, for a table of targets."""
+        return {material_id for piece in self._pieces for material_id in piece.table["material_id"].to_pylist()}
+
+    def join(self, targets: Targets | None, given: Mapping[str, str]) -> None:
+        """Add the columns of a table of targets, and units; decide how texts are read.
+
+        Raises:
+            DataError: a column is there twice; a unit is of no column, differs from the one stated, or is stated in
+                some files alone; a text can't be read without guessing.
+        """
+        self._targets = targets
+        names = self._names(self._columns.types)
+        for name, unit in (targets.units if targets else {}).items():
+            self._add_unit(name, unit, "the crystals' file", "the targets")
+        for name, unit in given.items():
+            if name not in names:
+                close = difflib.get_close_matches(name, names, 1)
+                hint = f"did you mean {close[0]!r}?" if close else f"there are {listed(names) or 'none'}"
+                raise DataError(f"units are given for {name!r}, which is no property; {hint}")
+            self._add_unit(name, unit, "the file", "units")
+        for name in sorted(self.units.keys() & self._without_unit.keys() - given.keys()):
+            raise DataError(
+                f"the unit of {name!r} is {self.units[name]!r} in one file and isn't stated in another "
+                f"({self._without_unit[name]}); if it is the same there, say so: --units {name}={self.units[name]}"
+            )
+        self._columns.decide(self._dropped, self.units)
+        self._names(self._columns.names)
+
+    def _names(self, of_crystals: Iterable[str]) -> list[str]:
+        """Return the names of all columns."""
+        names = [*of_crystals, *(self._targets.columns if self._targets else ())]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"column {twice[0]!r} stands in the crystals' file and in the targets; leave one out")
+        return names
+
+    def tables(self, ledger: Ledger) -> Iterator[pa.Table]:
+        """Give the crystals of each piece, entering in the ledger what is left out."""
+        for name, note in [*self._dropped.items(), *((name, note) for note, name in self._columns.notes)]:
+            ledger.note(note, name)
+        seen: set[str] = set()
+        for piece in self._pieces:
+            piece.enter_account(ledger)
+            table = self._columns.complete(piece.table, ledger)
+            ids = table["material_id"].to_pylist()
+            if self._repeated:
+                table, ids = self._without_repeated(table, ids, seen, ledger)
+            yield self._table(table, ids, ledger)
+
+    def _without_repeated(
+        self, table: pa.Table, ids: list[str], seen: set[str], ledger: Ledger
+    ) -> tuple[pa.Table, list[str]]:
+        good = []
+        for row, material_id in enumerate(ids):
+            if material_id in seen:
+                ledger.reject(table[PLACE][row].as_py(), material_id, "an earlier crystal has the same id")
+                continue
+            good.append(row)
+            if hash(material_id) in self._repeated:
+                seen.add(material_id)
+        return table.take(pa.array(good, pa.int64())), [ids[row] for row in good]
+
+    def _table(self, table: pa.Table, ids: list[str], ledger: Ledger) -> pa.Table:
+        columns: dict[str, pa.Array | pa.ChunkedArray] = dict(zip(table.column_names, table.columns, strict=True))
+        del columns[PLACE]
+        columns |= {} if self._targets is None else self._targets.take(ids, ledger)
+        fields = [
+            pa.field(name, column.type, metadata={"units": self.units[name]} if name in self.units else None)
+            for name, column in columns.items()
+        ]
+        return pa.Table.from_arrays(list(columns.values()), schema=pa.schema(fields, metadata=dict(self._about)))
+
+
+def _repeated(ids: Iterable[list[str]]) -> set[int]:
+    """Return the hashes of the ids that are there more than once, 8 bytes being kept of each id."""
+    hashes = np.fromiter((hash(material_id) for some in ids for material_id in some), np.int64)
+    hashes.sort()
+    return set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+
+
+def write(tables: Iterable[pa.Table], output: Output, ledger: Ledger, out: Path) -> int:
+    """Write crystals, many at a time; the lists of what was rejected and noted are there before they appear."""
+    kept = 0
+    try:
+        with output:
+            for table in _joined(tables):
+                output.append(table)
+                kept += len(table)
+            ledger.save(out)
+            if not kept:
+                raise _NothingKept
+    except _NothingKept:
+        pass
+    return kept
+
+
+class _NothingKept(Exception):
+    """Leaves the output's context so that nothing is written."""
+
+
+def _joined(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Put small tables together."""
+    waiting: list[pa.Table] = []
+    rows = atoms = 0
+    for table in tables:
+        if len(table):
+            waiting.append(table)
+            rows += len(table)
+            atoms += len(table["atomic_numbers"].combine_chunks().flatten())
+        if rows >= _ROWS or atoms >= _ATOMS:
+            yield pa.concat_tables(waiting).combine_chunks()
+            waiting, rows, atoms = [], 0, 0
+    if waiting:
+        yield pa.concat_tables(waiting).combine_chunks()

@@ -1,0 +1,216 @@
+"""The property columns of an import: one type, and one way to read texts, for all pieces of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from crysldnet.data.cells import (
+    LOOKS_LIKE_A_NUMBER,
+    MISSING,
+    MISSING_TEXT,
+    CellError,
+    Numbers,
+    plain_numbers,
+    read_numbers,
+)
+from crysldnet.data.schema import STRUCTURE_COLUMNS
+from crysldnet.errors import DataError
+from crysldnet.readers.issues import Ledger
+from crysldnet.readers.rows import PLACE, Piece, common_type
+
+_MISSING = pa.array(MISSING_TEXT)
+_ANY_MISSING = pa.array(sorted({*MISSING, *map(str.upper, MISSING), *map(str.capitalize, MISSING), "NaN"}))
+
+
+class Columns:
+    """The columns of all pieces: each piece is added, then :meth:`decide` is called once.
+
+    Args:
+        pieces: all of them; they are gone through several times.
+    """
+
+    def __init__(self, pieces: Iterable[Piece]) -> None:
+        self._pieces = pieces
+        self.types: dict[str, list[pa.DataType]] = {}
+        """The types that each column has in the pieces."""
+        self.notes: list[tuple[str, str]] = []
+        self._kinds: dict[str, pa.DataType] = {}
+        self._numbers: dict[str, Numbers] = {}
+        """Of the columns of texts that are read as numbers."""
+        self._all_plain: frozenset[str] = frozenset()
+        """Those of them whose texts are plain numbers, which are read at once."""
+        self._texts, self._alike, self._plain = Counter[str](), Counter[str](), Counter[str]()
+        """How many texts each column has that say something, how many look like numbers, and how many values
+        are numbers."""
+        self._with_missing: set[str] = set()
+        """Columns of texts some of which may say that there is no value."""
+
+    def add(self, table: pa.Table) -> None:
+        """Look at the columns of a piece."""
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            if name in STRUCTURE_COLUMNS or name == PLACE:
+                continue
+            self.types.setdefault(name, []).append(column.type)
+            if not _holds_texts(column.type):
+                self._plain[name] += len(column) - column.null_count
+                continue
+            texts = _as_texts(column)
+            self._texts[name] += len(texts) - texts.null_count
+            first, last = pc.min_max(texts).as_py().values()
+            if first is not None and (first < "A" or last >= "{"):  # all others begin with a letter
+                self._alike[name] += pc.sum(pc.match_substring_regex(texts, LOOKS_LIKE_A_NUMBER)).as_py()
+            said = pc.is_in(texts, _ANY_MISSING)
+            if pc.any(said).as_py():
+                self._texts[name] -= pc.sum(said).as_py()
+                self._with_missing.add(name)
+
+    def decide(self, without: Collection[str], units: dict[str, str]) -> None:
+        """Choose the types of the columns.
+
+        Args:
+            without: names of columns that are left out.
+            units: of the columns that state one. Units that stand in cells are added.
+
+        Raises:
+            DataError: a text can't be read without guessing.
+        """
+        self._kinds = {name: common_type(found) for name, found in self.types.items() if name not in without}
+        texts = [name for name, kind in self._kinds.items() if pa.types.is_string(kind)]
+        likely = [name for name in texts if name in units or self._may_be_numbers(name)]
+        odd = {name for name, _, column in self._each(likely) if _holds_texts(column.type) and _numbers(column) is None}
+        self._numbers = {name: Numbers({}, units.get(name), frozenset()) for name in likely if name not in odd}
+        self._all_plain = frozenset(self._numbers)
+        for name, counts in self._counted([name for name in likely if name in odd]).items():
+            self._decide(name, counts, self._plain[name], units)
+        mixed = [name for name in texts if self._plain[name] and name not in self._numbers]
+        self.notes = [("columns mix numbers and text and were kept as text", name) for name in mixed]
+
+    def _may_be_numbers(self, name: str) -> bool:
+        like = self._alike[name] + self._plain[name]
+        return like > 0 and like >= self._texts[name] - self._alike[name]
+
+    def _each(self, names: Sequence[str]) -> Iterator[tuple[str, pa.Table, pa.ChunkedArray]]:
+        """Give some columns of each piece."""
+        for table, *_ in self._pieces if names else ():
+            yield from ((name, table, table[name]) for name in names if name in table.column_names)
+
+    def _counted(self, names: Sequence[str]) -> dict[str, Counter[str]]:
+        """Count each text of columns."""
+        counts: dict[str, Counter[str]] = {name: Counter() for name in names}
+        for name, _, column in self._each(names):
+            if _holds_texts(column.type):
+                texts, numbers = pc.value_counts(_as_texts(column).drop_null()).flatten()
+                counts[name].update(dict(zip(texts.to_pylist(), numbers.to_pylist(), strict=True)))
+        return counts
+
+    def _decide(self, name: str, counts: Mapping[str, int], plain: int, units: dict[str, str]) -> None:
+        try:
+            numbers = read_numbers(counts, units.get(name), numbers=plain)
+        except CellError as error:
+            place = self._place_of(name, error.text)
+            raise DataError(f"{place}: {name!r} has {error.text!r}, {error.reason}") from error
+        if numbers is None:
+            return
+        self._numbers[name] = numbers
+        for new in numbers.names(name)[1:]:
+            if new in self._kinds:
+                raise DataError(f"the uncertainties of {name!r} need the column name {new!r}; rename that column")
+        if numbers.unit is not None:
+            units |= dict.fromkeys(numbers.names(name), numbers.unit)
+
+    def _place_of(self, name: str, text: str) -> str:
+        """Return where a text stands first in a column."""
+        for _, table, column in self._each([name]):
+            if _holds_texts(column.type) and (row := pc.index(_as_texts(column), text).as_py()) >= 0:
+                return table[PLACE][row].as_py()
+        raise KeyError(text)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the columns that there will be."""
+        return [
+            new
+            for name in self._kinds
+            for new in (self._numbers[name].names(name) if name in self._numbers else [name])
+        ]
+
+    def complete(self, table: pa.Table, ledger: Ledger) -> pa.Table:
+        """Give a piece all columns, entering in the ledger which values are left out."""
+        there = dict(zip(table.column_names, table.columns, strict=True))
+        columns = {name: there[name] for name in (PLACE, *STRUCTURE_COLUMNS)}
+        for name, kind in self._kinds.items():
+            column = there[name] if name in there else pa.chunked_array([pa.nulls(len(table), kind)])
+            if name in self._numbers and _holds_texts(column.type):
+                columns |= self._read(name, column, table, ledger)
+            elif name in self._numbers:
+                columns |= {new: pa.nulls(len(table), pa.float64()) for new in self._numbers[name].names(name)}
+                columns[name] = _finite(name, column.cast(pa.float64(), safe=False), table, ledger)
+            elif pa.types.is_string(kind):
+                columns[name] = _as_texts(column)
+                if name in self._with_missing:
+                    columns[name] = _known(name, columns[name], ledger)
+            else:
+                columns[name] = _finite(name, column.cast(kind, safe=False), table, ledger)
+        return pa.table(columns)
+
+    def _read(self, name: str, column: pa.ChunkedArray, table: pa.Table, ledger: Ledger) -> dict[str, pa.Array]:
+        if name in self._all_plain:
+            values = _numbers(column)
+            assert values is not None
+            ledger.count(f"values of {name!r}", len(values) - values.null_count)
+            return {name: values}
+        numbers, texts = self._numbers[name], _as_texts(column).to_pylist()
+        ledger.count(f"values of {name!r}", sum(text is not None and numbers.says_something(text) for text in texts))
+        for row in (row for row, text in enumerate(texts) if text in numbers.unread):
+            _leave_out(name, texts[row], f"{texts[row]!r}, not a finite number", table, row, ledger)
+        return numbers.columns(name, texts)
+
+
+def _leave_out(name: str, what: str, said: str, table: pa.Table, row: int, ledger: Ledger) -> None:
+    place, material_id = table[PLACE][row].as_py(), table["material_id"][row].as_py()
+    ledger.leave_out(f"values of {name!r}", what, place, material_id, f"{name} is {said}; its value is null")
+
+
+def _holds_texts(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_boolean(kind)
+
+
+def _as_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column as texts, booleans as Python writes them."""
+    if pa.types.is_boolean(column.type):
+        return pc.if_else(column, "True", "False")
+    return column if pa.types.is_string(column.type) else column.cast(pa.string())
+
+
+def _numbers(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
+    """Return a column of texts as numbers where all are plain or null, otherwise None."""
+    if column.null_count == len(column):
+        return pa.chunked_array([pa.nulls(len(column), pa.float64())])
+    return plain_numbers(_as_texts(column))
+
+
+def _known(name: str, texts: pa.ChunkedArray, ledger: Ledger) -> pa.ChunkedArray:
+    """Return texts, null in place of those that say that there is no value."""
+    missing = pc.is_in(texts, _MISSING)
+    for text in texts.filter(missing).to_pylist():
+        ledger.note(f"texts are {text!r}, which was read as no value", name)
+    return pc.if_else(missing, pa.scalar(None, pa.string()), texts)
+
+
+def _finite(name: str, column: pa.ChunkedArray, table: pa.Table, ledger: Ledger) -> pa.ChunkedArray:
+    """Return numbers, null in place of those that aren't finite."""
+    if not pa.types.is_floating(column.type):
+        return column
+    values = column.to_numpy()
+    if np.isfinite(values).all():
+        ledger.count(f"values of {name!r}", len(values))
+        return column
+    ledger.count(f"values of {name!r}", len(values) - int(np.isnan(values).sum()))
+    for row in np.flatnonzero(np.isinf(values)).tolist():
+        _leave_out(name, "inf", "infinite", table, row, ledger)
+    return pa.array(values, mask=~np.isfinite(values))

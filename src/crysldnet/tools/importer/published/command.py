@@ -1,0 +1,131 @@
+"""``crysldnet data download``: fetch a published data set and make a store of it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+from crysldnet.data.catalog import PublishedSet, definition_of, published
+from crysldnet.data.datasets import DATA_VARIABLE, data_folder, open_store, published_path
+from crysldnet.errors import DataError
+from crysldnet.tools.importer.published.download import fetch_all
+from crysldnet.tools.importer.published.store_maker import Made, make_store
+
+HELP = "a published data set into a store"
+DESCRIPTION = f"""\
+Fetch the files of a published data set into data/raw/NAME, compare them with their sha256, and make data/NAME.store,
+which data=NAME and published:NAME read. The environment variable {DATA_VARIABLE} names another folder than data.
+
+A fetch that is cut off goes on where it stopped. Without a network the message says which file to put where; files that
+are there are not fetched again. Counts that aren't as published are reported.
+
+NAME.yaml defines a data set of your own, as the files of conf/published do. Without NAME, the data sets are listed."""
+EXAMPLE = """\
+examples:
+  crysldnet data download
+  crysldnet data download jarvis_dft_3d
+  crysldnet data download expt_kingsbury --structures data/megnet.store"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument(
+        "name",
+        metavar="NAME",
+        nargs="?",
+        help="of the data set, or NAME.yaml; without it they are listed",
+    )
+    parser.add_argument("--info", action="store_true", help="show the definition and fetch nothing")
+    parser.add_argument(
+        "--structures", metavar="STORE", help="Materials Project crystals, for data sets that only name them"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="make the store again from the files")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Fetch and convert, or list; return the exit status."""
+    if arguments.name is None:
+        sys.stdout.write("\n".join(_listed(definition) for definition in published().values()) + "\n")
+        return 0
+    definition = definition_of(arguments.name)
+    if arguments.info:
+        sys.stdout.write("\n".join(describe(definition)) + "\n")
+        return 0
+    raw, out = data_folder() / "raw" / definition.name, published_path(definition.name)
+    if out.exists() and not arguments.overwrite:
+        raise DataError(f"{out} exists already; use it, or make it again with --overwrite")
+    structures = None if arguments.structures is None else open_store(arguments.structures)
+    with alone(out):
+        if out.exists() and not arguments.overwrite:
+            sys.stdout.write(f"{out} was made by another process meanwhile\n")
+            return 0
+        digests = fetch_all(definition, raw)
+        made = make_store(definition, raw, out, structures=structures, overwrite=arguments.overwrite, digests=digests)
+    sys.stdout.write("\n".join(_report(definition, digests, made)) + "\n")
+    return 0 if made.report.kept else 1
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Let one process at a time prepare a store; the others wait.
+
+    Raises:
+        DataError: the folder can't be written.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out.with_name(f".{out.name}.lock"))
+        lock.acquire()
+    except OSError as error:
+        raise DataError(f"can't write to {out.parent}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _listed(definition: PublishedSet) -> str:
+    where = "here" if published_path(definition.name).exists() else ""
+    return f"{definition.name:<22}{definition.entries:>10,}  {where:<5} {definition.title}, {definition.version}"
+
+
+def describe(definition: PublishedSet) -> list[str]:
+    """Return what is known of a data set, in lines."""
+    lines = [f"{definition.title}, {definition.version}", f"  entries   {definition.entries:,}"]
+    for file in definition.files:
+        lines.append(f"  file      {file.name} from {file.url}{' (by hand)' if file.manual else ''}")
+        lines.append(f"            sha256 {file.sha256 or 'not verified'}")
+    for property_ in definition.properties:
+        sizes = property_.sizes
+        shown = "" if sizes is None else f"; train/val/test {sizes.train:,}/{sizes.val:,}/{sizes.test:,}"
+        lines.append(f"  property  {property_.name} ({property_.unit}){shown}")
+    for key, text in (
+        ("splits", definition.splits),
+        ("licence", definition.licence),
+        ("citation", definition.citation),
+        ("caveat", definition.caveat),
+    ):
+        lines += [f"  {key:<9} {text}"] if text else []
+    return lines
+
+
+def _report(definition: PublishedSet, digests: dict[str, str], made: Made) -> list[str]:
+    known = {file.name: file.sha256 for file in definition.files}
+    lines = [str(made.report)]
+    for name, digest in digests.items():
+        if known.get(name) is None:
+            lines.append(
+                f"{name}: not verified, for no sha256 is published; this one is {digest}: compare it with a colleague's"
+            )
+        else:
+            lines.append(f"{name}: sha256 as published")
+    for name, sizes in made.sizes.items():
+        lines.append(f"{name}: {sizes['train']:,} train, {sizes['val']:,} val, {sizes['test']:,} test")
+    lines += [f"NOT AS PUBLISHED: {difference}" for difference in made.differences]
+    lines += [f"licence: {definition.licence}", f"cite: {definition.citation}"]
+    return lines

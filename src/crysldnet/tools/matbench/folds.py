@@ -1,0 +1,304 @@
+"""Train on a fold, choose recipe and epoch on a part of its training crystals, and keep its predictions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from numpy.typing import NDArray
+
+from crysldnet.artifacts.model_file import load_property_model
+from crysldnet.artifacts.provenance import encoder_file, pretraining_overlap
+from crysldnet.build import build
+from crysldnet.data.datamodule import CrystalDataModule
+from crysldnet.data.fingerprint import Fingerprints
+from crysldnet.data.sampler import BatchSampler, Budget
+from crysldnet.data.schema import table_from_crystals
+from crysldnet.data.split import Rows
+from crysldnet.data.store import CrystalStore, file_hash
+from crysldnet.encoders.protocol import Encoder
+from crysldnet.errors import ConfigError, DataError
+from crysldnet.finetune.ensemble import train_ensemble
+from crysldnet.finetune.recipes import train
+from crysldnet.finetune.results import prediction_row, write_predictions
+from crysldnet.finetune.settings import make_data
+from crysldnet.graphs.batch import make_batch
+from crysldnet.graphs.crystals import Crystals
+from crysldnet.io import write_atomically
+from crysldnet.models.predictor import TargetModel
+from crysldnet.tools.matbench.recipes import Recipe
+from crysldnet.tools.matbench.settings import MatbenchConfig
+from crysldnet.tools.matbench.tasks import Source, crystals_of, target_values
+from crysldnet.training.calibrate import together
+from crysldnet.training.inputs import INPUTS, hashes_of, refuse_other_inputs
+from crysldnet.training.loggers import describe_data
+from crysldnet.training.run_folder import RunFolder
+from crysldnet.training.wandb_run import publish
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """What all folds of a task share."""
+
+    config: MatbenchConfig
+    recipes: list[Recipe]
+    folder: RunFolder
+    task: Any
+    """The ``MatbenchTask``, loaded."""
+    source: Source
+    encoder: Encoder
+    """As it is before training; it says which graph it needs."""
+    device: str
+
+    @property
+    def name(self) -> str:
+        """Of the task."""
+        return self.task.dataset_name
+
+    @property
+    def target(self) -> str:
+        """The column to predict."""
+        return self.task.metadata.target
+
+    @property
+    def folds(self) -> list[int]:
+        """The folds to run."""
+        return list(self.task.folds) if self.config.folds is None else self.config.folds
+
+    @cached_property
+    def overlap(self) -> dict[str, Any] | None:
+        """What the task's crystals, each of which is tested on in one fold, share with the pretraining set."""
+        structures = self.task.df[self.task.metadata.input_type]
+        table = table_from_crystals(crystals_of(structures), list(structures.index), {}, {}, {})
+        return pretraining_overlap(self.config.pretrained, Fingerprints.of(CrystalStore.from_table(table)))
+
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        """Hashes of the files that decide the result besides the settings."""
+        path = encoder_file(self.config.pretrained)
+        return {"data_sha256": self.source.sha256, "pretrained_sha256": None if path is None else file_hash(path)}
+
+
+def inner_rows(n: int, fraction: float, seed: int, fold: int) -> Rows:
+    """Draw a fold's validation rows from its n training crystals; there are no test rows."""
+    order = np.random.default_rng([seed, fold]).permutation(n)
+    count = round(fraction * n)
+    return {"train": np.sort(order[count:]), "val": np.sort(order[:count]), "test": np.empty(0, np.int64)}
+
+
+def fold_folder(root: Path, task: str, fold: int) -> Path:
+    """Return where a fold's models and predictions are kept, in the folder of the run."""
+    return root / task / f"fold_{fold}"
+
+
+def is_done(root: Path, task: str, fold: int) -> bool:
+    """Say whether a fold's predictions are kept."""
+    return (fold_folder(root, task, fold) / "predictions.json").exists()
+
+
+def _of_task(run: TaskRun, config: MatbenchConfig) -> MatbenchConfig:
+    """Return the settings for this task alone: what they say of other tasks' targets is left out."""
+    return replace(
+        config,
+        data={**config.data, "targets": [run.target]},
+        target_types={name: kind for name, kind in config.target_types.items() if name == run.target},
+        target_per={name: per for name, per in config.target_per.items() if name == run.target},
+        element_references=[name for name in config.element_references if name == run.target],
+    )
+
+
+def fold_data(run: TaskRun, fold: int, recipe: Recipe | None = None) -> CrystalDataModule:
+    """Return the data of a fold's training: its training part alone, split for validation."""
+    structures, targets = run.task.get_train_and_val_data(fold)
+    unit = run.task.metadata.unit
+    table = table_from_crystals(
+        crystals_of(structures),
+        list(structures.index),
+        {run.target: target_values(run.task, targets)},
+        {run.target: unit} if unit else {},
+        {"dataset": run.name, "source": run.source.label},
+    )
+    store = CrystalStore.from_table(table, f"training part of fold {fold} of {run.name}")
+    rows = inner_rows(len(store), run.config.validation_fraction, run.config.seed, fold)
+    return make_data(_of_task(run, (recipe or run.recipes[0]).config), run.encoder, store=store, rows=rows)
+
+
+def predict(
+    models: list[TargetModel], crystals: Crystals, budget: Budget
+) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+    """Return what models that predict together say of B crystals.
+
+    Returns:
+        [B] values in physical units, or of a classification the probability of true; and [B] standard deviations, None
+        where there are none.
+    """
+    sizes = crystals.sizes
+    device = models[0].std.device
+    values, stds = np.empty(len(crystals)), np.full(len(crystals), np.nan)
+    for rows, *_ in BatchSampler(np.arange(len(crystals)), sizes, None, budget.for_any(sizes), shuffle=False):
+        batch = make_batch(crystals.take(rows), models[0].encoder.graph).to(device)
+        with torch.inference_mode():
+            each = [model.predict(batch) for model in models]
+        predicted = together(models, each)
+        value = predicted.value[:, 0] if predicted.probability is None else predicted.probability[:, 0, 1]
+        values[rows] = value.double().cpu().numpy()
+        if predicted.std is not None:
+            stds[rows] = predicted.std[:, 0].double().cpu().numpy()
+    return values, None if np.isnan(stds).all() else stds
+
+
+def run_fold(run: TaskRun, fold: int) -> None:
+    """Train on a fold and keep its predictions, unless they are there already."""
+    if is_done(run.folder.path, run.name, fold):
+        read_fold(run, fold)
+        return
+    folder = fold_folder(run.folder.path, run.name, fold)
+    _train_fold(run, fold, folder)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the other processes read what the first one has kept
+
+
+def _refuse_other_inputs(run: TaskRun) -> None:
+    """Refuse a file of crystals or of the encoder that was replaced since the run began.
+
+    Raises:
+        ConfigError: one was.
+    """
+    file = run.folder.path / INPUTS
+    if file.exists():
+        before = json.loads(file.read_text())
+        now = {"files": hashes_of(pretrained=run.config.pretrained), "tasks": {run.name: run.source.sha256}}
+        refuse_other_inputs(run.folder.path, {**before, "tasks": {run.name: before["tasks"].get(run.name)}}, now)
+
+
+def _train_fold(run: TaskRun, fold: int, folder: Path) -> None:
+    _refuse_other_inputs(run)
+    recipe, tried = _choose_recipe(run, fold, folder)
+    data = fold_data(run, fold, recipe)
+    config = _of_task(run, recipe.config)
+    if config.ensemble > 1:
+        name = f"{run.folder.name}-{run.name}-fold_{fold}"
+        train_ensemble(config, recipe.values, folder, name, data)
+        paths = [folder / f"member_{i}" for i in range(config.ensemble)]
+    else:
+        paths = [_train(run, recipe, fold, folder)]
+    _refuse_other_inputs(run)  # as the last model was begun with
+    _keep_predictions(run, fold, paths, data, {**tried, "recipe": recipe.text} if run.config.recipes else {})
+
+
+def _choose_recipe(run: TaskRun, fold: int, folder: Path) -> tuple[Recipe, dict[str, float]]:
+    """Train every recipe once; return the one of the lowest error on validation, and the errors of all."""
+    if len(run.recipes) == 1:
+        return run.recipes[0], {}
+    errors = {}
+    for number, recipe in enumerate(run.recipes):
+        info = load_property_model(_train(run, recipe, fold, folder))[1]
+        errors[number] = info["metrics"]["val/mae" if "val/mae" in info["metrics"] else "val/log_loss"]
+    best = min(errors, key=errors.__getitem__)
+    return run.recipes[best], {f"validation_error_of_recipe_{number}": error for number, error in errors.items()}
+
+
+def _train(run: TaskRun, recipe: Recipe, fold: int, folder: Path) -> Path:
+    """Train one model of a fold, unless it is there already; return its folder."""
+    number = run.recipes.index(recipe)
+    path = folder / f"recipe_{number}" if len(run.recipes) > 1 else folder
+    if (path / "model.safetensors").exists():
+        return path
+    name = f"{run.folder.name}-{path.relative_to(run.folder.path).as_posix().replace('/', '-')}"
+    data = fold_data(run, fold, recipe)
+    path.mkdir(parents=True, exist_ok=True)
+    loggers = build(recipe.config.logger, "logger", folder=path, name=name, config=recipe.values | describe_data(data))
+    train(_of_task(run, recipe.config), recipe.values, path, data=data, loggers=loggers)
+    publish(loggers, path, encoder_file(recipe.config.pretrained))
+    return path
+
+
+@rank_zero_only
+def _keep_predictions(
+    run: TaskRun, fold: int, paths: list[Path], data: CrystalDataModule, parameters: dict[str, float | str]
+) -> None:
+    """Predict the test crystals with the models as they were exported."""
+    loaded = [load_property_model(path) for path in paths]
+    structures = run.task.get_test_data(fold, include_target=False)
+    models = [model.to(run.device) for model, _ in loaded]
+    predicted, std = predict(models, crystals_of(structures), data.share_of_a_step(1))
+    if not np.isfinite(predicted).all():
+        raise DataError(f"fold {fold} of {run.name}: {int((~np.isfinite(predicted)).sum())} predictions are not finite")
+    sizes: dict[str, float] = {"train_crystals": len(data.rows["train"]), "validation_crystals": len(data.rows["val"])}
+    for metric in ("mae", "log_loss"):
+        found = [info["metrics"][f"val/{metric}"] for _, info in loaded if f"val/{metric}" in info["metrics"]]
+        if found:
+            sizes[f"validation_{metric}"] = float(np.mean(found))
+    record = {
+        "fold": fold,
+        **run.inputs,
+        "parameters": {**sizes, "models": len(models), **parameters},
+        "ids": list(structures.index),
+        "predictions": predicted.tolist(),
+        "std": None if std is None else std.tolist(),
+    }
+    write_atomically(fold_folder(run.folder.path, run.name, fold) / "predictions.json", json.dumps(record))
+
+
+def read_fold(run: TaskRun, fold: int) -> dict[str, Any]:
+    """Read a fold's kept predictions.
+
+    Raises:
+        ConfigError: they were made from other files.
+        DataError: they are of other crystals.
+    """
+    path = fold_folder(run.folder.path, run.name, fold) / "predictions.json"
+    record = json.loads(path.read_text())
+    for key, value in run.inputs.items():
+        if record[key] != value:
+            raise ConfigError(
+                f"{path}: made with other files ({key} differs); finish the run with those, or choose another name"
+            )
+    if record["ids"] != list(run.task.get_test_data(fold, include_target=False).index):
+        raise DataError(f"{path}: the kept predictions are of other crystals")
+    return record
+
+
+def record_folds(run: TaskRun) -> None:
+    """Let the official package record every fold, and the standard deviations of a regression's predictions."""
+    for fold in run.folds:
+        record = read_fold(run, fold)
+        std = None
+        if record["std"] is not None and run.task.metadata.task_type == "regression":
+            # Members that agree to the last digit have a spread of 0, of which the package makes an interval of NaN.
+            std = np.maximum(np.array(record["std"], np.float64), np.finfo(np.float64).eps)
+        predictions = np.array(record["predictions"], np.float64)
+        run.task.record(fold, predictions, std=std, params=record["parameters"])
+
+
+@rank_zero_only
+def write_tested(run: TaskRun) -> None:
+    """Write true values and predictions of the test crystals for reports, when every fold is predicted.
+
+    Probabilities become classes at the package's threshold.
+    """
+    from matbench.constants import CLF_THRESH
+
+    labels = ["false", "true"] if run.task.metadata.task_type == "classification" else None
+    rows = []
+    for fold in run.folds:
+        record = read_fold(run, fold)
+        predicted = np.full((len(record["ids"]), 3), np.nan)  # value, standard deviation, probability of the class
+        predicted[:, 0] = record["predictions"]
+        if record["std"] is not None:
+            predicted[:, 1] = record["std"]
+        if labels is not None:
+            probability = predicted[:, 0].copy()
+            predicted[:, 0] = probability > CLF_THRESH
+            predicted[:, 2] = np.where(probability > CLF_THRESH, probability, 1 - probability)
+        true = target_values(run.task, run.task.get_test_data(fold, include_target=True)[1]).astype(np.float64)
+        for id_, value, own in zip(record["ids"], true.tolist(), predicted.tolist(), strict=True):
+            cells = prediction_row(id_, run.target, run.task.metadata.unit or "", labels, value, own)
+            rows.append([*cells, str(fold)])
+    write_predictions(run.folder.path / run.name / "predictions.csv", rows, "fold")

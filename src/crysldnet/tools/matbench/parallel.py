@@ -1,0 +1,77 @@
+"""Folds in processes of their own: the side that starts them, and the side that is started.
+
+``crysldnet matbench fold RUN TASK FOLD`` trains one fold of a run that was begun, with the configuration in its folder.
+A run with ``parallel=N`` starts it for N folds at a time; it can also be started by hand or by a scheduler, and the run
+with ``resume=last`` then finds the fold done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from crysldnet.config import compose, validate
+from crysldnet.errors import UNFINISHED, ConfigError, CrysldnetError, Interrupted
+from crysldnet.tools.matbench.begun import Begun, open_task
+from crysldnet.tools.matbench.folds import fold_folder, is_done, run_fold
+from crysldnet.tools.matbench.settings import FOLDS, MatbenchConfig
+from crysldnet.training.processes import Job, own_command, places, run_jobs
+from crysldnet.training.run_folder import RunFolder
+
+
+def run_folds(begun: Begun) -> None:
+    """Run the folds of all tasks that aren't done yet, ``parallel`` at a time.
+
+    Raises:
+        Interrupted: some were stopped.
+        CrysldnetError: some failed; the others were run to their ends.
+    """
+    root = begun.folder.path
+    jobs = []
+    for task in begun.config.names:
+        for fold in begun.config.folds or range(FOLDS):
+            if not is_done(root, task, fold):
+                log = fold_folder(root, task, fold) / "log.txt"
+                jobs.append(
+                    Job(f"{task} fold {fold}", own_command("matbench", "fold", str(root), task, str(fold)), log)
+                )
+    statuses = run_jobs(jobs, places(begun.config.parallel, begun.device), _tell)
+    logs = {job.name: job.log for job in jobs}
+    failed = [name for name, status in statuses.items() if status not in (0, UNFINISHED)]
+    if failed:
+        shown = "; ".join(f"{name}, see {logs[name]}" for name in failed)
+        raise CrysldnetError(f"{len(failed)} of {len(jobs)} folds failed: {shown}. The others are kept: resume=last")
+    if any(statuses.values()):
+        raise Interrupted("folds were stopped; continue with resume=last")
+
+
+def _tell(job: Job, status: int) -> None:
+    print(f"{job.name}: {'done' if status == 0 else f'ended with status {status}, see {job.log}'}", file=sys.stderr)  # noqa: T201
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train one fold of a run that was begun; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="crysldnet matbench fold", description="Train one fold of a run that was begun."
+    )
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("task", help="one of its tasks")
+    parser.add_argument("fold", type=int, choices=range(FOLDS), help="number of the fold")
+    arguments = parser.parse_args(list(argv))
+    path = arguments.run.absolute()
+    saved = path / "config.yaml"
+    if not saved.is_file():
+        raise ConfigError(f"{path}: no run was begun there; begin one with crysldnet matbench", "run")
+    composition = compose("matbench", [], saved)
+    config: MatbenchConfig = validate(composition, MatbenchConfig)
+    if arguments.task not in config.names:
+        raise ConfigError(f"{path}: {arguments.task} isn't one of its tasks, {', '.join(config.names)}", "task")
+    if not is_done(path, arguments.task, arguments.fold):
+        config = replace(config, name=path.name, runs=str(path.parents[1]), resume="last")
+        part = fold_folder(path, arguments.task, arguments.fold)
+        folder = RunFolder(config.runs, "matbench", config.name, resume=True, part=part)
+        run_fold(open_task(Begun.of(config, composition.values, folder), arguments.task), arguments.fold)
+    return 0

@@ -1,0 +1,116 @@
+"""The settings of a Matbench run, and what can be said of them before it starts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from crysldnet.config import split_words
+from crysldnet.errors import ConfigError
+from crysldnet.finetune.settings import EnsembleConfig
+
+BENCHMARK = "matbench_v0.1"
+FOLDS = 5
+RECIPE = (
+    "mode target_types target_per element_references epochs min_steps patience loss layer_decay gradient_clip data "
+    "head optimizer trainer"
+).split()
+"""Keys that a recipe may set: how a model is trained, and nothing of what it is trained on or from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatbenchConfig(EnsembleConfig):
+    """Every key of ``conf/matbench.yaml``: those of finetuning, and the benchmark's own."""
+
+    tasks: list[str] | str
+    folds: list[int] | None
+    validation_fraction: float
+    recipes: list[str]
+    parallel: int
+    algorithm: str
+    authors: str
+    out: str | None
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks."""
+        return [self.tasks] if isinstance(self.tasks, str) else self.tasks
+
+    @property
+    def complete(self) -> bool:
+        """Whether all folds are asked for, as a submission must have them."""
+        return self.folds is None or len(self.folds) == FOLDS
+
+
+def submission_name(config: MatbenchConfig) -> str:
+    """Return the name of the submission folder, which says so where folds are missing."""
+    return f"{BENCHMARK}_{config.algorithm}{'' if config.complete else '_incomplete'}"
+
+
+def check_settings(config: MatbenchConfig) -> None:
+    """Check what the types can't say.
+
+    Raises:
+        ConfigError: a key is out of range, or has no meaning here.
+    """
+    for key in ("path", "targets", "split"):
+        if key in config.data:
+            raise ConfigError(f"data.{key}: the task decides that", f"data.{key}")
+    if not config.names or len(set(config.names)) < len(config.names):
+        raise ConfigError(f"tasks={config.names}: name one task or more, each once", "tasks")
+    if not 0 <= config.validation_fraction < 1:
+        raise ConfigError(
+            f"validation_fraction={config.validation_fraction}: from 0 to less than 1", "validation_fraction"
+        )
+    if config.folds is not None and (
+        not config.folds or len(set(config.folds)) < len(config.folds) or not set(config.folds) <= set(range(FOLDS))
+    ):
+        raise ConfigError(f"folds={config.folds}: name some of 0, 1, 2, 3, 4, each once", "folds")
+    if not re.fullmatch(r"[\w.+-]+", config.algorithm):
+        raise ConfigError(f"algorithm={config.algorithm!r}: letters, digits and . _ + - make a folder", "algorithm")
+    if not config.authors.strip():
+        raise ConfigError("authors: a submission must name them", "authors")
+    _check_parallel(config)
+    _check_recipes(config)
+    if config.out is not None and config.resume is None and (Path(config.out) / submission_name(config)).exists():
+        raise ConfigError(
+            f"{Path(config.out) / submission_name(config)} exists already; choose another algorithm or out", "out"
+        )
+
+
+def _check_parallel(config: MatbenchConfig) -> None:
+    if config.parallel < 1:
+        raise ConfigError(f"parallel={config.parallel}: at least 1", "parallel")
+    processes = config.trainer.get("devices", 1) * config.trainer.get("nodes", 1)
+    if config.parallel > 1 and processes > 1:
+        raise ConfigError(
+            f"parallel={config.parallel} gives each fold a device of its own, and trainer.devices and trainer.nodes "
+            f"give each {processes}; set one of them to 1",
+            "parallel",
+        )
+
+
+def _check_recipes(config: MatbenchConfig) -> None:
+    if config.recipes and config.validation_fraction == 0:
+        raise ConfigError("recipes: validation chooses among them, and validation_fraction=0 leaves none", "recipes")
+    if len(set(config.recipes)) < len(config.recipes):
+        raise ConfigError("recipes: name each once", "recipes")
+    for recipe in config.recipes:
+        for key in (word.partition("=")[0] for word in recipe_arguments(recipe)):
+            if key.split(".")[0] not in RECIPE:
+                raise ConfigError(
+                    f"recipes: {key} in {recipe!r}; a recipe may set {', '.join(RECIPE)}, and their parts", "recipes"
+                )
+
+
+def recipe_arguments(recipe: str) -> Sequence[str]:
+    """Return the ``key=value`` of a recipe, which is written as on the command line.
+
+    Raises:
+        ConfigError: it has no end of a quote, or it would read the environment: it may come from a file.
+    """
+    if "${" in recipe:
+        raise ConfigError(f"recipes: {recipe!r} has ${{…}}; write what it stands for", "recipes")
+    return split_words(recipe, "recipes")

@@ -1,0 +1,88 @@
+"""Write one HTML page about finished runs, which needs no network.
+
+It shows learning curves, errors on the test split (parity, histogram, by element, by number of atoms), the worst
+predictions with their structures, and calibration where predictions have standard deviations. Several runs are
+compared on the test crystals that they have in common, with confidence intervals.
+
+  crysldnet report runs/finetune/latest
+  crysldnet report runs/finetune/pretrained runs/finetune/scratch out=compared.html images=true
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crysldnet.errors import ConfigError
+from crysldnet.io import cannot_write, replacing
+from crysldnet.tools.report.run_files import Run, read_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Every key of ``conf/report.yaml``."""
+
+    runs: list[str]
+    out: str
+    images: bool
+    worst: int
+    resamples: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("runs: name at least one run folder")
+        if self.worst < 0 or self.seed < 0 or self.resamples < 100:
+            raise ValueError("worst and seed must be 0 or more and resamples at least 100")
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """Return a name for each run that no other has: its folder's, with those above it where needed."""
+    parts = [run.path.absolute().parts for run in runs]
+    depth = 1
+    while depth < max(map(len, parts)) and len({p[-depth:] for p in parts}) < len({*parts}):
+        depth += 1
+    return ["/".join(p[-depth:]) for p in parts]
+
+
+def run(config: ReportConfig, _values: dict[str, Any]) -> int:
+    """Write the report; return the exit status.
+
+    Args:
+        config: the settings.
+        _values: the same as plain values; a report keeps none.
+    """
+    from crysldnet.tools.report.report_page import Report
+
+    out = Path(config.out)
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"out={config.out}: the page needs a name that ends in .html", "out")
+    runs = [read_run(Path(path)) for path in config.runs]
+    if len({run.path.absolute() for run in runs}) < len(runs):
+        raise ConfigError("runs: a run is named twice", "runs")
+    report = Report(runs, names_of(runs), config.worst, config.resamples, config.seed, keep=config.images)
+    text = report.html()
+    folder = out.with_name(f"{out.stem}_images")
+    with replacing(out) as partial:
+        partial.write_text(text, encoding="utf-8")
+    if config.images:
+        _write_images(report.images, folder)
+    print(f"written: {out} ({len(text) / 1e6:.1f} MB)")  # noqa: T201
+    if config.images:
+        print(f"written: {folder} ({len(report.images)} images)")  # noqa: T201
+    return 0
+
+
+def _write_images(images: Mapping[str, bytes], folder: Path) -> None:
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(exist_ok=True)
+        for name, content in images.items():
+            (folder / name).write_bytes(content)
+    except OSError as error:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise cannot_write(error.filename or folder, error) from error

@@ -1,0 +1,331 @@
+"""The page of a report: how runs differ, how they learned, and where their predictions are wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from html import escape
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from crysldnet.console import SHOWN
+from crysldnet.data.elements import reduced_formula
+from crysldnet.data.store import CrystalStore
+from crysldnet.errors import DataError
+from crysldnet.graphs.crystals import Crystals
+from crysldnet.html import page as html
+from crysldnet.html.periodic_table import ElementCell, periodic_table
+from crysldnet.html.structure_drawing import draw_structure
+from crysldnet.tools.report import figures, statistics
+from crysldnet.tools.report.predictions import Predictions
+from crysldnet.tools.report.run_files import Run, matbench_tasks
+from crysldnet.tools.report.structures import cell_parameters, find_structures, space_group
+from crysldnet.tools.report.tables import baseline_table, comparison_table, run_table, seed_table, settings_table
+from crysldnet.training.plots import file_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+IN_DRAWING = 3
+"""Up to so many lines are named inside the drawing, more above it."""
+STYLE = """
+svg.plot { max-width: 34rem; margin: 0 auto; }
+svg.plot text { fill: var(--text); }
+svg.structure { max-width: 11rem; margin: 0 auto; }
+svg.structure circle { stroke: #00000066; stroke-width: 0.5; }
+svg.structure line { stroke: var(--soft); stroke-width: 0.6; }
+.cards .card { font-size: 0.85rem; line-height: 1.35; }
+.cards .card b { font-size: 1rem; }
+.cards .soft { font-size: 0.8rem; overflow-wrap: anywhere; }
+summary { cursor: pointer; font-size: 1.1rem; font-weight: bold; margin: 1.75rem 0 0.5rem; overflow-wrap: anywhere; }
+.swatch { display: inline-block; width: 0.8em; height: 0.8em; border-radius: 50%; margin-right: 0.5em; }
+.legend span { margin-right: 1.25em; white-space: nowrap; }
+"""
+
+
+@dataclass
+class Report:
+    """What is written.
+
+    Attributes:
+        runs: with names of their own.
+        names: of the runs, each once.
+        worst: how many of the worst predictions are shown.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+        images: name to PNG of every drawing, filled by :meth:`html` where ``keep`` says so.
+        keep: fill ``images``.
+    """
+
+    runs: Sequence[Run]
+    names: Sequence[str]
+    worst: int
+    resamples: int
+    seed: int
+    keep: bool = False
+    images: dict[str, bytes] = field(default_factory=dict)
+    stores: dict[str, CrystalStore] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        targets = list(dict.fromkeys(target for run in self.runs for target in run.predictions))
+        self.hidden = frozenset(targets[SHOWN:])
+        self.runs = [
+            replace(run, predictions={t: p for t, p in run.predictions.items() if t not in self.hidden})
+            for run in self.runs
+        ]
+
+    def html(self) -> str:
+        """Return the page."""
+        title = f"Report of {self.names[0]}" if len(self.runs) == 1 else f"Report of {len(self.runs)} runs"
+        return html.page(title, self._body(), STYLE)
+
+    def figure(self, figure: Figure, name: str, title: str, note: str = "") -> str:
+        """Return a drawing in a card, and keep its picture."""
+        name = file_name(name)
+        drawn = figures.svg(figure, name, title)
+        if self.keep:
+            self.images[f"{name}.png"] = figures.png(figure, title)
+        caption = f"<figcaption>{escape(note)}</figcaption>" if note else ""
+        return f'<figure class="card"><h3>{escape(title)}</h3>{drawn}{caption}</figure>'
+
+    def _body(self) -> Iterator[str]:
+        if self.hidden:
+            more = f"{len(self.hidden):,} more are in metrics.csv, summary.json and the tables of predictions"
+            yield f"<p>The first {SHOWN} targets are shown; {more}.</p>"
+        yield run_table(self.runs, self.names)
+        if len(self.runs) > 1:
+            yield from self._comparison()
+        yield from self._curves()
+        for place, run in enumerate(self.runs):
+            if not run.predictions:
+                continue
+            opened = " open" if len(self.runs) == 1 else ""
+            yield f"<details{opened}><summary>{escape(self.names[place])}: errors on the test crystals</summary>"
+            yield from self._errors(place, run)
+            yield "</details>"
+
+    def _comparison(self) -> Iterator[str]:
+        targets = dict.fromkeys(target for run in self.runs for target in run.predictions)
+        together = {
+            t: [(i, run.predictions[t]) for i, run in enumerate(self.runs) if t in run.predictions] for t in targets
+        }
+        together = {target: runs for target, runs in together.items() if len(runs) > 1}
+        if together:
+            yield "<h2>Comparison on the test crystals</h2>"
+        for target, runs in together.items():
+            try:
+                found = statistics.compare(target, runs, self.resamples, self.seed)
+            except DataError as error:
+                yield f"<p>{escape(str(error))}.</p>"
+                continue
+            yield comparison_table(found, self.names, self.resamples)
+            title = f"{target}: {found.measure} with its 95 % interval"
+            drawn = figures.comparison(found, self.names)
+            yield f'<div class="charts">{self.figure(drawn, f"comparison_{target}", title)}</div>'
+        yield seed_table(self.runs, self.names)
+        yield settings_table(self.runs, self.names)
+
+    def _curves(self) -> Iterator[str]:
+        commands = {run.command for run in self.runs}
+        for command, part in dict.fromkeys((run.command, part) for run in self.runs for part in run.curves):
+            lines = {
+                " ".join(filter(None, [name if len(self.runs) > 1 else "", line])): curves
+                for run, name in zip(self.runs, self.names, strict=True)
+                if run.command == command
+                for line, curves in run.curves.get(part, {}).items()
+            }
+            of = [f" of {escape(part)}"] if part else []
+            of += [f" ({command})"] if len(commands) > 1 else []
+            yield f"<h2>Learning curves{''.join(of)}</h2>"
+            yield self._curve_charts(lines, f"{command}_{part}" if part else command)
+
+    def _curve_charts(self, lines: dict[str, figures.Curves], name: str) -> str:
+        metrics = [
+            metric
+            for metric in dict.fromkeys(m for curves in lines.values() for m in curves)
+            if not metric.endswith("_baseline") and metric.split("/", 2)[-1] not in self.hidden
+        ]
+        shown = "".join(
+            self.figure(
+                figures.curves(metric, lines, legend=len(lines) <= IN_DRAWING), f"curve_{name}_{metric}", metric
+            )
+            for metric in sorted(metrics, key=lambda metric: (not metric.startswith("train/"), metric))
+        )
+        legend = "".join(
+            f'<span><i class="swatch" style="background: var(--series{i % len(html.SERIES)})"></i>{escape(line)}</span>'
+            for i, line in enumerate(lines)
+        )
+        return (
+            f'<p class="legend">{legend}</p>' if len(lines) > IN_DRAWING else ""
+        ) + f'<div class="charts">{shown}</div>'
+
+    def _errors(self, place: int, run: Run) -> Iterator[str]:
+        crystals: dict[str, Crystals] = {}
+        reasons: dict[str, None] = {}
+        for name in run.predictions:
+            try:
+                crystals[name] = find_structures(run, name, self.stores)
+            except DataError as error:
+                reasons[str(error)] = None
+        hint = " A relative path counts from the current folder; run the command where the run was started."
+        for reason in reasons:
+            yield (
+                f'<p class="soft">No structures, errors by element and by number of atoms: {escape(reason)}.'
+                f"{'' if run.command == 'matbench' else hint}</p>"
+            )
+        for name, p in run.predictions.items():
+            title = f"{name}: {p.target}" if run.command == "matbench" else name
+            yield f"<h2>{escape(title)}{escape(p.suffix)}</h2>"
+            if run.command == "matbench":
+                yield '<p class="soft">Of all folds together; the score of Matbench is the mean over the folds.</p>'
+            elif p.folds is not None:
+                yield '<p class="soft">Each crystal is predicted by a model that was trained on other formulas.</p>'
+            yield from self._errors_of(f"{self.names[place]}_{name}", p, crystals.get(name), _disagreement(run, name))
+            yield baseline_table(run, name)
+            yield _intervals(run, name)
+
+    def _errors_of(self, name: str, p: Predictions, crystals: Crystals | None, warning: str) -> Iterator[str]:
+        found = statistics.metrics(p)
+        known = int((~np.isnan(p.true)).sum())
+        if not found:
+            yield "<p>No true value of it is known in the test split.</p>"
+            return
+        missing = [("without a true value", f"{len(p.ids) - known:,}")] if known < len(p.ids) else []
+        yield html.facts([*((k, f"{v:.4g}") for k, v in found.items()), ("test crystals", f"{known:,}"), *missing])
+        if warning:
+            yield f"<p>{escape(warning)}</p>"
+        color = html.SERIES[0]
+        charts = []
+        if p.classes is None:
+            charts.append(self.figure(figures.parity(p, color), f"parity_{name}", "Predicted over true"))
+            note = "The end bars hold the 1 % beyond." if known >= 100 else ""
+            charts.append(self.figure(figures.error_histogram(p, color), f"errors_{name}", "Errors", note))
+        else:
+            charts.append(self.figure(figures.confusion(p, color), f"confusion_{name}", "Predicted and true classes"))
+        if crystals is not None:
+            groups = statistics.errors_by_size(p.errors, crystals.sizes)
+            drawn = figures.errors_by_size(groups, f"{p.measure}{p.suffix}", color)
+            note = "Groups of about as many crystals; the lines are standard errors of the means."
+            charts.append(self.figure(drawn, f"atoms_{name}", "Error by number of atoms", note))
+        calibration = statistics.CalibrationOfRun.of(p)
+        if calibration is not None:
+            charts.append(self._calibration(calibration, p, f"calibration_{name}"))
+        yield f'<div class="charts">{"".join(charts)}</div>'
+        if crystals is not None:
+            yield f"<h3>Error by element: {escape(p.measure + p.suffix)} of the crystals that have it</h3>"
+            yield _element_table(p, crystals)
+            yield '<p class="soft">Point at an element to see of how many crystals; few say little.</p>'
+        if worst := _worst_places(p, self.worst):
+            yield f"<h3>{len(worst)} worst predictions</h3>"
+            yield _worst_cards(p, crystals, worst)
+
+    def _calibration(self, found: statistics.CalibrationOfRun, p: Predictions, name: str) -> str:
+        covered = ", ".join(f"{100 * share:.1f} % in {100 * level:g} %" for level, share in found.coverage.items())
+        note = (
+            "How many true values lie in central intervals of normal distributions with the predicted standard "
+            f"deviations: {covered}. Miscalibration area {found.area:.3f}. Mean standard deviation "
+            f"{found.mean_std:.4g}, RMSE {found.rmse:.4g}{p.suffix}."
+        )
+        return self.figure(figures.reliability(found, html.SERIES[0]), name, "Calibration", note)
+
+
+def _intervals(run: Run, name: str) -> str:
+    """Say how well the intervals of ``predict`` held on the crystals that they are made from."""
+    found = (run.summary.get("calibration") or {}).get(name) or {}
+    levels = [key for key in found if key.startswith("coverage_")]
+    covered = [f"{100 * found[key]:.1f} % in {key.removeprefix('coverage_')} %" for key in levels]
+    if not covered:
+        return ""
+    area, scaled = (found.get(f"miscalibration_area{end}") for end in ("", "_scaled"))
+    areas = "" if area is None else f" Miscalibration area of the standard deviations {area:.3f}, scaled {scaled:.3f}."
+    return (
+        f"<h3>Intervals of crysldnet predict</h3><p>How many true values lie in them, of the {found['crystals']:,.0f} "
+        "calibration crystals, none of which was trained on; made from one half of them and measured on the other: "
+        f"{escape(', '.join(covered))}.{areas}</p>"
+    )
+
+
+def _disagreement(run: Run, name: str) -> str:
+    """Say so where the run's summary has another error than its predictions give."""
+    measure = "MAE" if run.predictions[name].classes is None else "accuracy"
+    for of, said, p in _stated(run, name, measure.lower()):
+        found = statistics.metrics(p).get(measure, np.nan)
+        if not abs(said - found) <= 1e-3 * abs(said) + 1e-6:
+            return (
+                f"summary.json says that the {measure}{of} is {said:.6g}, the table of predictions gives {found:.6g}: "
+                "one of them was changed after the run, or they are of different predictions."
+            )
+    return ""
+
+
+def _stated(run: Run, name: str, metric: str) -> Iterator[tuple[str, float, Predictions]]:
+    """Yield each error that the summary states: of what, the error, and the predictions that it is of."""
+    p = run.predictions[name]
+    if run.command == "matbench":
+        for fold, scores in matbench_tasks(run.summary)[name]["scores"].items():
+            said = scores.get(metric, np.nan)
+            yield f" of {fold.replace('_', ' ')}", said, p.of_fold(int(fold.removeprefix("fold_")))
+        return
+    keys = [f"test/{metric}/{name}", *([f"test/{metric}"] if len(run.predictions) == 1 else [])]
+    for said in [run.summary[key] for key in keys if isinstance(run.summary.get(key), float)][:1]:
+        yield "", said, p
+
+
+def _element_table(p: Predictions, crystals: Crystals) -> str:
+    found = statistics.errors_by_element(p.errors, crystals)
+    top = float(np.quantile([mean for mean, _ in found.values()], 0.95)) or 1.0
+    cells = {
+        symbol: ElementCell(
+            f"{mean:.2g}" if mean < 99.5 else f"{mean:.0f}",
+            min(1.0, mean / top),
+            f"{mean:.4g}{p.suffix} over {count:,} crystals",
+        )
+        for symbol, (mean, count) in found.items()
+    }
+    return periodic_table(cells, "in no test crystal")
+
+
+def _worst_places(p: Predictions, count: int) -> list[int]:
+    """Return which predictions are the farthest off, the worst first; none that is right or can't be judged.
+
+    Of wrong classes those are the worst that were the surest.
+    """
+    far = np.nan_to_num(p.errors, nan=-1.0)
+    order = np.argsort(-far if p.probability is None else -far * np.nan_to_num(p.probability), kind="stable")
+    return [int(i) for i in order if p.errors[i] > 0][:count]
+
+
+def _worst_cards(p: Predictions, crystals: Crystals | None, places: Sequence[int]) -> str:
+    cards = []
+    for i in places:
+        lines = [] if crystals is None else _structure_lines(crystals, i)
+        true, predicted = (_value(p, values[i]) for values in (p.true, p.predicted))
+        std = f" ± {p.std[i]:.4g}" if p.std is not None and not np.isnan(p.std[i]) else ""
+        if p.probability is not None and not np.isnan(p.probability[i]):
+            std = f" ({p.probability[i]:.1%})"
+        lines.append(f"{escape(p.ids[i])}")
+        lines.append(f"true {escape(true)}<br>predicted {escape(predicted + std)}")
+        error = f"<b>off by {p.errors[i]:.4g}</b><br>" if p.classes is None else ""
+        drawn = lines.pop(0) if crystals is not None else ""
+        cards.append(f'<div class="card">{drawn}{error}{"<br>".join(lines)}</div>')
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _value(p: Predictions, value: float) -> str:
+    return f"{value:.4g}" if p.classes is None else p.classes[int(value)]
+
+
+def _structure_lines(crystals: Crystals, i: int) -> list[str]:
+    """Return a drawing, and lines of formula, space group and cell."""
+    begin, end = int(crystals.ptr[i]), int(crystals.ptr[i + 1])
+    lattice, numbers = crystals.lattice[i], crystals.numbers[begin:end]
+    lengths, angles = cell_parameters(lattice)
+    group = space_group(crystals, i)
+    cell = " ".join(f"{length:.2f}" for length in lengths) + " Å, " + " ".join(f"{angle:.0f}" for angle in angles) + "°"
+    atoms = f"{end - begin} atom{'s' * (end - begin > 1)}"
+    return [
+        draw_structure(lattice, numbers, crystals.frac_coords[begin:end]),
+        f"{html.formula(reduced_formula(numbers))}{f', {escape(group)}' if group else ''}",
+        f'<span class="soft">{atoms}, {cell}</span>',
+    ]

@@ -1,0 +1,120 @@
+"""Run a sweep, on this machine without an account, or on W&B.
+
+A sweep is a W&B sweep configuration whose parameters are keys of crysldnet. With backend=local Optuna proposes values
+and stops poor runs early; every run is a process of its own, kept in the sweep's folder with its output in run_N.log.
+results.csv lists them all, sweep.html shows them. A run that fails is recorded as failed, and the sweep goes on. With
+backend=wandb the sweep is created on W&B, and its agents run here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from crysldnet.config import argument, split_words
+from crysldnet.console import note
+from crysldnet.errors import ConfigError
+from crysldnet.tools.sweep.agents import run_agents, sweep_id
+from crysldnet.tools.sweep.proposals import Sweep, check_parameters, load_sweep
+from crysldnet.tools.sweep.results import finish, write_results
+from crysldnet.tools.sweep.study import Study, Trial
+from crysldnet.tools.sweep.trials import LocalRuns
+from crysldnet.training.processes import places, visible_gpus
+from crysldnet.training.run_folder import RunFolder
+
+__all__ = ["SweepCommandConfig", "check_parameters", "load_sweep", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepCommandConfig:
+    """Every key of ``conf/sweep.yaml``."""
+
+    plugins: list[str] = field(default_factory=list)
+    sweep: str
+    backend: Literal["local", "wandb"]
+    count: int
+    parallel: int | None
+    args: str
+    allow_command: bool
+    entity: str | None
+    seed: int
+    name: str | None
+    runs: str
+    resume: Literal["last"] | None
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or (self.parallel is not None and self.parallel < 1):
+            raise ValueError(f"count={self.count} and parallel={self.parallel} must be at least 1")
+
+
+def _keep_sweep(folder: RunFolder, sweep: Sweep, values: dict[str, Any]) -> None:
+    """Save the sweep beside the command's configuration; a sweep that is resumed must be the same."""
+    if (folder.path / "trials.json").exists():
+        raise ConfigError(
+            f"{folder.path} was begun by an earlier version and can't be continued (it has trials.json, not an Optuna "
+            "study); its runs and results.csv stay as they are: choose another name",
+            "name",
+        )
+    whole = {**values, "sweep_config": sweep.config}
+    path = folder.path / "config.yaml"
+    before = yaml.safe_load(path.read_text()) if path.exists() else whole
+    for key in ("backend", "args", "seed", "sweep_config"):
+        if before.get(key) != whole[key]:
+            raise ConfigError(f"{folder.path} was begun with another {key}; choose another name", key)
+    folder.save_config(whole)
+
+
+def _environments(parallel: int | None) -> list[dict[str, str]]:
+    """Return what is added to the environment of the runs that go on at the same time: a GPU for each."""
+    gpus = visible_gpus()
+    count = parallel if parallel is not None else max(1, len(gpus))
+    return [{}] if count == 1 else places(count, "cuda" if gpus else "cpu")
+
+
+def run(config: SweepCommandConfig, values: dict[str, Any]) -> int:
+    """Run the sweep; return the exit status, 1 where no run finished, or an agent failed.
+
+    Args:
+        config: the settings.
+        values: the same as plain values, to be saved.
+    """
+    sweep = load_sweep(config.sweep, allow_command=config.allow_command)
+    common = split_words(config.args, "args")
+    check_parameters(sweep, common)
+    environments = _environments(config.parallel)
+    if config.backend == "wandb":
+        return _run_online(sweep, config, common, values, environments)
+    folder = RunFolder(config.runs, "sweep", config.name, resume=config.resume is not None, extend=True)
+    _keep_sweep(folder, sweep, values)
+
+    study = Study(sweep, folder.path, config.seed)
+
+    def changed(trial: Trial) -> None:
+        write_results(folder.path, sweep, list(study.trials().values()))
+        _tell(sweep, folder.path, trial)
+
+    LocalRuns(sweep, folder.path, common, study, environments, changed).run(config.count)
+    trials = list(study.trials().values())
+    write_results(folder.path, sweep, trials)
+    return finish(sweep, folder, trials, config.seed)
+
+
+def _run_online(
+    sweep: Sweep, config: SweepCommandConfig, common: list[str], values: dict[str, Any], places: list[dict[str, str]]
+) -> int:
+    """Create the sweep on W&B, unless that was done, and run agents; every task of a SLURM job runs its own."""
+    folder = RunFolder(config.runs, "sweep", config.name, resume=config.resume is not None)
+    _keep_sweep(folder, sweep, values)
+    name = sweep_id(sweep, folder.path, common, config.count, config.entity)
+    return run_agents(name, folder.path, places)
+
+
+def _tell(sweep: Sweep, folder: Path, trial: Trial) -> None:
+    """Say how a run ended."""
+    shown = " ".join(argument(name, value) for name, value in trial.values.items())
+    metric = "" if trial.metric is None else f" {sweep.metric.name}={trial.metric:.6g}"
+    why = f", see {folder / f'{trial.name}.log'}" if trial.state == "failed" else ""
+    note(f"{trial.name}: {trial.state}{metric}{why} ({trial.seconds:.0f} s) {shown}")

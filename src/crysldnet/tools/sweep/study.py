@@ -1,0 +1,156 @@
+"""The study of a local sweep: what Optuna proposes and gives up, kept as a journal in the sweep's folder."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+from optuna.pruners import NopPruner, SuccessiveHalvingPruner
+from optuna.samplers import BaseSampler, GPSampler, PartialFixedSampler, RandomSampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from crysldnet.tools.sweep.proposals import Sweep
+
+JOURNAL = "study.jsonl"
+STARTUP = 5
+"""Runs of a Bayesian sweep that must have finished before its Gaussian process proposes; the others are random."""
+
+State = Literal["running", "finished", "stopped", "failed"]
+STATES: dict[TrialState, State] = {
+    TrialState.RUNNING: "running",
+    TrialState.COMPLETE: "finished",
+    TrialState.PRUNED: "stopped",
+    TrialState.FAIL: "failed",
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep.
+
+    Attributes:
+        name: of the run.
+        values: of the parameters.
+        state: ``stopped`` is a run that early termination gave up.
+        metric: at the end, or the best so far of a run that was stopped; None where there is none.
+        seconds: that it took.
+        history: values of the metric in the order in which they were logged.
+    """
+
+    name: str
+    values: dict[str, Any]
+    state: State
+    metric: float | None
+    seconds: float
+    history: tuple[float, ...] = ()
+
+
+class Study:
+    """Propose values, record what became of them, and judge runs while they run.
+
+    Proposals depend on the seed and on the runs that have ended. A run that is started anew keeps its name.
+
+    Args:
+        sweep: what is tried.
+        folder: of the sweep; no other process may write to its journal.
+        seed: of the proposals.
+    """
+
+    def __init__(self, sweep: Sweep, folder: Path, seed: int) -> None:
+        self.sweep, self.seed, early = sweep, seed, sweep.early_terminate
+        self._domains = {name: parameter.domain() for name, parameter in sweep.parameters.items()}
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        self._study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(_mended(folder / JOURNAL)))),
+            study_name="sweep",
+            direction="maximize" if sweep.metric.maximize else "minimize",
+            pruner=NopPruner() if early is None else SuccessiveHalvingPruner(early.first, early.eta),
+            load_if_exists=True,
+        )
+        self._open = {
+            name: optuna.Trial(self._study, trial._trial_id)
+            for name, trial in self._latest().items()
+            if trial.state == TrialState.RUNNING
+        }
+
+    def _latest(self) -> dict[str, FrozenTrial]:
+        """Return the last attempt of each run, in the order in which the runs were begun."""
+        trials = self._study.get_trials(deepcopy=False)
+        return {trial.user_attrs["run"]: trial for trial in trials if "run" in trial.user_attrs}
+
+    def trials(self) -> dict[str, Trial]:
+        """Return all runs by name, in the order in which they were begun."""
+        return {name: self._trial(name, trial) for name, trial in self._latest().items()}
+
+    def _trial(self, name: str, trial: FrozenTrial) -> Trial:
+        values = {key: self.sweep.parameters[key].used(drawn) for key, drawn in trial.params.items()}
+        history = tuple(value for _, value in sorted(trial.intermediate_values.items()))
+        metric = trial.value
+        if trial.state == TrialState.PRUNED:
+            metric = (max if self.sweep.metric.maximize else min)(history, default=None)
+        return Trial(name, values, STATES[trial.state], metric, trial.user_attrs.get("seconds", 0.0), history)
+
+    def propose(self) -> Trial | None:
+        """Begin the next run; return None where a grid is done."""
+        number = len(self._latest())
+        fixed = {}
+        if self.sweep.method == "grid":
+            grid = itertools.product(*(parameter.all_drawn() for parameter in self.sweep.parameters.values()))
+            drawn = next(itertools.islice(grid, number, None), None)
+            if drawn is None:
+                return None
+            fixed = dict(zip(self.sweep.parameters, drawn, strict=True))
+        return self._ask(f"run_{number + 1:03d}", number, fixed)
+
+    def begin_again(self, name: str) -> Trial:
+        """Go on with a run that hasn't ended, or begin one that failed once more; return it."""
+        if name in self._open:
+            return self.trials()[name]
+        latest = self._latest()
+        return self._ask(name, len(latest), latest[name].params)
+
+    def _ask(self, name: str, number: int, fixed: dict[str, Any]) -> Trial:
+        seed = int(np.random.SeedSequence([self.seed % 2**32, number]).generate_state(1)[0])
+        bayes = self.sweep.method == "bayes" and not fixed
+        sampler: BaseSampler = GPSampler(seed=seed, n_startup_trials=STARTUP) if bayes else RandomSampler(seed)
+        self._study.sampler = PartialFixedSampler(fixed, sampler) if fixed else sampler
+        self._open[name] = self._study.ask(self._domains)
+        self._open[name].set_user_attr("run", name)  # last: what a kill leaves without it is no run
+        return self.trials()[name]
+
+    def report(self, name: str, history: Sequence[float]) -> bool:
+        """Record the values that a run has logged so far; return whether it is given up for one that is new."""
+        trial, given_up = self._open[name], False
+        reported = self._latest()[name].last_step or 0
+        for step, value in enumerate(history[reported:], reported + 1):
+            if math.isfinite(value):
+                trial.report(value, step)
+                given_up = trial.should_prune() or given_up
+        return given_up
+
+    def end(self, name: str, state: State, metric: float | None, seconds: float) -> Trial:
+        """Record how a run ended; return it."""
+        trial = self._open.pop(name)
+        trial.set_user_attr("seconds", seconds)
+        ended = next(key for key, value in STATES.items() if value == state)
+        self._study.tell(trial, metric, ended)
+        return self.trials()[name]
+
+
+def _mended(journal: Path) -> Path:
+    """Drop what a kill may have left: half a line at the journal's end, and the lock of one who wrote."""
+    Path(f"{journal}.lock").unlink(missing_ok=True)
+    if journal.exists():
+        with journal.open("r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+    return journal

@@ -1,0 +1,227 @@
+"""When a run saves a checkpoint, when it stops, and from where it goes on."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from torch import distributed
+
+from crysldnet import signals
+from crysldnet.data.sampler import ORDER
+from crysldnet.errors import CheckpointError, Interrupted
+from crysldnet.training.checkpoint_file import HEADER, LAST
+from crysldnet.training.strategies import SHARDED, name_of
+
+SIGNALS = (*signals.SIGNALS, signal.SIGINT)
+"""They stop a run at its next optimizer step."""
+TIME_LIMIT = 1
+"""Among the reasons to stop, beside the numbers of signals."""
+
+
+@cache
+def started() -> float:
+    """Return when this process first asked, on the monotonic clock: the start of the run."""
+    return time.monotonic()
+
+
+class SaveAndStop(Checkpoint):
+    """Save a checkpoint every so often and before a stop, between two optimizer steps.
+
+    A checkpoint is taken before the first batch of an optimizer step, when all that belongs to the step before it
+    (moving averages, the teacher, the row in ``metrics.csv``) is done, or at the end of an epoch, after its validation.
+    All ranks save and stop at the same step.
+
+    Args:
+        folder: of the checkpoints.
+        every_epochs: epochs between two checkpoints at their ends.
+        every_steps: optimizer steps between two checkpoints; None for none within an epoch.
+        every_minutes: minutes after which the next step saves one; None for none.
+        limit_minutes: minutes since the start of the process after which the run stops, but not before it has taken a
+            step, or it would never come to its end; None for no limit.
+        start: the checkpoint that the run goes on from and its header, where it is resumed.
+
+    Raises:
+        Interrupted: after the checkpoint, where a signal or the limit stops the run.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        every_steps: int | None,
+        every_minutes: float | None,
+        limit_minutes: float | None,
+        every_epochs: int = 1,
+        start: tuple[Path, dict[str, Any]] | None = None,
+    ) -> None:
+        self.path, self.start = folder / LAST, start
+        self.every_epochs, self.every_steps = every_epochs, every_steps
+        self.every_minutes, self.limit_minutes = every_minutes, limit_minutes
+        self._signal = 0
+        self._began_at = 0
+        self._saved_step: int | None = None
+        self._inside_epoch = False
+        self._saved_at = time.monotonic()
+        self._group: Any = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Have a way to agree with the other ranks without waiting for a GPU."""
+        if stage == "fit" and trainer.world_size > 1 and distributed.get_backend() != "gloo":
+            self._group = distributed.new_group(backend="gloo")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listen to signals in place of Lightning, which would exit without a checkpoint; at its end it undoes this."""
+        self._saved_at, self._began_at = time.monotonic(), trainer.global_step
+        self._saved_step = None if self.start is None else trainer.global_step
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self._note_signal)
+
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._signal:  # a person who can't wait for the step's end
+            raise KeyboardInterrupt
+        self._signal = number
+
+    def stop_if_told(self, where: str, trainer: pl.Trainer | None = None) -> None:
+        """Raise ``Interrupted`` where a signal came, given the Trainer to any process, and nothing followed."""
+        reason = self._signal if trainer is None else self._agree(trainer)[0]
+        if reason not in (0, TIME_LIMIT):
+            self._stop(reason, where)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        """Save or stop before an optimizer step begins."""
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
+        reason, due = self._agree(trainer)
+        step = trainer.global_step
+        if batch_idx > 0 and (reason or due):
+            self._save(trainer, inside_epoch=True)
+        if reason and step in (
+            self._saved_step,
+            self._began_at,
+        ):  # else an unsaved epoch lies behind: stop a step later
+            self._stop(reason, f"in epoch {trainer.current_epoch + 1}, after {batch_idx} batches (step {step})")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save, and stop if that was asked for."""
+        reason, due = self._agree(trainer)
+        done = trainer.current_epoch + 1
+        if reason or due or trainer.should_stop or done % self.every_epochs == 0 or done == trainer.max_epochs:
+            self._save(trainer, inside_epoch=False)
+        if reason:
+            self._stop(reason, f"after epoch {trainer.current_epoch + 1} of {trainer.max_epochs}")
+
+    def _agree(self, trainer: pl.Trainer) -> tuple[int, bool]:
+        """Return why any rank wants to stop, 0 where none does, and whether a checkpoint is due."""
+        now = time.monotonic()
+        over = self.limit_minutes is not None and now - started() >= 60.0 * self.limit_minutes
+        reason = self._signal or (TIME_LIMIT if over and trainer.global_step > self._began_at else 0)
+        step = trainer.global_step
+        due = self.every_minutes is not None and now - self._saved_at >= 60.0 * self.every_minutes
+        due |= self.every_steps is not None and step > 0 and step % self.every_steps == 0 and step != self._saved_step
+        if trainer.world_size == 1:
+            return reason, due
+        wishes = torch.tensor([reason, due], dtype=torch.int32)
+        distributed.all_reduce(wishes, distributed.ReduceOp.MAX, group=self._group)
+        return int(wishes[0]), bool(wishes[1])
+
+    def _save(self, trainer: pl.Trainer, *, inside_epoch: bool) -> None:
+        self._inside_epoch = inside_epoch
+        trainer.save_checkpoint(self.path, weights_only=False)
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+    def _stop(self, reason: int, where: str) -> NoReturn:
+        signals.tell()
+        why = "the time limit" if reason == TIME_LIMIT else signal.Signals(reason).name
+        raise Interrupted(f"stopped by {why} {where}; continue with resume=last")
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let the best epoch's file be found where the run folder is now; Lightning forgets it where it moved."""
+        for state in checkpoint.get("callbacks", {}).values():
+            if not isinstance(state, dict) or "best_model_path" not in state:
+                continue
+            old, new = state["dirpath"], str(self.path.parent.absolute())
+            for key, value in state.items():
+                if isinstance(value, str):
+                    state[key] = value.replace(old, new)
+            state["best_k_models"] = {path.replace(old, new): score for path, score in state["best_k_models"].items()}
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say where the run stands, and put Lightning's counters to between two batches."""
+        inside = self._inside_epoch
+        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        checkpoint[HEADER] = {
+            "epoch": trainer.current_epoch + (0 if inside else 1),
+            "batch": progress.completed if inside else 0,
+            "step": trainer.global_step,
+            "world_size": trainer.world_size,
+            "accumulate": trainer.accumulate_grad_batches,
+            "steps_per_epoch": int(trainer.num_training_batches) // trainer.accumulate_grad_batches,
+            "epochs": trainer.max_epochs,
+            "strategy": name_of(trainer.strategy),
+            "order": ORDER,
+            "finished": not inside and (trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs),
+            "stopped_early": not inside and trainer.should_stop,
+        }
+        # beside the header, which must fit the comment of a zip archive: many targets have hundreds of metrics
+        checkpoint["metrics"] = {} if inside else {name: float(v) for name, v in trainer.callback_metrics.items()}
+        if inside:
+            # The next batch has been fetched, but it isn't begun: it is fetched again on resume. Four equal counts
+            # are what Lightning's loop takes for "everything up to here is done".
+            counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+            for part in ("total", "current"):
+                counts[part] = {**counts[part], "ready": counts[part]["completed"]}
+            counts["is_last_batch"] = False
+
+
+def check_position(path: Path, header: Mapping[str, Any], trainer: pl.Trainer, steps_per_epoch: int) -> None:
+    """Check that a run can go on from a checkpoint with the processes it has now.
+
+    Raises:
+        CheckpointError: it stands inside an epoch, and the batches of that epoch were shared otherwise; an epoch would
+            have another number of steps; or the weights were, or would be, sharded otherwise.
+    """
+    before, strategy = header.get("strategy"), name_of(trainer.strategy)
+    if before is not None and before != strategy and {before, strategy} & set(SHARDED):
+        raise CheckpointError(
+            f"{path}: the run was begun with strategy={before}, and the state of the optimizer has another form under "
+            f"strategy={strategy}, because one of them shards it. Go on with strategy={before}"
+        )
+    if header["batch"] and header.get("order", 1) != ORDER:
+        raise CheckpointError(
+            f"{path}: the run stopped inside epoch {header['epoch'] + 1} under an earlier version, which ordered its "
+            "batches otherwise. Go on with that version to the end of the epoch, or begin another run"
+        )
+    planned, epochs = header.get("steps_per_epoch", steps_per_epoch), header.get("epochs", trainer.max_epochs)
+    off = abs(planned - steps_per_epoch)
+    if not header["finished"] and (off > 0.02 * planned or (off and epochs != trainer.max_epochs)):
+        raise CheckpointError(
+            f"{path}: an epoch had {planned} steps and would have {steps_per_epoch} now, because atoms or edges bound "
+            "its batches (data.batch_atoms, data.max_atoms, data.max_edges), which are packed otherwise for another "
+            "number of processes; the learning rates were planned for the former. Go on with "
+            f"{header['world_size']} process(es) × trainer.accumulate={header['accumulate']}"
+        )
+    then = (header["world_size"], header["accumulate"])
+    now = (trainer.world_size, trainer.accumulate_grad_batches)
+    if header["batch"] and then != now:
+        raise CheckpointError(
+            f"{path}: the run stopped inside epoch {header['epoch'] + 1}, whose batches are shared by {then[0]} "
+            f"process(es) × trainer.accumulate={then[1]}; the rest of them can't be shared by {now[0]} × {now[1]}. Go "
+            "on with as many as before; their number may change at the end of an epoch"
+        )

@@ -1,0 +1,137 @@
+"""Keep a loss or gradient that isn't finite away from the weights, and say where it came from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, distributed
+
+from crysldnet.console import note
+from crysldnet.errors import DivergedError
+from crysldnet.graphs.batch import CrystalBatch
+
+SHOWN = 5
+"""Ids in the message; the file has them all."""
+
+
+class RefuseNonFinite(Callback):
+    """Skip an optimizer step whose loss or gradient isn't finite, and stop after too many of them.
+
+    Weights, moments of the optimizer and buffers (the statistics of batch normalisation) stay as they were before the
+    step. Each such step is written to ``bad_steps.jsonl`` with what wasn't finite and the ids of the crystals. The
+    losses and the norm of the whole gradient are looked at together, once an optimizer step, before it is taken: the
+    one time in a step at which the host waits for the device.
+
+    Args:
+        folder: of the file.
+        limit: steps that may be skipped.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.path, self.limit = folder / "bad_steps.jsonl", limit
+        self.skipped = 0
+        self._seen: list[tuple[CrystalBatch, Tensor, dict[str, Tensor]]] = []
+        self._buffers: list[Tensor] = []
+        self._before: list[Tensor] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many steps were skipped."""
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.skipped = state_dict["skipped"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the buffers, now that they are on their device."""
+        self._buffers = list(pl_module.buffers())
+        self._before = [buffer.clone() for buffer in self._buffers]
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: CrystalBatch, batch_idx: int
+    ) -> None:
+        """Keep the buffers before a step's first batch."""
+        self._batch = batch
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._seen = []
+            if self._buffers:
+                torch._foreach_copy_(self._before, self._buffers)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Keep a batch's loss and its terms."""
+        terms = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+        self._seen.append((self._batch, loss.detach(), terms))
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Skip the step where something isn't finite.
+
+        Raises:
+            DivergedError: that was one too many.
+        """
+        norm = gradient_norm(optimizer)
+        values = [loss.float() for _, loss, _ in self._seen]
+        if getattr(trainer.precision_plugin, "scaler", None) is None:  # else looking for its scale, it skips by itself
+            values.append(norm.to(values[0].device))
+        bad = (~torch.stack(values).isfinite()).any().float()
+        if trainer.world_size > 1:
+            bad = trainer.strategy.reduce(bad, reduce_op="sum")  # all ranks skip, or none
+        if not bool(bad):
+            return
+        optimizer.zero_grad(set_to_none=True)  # a parameter without gradient is left alone, and so are its moments
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._before)
+        self.skipped += 1
+        text = self._report(trainer, float(norm))
+        if self.skipped > self.limit:
+            raise DivergedError(
+                f"{text}. The weights are those before this step. Look at these crystals, lower optimizer.lr or "
+                f"gradient_clip, or let trainer.max_bad_steps (now {self.limit}) such steps be skipped; resume=last "
+                "goes on from the last checkpoint"
+            )
+        rank_zero_only(note)(f"{text}; skipped ({self.skipped} of at most {self.limit})")
+
+    def _report(self, trainer: pl.Trainer, norm: float) -> str:
+        """Write what wasn't finite on any rank; return it as a line."""
+        store = trainer.datamodule.store  # type: ignore[attr-defined]
+        found: list[dict[str, Any]] = []
+        for batch, loss, terms in self._seen:
+            wrong = {name: float(value) for name, value in terms.items() if not bool(torch.isfinite(value))}
+            if not wrong and bool(loss.isfinite()):
+                wrong = {"the gradient's norm": norm}
+            if len(wrong) > 1:
+                wrong.pop("train/loss", None)
+            ids = [str(i) for i in store.ids_at(batch.rows.cpu().numpy())]
+            found.append({"rank": trainer.global_rank, "not_finite": wrong, "material_ids": ids})
+        if trainer.world_size > 1:
+            shares: list[Any] = [None] * trainer.world_size
+            distributed.all_gather_object(shares, found)
+            found = [entry for share in shares for entry in share]
+        if any("the gradient's norm" not in entry["not_finite"] for entry in found):  # it follows from a loss
+            found = [entry for entry in found if "the gradient's norm" not in entry["not_finite"]]
+        where = {"step": trainer.global_step, "epoch": trainer.current_epoch}
+        if trainer.is_global_zero:
+            try:
+                with self.path.open("a") as file:
+                    file.writelines(json.dumps({**where, **entry}) + "\n" for entry in found)
+            except OSError as error:  # what follows says it too
+                note(f"can't write {self.path}: {error.strerror}")
+        first = found[0]
+        what = ", ".join(f"{name} is {value}" for name, value in first["not_finite"].items())
+        ids = first["material_ids"]
+        shown = ", ".join(ids[:SHOWN]) + (f", … ({len(ids)} in all, see {self.path})" if len(ids) > SHOWN else "")
+        return f"step {trainer.global_step} (epoch {trainer.current_epoch + 1}): {what}; crystals {shown}"
+
+
+def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Return the 2-norm of all gradients, a scalar on their device; of this rank's share where they are sharded."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
