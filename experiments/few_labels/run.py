@@ -9,7 +9,6 @@ stopped, and one more contestant costs itself alone.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import numpy as np
 
 from experiments import evidence
 from experiments.few_labels import features
-from experiments.few_labels.tables import records_of, write_errors
+from experiments.few_labels.tables import read_errors, records_of, write_errors
 from experiments.tasks import TASKS, Labelled, finetuning, load
 
 HERE = Path(__file__).parent
@@ -156,6 +155,8 @@ def measure(settings: Settings) -> None:
     """Measure every contestant on every draw; a file for each keeps what was found."""
     runs = Path(settings.runs)
     known = contestants(settings)
+    out, commit = Path(settings.out or HERE), evidence.current_commit(HERE)
+    recorded = read_errors(runs, out)
     chosen = [t for t in TASKS if settings.tasks is None or t.name in settings.tasks]
     tasks = [load(task, Path(settings.data), settings.max_atoms) for task in chosen]
     for labels, seed, labelled in product(settings.labels, range(settings.draws), tasks):
@@ -166,7 +167,7 @@ def measure(settings: Settings) -> None:
         train, test = labelled.draw(labels, seed)  # type: ignore[misc]
         drawn = Drawn(labelled, labels, seed, train, test, folder)
         file = runs / "errors" / f"{key}.json"
-        errors = json.loads(file.read_text()) if file.exists() else {}
+        errors = recorded.get((labels, labelled.task.name, seed), {})
         for name in settings.contestants:
             if name in errors or name not in known:
                 continue
@@ -174,7 +175,7 @@ def measure(settings: Settings) -> None:
             if needed and find_spec(needed) is None:
                 continue
             error, seconds = one(drawn, settings)
-            errors[name] = {"mae": round(error, 6), "seconds": round(seconds, 1)}
+            errors[name] = {"mae": round(error, 6), "seconds": round(seconds, 1), "commit": commit}
             write_errors(file, errors)
 
 
@@ -185,7 +186,7 @@ def main() -> None:
     measure(settings)
     out = Path(settings.out or HERE)
     out.mkdir(parents=True, exist_ok=True)
-    evidence.write(out, records_of(settings.runs, settings.contestants, out, evidence.current_commit(HERE)))
+    evidence.write(out, records_of(settings.runs, settings.contestants, out))
 
 
 if __name__ == "__main__":

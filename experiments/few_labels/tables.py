@@ -25,16 +25,21 @@ def write_errors(file: Path, errors: Mapping[str, Any]) -> None:
     write_atomically(file, json.dumps(errors, indent=1))
 
 
-def read_errors(runs: Path) -> dict[tuple[int, str, int], dict[str, dict[str, float]]]:
-    """Return the errors of the contestants, by number of labels, task and draw."""
-    found = {}
+def read_errors(runs: Path, out: Path) -> dict[tuple[int, str, int], dict[str, dict[str, Any]]]:
+    """Return the errors of the contestants, by number of labels, task and draw: those recorded and those of the runs."""
+    found: dict[tuple[int, str, int], dict[str, dict[str, Any]]] = {}
+    recorded = out / "errors.json"
+    if recorded.exists():
+        for key, errors in json.loads(recorded.read_text()).items():
+            labels, task, seed = key.split("-", 1)[0], *key.split("-", 1)[1].rsplit("-", 1)
+            found[int(labels), task, int(seed)] = errors
     for file in sorted((runs / "errors").glob("*.json")):
         task, labels, seed = file.stem.rsplit("-", 2)
-        found[int(labels), task.replace("_", " "), int(seed)] = json.loads(file.read_text())
-    return found
+        found.setdefault((int(labels), task.replace("_", " "), int(seed)), {}).update(json.loads(file.read_text()))
+    return dict(sorted(found.items()))
 
 
-def records_of(runs: str, names: Sequence[str], out: Path, commit: str) -> list[evidence.Record]:
+def records_of(runs: str, names: Sequence[str], out: Path) -> list[evidence.Record]:
     """Return the records of all that was measured, and write every error into ``errors.json``.
 
     Of each contestant and size: the mean error of each task over the draws that all contestants of the size have, the
@@ -42,7 +47,7 @@ def records_of(runs: str, names: Sequence[str], out: Path, commit: str) -> list[
     error over all tasks), in percent: the mean over tasks and draws of the difference of logarithms. Its spread is half
     the 95 % t-interval, over draws of the mean over tasks.
     """
-    every = read_errors(Path(runs))
+    every = read_errors(Path(runs), out)
     write_atomically(
         out / "errors.json",
         json.dumps({"-".join(map(str, key)): value for key, value in every.items()}, indent=0) + "\n",
@@ -59,7 +64,7 @@ def records_of(runs: str, names: Sequence[str], out: Path, commit: str) -> list[
             "seeds": draws,
             "data": f"{labels:,} labels",
             "command": f"python -m experiments.few_labels.run labels=[{labels}] data=FOLDER",
-            "commit": commit,
+            "commit": ", ".join(sorted({v["commit"] for value in complete.values() for v in value.values()})),
         }
         others = [n for n in present if not n.startswith(OURS) and n != "mean"]
         log = {n: np.mean([np.log(value[n]["mae"]) for value in complete.values()]) for n in present}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,8 +115,22 @@ class WandbRun(WandbLogger):
             try:
                 self._log(metrics, step)
             except ConnectionError as error:  # a signal to all processes ends it, and a run has to save first
-                self._gone = True
+                self._detach()
                 note(f"W&B's process is gone ({error}); the rows that follow are in metrics.csv alone")
+
+    def _detach(self) -> None:
+        """Leave a W&B run whose process is gone.
+
+        Its import hooks would otherwise raise in the next import of a package that they watch, such as scikit-learn.
+        """
+        import wandb
+
+        self._gone = True
+        run = self.experiment
+        run._unregister_telemetry_import_hooks(run.id)
+        with suppress(ConnectionError):
+            wandb.teardown(exit_code=1)
+        wandb.run = None
 
     def _log(self, metrics: Mapping[str, float], step: int | None) -> None:
         names = [f"{self._prefix}/{name}" if self._prefix else name for name in metrics]
