@@ -26,7 +26,7 @@ def write_errors(file: Path, errors: Mapping[str, Any]) -> None:
 
 
 def read_errors(runs: Path, out: Path) -> dict[tuple[int, str, int], dict[str, dict[str, Any]]]:
-    """Return the errors of the contestants, by number of labels, task and draw: those recorded and those of the runs."""
+    """Return the errors of the contestants by number of labels, task and draw: the recorded ones and the runs'."""
     found: dict[tuple[int, str, int], dict[str, dict[str, Any]]] = {}
     recorded = out / "errors.json"
     if recorded.exists():
