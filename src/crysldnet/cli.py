@@ -31,6 +31,7 @@ COMMANDS = {
         "predict properties of crystals in files, tables or stores",
     ),
     "embed": ("crysldnet.inference.embed", "EmbedConfig", "write an encoder's features of crystals or atoms"),
+    "explain": ("crysldnet.tools.explain", "ExplainConfig", "show which atoms and descriptors predictions come from"),
     "suggest": ("crysldnet.tools.suggest", "SuggestConfig", "choose the crystals to measure next"),
     "matbench": ("crysldnet.tools.matbench", "MatbenchConfig", "run Matbench tasks and write a submission folder"),
     "sweep": ("crysldnet.tools.sweep", "SweepCommandConfig", "run a W&B sweep configuration on this machine"),

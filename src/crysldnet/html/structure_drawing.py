@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import product
 
@@ -59,13 +60,19 @@ def _with_images(frac: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[
     return np.concatenate(which), np.concatenate(where)
 
 
-def draw_structure(lattice: NDArray[np.float64], numbers: NDArray[np.uint8], frac: NDArray[np.floating]) -> str:
+def draw_structure(
+    lattice: NDArray[np.float64],
+    numbers: NDArray[np.uint8],
+    frac: NDArray[np.floating],
+    colors: Sequence[str] | None = None,
+) -> str:
     """Draw the cell and its atoms in parallel projection, seen along the second lattice vector from a little above.
 
     Args:
         lattice: [3, 3] in Å, rows are lattice vectors.
         numbers: [n] atomic numbers.
         frac: [n, 3] fractional coordinates.
+        colors: [n] of the atoms, by default those of their elements.
     """
     axes = _oriented(lattice)
     which, places = _with_images(np.asarray(frac, np.float64))
@@ -87,6 +94,7 @@ def draw_structure(lattice: NDArray[np.float64], numbers: NDArray[np.uint8], fra
         depth = float(corners[i][1] + corners[j][1]) / 2
         parts.append((depth, f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'))
     for point, (color, _), radius, atom in zip(atoms, looks, radii, which, strict=True):
+        color = color if colors is None else colors[atom]
         x, y = at(point)
         title = SYMBOLS[int(numbers[atom])]
         circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius * scale:.1f}" fill="{color}"><title>{title}</title>'
