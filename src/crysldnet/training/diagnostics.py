@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from typing import Any
 
@@ -13,17 +11,16 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import FSDPStrategy
 
 from crysldnet.graphs.batch import CrystalBatch
+from crysldnet.io import peak_memory_mb
 from crysldnet.training.nan_guard import gradient_norm
 
 OF_THE_MACHINE = ("train/atoms_per_s", "train/crystals_per_s", "train/memory_mb")
 """Metrics that differ from one run to the next of the same seed."""
 
 
-def peak_memory_mb(device: torch.device) -> float:
+def device_memory_mb(device: torch.device) -> float:
     """Return the most memory that was in use so far, in MiB: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform != "darwin" else 2**20)
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else peak_memory_mb()
 
 
 class Diagnostics(Callback):
@@ -78,6 +75,6 @@ class Diagnostics(Callback):
         rates = counts / max(self._seconds, 1e-9)
         pl_module.log("train/atoms_per_s", rates[0])
         pl_module.log("train/crystals_per_s", rates[1])
-        pl_module.log("train/memory_mb", peak_memory_mb(pl_module.device))
+        pl_module.log("train/memory_mb", device_memory_mb(pl_module.device))
         self._atoms = self._crystals = 0
         self._seconds = 0.0

@@ -13,10 +13,8 @@ import fcntl
 import json
 import math
 import os
-import resource
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -29,7 +27,7 @@ from crysldnet import __version__
 from crysldnet.build import to_yaml
 from crysldnet.console import note
 from crysldnet.errors import ConfigError
-from crysldnet.io import write_atomically
+from crysldnet.io import peak_memory_mb, write_atomically
 from crysldnet.signals import RUN_NAME, started_by_the_first
 from crysldnet.training.checkpointing import started
 from crysldnet.training.inputs import INPUTS, refuse_other_inputs
@@ -281,12 +279,12 @@ class RunFolder:
     @rank_zero_only
     def finish(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json`` and point ``latest`` here."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
+        peak = peak_memory_mb()
         whole = {
             "status": "complete",
             "code_version": code_version(),
             "wall_time_s": round(time.time() - self.started, 1),
-            "peak_memory_mb": round(peak),
+            "peak_memory_mb": None if math.isnan(peak) else round(peak),
             **summary,
         }
         self._write("summary.json", json.dumps(_without_nan(whole), indent=1, allow_nan=False))
