@@ -261,7 +261,7 @@ def test_the_command_line_can_use_a_resolver(monkeypatch):
             "epochs=3",
             r"did you mean stages\.vae\.epochs or stages\.diffusion\.epochs\?|stages\.diffusion\.epochs or",
         ),
-        ("predict", "file=a.cif", r"file: unknown key; did you mean files\?"),
+        ("predict", "file=a.cif", "file: unknown key; did you mean 'files'"),
         ("finetune", "optimizer.lrr=1", "did you mean 'lr'"),
     ],
 )
@@ -269,3 +269,66 @@ def test_a_key_without_its_group_is_found(command, argument, meant):
     schema = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "predict": PredictConfig}[command]
     with pytest.raises(ConfigError, match=meant):
         validate(compose(command, [argument, *(["model=a"] if command == "predict" else [])]), schema)
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        (["--seed", "3"], "seed", 3),
+        (["--seed=3"], "seed", 3),
+        (["--data.batch-size", "8"], "data.batch_size", 8),
+        (["data.targets=band_gap"], "data.targets", ["band_gap"]),
+        (["data.targets=a,b"], "data.targets", ["a", "b"]),
+        (["data.targets=Bulk modulus K (GPa)"], "data.targets", ["Bulk modulus K (GPa)"]),
+        (["data.targets=E (GPa, DFT), b"], "data.targets", ["E (GPa, DFT)", "b"]),
+        (["data.targets=['a,b']"], "data.targets", ["a,b"]),
+        (["--target_types.e-mod", "log"], "target_types.e-mod", "log"),
+        (["plugins=mine"], "plugins", ["mine"]),
+    ],
+)
+def test_keys_and_lists_are_read_as_users_write_them(words, key, value):
+    values = compose("finetune", words).values
+    for part in key.split("."):
+        values = values[part]
+    assert values == value
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "says"),
+    [
+        ("finetune", ["epochs", "3"], "'epochs': write epochs=3"),
+        ("finetune", ["epochs"], "'epochs': expected group=name or key=value; write epochs=…"),
+        ("finetune", ["epoch"], "write epochs=…"),
+        ("finetune", ["--epochs"], "--epochs: it needs a value; write epochs=…"),
+        ("finetune", ["--epochs", "seed=3"], "--epochs: it needs a value; write epochs=…"),
+        ("finetune", ["seed", "=", "3"], "'seed': leave out the spaces around ="),
+        ("finetune", ["seed", "=3"], "'seed': leave out the spaces around ="),
+        ("predict", ["-m", "runs/x"], "-m: there are no flags of one letter; model=… or max_atoms=…"),
+        ("predict", ["model"], "'model': expected group=name or key=value; write model=…"),
+        ("predict", ["crystals"], "'crystals': no such file or folder, and not key=value"),
+    ],
+)
+def test_a_word_that_is_no_setting_is_answered_with_the_right_form(command, words, says):
+    with pytest.raises(ConfigError) as caught:
+        compose(command, words)
+    assert says in str(caught.value)
+
+
+def test_files_may_be_plain_words():
+    values = compose("predict", ["model=m", "a.cif", "b/*.cif", "--out", "p.csv"]).values
+    assert values["files"] == ["a.cif", "b/*.cif"]
+    assert values["out"] == "p.csv"
+
+
+def test_an_unknown_key_is_reported_before_a_missing_one():
+    with pytest.raises(ConfigError, match=r"bogus: unknown key"):
+        validate(compose("predict", ["bogus=1"]), PredictConfig)
+    with pytest.raises(ConfigError, match=r"data\.batch_sise: unknown key"):
+        validate(compose("pretrain", ["data=custom", "data.batch_sise=1"]), PretrainConfig)
+    with pytest.raises(ConfigError, match=r"data\.path: it has no default; give it as data\.path=VALUE"):
+        validate(compose("pretrain", ["data=custom"]), PretrainConfig)
+
+
+def test_a_list_is_asked_for_with_its_form():
+    with pytest.raises(ConfigError, match=r"data\.split\.fractions=0\.8: give a list, as data\.split\.fractions=\[…\]"):
+        validate(compose("pretrain", ["data.split.fractions=0.8"]), PretrainConfig)

@@ -169,7 +169,8 @@ def _check_value(value: Any, annotation: Any, path: str) -> None:
         TypeAdapter(annotation, config=None if nested else ConfigDict(strict=True)).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(f"{path}={value!r}: {first['msg'].lower()}", path) from None
+        wanted = f"give a list, as {path}=[…]" if first["type"] == "list_type" else first["msg"].lower()
+        raise ConfigError(f"{path}={value!r}: {wanted}", path) from None
 
 
 def build(node: Mapping[str, Any], where: str = "", *, kind: type | None = None, **parts: Any) -> Any:

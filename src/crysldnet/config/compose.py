@@ -16,11 +16,9 @@ does is refused.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +37,17 @@ from crysldnet.config.files import (
     read_saved,
     read_yaml,
 )
+from crysldnet.config.words import in_brackets, split
 from crysldnet.console import note
 from crysldnet.errors import ConfigError
 
 COMMAND_LINE = "on the command line"
 PRESETS = {"pretrain": "preset/pretrain", "finetune": "preset/finetune", "matbench": "preset/finetune"}
 """Command to the folder of its presets."""
-PLAIN_WORDS = {"report": "runs"}
-"""Command to the key that lists the words of its line which aren't key=value."""
+LISTS = ("data.targets", "data.descriptors", "data.exclude", "element_references", "plugins")
+"""Keys that hold lists of names; one name, or several between commas, needs no brackets."""
+MISSING = "???"
+"""Of a key without a default, until it is given."""
 
 
 FILES = ("pretrained", "init")
@@ -96,23 +97,6 @@ def _note(origin: dict[str, str], node: Any, path: str, source: str) -> None:
         origin[path] = source
 
 
-def _split(arguments: Sequence[str], plain: str | None) -> list[tuple[str, str]]:
-    """Return keys and values; plain words, which may have an = after a slash, are gathered under the key ``plain``."""
-    pairs, words = [], []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if plain is not None and not argument.startswith("--") and (not equals or "/" in key):
-            words.append(argument)
-            continue
-        key = key.strip().lstrip("-") if argument.startswith("--") else key.strip()
-        if not equals or not key:
-            raise ConfigError(f"{argument!r}: expected group=name or key=value")
-        pairs.append((key, value))
-    if words and plain in dict(pairs):
-        raise ConfigError(f"{words[0]}: give {plain} either as plain words or as {plain}=[…]", plain)
-    return [*pairs, (plain, json.dumps(literally(words), ensure_ascii=False))] if plain is not None and words else pairs
-
-
 def parse(value: str) -> Any:
     """Read a value as YAML, or ``None``, which W&B's agent writes for null.
 
@@ -148,7 +132,9 @@ def compose(command: str | Path, arguments: Sequence[str] = (), saved: Path | No
     Raises:
         ConfigError: a file, group or choice is unknown, a value is missing or can't be parsed.
     """
-    pairs = _split(arguments, PLAIN_WORDS.get(str(command)))
+    root = read_yaml(root_of(command))
+    keys = [key for key in (*root, *(root.get(CHOICES) or ()), "preset") if key != CHOICES]
+    pairs = split(str(command), arguments, keys, literally)
     links: dict[str, str] = {}
     presets = tuple(value for key, value in pairs if key == "preset" and value not in ("null", ""))
     if saved is None:
@@ -172,14 +158,16 @@ def compose(command: str | Path, arguments: Sequence[str] = (), saved: Path | No
         if key == "preset" or key in groups or links.get(key) == value:
             continue
         try:
-            OmegaConf.update(merged, key, literally(parse(value)), merge=False)
+            parsed = parse(value)
+            parsed = in_brackets(parsed) if key in LISTS and isinstance(parsed, str) else parsed
+            OmegaConf.update(merged, key, literally(parsed), merge=False)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{key}={value}: {str(error).splitlines()[0]}", key) from error
         origin[key] = COMMAND_LINE
     given = tuple(key for key, _ in pairs)
     if saved is None and origin.get("pretrained") == str(root_of(command)) and describes_encoder(given):
         merged["pretrained"] = "none"
-    return Composition(_resolve(merged, origin), origin, groups, given, presets, links)
+    return Composition(_resolve(merged), origin, groups, given, presets, links)
 
 
 def root_of(command: str | Path) -> Path:
@@ -252,14 +240,7 @@ def _merge_saved(
     return merged, {**recorded, **named}, origin
 
 
-def _resolve(merged: Any, origin: dict[str, str]) -> dict[str, Any]:
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
-        key = missing[0]
-        near = get_close_matches(key, [k for k, source in origin.items() if source == COMMAND_LINE], n=1)
-        if near:
-            raise ConfigError(f"{near[0]}: unknown key; did you mean {key}?", near[0])
-        raise ConfigError(f"{key}: it has no default; give it as {key}=VALUE (it stands in {origin.get(key, '')})", key)
+def _resolve(merged: Any) -> dict[str, Any]:
     try:
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
@@ -273,8 +254,10 @@ def validate(composition: Composition, schema: type) -> Any:
     """Check every key and type; return the command's settings as an instance of its dataclass.
 
     Raises:
-        ConfigError: with the key, the file that set it, and a suggestion.
+        ConfigError: with the key, the file that set it, and a suggestion; an unknown key comes before one that is
+            missing, for it may be the same one.
     """
+    missing = _missing(composition.values)
     try:
         settings = build_dataclass(schema, composition.values, "")
         for key in (known.name for known in fields(schema)):
@@ -286,8 +269,28 @@ def validate(composition: Composition, schema: type) -> Any:
         text = str(error)
         if "unknown key" in text and (elsewhere := _same_leaf(error.key, composition.origin)):
             text = f"{error.key}: unknown key; did you mean {' or '.join(elsewhere)}?"
+        elif "unknown key" not in text and missing:
+            raise _needed(missing[0], composition) from None
         raise ConfigError(f"{text}{f' (set {where})' if where else ''}", error.key) from None
+    if missing:
+        raise _needed(missing[0], composition)
     return settings
+
+
+def _missing(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return the keys that have no default and weren't given."""
+    found = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found += _missing(value, f"{prefix}{key}.")
+        elif value == MISSING:
+            found.append(f"{prefix}{key}")
+    return found
+
+
+def _needed(key: str, composition: Composition) -> ConfigError:
+    place = composition.origin.get(key, "")
+    return ConfigError(f"{key}: it has no default; give it as {key}=VALUE (it stands in {place})", key)
 
 
 OTHER_WORDS = {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from crysldnet.config.compose import PLAIN_WORDS, PRESETS
+from crysldnet.config.compose import PRESETS
 from crysldnet.config.files import CHOICES, choices, conf_folder, group_file, load_yaml
+from crysldnet.config.words import PLAIN_WORDS
 
 
 def help_text(command: str, description: str) -> str:

@@ -1,0 +1,101 @@
+"""Split the words of a command line into keys and values, also as users of other programs write them."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from crysldnet.errors import ConfigError
+
+PLAIN_WORDS = {"report": "runs", "predict": "files", "embed": "files", "suggest": "files"}
+"""Command to the key that lists the words of its line which aren't key=value."""
+NAMED = ("target_types.", "target_per.", "descriptors.")
+"""What follows is a name from the data, where a hyphen stays."""
+_KEY = re.compile(r"-{0,2}[A-Za-z_][\w.-]*=")
+
+
+def split(
+    command: str, arguments: Sequence[str], keys: Collection[str], literally: Callable[[Any], Any]
+) -> list[tuple[str, str]]:
+    """Return keys and values.
+
+    ``--key=value`` and ``--key value`` are read as ``key=value``. Plain words are gathered under the key that
+    ``PLAIN_WORDS`` names; there they may have an = after a slash.
+
+    Args:
+        command: its name.
+        arguments: words, as the shell gives them.
+        keys: of the command and its groups, for suggestions.
+        literally: keeps texts in plain values from being resolved.
+
+    Raises:
+        ConfigError: a word is neither; with the form that was meant.
+    """
+    plain = PLAIN_WORDS.get(command)
+    pairs: list[tuple[str, str]] = []
+    words: list[str] = []
+    waiting = list(arguments)
+    while waiting:
+        word = waiting.pop(0)
+        key, equals, value = word.partition("=")
+        if word.startswith("--"):
+            key = key[2:].strip()
+            key = key if key.startswith(NAMED) else key.replace("-", "_")
+            if not equals:
+                if not waiting or waiting[0].startswith("--") or _KEY.match(waiting[0]):
+                    raise ConfigError(f"{word}: it needs a value; {_meant(key, keys)}", key)
+                value = waiting.pop(0)
+        elif plain is not None and (("/" in key and equals) or (not equals and _is_plain(word, plain))):
+            words.append(word)
+            continue
+        elif not equals or not key.strip():
+            _refuse(word, waiting, keys, plain)
+        pairs.append((key.strip(), value))
+    if words and plain in dict(pairs):
+        raise ConfigError(f"{words[0]}: give {plain} either as plain words or as {plain}=[…]", plain or "")
+    if words and plain is not None:
+        pairs.append((plain, json.dumps(literally(words), ensure_ascii=False)))
+    return pairs
+
+
+def _is_plain(word: str, key: str) -> bool:
+    """Return whether a word may name a file or folder; runs are looked for later."""
+    there = os.path.exists(os.path.expanduser(word)) or glob.has_magic(word) or re.search(r"[/\\:@.]", word)
+    return not word.startswith("-") and (key == "runs" or bool(there))
+
+
+def _refuse(word: str, following: Sequence[str], keys: Collection[str], plain: str | None) -> NoReturn:
+    """Refuse a word that is neither key=value nor plain, with the form that was meant.
+
+    Raises:
+        ConfigError: always.
+    """
+    if re.fullmatch(r"-[A-Za-z]", word):
+        meant = [key for key in keys if key.startswith(word[1:])]
+        names = f"; {' or '.join(f'{key}=…' for key in meant)}" if meant else ""
+        raise ConfigError(f"{word}: there are no flags of one letter{names}")
+    if following[:1] == ["="] or word.startswith("=") or (following and following[0].startswith("=")):
+        raise ConfigError(f"{word!r}: leave out the spaces around =, as in key=value")
+    key = word.lstrip("-").replace("-", "_")
+    if following and key in keys and not _KEY.match(following[0]) and not following[0].startswith("-"):
+        raise ConfigError(f"{word!r}: write {key}={following[0]}", key)
+    if key in keys or get_close_matches(key, keys, n=1):
+        raise ConfigError(f"{word!r}: expected group=name or key=value; {_meant(key, keys)}", key)
+    if plain is not None:
+        raise ConfigError(f"{word!r}: no such file or folder, and not key=value")
+    raise ConfigError(f"{word!r}: expected group=name or key=value")
+
+
+def _meant(key: str, keys: Collection[str]) -> str:
+    near = key if key in keys else next(iter(get_close_matches(key, keys, n=1)), None)
+    return f"write {near}=…" if near else f"write {key}=VALUE"
+
+
+def in_brackets(text: str) -> list[str]:
+    """Return the names of a list that is given without its brackets: split at commas outside of (…) and […]."""
+    return [name.strip() for name in re.split(r",(?![^()\[\]]*[)\]])", text) if name.strip()]
