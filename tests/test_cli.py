@@ -142,7 +142,7 @@ def test_predicting_only_bad_files_fails_and_leaves_what_was_there(tmp_path, mon
 def test_a_gpu_that_is_not_there_is_said(tmp_path, model):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(CrysldnetError, match="no GPU"):
+    with pytest.raises(CrysldnetError, match="leave it out, to compute on the CPU"):
         cli.run(["predict", f"model={model}", f"files={EXAMPLES}", f"out={tmp_path}/out.csv", "device=gpu"])
 
 

@@ -237,6 +237,7 @@ class Reader:
             assert cli.run(arguments) == 0
             self.ran.append(line)
             return
+        arguments = [command, *cli.with_own_data(command, arguments[1:])[0]]
         composition = compose(command, arguments[1:])
         plugins.load(composition.values.get("plugins", ()))
         settings = validate(composition, schema_of(command))
@@ -253,7 +254,7 @@ class Reader:
         command, *rest = arguments
         if command not in SHORT:
             return arguments
-        given = dict(word.split("=", 1) for word in rest)
+        given = dict(word.split("=", 1) for word in rest if "=" in word)
         preset = given.get("preset")
         encoder = given.get("encoder", preset if preset in choices(PRESETS["finetune"]) else "pddformer")
         tiny = [] if encoder.endswith(".yaml") else ENCODER if encoder.startswith("pddformer") else OTHER_ENCODER

@@ -383,7 +383,7 @@ def test_dialects_of_csv_are_read(folder: Path, text: bytes) -> None:
     [
         (b"id,gap\na,1\nb,\xe9\n", "t.csv line 3: not UTF-8"),
         (b"", "the table is empty"),
-        (b"a,1\n", "no column material_id, id"),
+        (b"a,1\n", "no column is called material_id, id"),
         (b"id\na\n", "no column beside the ids"),
         (b"id,gap,gap (eV)\na,1,2\n", "'gap' is taken or stands there twice"),
         (b"id,lattice\na,1\n", "'lattice' is taken"),

@@ -26,7 +26,7 @@ LAYERS = [
     {"plugins"},
     {"build", "signals"},
     {"io"},
-    {"errors", "console", "__init__"},
+    {"errors", "console", "platforms", "__init__"},
 ]
 """From the command line down. A module may import its own package and the layers below."""
 

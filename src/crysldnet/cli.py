@@ -12,12 +12,13 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from crysldnet import __version__, signals
 from crysldnet.console import escaped, note
 from crysldnet.errors import UNFINISHED, ConfigError, CrysldnetError, Interrupted
 from crysldnet.io import DISK_ERRORS, cannot_write
+from crysldnet.platforms import is_out_of_memory
 
 if TYPE_CHECKING:
     from crysldnet.config import Composition
@@ -87,7 +88,7 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
         print(help_text(name, (module.__doc__ or "").strip()))
         return 0
     show = "--print-config" in arguments
-    arguments = [a for a in arguments if a != "--print-config"]
+    arguments, own = with_own_data(name, [a for a in arguments if a != "--print-config"])
     composition = compose(name, arguments)
     if composition.groups and composition.values.get("resume") == "last":
         from crysldnet.training.run_folder import find_run, is_complete
@@ -109,9 +110,27 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
         print(to_yaml(composition.values), end="")
         return 0
     _quieten_libraries()
-    if composition.groups:
-        return module.run(settings, composition.values, composition.choices)
-    return module.run(settings, composition.values)
+    if not composition.groups:
+        return module.run(settings, composition.values)
+    status = module.run(settings, composition.values, composition.choices)
+    if own and status == 0 and name == "finetune" and not signals.started_by_the_first():
+        _write_page(composition.values)
+    return status
+
+
+def with_own_data(command: str, arguments: Sequence[str]) -> tuple[list[str], bool]:
+    """Return the arguments of a training with a store in place of a user's files, and whether they named any."""
+    from crysldnet.config.words import TRAINS
+
+    if command not in TRAINS:
+        return list(arguments), False
+    return importlib.import_module("crysldnet.tools.importer.own_data").with_own_data(command, arguments)
+
+
+def _write_page(values: dict[str, Any]) -> None:
+    """Write a page about the run that has just ended into its folder."""
+    folder = Path(values["runs"]) / "finetune" / os.environ[signals.RUN_NAME].partition(":")[2]
+    run(["report", str(folder), f"out={folder / 'report.html'}"])
 
 
 def _has_more_to_do(run: Path, composition: Composition, changed: set[str]) -> bool:
@@ -214,6 +233,12 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output went away, as in `crysldnet … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        hint = "lower batch_size or batch_atoms (of a training data.batch_size or data.max_atoms)"
+        print(f"error: out of memory; {hint}", file=sys.stderr)
+        status = USAGE_ERROR
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 from crysldnet.console import note
 from crysldnet.data.formulas import formulas_of
 from crysldnet.data.schema import STRUCTURE_COLUMNS, refuse_repeated_columns, table_from_crystals
-from crysldnet.data.units import same_unit
+from crysldnet.data.units import name_and_unit, same_unit
 from crysldnet.errors import DataError
 from crysldnet.graphs.crystals import Crystals, concatenate
 from crysldnet.inference import Refusals
 from crysldnet.readers.records import ID_KEYS, is_data_frame
 from crysldnet.readers.stream import CrystalStream, StreamSettings
 from crysldnet.readers.structure_files import kind_of
-from crysldnet.readers.target_table import name_and_unit
 
 SPLIT = "split"
 """Column that says which crystals train and which validate."""

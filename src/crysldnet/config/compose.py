@@ -37,7 +37,8 @@ from crysldnet.config.files import (
     read_saved,
     read_yaml,
 )
-from crysldnet.config.words import in_brackets, split
+from crysldnet.config.own_data import with_paths
+from crysldnet.config.words import PLAIN_WORDS, in_brackets, split
 from crysldnet.console import note
 from crysldnet.errors import ConfigError
 
@@ -132,9 +133,7 @@ def compose(command: str | Path, arguments: Sequence[str] = (), saved: Path | No
     Raises:
         ConfigError: a file, group or choice is unknown, a value is missing or can't be parsed.
     """
-    root = read_yaml(root_of(command))
-    keys = [key for key in (*root, *(root.get(CHOICES) or ()), "preset") if key != CHOICES]
-    pairs = split(str(command), arguments, keys, literally)
+    pairs = with_paths(split(arguments, keys_of(command), PLAIN_WORDS.get(str(command)), literally))
     links: dict[str, str] = {}
     presets = tuple(value for key, value in pairs if key == "preset" and value not in ("null", ""))
     if saved is None:
@@ -173,6 +172,12 @@ def compose(command: str | Path, arguments: Sequence[str] = (), saved: Path | No
 def root_of(command: str | Path) -> Path:
     """Return the file of a command's configuration."""
     return command if isinstance(command, Path) else conf_folder() / f"{command}.yaml"
+
+
+def keys_of(command: str | Path) -> list[str]:
+    """Return the keys and groups that a command has."""
+    root = read_yaml(root_of(command))
+    return [key for key in (*root, *(root.get(CHOICES) or ()), "preset") if key != CHOICES]
 
 
 def describes_encoder(given: Collection[str]) -> bool:

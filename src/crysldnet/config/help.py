@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 from crysldnet.config.compose import PRESETS
 from crysldnet.config.files import CHOICES, choices, conf_folder, group_file, load_yaml
-from crysldnet.config.words import PLAIN_WORDS
+from crysldnet.config.words import PLAIN_WORDS, TRAINS
 
 
 def help_text(command: str, description: str) -> str:
     """Return what ``--help`` prints: usage, groups with their choices, every key with its comment."""
     root_file = conf_folder() / f"{command}.yaml"
     defaults = load_yaml(root_file).get(CHOICES) or {}
-    first = f"{PLAIN_WORDS[command].upper()} …" if command in PLAIN_WORDS else "[group=name …]"
+    plain = f"{PLAIN_WORDS[command].upper()} …" if command in PLAIN_WORDS else "[group=name …]"
+    first = f"[CRYSTALS [TABLE]] {plain}" if command in TRAINS else plain
     lines = [f"usage: crysldnet {command} {first} [key=value …] [--print-config]", "", description, ""]
     if defaults:
         lines.append("groups (group=name; the default in brackets)")

@@ -14,29 +14,31 @@ from crysldnet.errors import ConfigError
 
 PLAIN_WORDS = {"report": "runs", "predict": "files", "embed": "files", "suggest": "files"}
 """Command to the key that lists the words of its line which aren't key=value."""
+DATA_WORDS = "CRYSTALS TABLE"
+"""Stands for such a key of a training, whose files are imported before its configuration is composed."""
+TRAINS = ("pretrain", "finetune")
+"""Commands that take files of crystals in this way."""
 NAMED = ("target_types.", "target_per.", "descriptors.")
 """What follows is a name from the data, where a hyphen stays."""
 _KEY = re.compile(r"-{0,2}[A-Za-z_][\w.-]*=")
 
 
 def split(
-    command: str, arguments: Sequence[str], keys: Collection[str], literally: Callable[[Any], Any]
+    arguments: Sequence[str], keys: Collection[str], plain: str | None, literally: Callable[[Any], Any]
 ) -> list[tuple[str, str]]:
     """Return keys and values.
 
-    ``--key=value`` and ``--key value`` are read as ``key=value``. Plain words are gathered under the key that
-    ``PLAIN_WORDS`` names; there they may have an = after a slash.
+    ``--key=value`` and ``--key value`` are read as ``key=value``.
 
     Args:
-        command: its name.
         arguments: words, as the shell gives them.
         keys: of the command and its groups, for suggestions.
+        plain: the key under which plain words are gathered, which may have an = after a slash; None for none.
         literally: keeps texts in plain values from being resolved.
 
     Raises:
         ConfigError: a word is neither; with the form that was meant.
     """
-    plain = PLAIN_WORDS.get(command)
     pairs: list[tuple[str, str]] = []
     words: list[str] = []
     waiting = list(arguments)

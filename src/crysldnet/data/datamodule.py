@@ -23,8 +23,8 @@ from crysldnet.data.sampler import BatchSampler, Budget
 from crysldnet.data.split import SPLITS, Rows, Split
 from crysldnet.data.split_file import split_text
 from crysldnet.data.store import CrystalStore
-from crysldnet.data.targets import read_target
-from crysldnet.errors import DataError
+from crysldnet.data.targets import column_called, read_target
+from crysldnet.errors import ConfigError, DataError
 from crysldnet.graphs.batch import CrystalBatch, make_batch
 from crysldnet.graphs.corruption import Corruption
 from crysldnet.graphs.spec import GraphSpec
@@ -138,14 +138,23 @@ class CrystalDataModule(pl.LightningDataModule):
         if isinstance(self.path, str):
             store = open_store(self.path)
             refuse_repeated_ids(store)
+            self._find_columns(store)
             return store, self.split.rows(store, self.targets)
         unknown = set(self.path) - set(SPLITS)
         if unknown or "train" not in self.path:
             raise DataError(f"data.path must name a file for train, val and test, not {', '.join(self.path)}")
         stores = {name: open_store(self.path[name]) for name in SPLITS if name in self.path}
+        self._find_columns(stores["train"])
         store = join_splits(stores, [*self.targets, *self.descriptors])
         split = Split(by="column", column="split", train_fraction=self.split.train_fraction, seed=self.split.seed)
         return store, split.rows(store)
+
+    def _find_columns(self, store: CrystalStore) -> None:
+        """Name targets and descriptors as the columns that are meant."""
+        self.targets = [column_called(store, name) for name in self.targets]
+        self.descriptors = [column_called(store, name) for name in self.descriptors]
+        if len({*self.targets, *self.descriptors}) < len(self.targets) + len(self.descriptors):
+            raise ConfigError(f"data.targets: two of {listed([*self.targets, *self.descriptors])} are one column")
 
     def _leave_out_excluded(self) -> None:
         if not self.exclude:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import numpy as np
@@ -10,10 +11,34 @@ from numpy.typing import NDArray
 
 from crysldnet.data.cells import CellError, read_numbers
 from crysldnet.data.store import CrystalStore
+from crysldnet.data.units import name_and_unit, same_unit
 from crysldnet.errors import DataError
 
 MOST_CLASSES = 256
 """There are 230 space groups; a column with more values than this holds no classes."""
+
+
+def column_called(store: CrystalStore, title: str) -> str:
+    """Return the column that a title means: its name, its header with the unit, or either in another spelling.
+
+    Raises:
+        DataError: the column has another unit than the title states.
+    """
+    if title in store.column_names:
+        return title
+    name, unit = name_and_unit(title)
+    wanted = {_spelling(title), _spelling(name)} - {""}
+    found = [column for column in store.column_names if _spelling(column) in wanted]
+    if len(found) != 1:
+        return title  # reading it says what there is
+    known = store.units.get(found[0])
+    if unit is not None and known is not None and not same_unit(unit, known):
+        raise DataError(f"{store.name}: {title!r} isn't there; {found[0]!r} is in {known}")
+    return found[0]
+
+
+def _spelling(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name.casefold())
 
 
 def read_target(

@@ -85,3 +85,9 @@ def same_unit(one: str | None, other: str | None) -> bool:
     if one is None or other is None:
         return one is other
     return one == other or (is_unit(one) and factors_of(one) == factors_of(other))
+
+
+def name_and_unit(title: str) -> tuple[str, str | None]:
+    """Split ``band_gap (eV)`` or ``band_gap [eV]``; brackets that hold no unit are part of the name."""
+    match = re.fullmatch(r"(.*\S)\s*[(\[]((?:[^()\[\]]|\([^()]*\))+)[)\]]", title)
+    return (match[1], match[2].strip()) if match and is_unit(match[2]) else (title, None)

@@ -31,6 +31,7 @@ from crysldnet.inference.results import Embeddings, Predictions
 from crysldnet.models.per import bulk_of, no_area
 from crysldnet.models.predictor import TargetModel
 from crysldnet.models.target import Classes
+from crysldnet.platforms import no_gpu
 from crysldnet.readers.stream import Check, CrystalStream, Portion, StreamSettings
 from crysldnet.training.calibrate import Knowledge, knowledge_of, together
 
@@ -48,7 +49,7 @@ def choose_device(device: Device) -> torch.device:
     """
     _one_of(Device, "device", device)
     if device == "gpu" and not torch.cuda.is_available():
-        raise DeviceError("device=gpu: this machine has no GPU; use device=cpu")
+        raise DeviceError(f"device=gpu: {no_gpu()}; or leave it out, to compute on the CPU")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 

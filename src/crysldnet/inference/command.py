@@ -92,13 +92,17 @@ class Account:
 
 
 def named_files(files: str | list[str], account: Account) -> str | list[str]:
-    """Return the files to read; ``-`` stands for those that standard input lists, one a line.
+    """Return the files to read: as named, or several between commas, where each is there.
 
-    Those of the list that aren't there are refused; the others are read.
+    ``-`` stands for those that standard input lists, one a line. Those of the list that aren't there are refused; the
+    others are read.
 
     Raises:
         DataError: the list is empty.
     """
+    if isinstance(files, str) and "," in files and not os.path.exists(files):
+        several = [name.strip() for name in files.split(",") if name.strip()]
+        return several if all(map(_is_there, several)) else files
     if files != "-":
         return files
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -108,10 +112,15 @@ def named_files(files: str | list[str], account: Account) -> str | list[str]:
         raise DataError("files=-: standard input lists no file")
     there = []
     for name in listed:
-        if os.path.exists(os.path.expanduser(name)) or ":" in name or "@" in name:
+        if _is_there(name):
             there.append(name)
         else:
             account.refuse(Refused(name, "", "no such file"))
     if not there:
         account.refuse_nothing_used()
     return there
+
+
+def _is_there(name: str) -> bool:
+    """Return whether a name is that of a file or folder, of a data set, or of a split of one."""
+    return os.path.exists(os.path.expanduser(name)) or ":" in name or "@" in name

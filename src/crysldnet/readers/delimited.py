@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
+from crysldnet.data.units import name_and_unit
 from crysldnet.errors import DataError
 from crysldnet.readers.compression import DAMAGED, inner_name, open_stream
 from crysldnet.readers.records import Entry
 from crysldnet.readers.structure_files import LIMIT, printable
-from crysldnet.readers.target_table import delimiter_of, name_and_unit
+from crysldnet.readers.table_cells import delimiter_of
 
 STRUCTURE_TITLES = ("cif", "structure")
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 import pyarrow as pa
 
 from crysldnet.data.cells import MISSING_TEXT, CellError, plain_numbers, read_numbers
 from crysldnet.data.schema import STRUCTURE_COLUMNS
-from crysldnet.data.units import is_unit
+from crysldnet.data.units import name_and_unit
 from crysldnet.errors import DataError
 from crysldnet.readers.issues import Ledger
 from crysldnet.readers.structure_files import material_ids, without_suffix
+from crysldnet.readers.table_cells import read_cells
 
 ID_COLUMNS = ("material_id", "id", "file", "filename", "name")
 
@@ -48,23 +48,30 @@ class Targets:
 
 
 def check_table(path: Path, id_column: str | None) -> None:
-    """Refuse a table that has no column of ids or none of properties, before any crystal is read.
+    """Refuse a table that can't be read or has no column of properties, before any crystal is read.
 
     Raises:
         DataError: as :func:`read_targets`.
     """
-    _key_column(path, _read_csv(path)[1], id_column)
+    _checked_header(path, read_cells(path).header, id_column)
 
 
 def read_targets(path: Path, ids: set[str], id_column: str | None, ledger: Ledger) -> Targets:
-    """Read a CSV of properties for crystals with these ids; commas, semicolons or tabs separate its cells.
+    """Read a table of properties for crystals with these ids.
+
+    The column of ids is the one called so, in any case and spelling, or else the one that has ids of crystals.
 
     Raises:
         DataError: the file can't be read, has no column of ids or none of properties, or a cell that can't be read
             without guessing.
     """
-    delimiter, header, rows = _read_csv(path)
-    key = _key_column(path, header, id_column)
+    header, rows, commas, others = read_cells(path)
+    for text in others:
+        ledger.note("further sheets of the table aren't read", text)
+    named = _checked_header(path, header, id_column)
+    key = _matching(path, header, rows, ids, named)
+    if key != named:
+        ledger.note("columns were taken for that of the ids, because they hold ids of crystals", header[key])
     found = _rows_by_id(path, header, key, rows, ids, ledger)
     columns: dict[str, pa.Array] = {}
     units: dict[str, str] = {}
@@ -82,7 +89,7 @@ def read_targets(path: Path, ids: set[str], id_column: str | None, ledger: Ledge
             continue
         cells = [(place, i, text) for (i, (place, _)), text in zip(found.items(), texts, strict=True)]
         try:
-            read, unit = _columns(name, unit, cells, delimiter, ledger)
+            read, unit = _columns(name, unit, cells, commas, ledger)
         except CellError as error:
             place = next(place for place, _, text in cells if text == error.text)
             raise DataError(f"{path.parent / place}: {title!r} has {error.text!r}, {error.reason}") from error
@@ -101,10 +108,11 @@ def _rows_by_id(
     kind = f"rows of {path.name}"
     ledger.count(kind, len(rows))
     alike: dict[str, str] = {}
+    reason = ""
     for line, cells in rows:
         place = f"{path.name} line {line}"
         written = cells[key].strip() if key < len(cells) else ""
-        material_id = next((name for name in _spellings(written) if name in ids), None)
+        material_id = _id_of(written, ids)
         reason = ""
         if len(cells) != len(header):
             reason = f"it has {len(cells)} cells where the header has {len(header)}"
@@ -120,11 +128,7 @@ def _rows_by_id(
         if reason:
             ledger.leave_out(kind, written, place, written, reason)
     if not found:
-        first = next((cells[key] for _, cells in rows if key < len(cells)), "")
-        raise DataError(
-            f"{path}: no row belongs to a crystal; is {header[key]!r} the column of ids (id_column)? "
-            f"Its first id is {first!r}, one of a crystal is {min(ids, default='')!r}"
-        )
+        raise DataError(f"{path}: no row could be used: {reason}")
     for material_id, same in found.items():
         if len(same) > 1:
             for place, _ in same:
@@ -138,59 +142,77 @@ def _bare(material_id: str) -> str:
     return re.sub(r"\.(0|[a-z]\w{0,6})$", "", material_id.casefold()).lstrip("0")
 
 
-def _read_csv(path: Path) -> tuple[str, list[str], list[tuple[int, list[str]]]]:
-    """Return what separates the cells, the header, and the rows that aren't empty, each with its line number."""
-    try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path}: can't be opened ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path} line {line}: not UTF-8; save the table as CSV in UTF-8") from error
-    if "\0" in text:
-        raise DataError(f"{path}: not a table in text, for it has null characters; save it as CSV in UTF-8")
-    delimiter = delimiter_of(text)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    try:
-        rows = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
-    except csv.Error as error:
-        raise DataError(f"{path} line {reader.line_num}: {error}") from error
-    if not rows:
-        raise DataError(f"{path}: the table is empty")
-    return delimiter, [title.strip() for title in rows[0][1]], rows[1:]
+def _checked_header(path: Path, header: list[str], id_column: str | None) -> int | None:
+    """Return the index of the column of ids, None where its name doesn't say, having checked all names.
 
-
-def delimiter_of(text: str) -> str:
-    """Return what separates the cells of a table, by its first line."""
-    first = text.lstrip().split("\n", 1)[0]
-    return max(",;\t", key=first.count)
-
-
-def _key_column(path: Path, header: list[str], id_column: str | None) -> int:
-    """Return the index of the column of ids, having checked the names of all columns."""
-    unnamed = header[:1] if header[0] == "" else []  # so pandas writes the index of a data frame
-    key = id_column or next((name for name in [*ID_COLUMNS, *unnamed] if name in header), None)
-    if key is None or key not in header:
-        raise DataError(
-            f"{path}: no column {key or ', '.join(ID_COLUMNS)} for the ids; "
-            f"name one of {', '.join(map(repr, header))} with id_column"
-        )
-    names = [name_and_unit(title)[0] for title in header if title and title != key]
+    Raises:
+        DataError: no column has the name that was given, a name stands there twice, or no column is left.
+    """
+    key = _named(header, id_column)
+    if id_column is not None and key is None:
+        close = get_close_matches(id_column, header, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"name one of {', '.join(map(repr, header))}"
+        raise DataError(f"{path}: no column {id_column!r} for the ids; {hint} (id_column)")
+    title_of_ids = None if key is None else header[key]
+    names = [name_and_unit(title)[0] for title in header if title and title != title_of_ids]
     for name in names:
         if names.count(name) > 1 or name in STRUCTURE_COLUMNS:
             raise DataError(f"{path}: the column name {name!r} is taken or stands there twice; rename it")
-    if header.count(key) > 1:
-        raise DataError(f"{path}: {key!r} stands there twice; rename one")
-    if not names:
+    if title_of_ids is not None and header.count(title_of_ids) > 1:
+        raise DataError(f"{path}: {title_of_ids!r} stands there twice; rename one")
+    if len(names) < (2 if key is None else 1):
         raise DataError(f"{path}: it has no column beside the ids; are its cells separated by commas?")
-    return header.index(key)
+    return key
 
 
-def name_and_unit(title: str) -> tuple[str, str | None]:
-    """Split ``band_gap (eV)`` or ``band_gap [eV]``; brackets that hold no unit are part of the name."""
-    match = re.fullmatch(r"(.*\S)\s*[(\[]((?:[^()\[\]]|\([^()]*\))+)[)\]]", title)
-    return (match[1], match[2].strip()) if match and is_unit(match[2]) else (title, None)
+def _named(header: list[str], id_column: str | None) -> int | None:
+    """Return the index of the column that is called so, or as ids usually are: exactly, else in another spelling."""
+    unnamed = header[:1] if header[0] == "" else []  # so pandas writes the index of a data frame
+    wanted = [id_column] if id_column is not None else [*ID_COLUMNS, *unnamed]
+    spelled = [_bare_title(title) for title in header]
+    found = [header.index(name) for name in wanted if name in header]
+    return next(iter(found + [spelled.index(b) for b in map(_bare_title, wanted) if b and b in spelled]), None)
+
+
+def _bare_title(title: str) -> str:
+    return re.sub(r"[\W_]+", "", title.casefold())
+
+
+def _matching(
+    path: Path, header: list[str], rows: list[tuple[int, list[str]]], ids: set[str], named: int | None
+) -> int:
+    """Return the index of the column that has the most ids of crystals; the named one where it has any.
+
+    Raises:
+        DataError: none has an id.
+    """
+    if named is not None and _has_ids(named, rows, ids):
+        return named
+    places = sorted(range(len(header)), key=lambda place: place != named)
+    counts = {place: sum(_has_ids(place, [row], ids) for row in rows) for place in places}
+    best = max(places, key=lambda place: counts[place])
+    if counts[best]:
+        return best
+    example = min(ids, default="")
+    if named is None:
+        raise DataError(
+            f"{path}: no row belongs to a crystal: no column is called {', '.join(ID_COLUMNS)}, and none of "
+            f"{', '.join(map(repr, header))} holds ids, such as {example!r}; name it with id_column"
+        )
+    first = next((cells[named] for _, cells in rows if named < len(cells)), "")
+    raise DataError(
+        f"{path}: no row belongs to a crystal; is {header[named]!r} the column of ids (id_column)? "
+        f"Its first id is {first!r}, one of a crystal is {example!r}"
+    )
+
+
+def _has_ids(place: int, rows: list[tuple[int, list[str]]], ids: set[str]) -> bool:
+    """Return whether a row has the id of a crystal in that column."""
+    return any(place < len(cells) and _id_of(cells[place].strip(), ids) is not None for _, cells in rows)
+
+
+def _id_of(written: str, ids: set[str]) -> str | None:
+    return next((name for name in _spellings(written) if name in ids), None)
 
 
 def _spellings(written: str) -> Iterator[str]:
@@ -202,11 +224,11 @@ def _spellings(written: str) -> Iterator[str]:
 
 
 def _columns(
-    name: str, unit: str | None, cells: list[tuple[str, str, str]], delimiter: str, ledger: Ledger
+    name: str, unit: str | None, cells: list[tuple[str, str, str]], commas: bool, ledger: Ledger
 ) -> tuple[dict[str, pa.Array], str | None]:
     """Make a column of numbers, with one of their uncertainties where there are any, or a column of texts."""
     texts = [text for *_, text in cells]
-    numbers = read_numbers(Counter(texts), unit, commas=delimiter != ",")
+    numbers = read_numbers(Counter(texts), unit, commas=commas)
     if numbers is None:
         missing = [text in MISSING_TEXT for text in texts]
         for text in (text for text, gone in zip(texts, missing, strict=True) if gone):

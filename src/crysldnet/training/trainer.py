@@ -32,7 +32,9 @@ from crysldnet import signals
 from crysldnet.console import note
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.errors import CheckpointError, DataError, DeviceError, Interrupted
+from crysldnet.platforms import is_out_of_memory, no_gpu
 from crysldnet.training.averaging import AverageOfLast, moving_average
+from crysldnet.training.batch_watch import BatchWatch
 from crysldnet.training.checkpoint_file import BEST, CheckpointFile, check_best
 from crysldnet.training.checkpointing import SaveAndStop, check_position
 from crysldnet.training.diagnostics import Diagnostics
@@ -146,6 +148,8 @@ class TrainerSettings:
                     f"than the {cores} cores of this machine; ask for at most {cores}"
                 )
             return "cpu"
+        if not gpus:
+            raise DeviceError(f"trainer.accelerator=gpu: {no_gpu()}; or leave it out, to compute on the CPU")
         if self.devices > gpus:
             raise DeviceError(f"trainer.devices={self.devices}: this machine has {gpus} GPU(s); ask for at most {gpus}")
         return "gpu"
@@ -292,6 +296,7 @@ def _callbacks(
     callbacks: list[Callback] = [
         RefuseNonFinite(folder, settings.max_bad_steps),
         SeedEveryBatch(seed),
+        BatchWatch(),
         FirstRanksBuffers(),
         RankWatch(timeout_of(strategy)),
     ]
@@ -355,7 +360,7 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule
         Interrupted: the run was stopped before its last epoch.
         CheckpointError: it can't go on from the checkpoint with the processes or the strategy that there are now.
         DataError: a process that builds batches died.
-        DeviceError: the processes of the run can't meet.
+        DeviceError: the processes of the run can't meet, or memory ran out.
     """
     path: Path | None = None
     header: dict[str, Any] = {"epoch": 0, "batch": 0, "finished": False}
@@ -374,7 +379,10 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule
         if not stopped_early:
             with contextlib.suppress(SystemExit):  # Lightning exits by itself on the second Ctrl-C
                 trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            watch = next(c for c in trainer.callbacks if isinstance(c, BatchWatch))  # type: ignore[attr-defined]
+            raise watch.error(trainer.accumulate_grad_batches) from error
         if trainer.world_size > 1 and of_a_collective(error) and not distributed.is_initialized():
             signals.children[:] = getattr(trainer.strategy.launcher, "procs", [])
             signals.end_children()  # they would wait, and come to the meeting of the next run at that place
