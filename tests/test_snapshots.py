@@ -18,6 +18,7 @@ NEEDED = {
     "predict": ["model=a", "files=b"],
     "embed": ["files=b"],
     "suggest": ["model=a", "files=b"],
+    "explain": ["model=a", "files=b"],
     "report": ["runs=[a]"],
 }
 """Keys without a default."""

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from crysldnet.errors import ConfigError
 
-PLAIN_WORDS = {"report": "runs", "predict": "files", "embed": "files", "suggest": "files"}
+PLAIN_WORDS = {"report": "runs", "predict": "files", "embed": "files", "suggest": "files", "explain": "files"}
 """Command to the key that lists the words of its line which aren't key=value."""
 DATA_WORDS = "CRYSTALS TABLE"
 """Stands for such a key of a training, whose files are imported before its configuration is composed."""

@@ -342,7 +342,7 @@ def announce(stage: str, trainer: pl.Trainer, model: nn.Module, data: CrystalDat
         note(f"{count:,} crystals left out: {reason}")
 
 
-def _no_meeting(error: RuntimeError, nodes: int) -> str:
+def _no_meeting(error: BaseException, nodes: int) -> str:
     """Say why the processes of a run don't come together, and what mends it."""
     reason = str(error).splitlines()[0].rstrip(".")
     if "in use" in reason:
