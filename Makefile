@@ -28,7 +28,7 @@ RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 endif
 
-PARALLEL := $(if $(filter-out 1,$(GPUS) $(NODES)),trainer.devices=$(GPUS) trainer.nodes=$(NODES) strategy=ddp)
+PARALLEL := $(if $(filter-out 1,$(GPUS) $(NODES)),trainer.devices=$(GPUS) trainer.num_nodes=$(NODES) strategy=ddp)
 
 comma := ,
 # Whether a switch is on: not empty, 0 or no.

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks import pretrain
 from crysldnet.data.datasets import open_store
-from crysldnet.data.sampler import Budget, pack
+from crysldnet.data.sampler import BatchLimits, pack
 from experiments import evidence
 
 HERE = Path(__file__).parent
@@ -99,7 +99,7 @@ def evenness() -> str:
     ]
     for processes in (8, 32, 64):
         packed = pack(
-            atoms, None, Budget(crystals=CRYSTALS), processes, np.random.default_rng(0).permutation(len(atoms))
+            atoms, None, BatchLimits(crystals=CRYSTALS), processes, np.random.default_rng(0).permutation(len(atoms))
         )
         sizes = np.array([atoms[rows].sum() for rows in packed]).reshape(-1, processes)
         over = sizes.max(axis=1) / sizes.mean(axis=1) - 1

@@ -29,7 +29,8 @@ from crysldnet.data.fingerprint import Fingerprints, geometries_of, overlap
 from crysldnet.data.formulas import formulas_of, hashes
 from crysldnet.data.schema import table_from_crystals
 from crysldnet.data.split import Split
-from crysldnet.data.store import CrystalStore, write_store
+from crysldnet.data.store import CrystalStore
+from crysldnet.data.store_writer import write_store
 from experiments import evidence
 
 HERE = Path(__file__).parent

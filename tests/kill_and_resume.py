@@ -34,7 +34,7 @@ RUN = [
     *DENOISER,
     *QUIET,
     "data.batch_size=8",
-    "trainer.log_every=1",
+    "trainer.log_every_n_steps=1",
     "trainer.ema_decay=0.9",
     "diffusion.target=ema",
     "trainer.checkpoint_every_steps=2",

@@ -12,7 +12,7 @@ from crysldnet.data.store import CrystalStore
 from crysldnet.finetune import baselines
 from crysldnet.finetune.baselines import baseline_rows, compare, fit_baselines, flat_metrics
 from crysldnet.graphs.spec import GraphSpec
-from crysldnet.models.target import Classes, Log, Number, TargetType
+from crysldnet.models.targets import Classes, Log, Number, TargetType
 from tiny import ENCODER, QUIET, subset
 
 TRAIN, TEST = np.arange(150), np.arange(150, 250)

@@ -21,10 +21,11 @@ from crysldnet.data import edge_counts
 from crysldnet.data import store as store_module
 from crysldnet.data.datamodule import CrystalDataModule, CrystalDataset
 from crysldnet.data.elements import reduced_formula
-from crysldnet.data.sampler import BatchRequest, BatchSampler, Budget, pack
+from crysldnet.data.sampler import BatchLimits, BatchRequest, BatchSampler, pack
 from crysldnet.data.schema import table_from_crystals
 from crysldnet.data.split import Split
-from crysldnet.data.store import CrystalStore, write_store
+from crysldnet.data.store import CrystalStore
+from crysldnet.data.store_writer import write_store
 from crysldnet.encoders.pddformer import PDDFormer
 from crysldnet.errors import DataError
 from crysldnet.graphs.batch import make_batch
@@ -36,9 +37,9 @@ from crysldnet.models.head import PropertyHead, PropertyModel
 
 GRAPH = GraphSpec(k=6, symmetric=True)
 BUDGETS = {
-    "crystals": Budget(crystals=32),
-    "atoms": Budget(crystals=64, atoms=300),
-    "edges": Budget(crystals=64, atoms=600, edges=6_000),
+    "crystals": BatchLimits(crystals=32),
+    "atoms": BatchLimits(crystals=64, atoms=300),
+    "edges": BatchLimits(crystals=64, atoms=600, edges=6_000),
 }
 STRONG = Corruption(mask_fraction=0.3, displacement=0.2, strain=0.05)
 
@@ -57,7 +58,12 @@ def edges(starter: CrystalStore) -> NDArray[np.int64]:
 
 
 def samplers(
-    starter: CrystalStore, edges: NDArray[np.int64], budget: Budget, world_size: int, rows: NDArray, **settings: object
+    starter: CrystalStore,
+    edges: NDArray[np.int64],
+    budget: BatchLimits,
+    world_size: int,
+    rows: NDArray,
+    **settings: object,
 ) -> list[BatchSampler]:
     settings = {"shuffle": True, "seed": 7, **settings}
     return [
@@ -76,7 +82,7 @@ def rows_of(sampler: BatchSampler) -> list[list[int]]:
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
 @pytest.mark.parametrize("shuffle", [True, False], ids=["train", "evaluation"])
 def test_every_row_is_seen_once_an_epoch_in_equally_many_batches_within_the_budget(
-    starter: CrystalStore, edges: NDArray[np.int64], budget: Budget, world_size: int, shuffle: bool
+    starter: CrystalStore, edges: NDArray[np.int64], budget: BatchLimits, world_size: int, shuffle: bool
 ) -> None:
     rows = np.random.default_rng(0).permutation(len(starter))[:1501]
     ranks = samplers(starter, edges, budget, world_size, rows, shuffle=shuffle)
@@ -111,7 +117,7 @@ def test_ranks_get_the_same_number_of_atoms_within_five_percent(
     starter: CrystalStore, edges: NDArray[np.int64], world_size: int
 ) -> None:
     sizes = starter.crystals.sizes
-    ranks = samplers(starter, edges, Budget(crystals=64), world_size, np.arange(len(starter)))
+    ranks = samplers(starter, edges, BatchLimits(crystals=64), world_size, np.arange(len(starter)))
     for step in zip(*map(rows_of, ranks), strict=True):
         atoms = np.array([sizes[batch].sum() for batch in step])
         assert np.ptp(atoms) <= 0.05 * atoms.mean()
@@ -121,13 +127,13 @@ def test_the_batches_of_a_step_have_like_sizes_and_the_steps_come_in_any_order(s
     """With 64 ranks of 8 crystals the largest of a step would be an eighth over its mean, were they drawn at random."""
     sizes = starter.crystals.sizes
     order = np.random.default_rng(0).permutation(len(sizes))
-    packed = pack(sizes, None, Budget(crystals=8), 64, order)
+    packed = pack(sizes, None, BatchLimits(crystals=8), 64, order)
     atoms = np.array([sizes[rows].sum() for rows in packed]).reshape(-1, 64)
     over = atoms.max(axis=1) / atoms.mean(axis=1) - 1
     assert over.mean() < 0.02
     mixed = np.random.default_rng(1).permutation(atoms.ravel()).reshape(-1, 64)
     assert (mixed.max(axis=1) / mixed.mean(axis=1) - 1).mean() > 0.1
-    alone = np.array([sizes[rows].sum() for rows in pack(sizes, None, Budget(crystals=8), 1, order)])
+    alone = np.array([sizes[rows].sum() for rows in pack(sizes, None, BatchLimits(crystals=8), 1, order)])
     assert abs(np.corrcoef(np.arange(len(alone)), alone)[0, 1]) < 0.15
 
 
@@ -150,7 +156,7 @@ def test_batches_follow_from_seed_and_epoch(starter: CrystalStore, edges: NDArra
 def test_the_number_of_batches_is_a_multiple_of_ranks_times_accumulation(
     starter: CrystalStore, edges: NDArray[np.int64]
 ) -> None:
-    ranks = samplers(starter, edges, Budget(crystals=10), 2, np.arange(303), multiple=6)
+    ranks = samplers(starter, edges, BatchLimits(crystals=10), 2, np.arange(303), multiple=6)
     assert [len(sampler) for sampler in ranks] == [18, 18]
     assert sorted(row for own in map(rows_of, ranks) for batch in own for row in batch) == list(range(303))
 
@@ -160,16 +166,20 @@ def test_a_crystal_over_the_budget_is_named_by_its_cost() -> None:
     with pytest.raises(
         DataError, match=r"one crystal alone \(90 atoms\) is over the budget of a batch.*, 50; .*max_atoms"
     ):
-        pack(atoms, None, Budget(crystals=8, atoms=50), 1, np.arange(3))
+        pack(atoms, None, BatchLimits(crystals=8, atoms=50), 1, np.arange(3))
     with pytest.raises(DataError, match=r"\(700 edges\) is over the budget of a batch.*, 600; .*max_edges"):
-        pack(atoms, np.array([700, 30, 60]), Budget(crystals=8, edges=600), 1, np.arange(3))
-    assert len(pack(atoms, None, Budget(crystals=8, atoms=90), 1, np.arange(3))) == 2
+        pack(atoms, np.array([700, 30, 60]), BatchLimits(crystals=8, edges=600), 1, np.arange(3))
+    assert len(pack(atoms, None, BatchLimits(crystals=8, atoms=90), 1, np.arange(3))) == 2
 
 
 def test_fewer_crystals_than_processes_are_refused() -> None:
     with pytest.raises(DataError, match="3 crystals can't be shared by 4 processes"):
-        pack(np.ones(3, np.int64), None, Budget(crystals=8), 4, np.arange(3))
-    assert [len(part) for part in pack(np.ones(3, np.int64), None, Budget(crystals=8), 3, np.arange(3))] == [1, 1, 1]
+        pack(np.ones(3, np.int64), None, BatchLimits(crystals=8), 4, np.arange(3))
+    assert [len(part) for part in pack(np.ones(3, np.int64), None, BatchLimits(crystals=8), 3, np.arange(3))] == [
+        1,
+        1,
+        1,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -692,7 +702,13 @@ def test_a_failed_import_leaves_no_store(tmp_path: Path) -> None:
 def test_every_epoch_has_as_many_batches_as_the_first_under_a_tight_budget(starter):
     rows = np.arange(800)
     sampler = BatchSampler(
-        rows, starter.crystals.sizes[rows], None, Budget(crystals=32, atoms=400), shuffle=True, seed=0, world_size=1
+        rows,
+        starter.crystals.sizes[rows],
+        None,
+        BatchLimits(crystals=32, atoms=400),
+        shuffle=True,
+        seed=0,
+        world_size=1,
     )
     counts, orders = set(), set()
     for epoch in range(12):

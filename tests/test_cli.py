@@ -82,7 +82,7 @@ def test_pretrain_finetune_predict_from_an_empty_folder(tmp_path, small):
             "encoder.width: pretrained=a.safetensors brings",
         ),
         (["finetune", "data.targets=[]"], "data.targets"),
-        (["finetune", "data.batch_size=33", "trainer.accumulate=2"], "choose a multiple"),
+        (["finetune", "data.batch_size=33", "trainer.accumulate_grad_batches=2"], "choose a multiple"),
         (["pretrain", "stage=diffusion", "init=nowhere.safetensors"], "nowhere.safetensors: no such file"),
     ],
 )
@@ -188,14 +188,14 @@ def test_a_stopped_run_exits_non_zero_and_resumes(tmp_path, monkeypatch, small, 
 
 def test_a_run_with_other_choices_resumes_with_them_and_refuses_others(tmp_path, monkeypatch, small):
     monkeypatch.chdir(tmp_path)
-    begun = ["preset=published", *TINY, *DENOISER, "model.latent_dim=16", f"data.path={small}", "data.batch_size=16"]
+    begun = ["preset=published", *TINY, *DENOISER, "latent.latent_dim=16", f"data.path={small}", "data.batch_size=16"]
     begun += ["stages.vae.epochs=1", "stages.diffusion.epochs=1", "name=p"]
     assert cli.run(["pretrain", *begun]) == 0
     folder = tmp_path / "runs/pretrain/p"
     for file in ("summary.json", "diffusion/pretraining.safetensors", "diffusion/checkpoints/last.ckpt"):
         (folder / file).unlink()
     with pytest.raises(CrysldnetError, match=r"was begun with encoder\.variant="):
-        cli.run(["pretrain", "name=p", "resume=last", "encoder.variant=clean"])
+        cli.run(["pretrain", "name=p", "resume=last", "encoder.variant=corrected"])
     assert cli.run(["pretrain", "name=p", "resume=last"]) == 0
     assert yaml.safe_load((folder / "config.yaml").read_text())["objective"]["_target_"].endswith("Published")
     assert {"vae", "diffusion"} <= set(json.loads((folder / "summary.json").read_text()))

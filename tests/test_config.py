@@ -112,10 +112,10 @@ def test_help_teaches_every_key(command, capsys):
 
 
 def test_printed_config_is_the_resolved_one(capsys):
-    assert run(["pretrain", "--print-config", "encoder=pddformer", "model.latent_dim=8"]) == 0
+    assert run(["pretrain", "--print-config", "encoder=pddformer", "latent.latent_dim=8"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["encoder"]["width"] == 256
-    assert printed["model"]["latent_dim"] == 8
+    assert printed["latent"]["latent_dim"] == 8
 
 
 def test_overrides_win_over_presets_and_presets_over_groups():
@@ -133,7 +133,7 @@ def test_overrides_win_over_presets_and_presets_over_groups():
         ("encoder.widht=3", ["encoder.widht", "width", "on the command line"]),
         ("encoder.width=wide", ["encoder.width", "integer"]),
         ("encoder.width=3.5", ["encoder.width", "integer"]),
-        ("model.latent_dimm=8", ["model.latent_dimm", "latent_dim"]),
+        ("latent.latent_dimm=8", ["latent.latent_dimm", "latent_dim"]),
         ("stages.vae.epoch=3", ["stages.vae.epoch", "epochs"]),
         ("stage=all", ["stage", "'vae', 'diffusion' or 'both'"]),
         ("data=custom", ["data.path", "custom.yaml"]),

@@ -38,7 +38,7 @@ from crysldnet.signals import RUN_NAME
 from tiny import DENOISER, ENCODER, QUIET, environment_of_a_shell, subset
 
 ROOT = Path(__file__).parents[1]
-CPU = ["trainer.accelerator=cpu", "trainer.log_every=1", "data.batch_size=16"]
+CPU = ["trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "data.batch_size=16"]
 SHORT = {
     "pretrain": ["stages.vae.epochs=1", "stages.diffusion.epochs=1"],
     "finetune": ["epochs=1", "min_steps=0", "baselines=false"],
@@ -359,7 +359,7 @@ def test_an_example_that_does_not_work_is_noticed(reader: Reader) -> None:
 @needs_make
 def test_make_expands_to_the_command_that_it_names() -> None:
     assert expand_make(["pretrain", "GPUS=2"]) == [
-        ["crysldnet", "pretrain", "trainer.devices=2", "trainer.nodes=1", "strategy=ddp"]
+        ["crysldnet", "pretrain", "trainer.devices=2", "trainer.num_nodes=1", "strategy=ddp"]
     ]
     assert [words[0] for words in expand_make(["lint"])] == ["ruff", "ruff"]
 

@@ -204,7 +204,7 @@ def by_definition(encoder: PDDFormer, batch: CrystalBatch) -> NDArray:
     return h
 
 
-@pytest.mark.parametrize("variant", ["clean", "published"])
+@pytest.mark.parametrize("variant", ["corrected", "published"])
 def test_encoder_computes_its_equations(starter: CrystalStore, variant: str) -> None:
     torch.manual_seed(4)
     encoder = PDDFormer(width=12, layers=4, k=9, n_distances=15, n_basis=33, variant=variant).double()
@@ -222,7 +222,7 @@ def test_encoder_computes_its_equations(starter: CrystalStore, variant: str) -> 
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("variant", "repeated"), [("clean", False), ("published", True)])
+@pytest.mark.parametrize(("variant", "repeated"), [("corrected", False), ("published", True)])
 def test_the_default_encoder_asks_for_the_graph_of_the_paper(variant: str, repeated: bool) -> None:
     graph = meta(PDDFormer, variant=variant).graph
     assert (graph.k, graph.n_distances, graph.symmetric) == (25, 92, True)
@@ -243,11 +243,11 @@ def test_weights_of_atoms_have_their_golden_values() -> None:
     """Z / ΣZ of rocksalt: 11/28 and 17/28 in the primitive cell, a quarter of that in the cube."""
     assert weights(ROCKSALT, "published") == pytest.approx([0.392857, 0.607143], abs=1e-6)
     assert weights(ROCKSALT_CUBE, "published") == pytest.approx([0.098214] * 4 + [0.151786] * 4, abs=1e-6)
-    assert weights(ROCKSALT, "clean") == pytest.approx([22 / 28, 34 / 28], abs=1e-12)
-    assert weights(ROCKSALT_CUBE, "clean") == pytest.approx([22 / 28] * 4 + [34 / 28] * 4, abs=1e-12)
+    assert weights(ROCKSALT, "corrected") == pytest.approx([22 / 28, 34 / 28], abs=1e-12)
+    assert weights(ROCKSALT_CUBE, "corrected") == pytest.approx([22 / 28] * 4 + [34 / 28] * 4, abs=1e-12)
 
 
-@pytest.mark.parametrize("variant", ["clean", "published"])
+@pytest.mark.parametrize("variant", ["corrected", "published"])
 def test_masked_atoms_have_no_weight_and_are_left_out_of_the_sum(variant: str) -> None:
     assert weights(ROCKSALT._replace(numbers=np.array([0, 17])), variant) == [0, 1]
     assert weights(ROCKSALT._replace(numbers=np.array([0, 0])), variant) == [0, 0]
@@ -303,7 +303,7 @@ def test_kl_is_that_of_the_distributions() -> None:
 
 def test_the_posterior_maps_to_the_mean_first_and_samples_with_its_variance() -> None:
     torch.manual_seed(2)
-    posterior = Posterior(width=3, latent_dim=2, normalise=False).double()
+    posterior = Posterior(width=3, latent_dim=2, normalize=False).double()
     features = torch.randn(1, 3).double().expand(20_000, 3)
     latent = posterior(features)
     torch.testing.assert_close(latent.mean, features @ posterior.map.weight[:2].T)

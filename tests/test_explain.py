@@ -44,14 +44,14 @@ def explained(model, data, place, columns=()):
 
 NETWORKS = {
     "mean": ["head.layers_read=all"],
-    "last layer": ["head.layers_read=last", "element_references=[formation_energy_per_atom]"],
+    "last layer": ["head.layers_read=last", "atomic_references=[formation_energy_per_atom]"],
     "attention": ["head=attention"],
     "atoms": ["head=atoms"],
     "descriptor": ["data.descriptors=[temperature]"],
     "ensemble": ["ensemble=2"],
     "frozen": [
         "recipe=frozen",
-        "element_references=[formation_energy_per_atom]",
+        "atomic_references=[formation_energy_per_atom]",
         "data.targets=[formation_energy_per_atom]",
         "target_types={}",
     ],
@@ -124,7 +124,7 @@ def test_the_command_writes_a_page_and_a_table(data, tmp_path, capsys):
 
 
 def test_a_number_of_two_parts_is_refused(data, tmp_path):
-    run = trained(data, tmp_path, "data.targets=[band_gap]", "target_types={band_gap: two_part}")
+    run = trained(data, tmp_path, "data.targets=[band_gap]", "target_types={band_gap: hurdle}")
     model = crysldnet.load(run, device="cpu")
     with pytest.raises(DataError, match="two parts"):
         explained(model, data, 0)

@@ -80,7 +80,7 @@ def test_what_is_not_finite_never_reaches_the_weights(tmp_path, small, monkeypat
         original(self, *arguments)
 
     monkeypatch.setattr(pretrain.PretrainModule, "on_train_batch_end", on_train_batch_end)
-    folder = run(tmp_path, small, "trainer.max_bad_steps=1", f"trainer.accumulate={accumulate}")
+    folder = run(tmp_path, small, "trainer.max_nonfinite_steps=1", f"trainer.accumulate_grad_batches={accumulate}")
     before, after, later = (states[n] for n in ((3, 4, 5) if accumulate == 1 else (3, 5, 7)))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -89,7 +89,7 @@ def test_what_is_not_finite_never_reaches_the_weights(tmp_path, small, monkeypat
     said = capsys.readouterr().err
     assert f"step {4 // accumulate} (epoch 1): {says}; crystals" in said
     assert "skipped (1 of at most 1)" in said
-    (line,) = [json.loads(text) for text in (folder / "vae" / "bad_steps.jsonl").read_text().splitlines()][:1]
+    (line,) = [json.loads(text) for text in (folder / "vae" / "nonfinite_steps.jsonl").read_text().splitlines()][:1]
     if how != "gradient" or accumulate == 1:
         assert len(line["material_ids"]) == len(crystals)
         assert all(material_id in said for material_id in line["material_ids"])
@@ -98,7 +98,7 @@ def test_what_is_not_finite_never_reaches_the_weights(tmp_path, small, monkeypat
 def test_one_bad_step_too_many_stops_and_is_counted_over_a_resume(tmp_path, small, monkeypatch):
     with monkeypatch.context() as patch:
         poison(patch, 8, "term")
-        with pytest.raises(DivergedError, match=r"train/strain is inf; crystals mp-.*max_bad_steps \(now 0\)"):
+        with pytest.raises(DivergedError, match=r"train/strain is inf; crystals mp-.*max_nonfinite_steps \(now 0\)"):
             run(tmp_path, small)
     last = tmp_path / "pretrain/run/vae/checkpoints" / LAST
     state = torch.load(last, weights_only=True)["state_dict"]
@@ -107,11 +107,11 @@ def test_one_bad_step_too_many_stops_and_is_counted_over_a_resume(tmp_path, smal
         poison(patch, 2, "term")
         at_batch(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(Interrupted):
-            run(tmp_path, small, "resume=last", "trainer.max_bad_steps=1")
+            run(tmp_path, small, "resume=last", "trainer.max_nonfinite_steps=1")
     with monkeypatch.context() as patch:
         poison(patch, 0, "term")
         with pytest.raises(DivergedError, match=r"now 1"):
-            run(tmp_path, small, "resume=last", "trainer.max_bad_steps=1")
+            run(tmp_path, small, "resume=last", "trainer.max_nonfinite_steps=1")
 
 
 def test_a_killed_worker_is_said_and_the_run_resumes(tmp_path, small, monkeypatch):
@@ -195,7 +195,7 @@ def test_memory_is_flat_over_twenty_epochs(tmp_path, small, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(pretrain.PretrainModule, "on_train_epoch_end", on_train_epoch_end)
-            run(tmp_path / str(leak), small, f"stages.vae.epochs={epochs}", "trainer.log_every=50")
+            run(tmp_path / str(leak), small, f"stages.vae.epochs={epochs}", "trainer.log_every_n_steps=50")
         return (used[-1][0] - used[4][0]) / 2**20, used[-1][1] - used[4][1]
 
     mebibytes, blocks = growth(20, leak=False)

@@ -18,7 +18,7 @@ from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.data.datasets import open_store
 from crysldnet.data.fingerprint import Fingerprints
 from crysldnet.data.split import Split
-from crysldnet.data.store import write_store
+from crysldnet.data.store_writer import write_store
 from crysldnet.encoders.pddformer import PDDFormer
 from crysldnet.errors import CheckpointError, ConfigError, DataError, DivergedError
 from crysldnet.graphs.batch import make_batch
@@ -296,7 +296,7 @@ def test_a_target_that_a_split_lacks_gets_no_figure(tmp_path, small):
 
 def test_a_run_that_diverges_exports_nothing(tmp_path, small):
     with pytest.raises(DivergedError, match=r"train/loss is nan; .*lower optimizer\.lr"):
-        run(tmp_path, "wild", f"data.path={small}", "optimizer.lr=1e30", "gradient_clip=null", "epochs=3")
+        run(tmp_path, "wild", f"data.path={small}", "optimizer.lr=1e30", "gradient_clip_val=null", "epochs=3")
     assert not (tmp_path / "finetune" / "wild" / "model.safetensors").exists()
     assert not (tmp_path / "finetune" / "wild" / "summary.json").exists()
 
@@ -357,7 +357,7 @@ def test_metrics_equal_those_of_scikit_learn():
         (["data.targets=[formula]"], DataError, "not numbers"),
         (["pretrained=nowhere.safetensors"], CheckpointError, "nowhere.safetensors: no such file"),
         (["data.split.column=part"], DataError, "data.split.by=formula"),
-        (["data.batch_size=16", "trainer.accumulate=3"], DataError, "choose a multiple"),
+        (["data.batch_size=16", "trainer.accumulate_grad_batches=3"], DataError, "choose a multiple"),
         (["data.max_atoms=3"], DataError, "over the budget of a batch"),
         (["data.targets=[band_gap,band_gap]"], ConfigError, "targets: name each once"),
         (["data.calibration_fraction=0.99"], DataError, "validation crystals leaves none for validation"),

@@ -74,7 +74,7 @@ def test_normalised_latents_have_a_fixed_scale_whatever_the_encoder_does():
     small, large = posterior(0.1 * features).mean, posterior(1e3 * features).mean
     assert torch.allclose(small.std(0, correction=0), torch.ones(4), atol=0.1)
     assert torch.allclose(large.std(0, correction=0), torch.ones(4), atol=1e-3)
-    free = Posterior(width=8, latent_dim=4, normalise=False)
+    free = Posterior(width=8, latent_dim=4, normalize=False)
     assert free(0.1 * features).mean.std() < 0.1
 
 

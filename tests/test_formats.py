@@ -569,7 +569,7 @@ def test_several_files_make_one_store_and_an_id_is_taken_once(tmp_path: Path) ->
 
 KILLED = """
 import os, sys
-from crysldnet.data.store import StoreWriter
+from crysldnet.data.store_writer import StoreWriter
 from crysldnet.readers import sources, workers
 from crysldnet.tools.importer.importer import import_crystals
 from crysldnet.tools.importer.spool import Spool

@@ -35,8 +35,8 @@ DIFFUSION_FORMS = {
     ],
 }
 OTHER_FORMS = {
-    "agreement": ["diffusion.weight=0", "model.agreement_weight=1.0"],
-    "covariance": ["diffusion.weight=0", "model.covariance_weight=1.0"],
+    "agreement": ["diffusion.weight=0", "latent.agreement_weight=1.0"],
+    "covariance": ["diffusion.weight=0", "latent.covariance_weight=1.0"],
     "self-conditioned": ["diffusion.weight=0", "objective.condition=crystal", "objective.condition_share=1.0"],
 }
 
@@ -195,7 +195,7 @@ def test_times_lie_in_the_middle_where_they_are_logit_normal():
     [
         (["diffusion.condition=atoms"], "teacher"),
         (["diffusion.noise=false"], "condition"),
-        (["model.noise=0"], "noise"),
+        (["latent.noise=0"], "noise"),
         (["stages.diffusion.hold_encoder_epochs=5"], "hold_encoder_epochs"),
         (["objective.corruption.displacement=[0.2,0.1]"], "displacement"),
         (["objective.corruption.strain=[0.0,0.1]"], "over 0"),
@@ -370,7 +370,7 @@ def test_the_second_stage_draws_new_corruptions_when_asked(small):
 def test_validation_draws_the_same_times_and_noise_every_epoch(tmp_path, small):
     import csv
 
-    still = ["stages.diffusion.lr_factor=1e-12", "model.normalise=false", "name=still", f"runs={tmp_path}"]
+    still = ["stages.diffusion.lr_factor=1e-12", "latent.normalize=false", "name=still", f"runs={tmp_path}"]
     encoder = [*ATTENTION, *TINY]  # without statistics of batches, which would move
     assert pretrain.run(*pretrain_config(f"data.path={small}", *SHORT, *still, tiny_encoder=encoder)) == 0
     with (tmp_path / "pretrain" / "still" / "diffusion" / "metrics.csv").open() as file:

@@ -12,7 +12,8 @@ from crysldnet.data.elements import SYMBOLS, reduced_formula
 from crysldnet.data.formulas import chemical_systems_of, formulas_of, hashes
 from crysldnet.data.schema import table_from_crystals
 from crysldnet.data.split import SPLITS, Split
-from crysldnet.data.store import CrystalStore, write_store
+from crysldnet.data.store import CrystalStore
+from crysldnet.data.store_writer import write_store
 from crysldnet.graphs.crystals import Crystals
 
 

@@ -68,7 +68,7 @@ def damaged(original: bytes, count: int, seed: int) -> Iterator[bytes]:
 
 
 def same(one: Cell, other: Cell, atol: float = 2e-3) -> bool:
-    """Say whether two crystals have the same atoms and the same distances between them."""
+    """Return whether two crystals have the same atoms and the same distances between them."""
     if sorted(one[1]) != sorted(other[1]):
         return False
     pair = [Structure(Lattice(lattice), numbers, frac) for lattice, numbers, frac in (one, other)]

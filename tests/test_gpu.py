@@ -21,7 +21,7 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[f
     """Return the folder of a run on one CPU with as many batches a step as there are GPUs, its data and losses."""
     folder = tmp_path_factory.mktemp("gpu")
     data = subset(folder / "data.parquet", train=48, val=16)
-    words = ["trainer.accelerator=cpu", f"trainer.accumulate={GPUS}", *EXACT]
+    words = ["trainer.accelerator=cpu", f"trainer.accumulate_grad_batches={GPUS}", *EXACT]
     return folder, data, train(folder, str(data), "cpu", *words)
 
 

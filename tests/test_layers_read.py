@@ -95,7 +95,7 @@ def finetuned(folder, labelled, *arguments):
     return folder / "finetune" / config.name
 
 
-@pytest.mark.parametrize("mode", ["full", "frozen", "gradual"])
+@pytest.mark.parametrize("mode", ["full", "frozen", "gradual_unfreezing"])
 def test_every_mode_standardizes_by_the_training_split_alone(tmp_path, labelled, encoder_file, mode):
     folder = finetuned(tmp_path, labelled, "name=a", f"mode={mode}", f"pretrained={encoder_file}")
     model, info = model_file.load_property_model(folder / "model.safetensors")
@@ -105,9 +105,9 @@ def test_every_mode_standardizes_by_the_training_split_alone(tmp_path, labelled,
     encoder, _ = model_file.load_encoder(encoder_file)  # as it was when the head was standardized
     data = finetune.settings.make_data(config, encoder)
     model.encoder = encoder.eval()
-    read = torch.cat([r for _, _, r in read_batches(model, data, data.rows["train"], torch.device("cpu"))])
+    read = torch.cat(list(read_batches(model, data, data.rows["train"], torch.device("cpu"))))
     torch.testing.assert_close(model.head.center, read.mean(0), rtol=1e-4, atol=1e-4)
-    others = torch.cat([r for _, _, r in read_batches(model, data, data.rows["val"], torch.device("cpu"))])
+    others = torch.cat(list(read_batches(model, data, data.rows["val"], torch.device("cpu"))))
     assert not torch.allclose(model.head.center, torch.cat([read, others]).mean(0), rtol=1e-4, atol=1e-4)
 
 
@@ -163,7 +163,7 @@ def test_a_fresh_encoder_is_standardized_by_its_batches_and_its_statistics_stay(
 
 
 def test_averages_of_the_weights_keep_the_standardization(tmp_path, labelled, encoder_file):
-    for name in ("trainer.ema_decay=0.9", "trainer.average_last=0.5"):
+    for name in ("trainer.ema_decay=0.9", "trainer.swa_fraction=0.5"):
         folder = finetuned(tmp_path, labelled, f"name={name}", f"pretrained={encoder_file}", name)
         model, _ = model_file.load_property_model(folder / "model.safetensors")
         assert float(model.head.standardized) == 1.0

@@ -23,7 +23,6 @@ from crysldnet import cli, pretrain
 from crysldnet.artifacts.model_file import load_property_model
 from crysldnet.config import compose, validate
 from crysldnet.data.datasets import EMBEDDED
-from crysldnet.data.sampler import Budget
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import ConfigError, DataError
 from crysldnet.finetune import make_encoder
@@ -202,7 +201,7 @@ def test_the_kept_predictions_are_those_of_the_exported_model(whole: Whole, stor
     model, _ = load_property_model(whole.folder / TASK / "fold_2")
     kept = whole.fold(2)
     crystals = store.crystals.take(np.array(rows_of(store, kept["ids"])))
-    predicted, std = folds.predict([model], crystals, Budget(crystals=7, atoms=10))
+    predicted, std = folds.predict([model], crystals)
     assert std is None
     assert predicted == pytest.approx(kept["predictions"], rel=1e-4, abs=1e-3)
 

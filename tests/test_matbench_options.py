@@ -26,7 +26,6 @@ from crysldnet import cli, finetune, pretrain
 from crysldnet.config import compose
 from crysldnet.data.catalog import published
 from crysldnet.data.datasets import DATA_VARIABLE
-from crysldnet.data.sampler import Budget
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import ConfigError, CrysldnetError, Interrupted
 from crysldnet.signals import RUN_NAME
@@ -39,7 +38,7 @@ if importlib.util.find_spec("matbench") is None:
     pytest.skip("matbench isn't installed", allow_module_level=True)
 
 from crysldnet.tools.matbench import parallel, tasks
-from crysldnet.tools.matbench.begun import refuse_seen_labels
+from crysldnet.tools.matbench.benchmark_run import refuse_seen_labels
 
 N = 60
 TINY = [
@@ -205,7 +204,7 @@ def test_an_ensemble_predicts_the_mean_and_records_its_spread(small: dict[str, l
     loaded = tasks.import_matbench().MatbenchTask(task, autoload=False)
     tasks.load_task(loaded)
     crystals = tasks.crystals_of(loaded.get_test_data(1))
-    each = [folds.predict([load_property_model(path)[0]], crystals, Budget(crystals=64))[0] for path in paths]
+    each = [folds.predict([load_property_model(path)[0]], crystals)[0] for path in paths]
     assert not np.allclose(each[0], each[1])
     assert list(fold["data"].values()) == pytest.approx(np.mean(each, 0), rel=1e-4, abs=1e-5)
     stds = [values["std"] for values in fold["uncertainty"].values()]

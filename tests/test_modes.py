@@ -30,7 +30,7 @@ from crysldnet.graphs.batch import make_batch
 from crysldnet.models.ensemble import combine
 from crysldnet.models.head import PropertyModel
 from crysldnet.models.predictor import Prediction
-from crysldnet.models.target import Classes, Number, TwoPart
+from crysldnet.models.targets import Classes, Hurdle, Number
 from crysldnet.signals import RUN_NAME
 from crysldnet.training.optimizer import AdamW
 from tiny import QUIET, finetune_config, pretrain_config, subset
@@ -119,7 +119,7 @@ def test_an_epoch_on_cached_features_never_calls_the_encoder(tmp_path, configure
 
 
 def test_gradual_training_opens_the_head_first_and_the_encoder_from_its_end(tmp_path, configure, monkeypatch):
-    config, values = configure("mode=gradual", "epochs=10")
+    config, values = configure("mode=gradual_unfreezing", "epochs=10")
     seen = []
 
     def note(self):
@@ -145,7 +145,7 @@ def test_gradual_training_opens_the_head_first_and_the_encoder_from_its_end(tmp_
 
 
 def test_gradual_training_begins_with_the_exported_encoder(tmp_path, configure, pretrained):
-    folder, _ = run(tmp_path, "gradual", *configure("mode=gradual", "epochs=1"))
+    folder, _ = run(tmp_path, "gradual", *configure("mode=gradual_unfreezing", "epochs=1"))
     state, exported = weights(folder), model_file.read(pretrained, "encoder")[1]
     assert all(torch.equal(state[f"encoder.{k}"], v) for k, v in exported.items())
 
@@ -229,7 +229,7 @@ def test_the_average_of_the_last_steps_is_what_is_exported(tmp_path, configure, 
         "on_before_zero_grad",
         lambda self, _: kept.append(self.model.head.mlp[0].weight.detach().clone()),
     )
-    config, values = configure("epochs=4", "trainer.average_last=0.5", "optimizer.schedule=constant")
+    config, values = configure("epochs=4", "trainer.swa_fraction=0.5", "optimizer.schedule=constant")
     folder, _ = run(tmp_path, "averaged", config, values)
     state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     average = state["state_dict"]["model.head.mlp.0.weight"]
@@ -354,7 +354,7 @@ def test_combined_classes_are_the_likeliest_of_the_mean_probability():
 def test_combined_numbers_of_two_parts_are_zero_where_most_members_say_so():
     values = [[0.0, 1.0], [0.0, 1.0], [1.5, 4.0]], [[0.0, 0.0], [1.2, 3.0], [1.5, 3.0]]
     found = [
-        combine([Prediction(torch.tensor([v]), None, None) for v in value], [TwoPart(), Number()]) for value in values
+        combine([Prediction(torch.tensor([v]), None, None) for v in value], [Hurdle(), Number()]) for value in values
     ]
     torch.testing.assert_close(found[0].value, torch.tensor([[0.0, 2.0]]))
     torch.testing.assert_close(found[1].value, torch.tensor([[1.35, 2.0]]))
@@ -419,9 +419,11 @@ def test_two_processes_train_a_frozen_model_and_score_all_of_its_classes(tmp_pat
     assert all(torch.equal(state[f"encoder.{k}"], v) for k, v in exported.items())
 
 
-@pytest.mark.parametrize("mode", ["frozen", "gradual"])
+@pytest.mark.parametrize("mode", ["frozen", "gradual_unfreezing"])
 def test_a_stopped_run_of_every_mode_resumes_to_the_same_weights(tmp_path, configure, monkeypatch, mode):
-    config, values = configure(f"mode={mode}", "epochs=4", *(["layer_decay=0.5"] if mode == "gradual" else []))
+    config, values = configure(
+        f"mode={mode}", "epochs=4", *(["layer_decay=0.5"] if mode == "gradual_unfreezing" else [])
+    )
     whole, _ = run(tmp_path, "whole", config, values)
     start = FinetuneModule.on_train_epoch_start
 

@@ -20,7 +20,7 @@ from crysldnet.encoders.protocol import Encoder
 from crysldnet.errors import CheckpointError
 from crysldnet.graphs.crystals import Crystals
 from crysldnet.models.head import PropertyModel
-from crysldnet.training.calibrate import Knowledge
+from crysldnet.training.calibrate import UncertaintyInfo
 from encoders import CLASSES, SMALL, WIDTH
 
 ENCODER = {"_target_": "crysldnet.encoders.cgcnn.CGCNN", "width": 8, "layers": 1, "k": 6}
@@ -41,7 +41,7 @@ def content(crystals: Crystals) -> tuple[dict[str, Any], dict[str, Tensor]]:
     head = build_module.build(HEAD, width=8, outputs=1)
     model = PropertyModel(encoder=encoder, head=head, targets=["gap"], units=["eV"])
     scores = TargetCalibration.of(np.linspace(-1, 1, 20), None)
-    knowledge = Knowledge(Calibration([scores]), TrainingSet.of(crystals, torch.randn(6, 8)))
+    knowledge = UncertaintyInfo(Calibration([scores]), TrainingSet.of(crystals, torch.randn(6, 8)))
     info = model_file.encoder_info(encoder, ENCODER, {})
     info |= {"head": HEAD, "targets": ["gap"], "units": ["eV"], "target_types": [{"type": "number"}]}
     return info, {**model.state_dict(), **knowledge.tensors()}

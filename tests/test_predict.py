@@ -30,13 +30,13 @@ from crysldnet.cli import run
 from crysldnet.data import output
 from crysldnet.data.datasets import EMBEDDED, open_store
 from crysldnet.data.schema import table_from_crystals
-from crysldnet.data.store import write_store
+from crysldnet.data.store_writer import write_store
 from crysldnet.errors import CheckpointError, DataError
-from crysldnet.graphs.batch import make_batch
+from crysldnet.graphs.batch import cut, make_batch
 from crysldnet.graphs.crystals import from_lists
 from crysldnet.inference import Predictor
 from crysldnet.readers import stream as streams
-from crysldnet.readers.stream import CrystalStream, StreamSettings, ahead, cut
+from crysldnet.readers.stream import CrystalStream, StreamSettings, ahead
 from crysldnet.readers.structure_files import read_structure
 from tiny import finetune_config, subset
 

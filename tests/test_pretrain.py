@@ -247,7 +247,7 @@ def test_other_objectives_train(tmp_path, small, objective):
 
 
 def test_the_published_recipe_trains_both_stages(tmp_path, small):
-    arguments = [*ENCODER, *DENOISER, "model.latent_dim=32", "data.batch_size=16"]
+    arguments = [*ENCODER, *DENOISER, "latent.latent_dim=32", "data.batch_size=16"]
     arguments += ["stages.vae.epochs=1", "stages.diffusion.epochs=1"]
     folder, summary = run(tmp_path, "published", "preset=published", f"data.path={small}", *arguments)
     assert set(summary["diffusion"]) >= {"val/loss/diffusion", "val/features_spread"}
@@ -304,4 +304,4 @@ def test_a_first_stage_of_another_size_is_refused(tmp_path, small):
     folder, _ = run(tmp_path, "first", f"data.path={small}", "stage=vae", "stages.vae.epochs=1")
     init = folder / "vae" / "pretraining.safetensors"
     with pytest.raises(CheckpointError, match="needs"):
-        run(tmp_path, "second", f"data.path={small}", "stage=diffusion", f"init={init}", "model.latent_dim=8")
+        run(tmp_path, "second", f"data.path={small}", "stage=diffusion", f"init={init}", "latent.latent_dim=8")

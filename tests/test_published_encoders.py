@@ -75,7 +75,7 @@ SIZES = {
 @pytest.mark.parametrize("name", SIZES)
 def test_encoder_and_head_have_the_published_number_of_parameters(name: str) -> None:
     head = size(meta(PropertyHead, outputs=1, **HEADS[name]))
-    published, clean = (size(CLASSES[name](variant=variant)) for variant in ("published", "clean"))
+    published, clean = (size(CLASSES[name](variant=variant)) for variant in ("published", "corrected"))
     assert (published + head, clean + head) == SIZES[name]
 
 
@@ -292,7 +292,7 @@ def real(starter: CrystalStore) -> list[Cell]:
     return [*cells_of(starter, rows), ROCKSALT, PEROVSKITE, TRICLINIC]
 
 
-@pytest.mark.parametrize("variant", ["clean", "published"])
+@pytest.mark.parametrize("variant", ["corrected", "published"])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_factorised_encoder_equals_the_unfactorised_formula(name: str, variant: str, real: list[Cell]) -> None:
     """In training mode, batch statistics included: output and every gradient, in double and single precision."""
@@ -365,7 +365,7 @@ def test_every_oxidation_state_has_a_slot_of_its_own() -> None:
 
 def test_sparse_crystals_lose_their_lattice_edges_in_published_matformer_alone() -> None:
     sparse = COPPER._replace(lattice=COPPER.lattice * 3.5)  # its 12 nearest are 8.9 Å away
-    for factor, variant, extra in ((1.0, "published", 6), (3.5, "published", 0), (3.5, "clean", 6)):
+    for factor, variant, extra in ((1.0, "published", 6), (3.5, "published", 0), (3.5, "corrected", 6)):
         graph = Matformer(variant=variant, lattice_edges=True).graph
         without = Matformer(variant=variant, lattice_edges=False).graph
         cell = sparse if factor > 1 else COPPER

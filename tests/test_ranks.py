@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from crysldnet.training.watchdog import BEAT_S, GONE_S, SEARCH_S, RankWatch, of_a_collective
+from crysldnet.training.watchdog import BEAT_S, GONE_S, SEARCH_S, RankWatchdog, of_a_collective
 from tiny import DENOISER, ENCODER, QUIET, subset
 
 TIMEOUT_S = 10.0
@@ -64,7 +64,7 @@ def said(folder: Path) -> str:
 
 
 def gone(pid: int) -> bool:
-    """Say whether a process has ended, one that nobody has waited for yet included."""
+    """Return whether a process has ended, one that nobody has waited for yet included."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
@@ -179,7 +179,7 @@ def test_ranks_that_cannot_meet_end_and_say_why(tmp_path: Path, killed: bool) ->
 
 
 def test_the_rank_that_all_others_wait_for_is_told_from_them() -> None:
-    watch = RankWatch(timedelta(minutes=1))
+    watch = RankWatchdog(timedelta(minutes=1))
     watch.rank, watch._names = 0, [f"rank {i}" for i in range(4)]
     watch._moves, watch._place = 12, "in the backward pass of batch 5"
     watch._heard = dict.fromkeys((1, 2, 3), ("9", 0.0, 12, watch._place))

@@ -45,7 +45,7 @@ def frozen(folder):
     """A run on descriptors alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        config = finetune_config("recipe=frozen", "name=frozen", "element_references=[volume]", *DATA, TARGETS)
+        config = finetune_config("recipe=frozen", "name=frozen", "atomic_references=[volume]", *DATA, TARGETS)
         assert run(*config) == 0
     return folder / "runs" / "finetune" / "frozen"
 
@@ -168,7 +168,7 @@ def test_a_report_shows_it(frozen, here):
 
 
 def test_a_killed_run_starts_again_and_ends_alike(frozen, here):
-    arguments = ["recipe=frozen", "name=killed", "element_references=[volume]", *DATA, TARGETS]
+    arguments = ["recipe=frozen", "name=killed", "atomic_references=[volume]", *DATA, TARGETS]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("crysldnet.finetune.hybrid.fit_stack", interrupt)
         with pytest.raises(KeyboardInterrupt):

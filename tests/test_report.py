@@ -33,7 +33,7 @@ from tiny import ENCODER, QUIET, keep_two_curves, subset
 TARGETS = ("formation_energy_per_atom", "band_gap")
 TRAIN = [
     "trainer.accelerator=cpu",
-    "trainer.log_every=1",
+    "trainer.log_every_n_steps=1",
     "data.batch_size=16",
     "epochs=2",
     "min_steps=0",
@@ -276,9 +276,9 @@ def test_classes_have_an_accuracy_and_a_table(folder: Path) -> None:
 
 
 def test_a_run_of_few_steps_has_a_curve(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fewer than trainer.log_every, and nothing to validate on."""
+    """Fewer than trainer.log_every_n_steps, and nothing to validate on."""
     subset(Path("few.parquet"), train=16)
-    line = ["data.path=few.parquet", "name=few", "trainer.log_every=10", "epochs=3", "patience=3"]
+    line = ["data.path=few.parquet", "name=few", "trainer.log_every_n_steps=10", "epochs=3", "patience=3"]
     assert cli.run(["finetune", *ENCODER, *QUIET, *TRAIN, *line]) == 0
     assert "patience=3 isn't used: there are no validation crystals" in capsys.readouterr().err
     assert read_run(Path("runs/finetune/few")).curves[""][""]["train/loss"][0] == [2.0]

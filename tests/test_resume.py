@@ -27,7 +27,7 @@ from crysldnet import cli, finetune, pretrain
 from crysldnet.artifacts import model_file
 from crysldnet.config import compose, refuse_changed
 from crysldnet.data.datamodule import CrystalDataset
-from crysldnet.data.sampler import BatchSampler, Budget
+from crysldnet.data.sampler import BatchLimits, BatchSampler
 from crysldnet.errors import CheckpointError, ConfigError, Interrupted
 from crysldnet.finetune.module import FinetuneModule
 from crysldnet.signals import RUN_NAME
@@ -37,7 +37,7 @@ from crysldnet.training.diagnostics import Diagnostics
 from crysldnet.training.run_folder import RunFolder
 from tiny import finetune_config, pretrain_config, repeatable, subset
 
-TWO_EPOCHS = ["stage=vae", "stages.vae.epochs=2", "data.batch_size=4", "trainer.log_every=1"]
+TWO_EPOCHS = ["stage=vae", "stages.vae.epochs=2", "data.batch_size=4", "trainer.log_every_n_steps=1"]
 """Of 24 crystals: 12 steps, or 6 where two batches make a step."""
 
 
@@ -90,15 +90,17 @@ def send(number):
     return lambda: os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("arguments", [[], ["trainer.accumulate=2", "trainer.ema_decay=0.9"]])
+@pytest.mark.parametrize("arguments", [[], ["trainer.accumulate_grad_batches=2", "trainer.ema_decay=0.9"]])
 def test_a_run_stopped_inside_an_epoch_goes_on_exactly(tmp_path, small, whole, monkeypatch, arguments):
-    expected = run(tmp_path / "whole", small, *arguments) if "trainer.accumulate=2" in arguments else whole
+    expected = run(tmp_path / "whole", small, *arguments) if "trainer.accumulate_grad_batches=2" in arguments else whole
     with monkeypatch.context() as patch:
         at_batch(patch, 8, send(signal.SIGTERM))
         with pytest.raises(Interrupted, match=r"SIGTERM in epoch [12], after"):
             run(tmp_path, small, *arguments)
     header = verify(tmp_path / "pretrain/run/vae/checkpoints" / LAST)
-    assert (header["epoch"], header["batch"]) == ((0, 10) if arguments[:1] == ["trainer.accumulate=2"] else (1, 3))
+    assert (header["epoch"], header["batch"]) == (
+        (0, 10) if arguments[:1] == ["trainer.accumulate_grad_batches=2"] else (1, 3)
+    )
     assert_equal_runs(expected, run(tmp_path, small, "resume=last", *arguments))
 
 
@@ -110,12 +112,12 @@ def test_what_cannot_change_a_result_may_change_on_resume_and_what_can_is_refuse
     line = ["pretrain", f"runs={tmp_path}", "name=run", "resume=last"]
     for key, then, now in (
         ("trainer.precision", "32-true", "bf16-mixed"),
-        ("trainer.average_last", "None", "0.25"),
+        ("trainer.swa_fraction", "None", "0.25"),
         ("trainer.ema_decay", "None", "0.9"),
     ):
         with pytest.raises(ConfigError, match=f"{key}: .* was begun with {key}={then}, not {now}; resume it as it was"):
             cli.run([*line, f"{key}={now}"])
-    free = "data.num_workers=0 trainer.progress_bar=true trainer.log_every=3 trainer.checkpoint_every_steps=3"
+    free = "data.num_workers=0 trainer.progress_bar=true trainer.log_every_n_steps=3 trainer.checkpoint_every_steps=3"
     more = "trainer.keep_checkpoints=1 trainer.activation_checkpointing=true logger=wandb logger.mode=disabled"
     assert cli.run([*line, *free.split(), *more.split()]) == 0
     found, expected = weights(tmp_path / "pretrain/run"), weights(whole)
@@ -210,7 +212,7 @@ def test_finetuning_stopped_inside_an_epoch_ends_alike_with_the_same_best_epoch(
     def train(name, *arguments, path=tmp_path):
         config, values = finetune_config(
             *[f"runs={path}", f"name={name}", f"data.path={small}", "epochs=3", "data.batch_size=4"],
-            *["data.targets=[formation_energy_per_atom]", "trainer.log_every=1", *arguments],
+            *["data.targets=[formation_energy_per_atom]", "trainer.log_every_n_steps=1", *arguments],
         )
         assert finetune.run(config, values) == 0
         folder = path / "finetune" / name
@@ -253,7 +255,7 @@ def test_a_stop_between_two_validations_loses_no_step(tmp_path, small, monkeypat
                 "min_steps=16",
                 "data.batch_size=24",
             ],
-            *["data.targets=[formation_energy_per_atom]", "trainer.log_every=1", *arguments],
+            *["data.targets=[formation_energy_per_atom]", "trainer.log_every_n_steps=1", *arguments],
         )
         assert finetune.run(config, values) == 0
         folder = tmp_path / "finetune" / name
@@ -426,7 +428,7 @@ def test_a_sampler_begins_inside_an_epoch_and_skips_and_repeats_nothing():
 
             def sampler(start, rank=rank, world_size=world_size):
                 share = {"shuffle": True, "rank": rank, "world_size": world_size}
-                return BatchSampler(rows, atoms, None, Budget(crystals=4), **share, start=start)
+                return BatchSampler(rows, atoms, None, BatchLimits(crystals=4), **share, start=start)
 
             fresh, resumed = sampler((0, 0)), sampler((3, 4))
             fresh.set_epoch(3)
@@ -444,7 +446,7 @@ def test_inside_an_epoch_its_batches_stay_shared_as_they_were(tmp_path, small, m
         with pytest.raises(Interrupted):
             run(tmp_path, small)
     with pytest.raises(CheckpointError, match=r"inside epoch 2.*may change at the end of an epoch"):
-        run(tmp_path, small, "resume=last", "trainer.accumulate=2")
+        run(tmp_path, small, "resume=last", "trainer.accumulate_grad_batches=2")
 
 
 def test_at_the_end_of_an_epoch_its_batches_may_be_shared_otherwise(tmp_path, small, monkeypatch):
@@ -452,7 +454,7 @@ def test_at_the_end_of_an_epoch_its_batches_may_be_shared_otherwise(tmp_path, sm
         at_batch(patch, 5, send(signal.SIGTERM))
         with pytest.raises(Interrupted, match="after epoch 1 of 2"):
             run(tmp_path, small)
-    folder = run(tmp_path, small, "resume=last", "trainer.accumulate=2")
+    folder = run(tmp_path, small, "resume=last", "trainer.accumulate_grad_batches=2")
     assert json.loads((folder / "summary.json").read_text())["status"] == "complete"
 
 
@@ -474,7 +476,7 @@ def test_fewer_steps_an_epoch_than_were_planned_are_refused(tmp_path, small, mon
     with pytest.raises(CheckpointError, match=rf"an epoch had {steps} steps and would have {steps // 2} now"):
         checkpointing.check_position(last, header, trainer, steps // 2)
     with pytest.raises(CheckpointError, match=r"inside epoch 1|an epoch had"):
-        run(tmp_path, small, bound, "resume=last", "trainer.accumulate=2")
+        run(tmp_path, small, bound, "resume=last", "trainer.accumulate_grad_batches=2")
 
 
 def test_a_complete_run_says_so_and_nothing_is_trained(whole, capsys):

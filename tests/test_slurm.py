@@ -104,7 +104,7 @@ def test_a_script_has_what_was_asked_for_and_quotes_survive(tmp_path: Path) -> N
     assert arguments[-len(words) :] == words
     arguments = [a for a in arguments if not a.startswith(("name=", "resume="))]
     values = compose("pretrain", arguments).values
-    assert (values["trainer"]["devices"], values["trainer"]["nodes"]) == (8, 4)
+    assert (values["trainer"]["devices"], values["trainer"]["num_nodes"]) == (8, 4)
     assert subprocess.run(["bash", "-n"], input=done.stdout, text=True).returncode == 0
     assert not (tmp_path / "runs").exists()
 
@@ -156,7 +156,7 @@ def test_another_number_of_processes_is_refused(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    says = rf"{program} started 4 process\(es\), but trainer.devices=2 × trainer.nodes=1 asks for 2"
+    says = rf"{program} started 4 process\(es\), but trainer.devices=2 × trainer.num_nodes=1 asks for 2"
     with pytest.raises(ConfigError, match=says):
         cli.run(["pretrain", "trainer.accelerator=cpu", "trainer.devices=2", "strategy=ddp"])
     assert not (tmp_path / "runs").exists()
@@ -166,8 +166,8 @@ def test_more_nodes_than_anything_has_started_are_refused(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     for name in ("MASTER_ADDR", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ConfigError, match=r"trainer\.nodes=4: nothing has started processes on other machines"):
-        cli.run(["pretrain", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.nodes=4", "strategy=ddp"])
+    with pytest.raises(ConfigError, match=r"trainer\.num_nodes=4: nothing has started processes on other machines"):
+        cli.run(["pretrain", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.num_nodes=4", "strategy=ddp"])
 
 
 def test_torchrun_starts_the_command_itself(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ WAYS = [
     {"by": "random"},
     {"by": "formula"},
     {"by": "chemical_system"},
-    {"by": "cluster", "clusters": 40},
-    {"by": "element", "elements": ["F"]},
+    {"by": "leave_cluster_out", "clusters": 40},
+    {"by": "leave_element_out", "elements": ["F"]},
     {"by": "time", "column": "year"},
 ]
 
@@ -174,9 +174,9 @@ def test_a_split_file_is_refused_where_it_is_not_that_split(some: CrystalStore, 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"by": "element"}, "split.elements"),
-        ({"by": "element", "elements": ["Xx"]}, "'Xx' is not the symbol"),
-        ({"by": "cluster", "clusters": 2}, "at least 3"),
+        ({"by": "leave_element_out"}, "split.elements"),
+        ({"by": "leave_element_out", "elements": ["Xx"]}, "'Xx' is not the symbol"),
+        ({"by": "leave_cluster_out", "clusters": 2}, "at least 3"),
         ({"by": "file"}, "split.file"),
     ],
 )

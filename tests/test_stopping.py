@@ -90,11 +90,11 @@ def test_finetuning_is_stopped_between_its_members_and_while_it_is_tested(tmp_pa
 IMPORTING = """
 import os, signal, sys
 from importlib.abc import MetaPathFinder
-class Told(MetaPathFinder):
+class TaskResult(MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == "torch.nn":
             os.kill(os.getpid(), signal.SIGTERM)
-sys.meta_path.insert(0, Told())
+sys.meta_path.insert(0, TaskResult())
 from crysldnet import cli
 sys.argv = ["crysldnet", "pretrain"]
 cli.main()

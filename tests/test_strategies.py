@@ -69,9 +69,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
     data = str(subset(folder / "data.parquet", train=48, val=16, test=8))
     said = in_two_processes(folder, data)
     with contextlib.redirect_stdout(io.StringIO()):
-        losses = {"one": train(folder, data, "one", "trainer.accumulate=2")}
-        train(folder, data, "one_averaging", "trainer.accumulate=2", "trainer.ema_decay=0.9")
-        losses["one_accumulating"] = train(folder, data, "one_accumulating", "trainer.accumulate=4")
+        losses = {"one": train(folder, data, "one", "trainer.accumulate_grad_batches=2")}
+        train(folder, data, "one_averaging", "trainer.accumulate_grad_batches=2", "trainer.ema_decay=0.9")
+        losses["one_accumulating"] = train(folder, data, "one_accumulating", "trainer.accumulate_grad_batches=4")
         export_untrained(folder, data, "single")
     losses |= {case: losses_of(folder, case) for case in CASES}
     return folder, losses, said
@@ -257,7 +257,7 @@ def settings_of(**changed: Any) -> TrainerSettings:
 FEATURES: dict[str, dict[str, Any]] = {
     "one device": {"devices": 1},
     "several devices, nodes": {},
-    "`trainer.accumulate=2`": {"accumulate": 2},
+    "`trainer.accumulate_grad_batches=2`": {"accumulate_grad_batches": 2},
     "`trainer.precision=bf16-mixed`": {"precision": "bf16-mixed"},
     "`trainer.precision=16-mixed`": {"precision": "16-mixed"},
     "`trainer.precision=64-true`": {"precision": "64-true"},
@@ -265,7 +265,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "`trainer.activation_checkpointing=true`": {"activation_checkpointing": True},
     "both of these": {"compile": True, "activation_checkpointing": True},
     "`trainer.ema_decay=0.999`": {"ema_decay": 0.999},
-    "`trainer.max_bad_steps=10`": {"max_bad_steps": 10},
+    "`trainer.max_nonfinite_steps=10`": {"max_nonfinite_steps": 10},
 }
 
 
@@ -313,7 +313,7 @@ def test_the_table_of_combinations_is_what_the_check_says() -> None:
     told = {row[0]: dict(zip(names, row[1:], strict=True)) for row in rows}
     for feature, changed in FEATURES.items():
         for name in names:
-            one = {"devices": 1} if name == "single" and changed else {}  # it can't have more, as its row says
+            one = {"devices": 1} if name == "auto" and changed else {}  # it can't have more, as its row says
             refused = any(True for _ in refusals(name, settings_of(**{**changed, **one}), "gpu"))  # type: ignore[arg-type]
             assert told[feature][name] == ("no" if refused else "yes"), (feature, name)
     for name in names:
@@ -359,7 +359,7 @@ def test_a_combination_is_refused_before_anything_is_written(tmp_path: Path) -> 
     for arguments, key in (
         (["strategy=fsdp2", "trainer.ema_decay=0.99"], "trainer.ema_decay"),
         (["strategy=fsdp2", "trainer.precision=64-true"], "trainer.precision"),
-        (["strategy=ddp_static", "trainer.accumulate=2"], "trainer.accumulate"),
+        (["strategy=ddp_static", "trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches"),
         (["trainer.precision=16-mixed"], "trainer.precision"),
         (["strategy=fsdp"], "strategy"),
     ):

@@ -58,7 +58,7 @@ def make_encoder(cells: list[Cell], variant: str) -> PDDFormer:
 
 @pytest.fixture(scope="module")
 def encoder(cells: list[Cell]) -> PDDFormer:
-    return make_encoder(cells, "clean")
+    return make_encoder(cells, "corrected")
 
 
 @pytest.fixture(scope="module")

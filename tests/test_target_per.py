@@ -17,7 +17,7 @@ from crysldnet.graphs.batch import make_batch
 from crysldnet.graphs.spec import GraphSpec
 from crysldnet.models.head import PropertyHead, PropertyModel
 from crysldnet.models.per import factors_of
-from crysldnet.models.target import Log, Number
+from crysldnet.models.targets import Log, Number
 from tiny import finetune_config
 
 SHEET = cell([[3, 0, 0], [1.5, 3, 0], [0, 0, 20]], [6, 7, 7], [[0, 0, 0.5], [0.5, 0, 0.52], [0, 0.5, 0.48]])

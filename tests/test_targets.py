@@ -23,7 +23,7 @@ from crysldnet.graphs.crystals import from_lists
 from crysldnet.models.head import PropertyHead, PropertyModel
 from crysldnet.models.predictor import Prediction
 from crysldnet.models.references import fit_references
-from crysldnet.models.target import Bounded, Classes, Log, Number, TwoPart, make_number, make_target
+from crysldnet.models.targets import Bounded, Classes, Hurdle, Log, Number, make_number, make_target
 from crysldnet.training.metrics import ClassificationScores, TargetMetrics
 from tiny import finetune_config, subset
 
@@ -58,12 +58,12 @@ def run(path, name, *arguments):
 
 def test_all_kinds_of_targets_in_one_model(tmp_path, small):
     targets = f"data.targets=[{ENERGY},{GAP},volume,is_metal,family,n_elements]"
-    types = f"target_types={{{GAP}: two_part, volume: log, n_elements: classes}}"
+    types = f"target_types={{{GAP}: hurdle, volume: log, n_elements: classes}}"
     folder, summary, rows = run(tmp_path, "all", f"data.path={small}", targets, types, "epochs=2", "head=attention")
     model, info = load_property_model(folder)
     assert model.kinds == ["regression"] * 3 + ["binary", "multiclass", "multiclass"]
     assert model.classes[3:] == [["false", "true"], ["binary", "more", "ternary"], ["2", "3", "4"]]
-    assert [t["type"] for t in info["target_types"]] == ["number", "two_part", "log", "classes", "classes", "classes"]
+    assert [t["type"] for t in info["target_types"]] == ["regression", "hurdle", "log", *["classification"] * 3]
     for metric in (f"mae/{ENERGY}", f"mae/{GAP}", "roc_auc/is_metal", "f1/family", "log_loss/n_elements"):
         assert math.isfinite(summary[f"test/{metric}"])
     assert "val/normalised_error" in summary
@@ -79,7 +79,7 @@ def test_all_kinds_of_targets_in_one_model(tmp_path, small):
 
 
 def test_the_loaded_model_predicts_what_the_run_wrote(tmp_path, small):
-    targets = [f"data.targets=[is_metal,{GAP}]", f"target_types={{{GAP}: two_part}}", "loss=laplace"]
+    targets = [f"data.targets=[is_metal,{GAP}]", f"target_types={{{GAP}: hurdle}}", "loss=laplace"]
     folder, _, rows = run(tmp_path, "one", f"data.path={small}", *targets, "epochs=1")
     model, _ = load_property_model(folder)
     store = open_store(str(small))
@@ -120,7 +120,7 @@ def test_classes_and_gaps_are_learned_by_heart(tmp_path, small):
     pq.write_table(
         table.slice(0, 32).drop_columns(["split"]).append_column("split", [["train"] * 32]), tmp_path / "a.parquet"
     )
-    targets = ["data.targets=[is_metal,n_elements,band_gap]", "target_types={n_elements: classes, band_gap: two_part}"]
+    targets = ["data.targets=[is_metal,n_elements,band_gap]", "target_types={n_elements: classes, band_gap: hurdle}"]
     arguments = [f"data.path={tmp_path}/a.parquet", *targets, "epochs=150", "optimizer.lr=3e-3", "encoder.dropout=0"]
     config, values = finetune_config(*arguments, "data.batch_size=16")
     result = finetune.train(config, values, tmp_path / "run")
@@ -138,7 +138,7 @@ def test_classes_and_gaps_are_learned_by_heart(tmp_path, small):
     [
         ([f"target_types={{{ENERGY}: log}}"], DataError, r"must be over 0, but \S+ \(row \d+\) has -"),
         (["data.targets=[band_gap]", "target_types={band_gap: log}"], DataError, r"but \S+ \(row \d+\) has 0 \("),
-        ([f"target_types={{{ENERGY}: two_part}}"], DataError, "must be 0 or more"),
+        ([f"target_types={{{ENERGY}: hurdle}}"], DataError, "must be 0 or more"),
         ([f"target_types={{{ENERGY}: [0, null]}}"], DataError, "must be 0 or more"),
         (["data.targets=[band_gap]", "target_types={band_gap: [0, 1]}"], DataError, r"must be from 0 to 1, but \S+"),
         (["data.targets=[band_gap]", "target_types={band_gap: [1, 0]}"], ConfigError, "band_gap: bounds must be two"),
@@ -149,12 +149,12 @@ def test_classes_and_gaps_are_learned_by_heart(tmp_path, small):
         (["data.targets=[formula]"], DataError, "not numbers, and too many for classes"),
         (["data.targets=[family]", "target_types={family: log}"], DataError, "holds string, not numbers"),
         ([f"target_types={{{ENERGY}_: log}}"], ConfigError, f"did you mean '{ENERGY}'"),
-        (["element_references=[band_gap]"], ConfigError, "not among data.targets"),
+        (["atomic_references=[band_gap]"], ConfigError, "not among data.targets"),
         (["data.targets=[is_metal]", "head=sum"], ConfigError, "adds up over atoms, which 'is_metal'"),
         (
-            ["data.targets=[band_gap]", "element_references=[band_gap]", "target_types={band_gap: two_part}"],
+            ["data.targets=[band_gap]", "atomic_references=[band_gap]", "target_types={band_gap: hurdle}"],
             ConfigError,
-            "element_references: 'band_gap' is treated as 'two_part'",
+            "atomic_references: 'band_gap' is treated as 'hurdle'",
         ),
         (["mode=frozen"], ConfigError, "needs a pretrained encoder"),
         (["layer_decay=0"], ConfigError, "layer_decay"),
@@ -216,7 +216,7 @@ def test_both_bounds_cut_predictions_and_cost_nothing_beyond():
 
 
 def test_the_two_parts_learn_apart_and_the_gate_gives_exact_zeros():
-    kind = TwoPart()
+    kind = Hurdle()
     assert np.isnan(kind.on_line(np.array([0.0, 2.0]))).tolist() == [True, False]
     output = column(2.0, -2.0, -2.0)[:, None].repeat(1, 2).requires_grad_()
     true, center, scale = column(3.0, 0.0, 3.0), column(1.0, 1.0, 1.0), column(2.0)[0]
@@ -232,7 +232,7 @@ def test_the_gate_has_a_smaller_absolute_error_than_the_expected_value():
     """Of ten crystals with p = 0.3 three have a gap of 2 eV: 0 is wrong by 0.6 eV on average, p · 2 by 0.84."""
     true = np.array([2.0] * 3 + [0.0] * 7)
     output = torch.tensor([[math.log(0.3 / 0.7), 0.0]] * 10, dtype=torch.float64)
-    gated = TwoPart().estimate(output, torch.full((10,), 2.0), torch.tensor(1.0)).value.numpy()
+    gated = Hurdle().estimate(output, torch.full((10,), 2.0), torch.tensor(1.0)).value.numpy()
     assert np.abs(gated - true).mean() == pytest.approx(0.6)
     assert np.abs(0.3 * 2.0 - true).mean() == pytest.approx(0.84)
 
@@ -253,7 +253,7 @@ def test_the_loss_with_a_spread_is_the_likelihood_that_scipy_has(spread, name):
 def test_a_spread_of_a_two_part_target_is_that_of_the_mixture():
     p, value, std = 0.7, 2.0, 0.4
     output = torch.tensor([[math.log(p / (1 - p)), value, math.log(std)]], dtype=torch.float64)
-    found = TwoPart("gaussian").estimate(output, column(0.0), column(1.0)[0])
+    found = Hurdle("gaussian").estimate(output, column(0.0), column(1.0)[0])
     rng = np.random.default_rng(0)
     draws = np.where(rng.random(200_000) < p, rng.normal(value, std, 200_000), 0.0)
     assert float(found.std) == pytest.approx(draws.std(), rel=0.01)
@@ -278,7 +278,7 @@ def test_the_spread_follows_the_noise():
 
 @pytest.mark.parametrize(
     "kind",
-    [Number("laplace"), Log(), Bounded("gaussian", low=0.0), Bounded(high=0.5), TwoPart(), Classes(("a", "b", "c"))],
+    [Number("laplace"), Log(), Bounded("gaussian", low=0.0), Bounded(high=0.5), Hurdle(), Classes(("a", "b", "c"))],
 )
 def test_a_kind_is_made_again_from_what_it_says_of_itself(kind):
     assert make_target(json.loads(json.dumps(kind.describe()))) == kind
@@ -346,7 +346,7 @@ def test_with_element_energies_a_composition_is_learned_before_the_first_step(tm
     arguments = [f"data.path={tmp_path}/a.parquet", "data.targets=[energy]", "epochs=1", "optimizer.lr=1e-30"]
     arguments += ["data.split.by=random", "data.split.fractions=[0.9,0.1,0.0]"]
     errors = {}
-    for name, more in (("with", ["element_references=[energy]"]), ("without", [])):
+    for name, more in (("with", ["atomic_references=[energy]"]), ("without", [])):
         config, values = finetune_config(*arguments, *more)
         errors[name] = finetune.train(config, values, tmp_path / name).metrics["val/rmse"]
     assert errors["with"] < 0.5 * errors["without"]
@@ -396,7 +396,7 @@ def test_a_run_of_before_there_were_kinds_can_be_resumed():
     new = (
         "mode",
         "target_types",
-        "element_references",
+        "atomic_references",
         "min_steps",
         "patience",
         "layer_decay",
@@ -410,7 +410,7 @@ def test_a_run_of_before_there_were_kinds_can_be_resumed():
 def test_a_model_of_before_there_were_kinds_is_a_plain_number(tmp_path, small):
     folder, _, _ = run(tmp_path, "now", f"data.path={small}", "epochs=1")
     info, state = model_file.read(folder / "model.safetensors", "property_model")
-    old = {k: v for k, v in info.items() if k not in ("target_types", "element_references", "format_version", "kind")}
+    old = {k: v for k, v in info.items() if k not in ("target_types", "atomic_references", "format_version", "kind")}
     model_file.write(tmp_path / "old.safetensors", "property_model", state, old)
     models = [load_property_model(path)[0] for path in (folder, tmp_path / "old.safetensors")]
     batch = make_batch(open_store(str(small)).crystals.take(np.arange(4)), models[0].encoder.graph)

@@ -70,7 +70,7 @@ def test_what_can_be_learned_is_not_refused(tmp_path: Path, crystals: pa.Table) 
     assert model_of(tmp_path, crystals, small).std.item() == pytest.approx(np.std(small[:8]))
     model_of(tmp_path, crystals, [1e30 * i for i in range(12)])
     model_of(tmp_path, crystals, ["FM", "AFM", "NM", None] * 3)
-    model_of(tmp_path, crystals, ["1", "2"] * 6, "target_types={y: classes}")
+    model_of(tmp_path, crystals, ["1", "2"] * 6, "target_types={y: classification}")
     model_of(tmp_path, crystals, [True, False] * 6)
 
 

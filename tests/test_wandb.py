@@ -33,7 +33,7 @@ from tiny import DENOISER, ENCODER, QUIET, subset
 if importlib.util.find_spec("wandb") is None:
     pytest.skip("wandb isn't installed", allow_module_level=True)
 
-COMMON = [*QUIET, "trainer.accelerator=cpu", "trainer.log_every=2", "data.batch_size=8"]
+COMMON = [*QUIET, "trainer.accelerator=cpu", "trainer.log_every_n_steps=2", "data.batch_size=8"]
 OFFLINE = ["logger=[csv,wandb]", "logger.mode=offline", "logger.project=tests", "logger.tags=[small]"]
 OFFLINE += ["logger.group=offline", "logger.notes=a note"]
 

@@ -15,18 +15,29 @@ import torch
 from conftest import draw_nothing
 from crysldnet import finetune, pretrain
 from crysldnet.build import build
+from crysldnet.training.fit import export_weights
 from crysldnet.training.trainer import TrainerSettings, make_trainer
 from tiny import finetune_config, pretrain_config
 
-STEPS = ["data.batch_size=16", "stage=vae", "stages.vae.epochs=2", "trainer.log_every=1", "optimizer.weight_decay=0.1"]
+STEPS = [
+    "data.batch_size=16",
+    "stage=vae",
+    "stages.vae.epochs=2",
+    "trainer.log_every_n_steps=1",
+    "optimizer.weight_decay=0.1",
+]
 CASES = {
     "ddp": ["strategy=ddp"],
     "ddp_static": ["strategy=ddp_static"],
-    "ddp_accumulating": ["strategy=ddp", "trainer.accumulate=2"],
+    "ddp_accumulating": ["strategy=ddp", "trainer.accumulate_grad_batches=2"],
     "ddp_half": ["strategy=ddp", "trainer.precision=bf16-mixed"],
     "ddp_double": ["strategy=ddp_static", "trainer.precision=64-true"],
     "fsdp2": ["strategy=fsdp2"],
-    "fsdp2_less_memory": ["strategy=fsdp2", "trainer.activation_checkpointing=true", "trainer.accumulate=2"],
+    "fsdp2_less_memory": [
+        "strategy=fsdp2",
+        "trainer.activation_checkpointing=true",
+        "trainer.accumulate_grad_batches=2",
+    ],
     "ddp_less_memory": ["strategy=ddp", "trainer.activation_checkpointing=true", "trainer.ema_decay=0.9"],
     "ddp_static_less_memory": [
         "strategy=ddp_static",
@@ -42,7 +53,7 @@ COMPILED = {
     "ddp_static_compiled": ["strategy=ddp_static", "trainer.compile=true"],
 }
 """Run only by name: compiling takes half a minute."""
-EXACT = ["model.log_variance=-30", "encoder.dropout=0"]
+EXACT = ["latent.log_variance_init=-30", "encoder.dropout=0"]
 """Nothing is drawn in a step, for another device draws other numbers."""
 ON_GPUS = {
     "gpu_ddp": ["strategy=ddp"],
@@ -96,10 +107,11 @@ def export_untrained(folder: Path, data: str, name: str, *arguments: str) -> Non
     crystals = pretrain.make_data(config, model)
     module = pretrain.PretrainModule(model=model, optimizer=build(config.optimizer, "optimizer"))
     trainer = make_trainer(
-        settings, build(config.strategy, "strategy"), folder=folder, epochs=1, seed=0, gradient_clip=None, owner={}
+        settings, build(config.strategy, "strategy"), folder=folder, epochs=1, seed=0, gradient_clip_val=None, owner={}
     )
     trainer.validate(module, datamodule=crystals, verbose=False)
-    pretrain.command.export(trainer, {"encoder": config.encoder}, folder / "untrained" / name, "vae")
+    out, info = folder / "untrained" / name, {"encoder": config.encoder}
+    export_weights("vae", trainer, lambda weights: pretrain.command.write_stage(out, "vae", weights, info))
 
 
 if __name__ == "__main__":

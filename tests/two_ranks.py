@@ -24,7 +24,7 @@ from kill_and_resume import RUN, audit_every_batch, lines_of, metric_rows, start
 SHORT = ["stages.vae.epochs=2", "stages.diffusion.epochs=1"]
 TWO = ["trainer.devices=2", "strategy=ddp"]
 OFFLINE = ["logger=wandb", "logger.mode=offline"] if importlib.util.find_spec("wandb") else []
-ONE = ["trainer.devices=1", "strategy=single"]
+ONE = ["trainer.devices=1", "strategy=auto"]
 
 
 def break_the_second_rank(number: int) -> Callable[[], None]:
@@ -66,7 +66,7 @@ def stop_after_validation() -> Callable[[], None]:
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Say whether two states have the same names and, bit for bit, the same values."""
+    """Return whether two states have the same names and, bit for bit, the same values."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -115,8 +115,8 @@ def main(folder: Path, data: Path) -> dict:
     found["mended"], _ = go("broken", "stage=vae", "resume=last")
     poison_the_second_rank(3)
     found["poisoned"], found["poisoned_says"] = go("poisoned", "stage=vae")
-    found["skipped"], found["skipped_says"] = go("skipped", "stage=vae", "trainer.max_bad_steps=1")
-    bad = (folder / "pretrain/skipped/vae/bad_steps.jsonl").read_text().splitlines()
+    found["skipped"], found["skipped_says"] = go("skipped", "stage=vae", "trainer.max_nonfinite_steps=1")
+    bad = (folder / "pretrain/skipped/vae/nonfinite_steps.jsonl").read_text().splitlines()
     found["bad"] = [json.loads(line) for line in bad]
     return found
 

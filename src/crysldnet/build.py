@@ -47,7 +47,7 @@ ALLOWED = {
     "crysldnet.models.latent.Posterior",
     "crysldnet.models.head.PropertyHead",
     "crysldnet.training.optimizer.AdamW",
-    "crysldnet.training.strategies.single",
+    "crysldnet.training.strategies.auto",
     "crysldnet.training.strategies.ddp",
     "crysldnet.training.strategies.fsdp",
     "crysldnet.training.strategies.fsdp2",
@@ -87,7 +87,7 @@ def _describe(function: Callable[..., Any]) -> tuple[Callable[..., Any], dict[st
 
 
 def is_plain(annotation: Any) -> bool:
-    """Say whether configuration can hold a value of this type."""
+    """Return whether configuration can hold a value of this type."""
     if annotation in (bool, int, float, str, type(None), Any):
         return True
     origin = get_origin(annotation)

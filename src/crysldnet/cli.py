@@ -134,7 +134,7 @@ def _write_page(values: dict[str, Any]) -> None:
 
 
 def _has_more_to_do(run: Path, composition: Composition, changed: set[str]) -> bool:
-    """Say whether a complete run of Matbench lacks folds that it is asked for, or tells of itself otherwise.
+    """Return whether a complete run of Matbench lacks requested folds, or whether submission metadata changed.
 
     Raises:
         ConfigError: then it would lose folds that it has.
@@ -162,7 +162,11 @@ def run(arguments: Sequence[str]) -> int:
         print(__version__)
         return 0
     if command in FLAGGED:
-        return importlib.import_module(FLAGGED[command][0]).main(rest)
+        from crysldnet import plugins
+
+        named = [word for word in rest if word.startswith("plugins=")]
+        plugins.load(name for word in named for name in word.partition("=")[2].strip("[]").split(",") if name)
+        return importlib.import_module(FLAGGED[command][0]).main([word for word in rest if word not in named])
     if (command, *rest[:1]) in PARTS:
         from crysldnet import plugins
 
@@ -210,7 +214,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # names of files needn't be UTF-8, nor the terminal
     try:
         if len(sys.argv) > 1 and sys.argv[1] in RESUMABLE and sys.argv[2:3] != ["validate"]:
-            signals.heed()
+            signals.install_handlers()
             signals.end_with_the_first()
             signals.end_with_the_parent()
         if sys.argv[1:2] in (["predict"], ["embed"]) and not {"--help", "-h"} & set(sys.argv):

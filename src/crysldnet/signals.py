@@ -1,6 +1,6 @@
 """Signals that ask a command to stop, and that it can be resumed from.
 
-A command heeds them at once: :class:`Stopped` is raised where it stands, and it ends as unfinished. Training, and
+A command handles them at once: :class:`Stopped` is raised where it stands, and it ends as unfinished. Training, and
 processes that wait for others of their own, only note them and look between two steps.
 """
 
@@ -21,11 +21,11 @@ from crysldnet.errors import UNFINISHED, Interrupted
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """Those of schedulers, where the system has them."""
-DEAF_S = 10.0
+DEBOUNCE_S = 10.0
 """How long nothing is raised after a signal: a group of processes gets it more than once, and an end takes time."""
 
 STUCK_S = 5.0
-"""How long a signal may wait for Python to heed it; in a collective that waits for another process it never does."""
+"""How long a signal may wait for Python to handle it; in a collective that waits for another process it never does."""
 ORPHAN_S = 20.0
 """How long a process outlives the one that started it: time to find and to say what became of that one."""
 RUN_NAME = "CRYSLDNET_RUN_NAME"
@@ -36,8 +36,8 @@ PARENT_HOLDS_STDIN = "CRYSLDNET_PARENT_HOLDS_STDIN"
 
 children: list[Popen] = []
 """Ranks that this process started; they end with it where it is stopped."""
-_last = -DEAF_S
-_heeded = False
+_last = -DEBOUNCE_S
+_installed = False
 _raised = threading.Event()
 
 
@@ -45,34 +45,34 @@ class Stopped(BaseException):
     """A signal asked the command to stop. No library takes it for an error of its own."""
 
 
-def heed() -> None:
+def install_handlers() -> None:
     """Raise :class:`Stopped` where a signal comes from now on."""
-    global _heeded
-    if not _heeded:
+    global _installed
+    if not _installed:
         arrived, noticed = socket.socketpair()
         noticed.setblocking(False)
         signal.set_wakeup_fd(noticed.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=_end_where_stuck, args=(arrived, noticed), daemon=True, name="stopping").start()
-    _heeded = True
+    _installed = True
     for number in SIGNALS:
         signal.signal(number, _raise)
 
 
-def heed_again() -> None:
-    """Do so in place of a library that has put its own handlers there, where it was done before."""
-    if _heeded and threading.current_thread() is threading.main_thread():
-        heed()
+def reinstall_handlers() -> None:
+    """Reinstall our signal handlers if a library has replaced them."""
+    if _installed and threading.current_thread() is threading.main_thread():
+        install_handlers()
 
 
 def _raise(number: int, _: FrameType | None) -> None:
     _raised.set()
-    if not was_told_lately():
-        tell()
+    if not recently_signalled():
+        mark_signal()
         raise Stopped(_message(number))
 
 
 def _end_where_stuck(arrived: socket.socket, _: socket.socket) -> None:
-    """End the process where the main thread, waiting outside Python, can't heed a signal."""
+    """End the process where the main thread, waiting outside Python, can't handle a signal."""
     while number := arrived.recv(1)[0]:
         if number not in SIGNALS or signal.getsignal(number) is not _raise:
             continue
@@ -85,12 +85,12 @@ def _end_where_stuck(arrived: socket.socket, _: socket.socket) -> None:
 
 
 def started_by_the_first() -> bool:
-    """Say whether Lightning started this process from the first one, which tells the exit status of all."""
+    """Return whether Lightning started this process from the first one, which tells the exit status of all."""
     return os.environ.get(RUN_NAME, "").partition(":")[0] == str(os.getppid())
 
 
 def end_with_the_first() -> None:
-    """Let this process, where the first one started it, not outlive that: nobody comes to where it may wait.
+    """Exit when the launcher exits; otherwise this rank would wait forever in a collective.
 
     Lightning numbers the processes that it starts; another one may go on by itself.
     """
@@ -137,15 +137,15 @@ def end_children() -> None:
             child.kill()
 
 
-def tell() -> None:
+def mark_signal() -> None:
     """Take what comes in the next seconds for the signal that is being followed already."""
     global _last
     _last = time.monotonic()
 
 
-def was_told_lately() -> bool:
-    """Say whether a signal came so short a time ago that the command is still about to end."""
-    return time.monotonic() - _last < DEAF_S
+def recently_signalled() -> bool:
+    """Return whether a signal came so short a time ago that the command is still about to end."""
+    return time.monotonic() - _last < DEBOUNCE_S
 
 
 def ignore() -> None:
@@ -187,18 +187,18 @@ def noted() -> Iterator[Callable[[], None]]:
     """
     numbers: list[int] = []
 
-    def stop_if_told() -> None:
+    def stop_if_signalled() -> None:
         if numbers:
-            tell()
+            mark_signal()
             raise Interrupted(_message(numbers[0]))
 
     if threading.current_thread() is not threading.main_thread():
-        yield stop_if_told
+        yield stop_if_signalled
         return
     before = {n: signal.signal(n, lambda number, _: numbers.append(number)) for n in SIGNALS}
     try:
-        yield stop_if_told
+        yield stop_if_signalled
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    stop_if_told()
+    stop_if_signalled()

@@ -64,7 +64,7 @@ class Patient(Reader):
         return [*QUIET, "trainer.accelerator=cpu", *short, *(ENCODER if fresh else [])]
 
     def _missing(self, rest: list[str]) -> bool:
-        """Say whether a task's crystals have to be fetched first."""
+        """Return whether a task's crystals have to be fetched first."""
         tasks = next((word.partition("=")[2] for word in rest if word.startswith("tasks=")), "")
         return any(not (EMBEDDED / f"{task}.parquet").exists() for task in tasks.strip("[]").split(",") if task)
 

@@ -54,7 +54,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for name, words in (
             ("numbers", ["data.targets=[formation_energy_per_atom,band_gap]", "ensemble=2"]),
             ("other", ["data.targets=[formation_energy_per_atom,band_gap]", "seed=1"]),
-            ("classes", ["data.targets=[kind]", "target_types={kind: classes}"]),
+            ("classes", ["data.targets=[kind]", "target_types={kind: classification}"]),
         ):
             patch.delenv(RUN_NAME, raising=False)
             assert cli.run(["finetune", *ENCODER, *short, "epochs=4", f"name={name}", *words]) == 0

@@ -33,7 +33,7 @@ VALIDATED = 10
 
 
 def is_path(structures: Any) -> bool:
-    """Say whether all structures are in one place: a file, a folder, a store, a pattern."""
+    """Return whether all structures are in one place: a file, a folder, a store, a pattern."""
     return isinstance(structures, str | os.PathLike)
 
 

@@ -104,7 +104,7 @@ class _Finetuned(BaseEstimator):
             own: dict[str, Any] = {"data": "custom", "seed": int(seed), "runs": folder, "name": "fit"}
             own |= {"trainer.progress_bar": bool(self.verbose)} | {f"data.{key}": v for key, v in data.items()}
             if self._classes:
-                own["target_types"] = dict.fromkeys(names, "classes")
+                own["target_types"] = dict.fromkeys(names, "classification")
             try:
                 run = run_command("finetune", own | settings)
             except Interrupted as error:

@@ -18,23 +18,18 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
+from crysldnet.artifacts.rebuild import EncoderInfo, ModelInfo, build_encoder, build_model, checked
 from crysldnet.artifacts.strict_load import build_and_load
-from crysldnet.build import build
 from crysldnet.data.fingerprint import RANKS, Fingerprints
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.errors import CheckpointError, DataError
 from crysldnet.io import whole_file
-from crysldnet.models.descriptors import Descriptors
-from crysldnet.models.head import PropertyHead, PropertyModel
 from crysldnet.models.hybrid import HybridModel, TabularPart
-from crysldnet.models.per import Per
 from crysldnet.models.predictor import TargetModel
-from crysldnet.models.target import TargetType, make_target
 
 FORMAT_VERSION = 4
 """What is read. Since 2, property models keep more than weights. Since 3, the pretraining set is packed. Since 4, a
@@ -63,7 +58,8 @@ def refuse_diverged(state: Mapping[str, Tensor], what: str) -> None:
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CheckpointError(
-                f"{what} diverged: {name} isn't finite, and nothing was exported; lower optimizer.lr or gradient_clip"
+                f"{what} diverged: {name} isn't finite, and nothing was exported; lower optimizer.lr or "
+                f"gradient_clip_val"
             )
 
 
@@ -197,65 +193,14 @@ def encoder_info(encoder: Encoder, config: Mapping[str, Any], provenance: Mappin
     return {"encoder": dict(config), "graph": asdict(encoder.graph), "provenance": dict(provenance)}
 
 
-class _EncoderInfo(BaseModel):
-    """What the file of an encoder says of it."""
-
-    model_config = ConfigDict(strict=True)
-    encoder: dict[str, Any]
-    graph: dict[str, Any]
-
-
-class _ModelInfo(_EncoderInfo):
-    """What the file of a property model says of it."""
-
-    head: dict[str, Any]
-    recipe: Literal["network", "frozen", "hybrid"] = "network"
-    networks: int = Field(0, ge=0, le=1000)
-    tabular: dict[str, Any] | None = None
-    targets: list[str] = Field(min_length=1)
-    units: list[str]
-    target_types: list[dict[str, Any]] | None = None
-    element_references: list[str] = []
-    descriptors: list[str] = []
-    descriptor_units: list[str] = []
-    target_per: dict[str, Per] = {}
-
-
-def _checked(info: Mapping[str, Any], kind: type[BaseModel], path: str | os.PathLike[str]) -> Any:
-    try:
-        return kind.model_validate(info)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{path}: what it says of {key!r} can't be used: {first['msg'].lower()}") from error
-
-
-def _build_encoder(info: _EncoderInfo, path: str | os.PathLike[str]) -> Encoder:
-    encoder: Encoder = build(info.encoder, "encoder", kind=nn.Module)
-    check_graph(encoder, info.graph, path)
-    return encoder
-
-
-def check_graph(encoder: Encoder, graph: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Check that an encoder asks for the graph that a file's weights were trained on.
-
-    Raises:
-        CheckpointError: naming the setting that differs.
-    """
-    for key, (stored, own) in encoder.graph.differences(graph).items():
-        raise CheckpointError(
-            f"{path}: it was trained on graphs with {key}={stored}, here they are built with {key}={own}"
-        )
-
-
 def load_encoder(path: str | os.PathLike[str]) -> tuple[Encoder, dict[str, Any]]:
     """Load a pretrained encoder, or that of a finetuned model, and what its file says of it."""
     finetuned = kind_of(path) == "property_model"
     info, state = read(path, "property_model" if finetuned else "encoder")
     if finetuned:
         state = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
-    checked = _checked(info, _EncoderInfo, path)
-    return build_and_load(lambda: _build_encoder(checked, path), "encoder", state, path), info
+    said = checked(info, EncoderInfo, path)
+    return build_and_load(lambda: build_encoder(said, path), "encoder", state, path), info
 
 
 def load_property_model(path: str | os.PathLike[str]) -> tuple[TargetModel, dict[str, Any]]:
@@ -269,10 +214,10 @@ def load_property_model(path: str | os.PathLike[str]) -> tuple[TargetModel, dict
         raise CheckpointError(f"{path}: an ensemble of {len(members)} models; name one of them, as {members[0]}")
     path = path / "model.safetensors" if path.is_dir() else path
     info, state = read(path, "property_model")
-    checked = _checked(info, _ModelInfo, path)
-    model = build_and_load(lambda: _build_model(checked, path), "model", state, path)
+    said = checked(info, ModelInfo, path)
+    model = build_and_load(lambda: build_model(said, path), "model", state, path)
     if isinstance(model, HybridModel):
-        _load_tabular(model, checked, path)
+        _load_tabular(model, said, path)
     if not bool((model.std > 0).all()):
         raise CheckpointError(f"{path}: std, which scales its predictions, isn't positive")
     if model.descriptors is not None and not bool((model.descriptors.stats[1] > 0).all()):
@@ -280,53 +225,13 @@ def load_property_model(path: str | os.PathLike[str]) -> tuple[TargetModel, dict
     return model.eval(), info
 
 
-def _load_tabular(model: HybridModel, info: _ModelInfo, path: Path) -> None:
+def _load_tabular(model: HybridModel, info: ModelInfo, path: Path) -> None:
     try:
         model.tabular = TabularPart.from_file(read_extra(path, "property_model", TABULAR), info.tabular or {})
     except DataError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if len(model.tabular.stacks) != len(model.targets):
         raise CheckpointError(f"{path}: it has tabular members of {len(model.tabular.stacks)} targets")
-
-
-def _build_model(info: _ModelInfo, path: Path) -> TargetModel:
-    described = [{"type": "number"}] * len(info.targets) if info.target_types is None else info.target_types
-    if not len(described) == len(info.units) == len(info.targets):
-        raise ValueError(
-            f"it has {len(info.targets)} targets, {len(info.units)} units and {len(described)} target_types"
-        )
-    types = [make_target(description) for description in described]
-    if info.recipe == "network":
-        return _build_network(info, types, path)
-    return HybridModel(
-        encoder=_build_encoder(info, path),
-        networks=[_build_network(info, types, path) for _ in range(info.networks)],
-        targets=info.targets,
-        units=info.units,
-        types=types,
-        referenced=info.element_references,
-        descriptors=_build_descriptors(info),
-    )
-
-
-def _build_descriptors(info: _ModelInfo) -> Descriptors | None:
-    return Descriptors(info.descriptors, info.descriptor_units) if info.descriptors else None
-
-
-def _build_network(info: _ModelInfo, types: list[TargetType], path: Path) -> PropertyModel:
-    encoder = _build_encoder(info, path)
-    sizes = {"width": encoder.width, "depth": encoder.depth, "descriptors": len(info.descriptors)}
-    sizes["outputs"] = sum(kind.outputs for kind in types)
-    return PropertyModel(
-        encoder=encoder,
-        head=build(info.head, "head", kind=PropertyHead, **sizes),
-        targets=info.targets,
-        units=info.units,
-        types=types,
-        referenced=info.element_references,
-        descriptors=_build_descriptors(info),
-        per=info.target_per,
-    )
 
 
 def load_property_models(path: str | os.PathLike[str]) -> list[tuple[TargetModel, dict[str, Any]]]:

@@ -14,6 +14,7 @@ from crysldnet.build import TARGET
 from crysldnet.config.compose import compose, literally, parse
 from crysldnet.config.files import choices, conf_folder, load_yaml
 from crysldnet.errors import ConfigError
+from crysldnet.renames import renamed
 
 
 def split_words(text: str, key: str) -> list[str]:
@@ -39,7 +40,7 @@ def arguments_for(command: str, values: Mapping[str, Any], without: Collection[s
     Returns:
         None where there are no such arguments, as for a configuration of a version with other keys.
     """
-    wanted = {key: value for key, value in values.items() if key not in without}
+    wanted = {key: value for key, value in renamed(values, quiet=True).items() if key not in without}
     base = compose(command)
     chosen = []
     for group in base.groups:

@@ -41,11 +41,12 @@ from crysldnet.config.own_data import with_paths
 from crysldnet.config.words import PLAIN_WORDS, in_brackets, split
 from crysldnet.console import note
 from crysldnet.errors import ConfigError
+from crysldnet.renames import renamed_argument
 
 COMMAND_LINE = "on the command line"
 PRESETS = {"pretrain": "preset/pretrain", "finetune": "preset/finetune", "matbench": "preset/finetune"}
 """Command to the folder of its presets."""
-LISTS = ("data.targets", "data.descriptors", "data.exclude", "element_references", "plugins")
+LISTS = ("data.targets", "data.descriptors", "data.exclude", "atomic_references", "plugins")
 """Keys that hold lists of names; one name, or several between commas, needs no brackets."""
 MISSING = "???"
 """Of a key without a default, until it is given."""
@@ -133,7 +134,8 @@ def compose(command: str | Path, arguments: Sequence[str] = (), saved: Path | No
     Raises:
         ConfigError: a file, group or choice is unknown, a value is missing or can't be parsed.
     """
-    pairs = with_paths(split(arguments, keys_of(command), PLAIN_WORDS.get(str(command)), literally))
+    split_pairs = split(arguments, keys_of(command), PLAIN_WORDS.get(str(command)), literally)
+    pairs = with_paths([renamed_argument(*pair) for pair in split_pairs])
     links: dict[str, str] = {}
     presets = tuple(value for key, value in pairs if key == "preset" and value not in ("null", ""))
     if saved is None:
@@ -159,7 +161,7 @@ def compose(command: str | Path, arguments: Sequence[str] = (), saved: Path | No
         try:
             parsed = parse(value)
             parsed = in_brackets(parsed) if key in LISTS and isinstance(parsed, str) else parsed
-            OmegaConf.update(merged, key, literally(parsed), merge=False)
+            OmegaConf.update(merged, key, literally(renamed_argument(key, parsed)[1]), merge=False)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{key}={value}: {str(error).splitlines()[0]}", key) from error
         origin[key] = COMMAND_LINE

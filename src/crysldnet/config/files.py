@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from crysldnet.errors import ConfigError
 from crysldnet.io import conf_folder
+from crysldnet.renames import renamed
 
 CHOICES = "defaults"
 """Key of a file that names the choice of each group."""
@@ -45,6 +46,7 @@ def read_yaml(path: Path, group: str = "") -> dict[Any, Any]:
         raise ConfigError(f"{path}: it must hold keys and values")
     if not path.resolve().is_relative_to(conf_folder().resolve()):
         refuse_resolvers(loaded, str(path), group)
+        return renamed(loaded, group)
     return loaded
 
 
@@ -117,5 +119,6 @@ def read_saved(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: it must hold keys and values")
+    values = renamed(values)
     recorded = values.pop(CHOICES, None)
     return values, recorded if isinstance(recorded, dict) else {}

@@ -15,16 +15,26 @@ from crysldnet.errors import ConfigError
 
 FREE = (
     *("name", "runs", "resume", "logger", "data.num_workers", "strategy.timeout_minutes"),
-    *(f"trainer.{key}" for key in ("progress_bar", "log_every", "activation_checkpointing", "keep_checkpoints")),
+    *(
+        f"trainer.{key}"
+        for key in ("progress_bar", "log_every_n_steps", "activation_checkpointing", "keep_checkpoints")
+    ),
     *(f"trainer.{key}" for key in ("checkpoint_every_steps", "checkpoint_every_minutes", "time_limit_minutes")),
     *("baselines", "parallel", "folds", "out", "algorithm", "authors"),
 )
 """Keys that can't change a result."""
-EXECUTION = ("strategy", *(f"trainer.{key}" for key in ("accelerator", "devices", "nodes", "compile", "deterministic")))
+EXECUTION = (
+    "strategy",
+    *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "compile", "deterministic")),
+)
 """Keys that change a result in its last digits. They may change, and it is said."""
 LENGTH = {"pretrain": ("stages.vae.epochs", "stages.diffusion.epochs"), "finetune": ("epochs",), "matbench": ()}
 """Of each command, the keys that say how long it trains: learning rates are planned with them."""
-ALSO = {command: (*keys, "trainer.accumulate", "trainer.max_bad_steps") for command, keys in LENGTH.items() if keys}
+ALSO = {
+    command: (*keys, "trainer.accumulate_grad_batches", "trainer.max_nonfinite_steps")
+    for command, keys in LENGTH.items()
+    if keys
+}
 """Of each command, more keys that may change, and it is said. All folds of a benchmark are trained alike."""
 
 

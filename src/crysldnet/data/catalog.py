@@ -86,7 +86,7 @@ class PublishedSet(_Strict):
         files: to fetch.
         properties: columns besides the structures.
         licence, citation: as published.
-        splits: what ``data.split.by=published`` means.
+        splits: what ``data.split.by=official`` means.
         caveat: what could not be verified, or must be known.
         needs_structures: it has no structures of its own, but Materials Project ids.
     """

@@ -100,7 +100,7 @@ class Numbers:
         }
 
     def says_something(self, text: str) -> bool:
-        """Say whether a cell is meant to have a value, read or not."""
+        """Return whether a cell is meant to have a value, read or not."""
         return text in self.unread or not math.isnan(self.read[text].value)
 
 
@@ -216,7 +216,7 @@ def _has_decimal_comma(number: str) -> bool:
 
 
 def _are_codes(parts: Collection[_Parts]) -> bool:
-    """Say whether texts are codes, such as 0012, that would lose their zeros."""
+    """Return whether texts are codes, such as 0012, that would lose their zeros."""
     numbers = [found.number for found in parts]
     return all(map(str.isdigit, numbers)) and any(len(number) > 1 and number[0] == "0" for number in numbers)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -19,16 +19,19 @@ from crysldnet.data.datasets import open_store
 from crysldnet.data.decontamination import By, shared_rows
 from crysldnet.data.edge_counts import edge_counts
 from crysldnet.data.joined import join_splits, refuse_repeated_ids
-from crysldnet.data.sampler import BatchSampler, Budget
+from crysldnet.data.sampler import BatchLimits, BatchSampler
 from crysldnet.data.split import SPLITS, Rows, Split
 from crysldnet.data.split_file import split_text
 from crysldnet.data.store import CrystalStore
 from crysldnet.data.targets import column_called, read_target
 from crysldnet.errors import ConfigError, DataError
-from crysldnet.graphs.batch import CrystalBatch, make_batch
+from crysldnet.graphs.batch import CrystalBatch, cut, make_batch
 from crysldnet.graphs.corruption import Corruption
 from crysldnet.graphs.spec import GraphSpec
 from crysldnet.signals import leave_to_parent
+
+INFERENCE_BATCH = (64, 4096)
+"""Crystals and atoms of a batch outside of training."""
 
 
 class CrystalDataModule(pl.LightningDataModule):
@@ -176,7 +179,7 @@ class CrystalDataModule(pl.LightningDataModule):
         """Return [n, K] of all rows of the store, NaN where unknown; None for none."""
         if not self.descriptors:
             return None
-        return np.stack([read_target(self.store, name, "number")[0] for name in self.descriptors], axis=1)
+        return np.stack([read_target(self.store, name, "regression")[0] for name in self.descriptors], axis=1)
 
     def _keep(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         sizes = self.store.crystals.sizes[rows]
@@ -238,6 +241,11 @@ class CrystalDataModule(pl.LightningDataModule):
         descriptors = None if self.descriptor_values is None else self.descriptor_values[rows]
         return make_batch(self.store.crystals.take(rows), graph, rows=rows, descriptors=descriptors)
 
+    def batches(self, rows: NDArray[np.int64], graph: GraphSpec) -> Iterator[CrystalBatch]:
+        """Yield the graphs of many rows of the store in their order, for use without training."""
+        for start, stop in cut(self.store.crystals.sizes[rows], *INFERENCE_BATCH):
+            yield self.batch(rows[start:stop], graph)
+
     @property
     def commonest_species(self) -> int:
         """The most frequent atomic number among the training atoms."""
@@ -278,12 +286,12 @@ class CrystalDataModule(pl.LightningDataModule):
             start=self.start if train else (0, 0),
         )
 
-    def share_of_a_step(self, parts: int) -> Budget:
+    def share_of_a_step(self, parts: int) -> BatchLimits:
         """Return what one of ``parts`` batches of a step may hold."""
         atoms = [] if self.max_atoms is None else [self.max_atoms]
         atoms += [] if self.batch_atoms is None else [self.batch_atoms // parts]
         crystals = None if self.batch_size is None else self.batch_size // parts
-        return Budget(crystals=crystals, atoms=min(atoms, default=None), edges=self.max_edges)
+        return BatchLimits(crystals=crystals, atoms=min(atoms, default=None), edges=self.max_edges)
 
     def _loader(self, name: str) -> DataLoader[CrystalBatch]:
         rank, world_size, accumulate = 0, 1, 1

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from crysldnet.console import listed, note
 from crysldnet.data.catalog import definition_of, published
-from crysldnet.data.store import FORMAT_VERSION, CrystalStore, StoreWriter, utf8_path
+from crysldnet.data.store import FORMAT_VERSION, CrystalStore, utf8_path
+from crysldnet.data.store_writer import StoreWriter
 from crysldnet.errors import DataError
 
 EMBEDDED = Path(__file__).parent / "embedded"

@@ -64,7 +64,7 @@ def join_splits(stores: Mapping[str, CrystalStore], targets: Sequence[str]) -> C
 
 
 def _alike(name: str, stores: Mapping[str, CrystalStore], strict: bool) -> bool:
-    """Say whether a column has one unit, and numbers or texts, in all stores; raise where it hasn't and is a target."""
+    """Return whether a column has one unit, and numbers or texts, in all stores; raise if it is a target without."""
     if name in STRUCTURE_COLUMNS:
         return True
     first, *others = stores

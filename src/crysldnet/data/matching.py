@@ -48,7 +48,7 @@ def reduced_structure(crystals: Crystals, index: int) -> Any:
 
 
 class Matcher:
-    """Say whether crystals of two stores are the same structure; each is reduced once as long as it is in use.
+    """Return whether crystals of two stores are the same structure; each is reduced once as long as it is in use.
 
     Args:
         a, b: the crystals; twice the same for pairs within one store.

@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from crysldnet.console import csv_text
-from crysldnet.data.store import remove_partials, utf8_path
+from crysldnet.data.store import utf8_path
+from crysldnet.data.store_writer import remove_partials
 from crysldnet.errors import DataError
 from crysldnet.io import DISK_ERRORS, cannot_write
 

@@ -28,16 +28,12 @@ class BatchRequest(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget:
+class BatchLimits:
     """What one batch on one device may hold: at most so many crystals, atoms and directed edges."""
 
     crystals: int | None
     atoms: int | None = None
     edges: int | None = None
-
-    def for_any(self, atoms: NDArray[np.int64]) -> Budget:
-        """Return the same with room for the largest crystal, given the sizes [n], and without a bound on edges."""
-        return Budget(crystals=self.crystals, atoms=None if self.atoms is None else max(self.atoms, int(atoms.max())))
 
     def __str__(self) -> str:
         """Name what is bounded."""
@@ -52,7 +48,11 @@ Step = list[NDArray[np.int64]]
 
 
 def pack(
-    atoms: NDArray[np.int64], edges: NDArray[np.int64] | None, budget: Budget, multiple: int, order: NDArray[np.int64]
+    atoms: NDArray[np.int64],
+    edges: NDArray[np.int64] | None,
+    budget: BatchLimits,
+    multiple: int,
+    order: NDArray[np.int64],
 ) -> list[NDArray[np.int64]]:
     """Distribute crystals over the fewest batches that the budget allows, all nearly equal.
 
@@ -160,7 +160,7 @@ class BatchSampler(Sampler[BatchRequest]):
         rows: NDArray[np.int64],
         atoms: NDArray[np.int64],
         edges: NDArray[np.int64] | None,
-        budget: Budget,
+        budget: BatchLimits,
         *,
         shuffle: bool,
         seed: int = 0,

@@ -24,23 +24,31 @@ class Split:
     """How a store is split.
 
     Attributes:
-        by: ``column`` reads the split from a text column. ``published`` is the split that the field uses for a
+        by: ``column`` reads the split from a text column. ``official`` is the split that the field uses for a
             published data set and the chosen property. ``random`` draws rows; ``formula`` and ``chemical_system`` keep
             all crystals of one reduced formula, or of one set of elements, on one side, ``cluster`` those of one
             cluster of alike structures. ``element`` takes all crystals with certain elements as test. ``time`` takes
             the oldest for training and the newest as test. ``file`` reads what an earlier run saved.
         column: name of the column, where ``by`` is ``column`` or ``time``.
-        fractions: shares of train, val and test; where ``by`` is ``element``, of train and val to each other.
+        fractions: shares of train, val and test; where ``by`` is ``leave_element_out``, of train and val to each other.
         seed: of the drawing.
         train_fraction: use only this share of the training rows; smaller shares lie within larger ones.
-        elements: their symbols, where ``by`` is ``element``.
-        clusters: their number, where ``by`` is ``cluster``.
+        elements: their symbols, where ``by`` is ``leave_element_out``.
+        clusters: their number, where ``by`` is ``leave_cluster_out``.
         file: a ``split.json``, where ``by`` is ``file``.
     """
 
-    by: Literal["column", "published", "random", "formula", "chemical_system", "cluster", "element", "time", "file"] = (
-        "column"
-    )
+    by: Literal[
+        "column",
+        "official",
+        "random",
+        "formula",
+        "chemical_system",
+        "leave_cluster_out",
+        "leave_element_out",
+        "time",
+        "file",
+    ] = "column"
     column: str = "split"
     fractions: list[float] = field(default_factory=lambda: [0.8, 0.1, 0.1])
     seed: int = 0
@@ -54,7 +62,7 @@ class Split:
             raise DataError(f"split.fractions must be three shares that add up to 1, not {self.fractions}")
         if not 0.0 < self.train_fraction <= 1.0:
             raise DataError(f"split.train_fraction must be over 0 and at most 1, not {self.train_fraction}")
-        if self.by == "element" and not self.elements:
+        if self.by == "leave_element_out" and not self.elements:
             raise DataError("split.elements: name the elements to leave out, as data.split.elements=[F,Li]")
         if unknown := [symbol for symbol in self.elements if symbol not in SYMBOLS[1:]]:
             raise DataError(f"split.elements: {unknown[0]!r} is not the symbol of an element")
@@ -88,14 +96,14 @@ class Split:
     def _labels(self, store: CrystalStore, targets: Sequence[str]) -> NDArray:
         if self.by == "column":
             return self._column_labels(store, self.column)
-        if self.by == "published":
+        if self.by == "official":
             return self._published_labels(store, targets)
         places: dict[str, Callable[[CrystalStore], NDArray[np.float64]]] = {
             "random": self._random_places,
             "formula": lambda store: self._hashed_places(formulas_of(store.crystals)),
             "chemical_system": lambda store: self._hashed_places(chemical_systems_of(store.crystals)),
-            "cluster": self._cluster_places,
-            "element": self._element_places,
+            "leave_cluster_out": self._cluster_places,
+            "leave_element_out": self._element_places,
             "time": self._time_places,
         }
         place = places[self.by](store)

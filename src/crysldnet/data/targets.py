@@ -47,7 +47,7 @@ def read_target(
     """Return a column's values [n], NaN where unknown, and where it holds classes their names.
 
     A class is given by its place among the names. Booleans and texts are classes, numbers are numbers unless ``kind``
-    says ``classes``.
+    says ``classification``.
 
     Args:
         store: the crystals.
@@ -60,7 +60,7 @@ def read_target(
     """
     type_ = store.type_of(name)
     text = pa.types.is_string(type_) or pa.types.is_large_string(type_)
-    if kind not in (None, "classes") or not (text or kind == "classes" or pa.types.is_boolean(type_)):
+    if kind not in (None, "classification") or not (text or kind == "classification" or pa.types.is_boolean(type_)):
         values = store.numbers_of(name).copy()
         values[~np.isfinite(values)] = np.nan
         beyond = np.flatnonzero(np.abs(values) > np.finfo(np.float32).max)
@@ -71,7 +71,7 @@ def read_target(
                 "leave the value out"
             )
         return values, None
-    if text and kind != "classes":
+    if text and kind != "classification":
         _refuse_numbers(store, name)
     if text:
         return _text_classes(store, name)

@@ -75,13 +75,13 @@ def _symbol(name: str) -> str | None:
 
 
 def is_unit(text: str) -> bool:
-    """Say whether a text is a unit."""
+    """Return whether a text is a unit."""
     factors = factors_of(text)
     return factors is not None and not all(symbol.isdigit() for symbol, _ in factors)
 
 
 def same_unit(one: str | None, other: str | None) -> bool:
-    """Say whether two units are the same, however they are spelled; none is the same as none alone."""
+    """Return whether two units are the same, however they are spelled; none is the same as none alone."""
     if one is None or other is None:
         return one is other
     return one == other or (is_unit(one) and factors_of(one) == factors_of(other))

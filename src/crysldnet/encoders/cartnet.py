@@ -14,7 +14,7 @@ crystal is rotated**. ``augment`` turns every crystal at random in training, so 
 ``invariant`` drops r̂, which makes the features invariant.
 
 ``published``: no augmentation, as in the released runs on JARVIS and Materials Project, and the radial basis ends at
-5 Å whatever the radius. ``clean``: augmentation is on, and the basis ends at the radius. An atom without neighbors
+5 Å whatever the radius. ``corrected``: augmentation is on, and the basis ends at the radius. An atom without neighbors
 within the radius has no edges. The published head is ``head=cartnet``.
 """
 
@@ -46,8 +46,8 @@ class CartNet(Encoder):
         radius: of the graph in Å; 5 as published.
         n_basis: radial functions; 64 as published.
         invariant: leave the directions out.
-        augment: turn every crystal at random in training; by default on in the clean variant unless invariant.
-        variant: ``clean`` or ``published``, see the module's text.
+        augment: turn every crystal at random in training; by default on in the corrected variant unless invariant.
+        variant: ``corrected`` or ``published``, see the module's text.
 
     Symmetries: translation, order of atoms, choice of cell; rotation and reflection with ``invariant`` alone.
     Tests: ``tests/test_encoder_symmetry.py``.
@@ -62,11 +62,11 @@ class CartNet(Encoder):
         n_basis: int = 64,
         invariant: bool = False,
         augment: bool | None = None,
-        variant: Literal["clean", "published"] = "clean",
+        variant: Literal["corrected", "published"] = "corrected",
     ) -> None:
         super().__init__()
         self.width, self.radius, self.invariant = width, radius, invariant
-        self.augment = variant == "clean" if augment is None else augment
+        self.augment = variant == "corrected" if augment is None else augment
         self.graph = GraphSpec(radius=radius)
         self.smooth = True
         self.species = nn.Embedding(N_SPECIES, 2 * width)

@@ -8,8 +8,9 @@ Material Properties", Phys. Rev. Lett. 120, 145301 (2018).
     x_i ← softplus(x_i + BN_V(Σ_j σ(y₁) ⊙ softplus(y₂)))
 
 ``published``: exactly 12 edges an atom; ties are cut in the order of enumeration, and neighbors beyond 8 Å are replaced
-by edges from the crystal's first atom at 9 Å, which still send messages. ``clean`` keeps whole shells and adds nothing.
-PyG's ``CGConv`` is another function: no norm of the gate, no outer softplus. The published head is ``head=cgcnn``.
+by edges from the crystal's first atom at 9 Å, which still send messages. ``corrected`` keeps whole shells and adds
+nothing. PyG's ``CGConv`` is another function: no norm of the gate, no outer softplus. The published head is
+``head=cgcnn``.
 """
 
 from __future__ import annotations
@@ -67,10 +68,10 @@ class CGCNN(Encoder):
         width: C; 64 as published.
         layers: 3 as published.
         k: neighbors of an atom; 12 as published.
-        variant: ``clean`` or ``published``, see the module's text.
-        tolerance: Å by which the distances of one shell may differ in the clean variant.
+        variant: ``corrected`` or ``published``, see the module's text.
+        tolerance: Å by which the distances of one shell may differ in the corrected variant.
 
-    Symmetries: translation, rotation, reflection; the clean variant also order of atoms and choice of cell.
+    Symmetries: translation, rotation, reflection; the corrected variant also order of atoms and choice of cell.
     Tests: ``tests/test_encoder_symmetry.py``.
     """
 
@@ -80,7 +81,7 @@ class CGCNN(Encoder):
         width: int = 64,
         layers: int = 3,
         k: int = 12,
-        variant: Literal["clean", "published"] = "clean",
+        variant: Literal["corrected", "published"] = "corrected",
         tolerance: float = 1e-4,
     ) -> None:
         super().__init__()

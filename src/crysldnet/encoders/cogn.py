@@ -12,8 +12,8 @@ Each atom receives from its 24 nearest neighbors and all that tie with the 24th;
 Since messages end at each atom's own neighbors, equivalent atoms have equal features: with ``asymmetric_unit`` (as
 published) messages are computed for one atom of each equivalent set and its features stand for all of them.
 
-``published``: asymmetric unit, and ties within 1e-9 Å. ``clean``: all atoms, so that the tolerance of a symmetry search
-plays no part, and ties by tolerance.
+``published``: asymmetric unit, and ties within 1e-9 Å. ``corrected``: all atoms, so that the tolerance of a symmetry
+search plays no part, and ties by tolerance.
 The published head is ``head=linear``; weights begin Glorot-uniform with zero biases.
 """
 
@@ -75,8 +75,8 @@ class CoGN(Encoder):
         layers: blocks; 5 as published.
         k: nearest neighbors; 24 as published.
         asymmetric_unit: compute one atom of each symmetry-equivalent set; on in the published variant by default.
-        variant: ``clean`` or ``published``, see the module's text.
-        tolerance: Å by which the distances of one shell may differ in the clean variant.
+        variant: ``corrected`` or ``published``, see the module's text.
+        tolerance: Å by which the distances of one shell may differ in the corrected variant.
 
     Symmetries: translation, rotation, reflection, order of atoms, choice of cell.
     Tests: ``tests/test_encoder_symmetry.py``.
@@ -91,7 +91,7 @@ class CoGN(Encoder):
         layers: int = 5,
         k: int = 24,
         asymmetric_unit: bool | None = None,
-        variant: Literal["clean", "published"] = "clean",
+        variant: Literal["corrected", "published"] = "corrected",
         tolerance: float = 1e-4,
     ) -> None:
         super().__init__()

@@ -16,8 +16,8 @@ Each W_l(e), U_l(e) is a slice of one linear map F of u = softplus(W e): 5,120 n
 atom, laid out in slots.
 
 Lengths of r_ij alone and invariant contractions reach the output, so mirror images aren't told apart. The released
-default has n = 64, half the size of the paper's; n = 128 has 12.46 M parameters. ``published`` and ``clean`` differ in
-the graph as for iComFormer.
+default has n = 64, half the size of the paper's; n = 128 has 12.46 M parameters. ``published`` and ``corrected``
+differ in the graph as for iComFormer.
 """
 
 from __future__ import annotations
@@ -168,11 +168,11 @@ class EComFormer(Encoder):
         k: nearest neighbors; 25 as published.
         n_basis: radial functions; 256 as published.
         lattice_edges: join atoms to their own images along the frame.
-        variant: ``clean`` or ``published``, see the module's text.
+        variant: ``corrected`` or ``published``, see the module's text.
         tolerance: Å by which the distances of one shell, or lengths of lattice vectors, may differ when clean.
 
     Symmetries: translation, rotation, reflection, order of atoms; without lattice edges, which belong to the cell that
-    is given, the clean variant also choice of cell. Tests: ``tests/test_encoder_symmetry.py``.
+    is given, the corrected variant also choice of cell. Tests: ``tests/test_encoder_symmetry.py``.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class EComFormer(Encoder):
         k: int = 25,
         n_basis: int = 256,
         lattice_edges: bool = True,
-        variant: Literal["clean", "published"] = "clean",
+        variant: Literal["corrected", "published"] = "corrected",
         tolerance: float = 1e-4,
     ) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ After the first convolution the edges take up the angles ∠(v_m, r_ij):
 The frame is right-handed, so a mirror image has other features: this encoder tells enantiomers apart.
 
 ``published``: equal lengths of lattice vectors and right angles are left to rounding, self-images count twice, and an
-embedding that is never used is there, frozen, so that sizes agree. ``clean``: ties of the frame are broken by the
+embedding that is never used is there, frozen, so that sizes agree. ``corrected``: ties of the frame are broken by the
 integers of its vectors, within a tolerance, which makes the features invariant to rotation whatever the rounding. In
 both the frame belongs to the cell that is given: where lattice vectors tie in length (cubic, tetragonal, hexagonal),
 and in centred cells and supercells, another cell of the same crystal has other features. Reduce cells first if that
@@ -121,7 +121,7 @@ class IComFormer(Encoder):
         layers: convolutions; 4 as published (a variant of 3 is reported too).
         k: nearest neighbors; 25 as published.
         n_basis: radial and angular functions; 256 as published.
-        variant: ``clean`` or ``published``, see the module's text.
+        variant: ``corrected`` or ``published``, see the module's text.
         tolerance: Å by which the distances of one shell, or lengths of lattice vectors, may differ when clean.
 
     Symmetries: translation, rotation, order of atoms; not reflection, by design, and not choice of cell.
@@ -135,7 +135,7 @@ class IComFormer(Encoder):
         layers: int = 4,
         k: int = 25,
         n_basis: int = 256,
-        variant: Literal["clean", "published"] = "clean",
+        variant: Literal["corrected", "published"] = "corrected",
         tolerance: float = 1e-4,
     ) -> None:
         super().__init__()

@@ -13,9 +13,9 @@ the layer,
 There is no softmax. Norms, W₁ and W₂ are shared by the heads.
 
 ``published``: self-images count twice, ties are compared without tolerance, sparse crystals (a 12th neighbor beyond
-8 Å) get no lattice edges, and two parts that are never used are there, frozen, so that sizes agree. ``clean`` repairs
-these. Both depend on the cell that is given, through the lattice edges, unless ``lattice_edges`` is off; reduce cells
-first if that matters. Edges much longer than 8 Å have no radial feature and carry a constant.
+8 Å) get no lattice edges, and two parts that are never used are there, frozen, so that sizes agree. ``corrected``
+repairs these. Both depend on the cell that is given, through the lattice edges, unless ``lattice_edges`` is off;
+reduce cells first if that matters. Edges much longer than 8 Å have no radial feature and carry a constant.
 """
 
 from __future__ import annotations
@@ -102,11 +102,11 @@ class Matformer(Encoder):
         k: nearest neighbors; 12 as published.
         n_basis: radial functions; 128 as published.
         lattice_edges: join atoms to their own images along the cell.
-        variant: ``clean`` or ``published``, see the module's text.
-        tolerance: Å by which the distances of one shell may differ in the clean variant.
+        variant: ``corrected`` or ``published``, see the module's text.
+        tolerance: Å by which the distances of one shell may differ in the corrected variant.
 
-    Symmetries: translation, rotation, reflection, order of atoms; without lattice edges the clean variant also choice
-    of cell. Tests: ``tests/test_encoder_symmetry.py``.
+    Symmetries: translation, rotation, reflection, order of atoms; without lattice edges the corrected variant also
+    choice of cell. Tests: ``tests/test_encoder_symmetry.py``.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Matformer(Encoder):
         k: int = 12,
         n_basis: int = 128,
         lattice_edges: bool = True,
-        variant: Literal["clean", "published"] = "clean",
+        variant: Literal["corrected", "published"] = "corrected",
         tolerance: float = 1e-4,
     ) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ distribution: its 92 nearest distances and its weight Z_i / ΣZ.
 Two variants:
 
 ``published`` has the quirks of the released code: self-image edges count twice, ties are compared without tolerance,
-and the weight is Z_i / ΣZ, which shrinks as the cell is repeated. ``clean`` counts each neighbor once, keeps whole
+and the weight is Z_i / ΣZ, which shrinks as the cell is repeated. ``corrected`` counts each neighbor once, keeps whole
 shells by tolerance, and multiplies the weight by the number of atoms, so that features don't depend on the choice of
 cell. Masked atoms have the weight 0 and are left out of ΣZ in both. The clean weight divides by the atoms that are
 seen, n_seen · Z_i / ΣZ. The released loader drops neighbors closer than 0.15 Å; such crystals are refused on import
@@ -68,10 +68,10 @@ class PDDFormer(Encoder):
         n_distances: length of the distance distribution; 92 as published.
         n_basis: radial functions; 256 as published.
         dropout: in the mixing blocks; 0.1 as published.
-        variant: ``clean`` or ``published``, see the module's text.
-        tolerance: Å by which the distances of one shell may differ in the clean variant.
+        variant: ``corrected`` or ``published``, see the module's text.
+        tolerance: Å by which the distances of one shell may differ in the corrected variant.
 
-    Symmetries: translation, rotation, reflection, order of atoms; the clean variant also choice of cell. Only
+    Symmetries: translation, rotation, reflection, order of atoms; the corrected variant also choice of cell. Only
     distances enter, so mirror images aren't told apart. Tests: ``tests/test_symmetry.py``.
     """
 
@@ -84,7 +84,7 @@ class PDDFormer(Encoder):
         n_distances: int = 92,
         n_basis: int = 256,
         dropout: float = 0.1,
-        variant: Literal["clean", "published"] = "clean",
+        variant: Literal["corrected", "published"] = "corrected",
         tolerance: float = 1e-4,
     ) -> None:
         super().__init__()

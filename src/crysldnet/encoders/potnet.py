@@ -11,7 +11,7 @@ among them, which carries the lattice sum S_ij of the pair's potential (:mod:`cr
     x_i ← ReLU(x_i + BN_V(Σ_j σ(BN_E(MLP_g([x_i, x_j, e_ij]))) ⊙ MLP_m([x_i, x_j, e_ij])))
 
 ``published``: the lattice sums of the released code (truncated, the Pauli term's decay depending on the volume),
-self-images twice, ties without tolerance. ``clean`` repairs these. Neither is independent of the choice of cell: a
+self-images twice, ties without tolerance. ``corrected`` repairs these. Neither is independent of the choice of cell: a
 supercell has more pairs, each with a sum over a sparser lattice. The published head is ``head=potnet``.
 """
 
@@ -40,8 +40,8 @@ class PotNet(Encoder):
         k: nearest neighbors; 16 as published.
         n_basis: radial functions; 256 as published.
         n_potential_basis: functions of the potential; 64 as published.
-        variant: ``clean`` or ``published``, see the module's text.
-        tolerance: Å by which the distances of one shell may differ in the clean variant.
+        variant: ``corrected`` or ``published``, see the module's text.
+        tolerance: Å by which the distances of one shell may differ in the corrected variant.
 
     Symmetries: translation, rotation, reflection, order of atoms; not choice of cell.
     Tests: ``tests/test_encoder_symmetry.py``.
@@ -55,7 +55,7 @@ class PotNet(Encoder):
         k: int = 16,
         n_basis: int = 256,
         n_potential_basis: int = 64,
-        variant: Literal["clean", "published"] = "clean",
+        variant: Literal["corrected", "published"] = "corrected",
         tolerance: float = 1e-4,
     ) -> None:
         super().__init__()

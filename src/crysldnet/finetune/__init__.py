@@ -35,7 +35,7 @@ from crysldnet.finetune.training import Finetuned, make_model
 from crysldnet.training.inputs import inputs_of
 from crysldnet.training.loggers import describe_data
 from crysldnet.training.run_folder import RunFolder
-from crysldnet.training.trainer import TrainerSettings
+from crysldnet.training.trainer import checked_settings
 from crysldnet.training.wandb_run import publish
 
 __all__ = ["FinetuneConfig", "Finetuned", "TrainingConfig", "make_encoder", "run", "train"]
@@ -51,8 +51,7 @@ def run(config: FinetuneConfig, values: dict[str, Any], choices: Mapping[str, An
         values: the same as plain values, to be saved with everything that the run writes.
         choices: the files that they came from, by group.
     """
-    settings: TrainerSettings = build(config.trainer, "trainer")
-    settings.check(build(config.strategy, "strategy"))
+    settings = checked_settings(config.trainer, config.strategy)
     check_recipe(config)
     encoder, encoder_config, provenance = make_encoder(config)  # what is wrong stops here, before a folder is made
     data = make_data(config, encoder)
@@ -64,7 +63,7 @@ def run(config: FinetuneConfig, values: dict[str, Any], choices: Mapping[str, An
     make_model(config, encoder, data, make_types(config, data))
     if config.ensemble > 1:
         member_rows(data, config)
-    data.steps_per_epoch(settings.world_size, settings.accumulate)
+    data.steps_per_epoch(settings.world_size, settings.accumulate_grad_batches)
     folder = RunFolder(config.runs, "finetune", config.name, resume=config.resume is not None)
     values = {**values, "encoder": encoder_config}
     folder.save_split(data.split_text())
@@ -77,8 +76,7 @@ def run(config: FinetuneConfig, values: dict[str, Any], choices: Mapping[str, An
 
     tested = None
     if folds:
-        device = "cuda" if settings.resolve_accelerator() == "gpu" else "cpu"
-        tested = cross_validate(config, values, folder.path, folder.name, data, folds, device)
+        tested = cross_validate(config, values, folder.path, folder.name, data, folds, settings.device)
     if config.ensemble > 1:
         result = train_ensemble(config, values, folder.path, folder.name, data)
         loggers, logged = make_loggers(), result.metrics

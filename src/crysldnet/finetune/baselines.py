@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from crysldnet.console import SHOWN, note, print_table
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.descriptors import crystal_descriptors
-from crysldnet.models.target import Classes, Log, TargetType
+from crysldnet.models.targets import TargetType
 from crysldnet.tabular.members import fit_models
 from crysldnet.training.baseline_table import baseline_header, baseline_rows
 from crysldnet.training.bootstrap import bootstrap
@@ -89,7 +89,7 @@ def tabular_features(data: CrystalDataModule, rows: Rows) -> Floats:
 
 
 def _affordable(types: Sequence[TargetType], crystals: int) -> bool:
-    columns = sum(len(kind.labels) if isinstance(kind, Classes) else 1 for kind in types)
+    columns = sum(1 if kind.classes is None else len(kind.classes) for kind in types)
     if crystals > MOST_CRYSTALS:
         note(f"no comparison with trees: {crystals:,} crystals, over {MOST_CRYSTALS:,}")
     elif columns > MOST_COLUMNS:
@@ -98,13 +98,9 @@ def _affordable(types: Sequence[TargetType], crystals: int) -> bool:
 
 
 def _constant(values: Floats, types: Sequence[TargetType]) -> Floats:
-    """Return [T] the mean of the known values, of classes the most frequent."""
-    known = [column[~np.isnan(column)] for column in values.T]
+    """Return [T] the best constant for the known values of each target."""
     return np.array(
-        [
-            np.bincount(own.astype(np.int64)).argmax() if isinstance(kind, Classes) else own.mean()
-            for own, kind in zip(known, types, strict=True)
-        ],
+        [kind.constant(own[~np.isnan(own)]) for own, kind in zip(values.T, types, strict=True)],
         np.float64,
     )
 
@@ -114,29 +110,22 @@ def _trees(x: Floats, values: Floats, types: Sequence[TargetType]) -> Floats:
     found = np.empty((len(x) - len(values), len(types)))
     for place, kind in enumerate(types):
         known = np.flatnonzero(~np.isnan(values[:, place]))
-        own = values[known, place]
-        if isinstance(kind, Classes):
-            y = np.eye(len(kind.labels))[own.astype(np.int64)]
-        else:
-            y = (np.log(own) if isinstance(kind, Log) else own)[:, None]
+        y = kind.table_outputs(values[known, place])
         model = fit_models(x[known], y, np.arange(len(known)), members=("boosted_trees",))["boosted_trees"]
         raw = model.predict(x[len(values) :])
-        found[:, place] = raw.argmax(axis=1) if isinstance(kind, Classes) else raw[:, 0]
-        if isinstance(kind, Log):
-            found[:, place] = np.exp(found[:, place])
+        found[:, place] = kind.from_table(raw, np.zeros_like(raw)).value.numpy()
     return found
 
 
 def _of_target(predicted: Mapping[str, Floats], true: Floats, kind: TargetType) -> dict[str, Any]:
     known = ~np.isnan(true)
-    off = np.stack([values[known] - true[known] for values in predicted.values()])
-    errors = (off != 0).astype(np.float64) if isinstance(kind, Classes) else np.abs(off)
+    errors = np.stack([kind.errors(values[known], true[known]) for values in predicted.values()])
     means = errors.mean(axis=1)
     low = high = np.full(2 * len(means), np.nan)
     if known.sum() > 1:
         low, high, _ = bootstrap(errors, RESAMPLES, 0)
     ends = [None if np.isnan(a) else [float(a), float(b)] for a, b in zip(low, high, strict=True)]
-    found: dict[str, Any] = {"measure": "error_rate" if isinstance(kind, Classes) else "mae"}
+    found: dict[str, Any] = {"measure": kind.measure}
     found["crystals"] = int(known.sum())
     for place, name in enumerate(predicted):
         found[name] = {"error": float(means[place]), "interval": ends[place]}

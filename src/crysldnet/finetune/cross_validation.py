@@ -21,10 +21,9 @@ from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.data.split import Rows
 from crysldnet.errors import ConfigError
 from crysldnet.finetune.baselines import Baselines, Floats, compare, fit_baselines
-from crysldnet.finetune.ensemble import describe, evaluate, formula_parts, train_ensemble, train_member
-from crysldnet.finetune.settings import FinetuneConfig, make_data, make_encoder
-from crysldnet.finetune.training import Predictions
-from crysldnet.models.predictor import TargetModel
+from crysldnet.finetune.ensemble import describe, fit_models, formula_parts
+from crysldnet.finetune.settings import FinetuneConfig
+from crysldnet.finetune.training import Predictions, evaluate, reported
 from crysldnet.training.metrics import TargetMetrics
 
 
@@ -103,14 +102,15 @@ def cross_validate(
     others: list[dict[str, Floats]] = []
     whole: TargetMetrics | None = None
     for i, rows in enumerate(folds):
-        models = _train_fold(config, values, folder / f"fold_{i}", data, rows, f"{name}-fold_{i}", device)
+        files = fit_models(config, values, folder / f"fold_{i}", data, rows, f"{name}-fold_{i}")
+        models = [load_property_model(file)[0].to(device) for file in files]
         types, test = models[0].types, rows["test"]
-        own = TargetMetrics(data.targets, types, sync_on_compute=False).to(device)
-        whole = whole or TargetMetrics(data.targets, types, sync_on_compute=False).to(device)
+        own = TargetMetrics(data.targets, types, sync_on_compute=False)
+        whole = whole or TargetMetrics(data.targets, types, sync_on_compute=False)
         found = evaluate(models, data, test, [own, whole])
         predictions |= found
         fold_of |= dict.fromkeys(found, i)
-        scores.append({"test_crystals": len(test), **_as_test(own)})
+        scores.append({"test_crystals": len(test), **reported(own, "test")})
         describe(f"fold {i + 1} of {len(folds)}", scores[-1])
         if config.baselines:
             total = config.head.get("readout") == "sum"
@@ -120,29 +120,4 @@ def cross_validate(
     joined = {key: np.concatenate([own[key] for own in others]) for key in (others[0] if others else ())}
     model = np.array([[of_target[0] for of_target in predictions[row]] for row in tested.tolist()])
     compared = compare({"model": model, **joined}, data, types, tested)
-    return OutOfFold(dict(sorted(predictions.items())), fold_of, scores, _as_test(whole), compared)
-
-
-def _train_fold(
-    config: FinetuneConfig,
-    values: dict[str, Any],
-    path: Path,
-    data: CrystalDataModule,
-    rows: Rows,
-    name: str,
-    device: str,
-) -> list[TargetModel]:
-    """Train a fold's model or ensemble, unless it is there already, and load it."""
-    if config.ensemble > 1:
-        own = make_data(config, make_encoder(config)[0], store=data.store, rows=rows)
-        train_ensemble(config, values, path, name, own)
-        paths = [path / f"member_{i}" for i in range(config.ensemble)]
-    else:
-        train_member(config, values, path, data, rows, name)
-        paths = [path]
-    return [load_property_model(each)[0].to(device) for each in paths]
-
-
-def _as_test(scores: TargetMetrics) -> dict[str, float]:
-    found = {k: v for k, v in scores.compute().items() if k != "nll" and not k.startswith("normalised")}
-    return {f"test/{name}": float(value) for name, value in found.items()}
+    return OutOfFold(dict(sorted(predictions.items())), fold_of, scores, reported(whole, "test"), compared)

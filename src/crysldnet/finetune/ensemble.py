@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 
@@ -18,14 +17,12 @@ from crysldnet.build import build
 from crysldnet.console import note
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.data.formulas import formulas_of
-from crysldnet.data.sampler import BatchSampler
 from crysldnet.data.split import Rows
 from crysldnet.errors import ConfigError
 from crysldnet.finetune.recipes import train
-from crysldnet.finetune.settings import EnsembleConfig, member_seed
-from crysldnet.finetune.training import Finetuned, Predictions, rows_of, train_part
-from crysldnet.models.predictor import TargetModel
-from crysldnet.training.calibrate import calibrate, together
+from crysldnet.finetune.settings import EnsembleConfig, make_data, make_encoder, member_seed
+from crysldnet.finetune.training import Finetuned, evaluate, reported, train_part
+from crysldnet.training.calibrate import calibrate
 from crysldnet.training.inputs import hashes_of
 from crysldnet.training.metrics import TargetMetrics
 from crysldnet.training.trainer import TrainerSettings
@@ -90,11 +87,25 @@ def train_ensemble(
         describe(f"member {i + 1} of {config.ensemble}", info["metrics"])
         results.append(info)
     settings: TrainerSettings = build(config.trainer, "trainer")
-    device = "cuda" if settings.resolve_accelerator() == "gpu" else "cpu"
-    result = _together(folder, results, data, device)
+    result = _together(folder, results, data, settings.device)
     apart = config.ensemble_by == "folds" and not data.calibration_fraction
-    _calibrate(folder, result, [rows["val"] for rows in parts] if apart else None, device)
+    _calibrate(folder, result, [rows["val"] for rows in parts] if apart else None, settings.device)
     return result
+
+
+def fit_models(
+    config: EnsembleConfig, values: dict[str, Any], path: Path, data: CrystalDataModule, rows: Rows, name: str
+) -> list[Path]:
+    """Train a model or an ensemble on some rows, as far as it isn't there yet; return the folder of each model.
+
+    Arguments as those of :func:`train_member`.
+    """
+    if config.ensemble == 1:
+        train_member(config, values, path, data, rows, name)
+        return [path]
+    own = make_data(config, make_encoder(config)[0], store=data.store, rows=rows)
+    train_ensemble(config, values, path, name, own)
+    return [path / f"member_{i}" for i in range(config.ensemble)]
 
 
 @rank_zero_only
@@ -140,32 +151,11 @@ def describe(title: str, metrics: Mapping[str, float]) -> None:
     note(f"{title}: {shown}")
 
 
-@torch.inference_mode()
-def evaluate(
-    models: Sequence[TargetModel],
-    data: CrystalDataModule,
-    rows: NDArray[np.int64],
-    scores: Sequence[TargetMetrics],
-) -> Predictions:
-    """Predict rows of the store with one model or an ensemble, and add how well to the scores."""
-    predictions: Predictions = {}
-    assert data.target_values is not None
-    std = models[0].std
-    for some in _batches(data, rows):
-        batch = data.batch(some, models[0].encoder.graph).to(std.device)
-        predicted = together(models, [member.predict(batch) for member in models])
-        true = torch.from_numpy(data.target_values[some]).float().to(std.device)
-        for own in scores:
-            own.update(predicted, true, torch.zeros_like(true), std)
-        predictions |= rows_of(some, predicted)
-    return predictions
-
-
 def _together(folder: Path, infos: list[dict[str, Any]], data: CrystalDataModule, device: str) -> Finetuned:
     """Evaluate the mean prediction on the test split; on validation the members' own figures are averaged."""
     loaded = [load_property_model(folder / f"member_{i}")[0].to(device) for i in range(len(infos))]
     model = loaded[0]
-    scores = TargetMetrics(model.targets, model.types, sync_on_compute=False).to(device)
+    scores = TargetMetrics(model.targets, model.types, sync_on_compute=False)
     predictions = evaluate(loaded, data, data.rows["test"], [scores])
     metrics = {
         f"{'test_members' if name.startswith('test/') else name.split('/')[0]}/{name.split('/', 1)[1]}": float(
@@ -175,13 +165,5 @@ def _together(folder: Path, infos: list[dict[str, Any]], data: CrystalDataModule
         if "/" in name
     }
     if predictions:
-        values = {k: v for k, v in scores.compute().items() if k != "nll" and not k.startswith("normalised")}
-        metrics |= {f"test/{name}": float(value) for name, value in values.items()}
-    return Finetuned(model.cpu(), infos[0], metrics, data, dict(sorted(predictions.items())))
-
-
-def _batches(data: CrystalDataModule, rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    if len(rows):
-        sizes = data.store.crystals.sizes[rows]
-        budget = data.share_of_a_step(1).for_any(sizes)
-        yield from (chosen for chosen, *_ in BatchSampler(rows, sizes, None, budget, shuffle=False))
+        metrics |= reported(scores, "test")
+    return Finetuned(model.cpu(), infos[0], metrics, data, predictions)

@@ -39,14 +39,14 @@ from crysldnet.finetune.settings import (
     make_encoder,
     make_types,
 )
-from crysldnet.finetune.training import Finetuned, Predictions, describe_model, rows_of
-from crysldnet.models.hybrid import NETWORK, HybridModel, TabularPart, estimate_of, outputs_of
+from crysldnet.finetune.training import Finetuned, Predictions, describe_model, evaluate, reported
+from crysldnet.models.hybrid import NETWORK, HybridModel, TabularPart
 from crysldnet.models.predictor import Prediction
 from crysldnet.models.references import fit_references
-from crysldnet.models.target import Classes, Estimate
+from crysldnet.models.targets import Estimate
 from crysldnet.tabular.projection import fit_projection
 from crysldnet.tabular.stack import FittedStack, fit_stack
-from crysldnet.training.calibrate import HeldOut, batches, errors_of, held_out_errors, learn
+from crysldnet.training.calibrate import HeldOut, errors_of, held_out_errors, learn
 from crysldnet.training.loggers import MetricsFile
 from crysldnet.training.metrics import TargetMetrics
 from crysldnet.training.trainer import TrainerSettings
@@ -110,7 +110,7 @@ def train_hybrid(
     pl.seed_everything(config.seed, workers=True, verbose=False)
     check_recipe(config)
     settings: TrainerSettings = build(config.trainer, "trainer")
-    device = torch.device("cuda" if settings.resolve_accelerator() == "gpu" else "cpu")
+    device = torch.device(settings.device)
     encoder, encoder_config, provenance = make_encoder(config)
     embeds = encoder_file(config.pretrained) is not None
     if not embeds and config.recipe == "frozen":
@@ -135,19 +135,19 @@ def train_hybrid(
         targets=data.targets,
         units=data.units,
         types=types,
-        referenced=config.element_references,
+        referenced=config.atomic_references,
         descriptors=make_descriptors(data),
     )
     model.fit_scale(data.train_targets())
     model.to(device).eval()
     found = _fit(model, data, networks, embeds=embeds, may_drop=config.recipe == "auto", seed=config.seed)
     entropies = class_entropies(types, data)
-    metrics = _scores(model, found.predicted, data.train_targets(), entropies, "val")
+    metrics = _out_of_fold_scores(model, found.predicted, data.train_targets(), entropies)
     predictions: Predictions = {}
     if len(data.rows["test"]):
-        predicted, predictions = _predict_test(model, data)
-        assert data.target_values is not None
-        metrics |= _scores(model, predicted, data.target_values[data.rows["test"]], entropies, "test")
+        scores = TargetMetrics(model.targets, model.types, entropies, sync_on_compute=False)
+        predictions = evaluate([model], data, data.rows["test"], [scores])
+        metrics |= reported(scores, "test")
     info = describe_model(model, data, config, values, provenance)
     info |= {"metrics": metrics, "blend": found.members}
     _export(model, info, config, data, found, folder)
@@ -176,7 +176,7 @@ def _fit(
 ) -> OutOfFold:
     """Fit the tabular part of a model to the crystals, and return what all members predict of them out of fold."""
     rows = data.rows["train"]
-    read = [model.read(batch) for _, batch in batches(model, data, rows)]
+    read = [model.read(batch.to(model.std.device)) for batch in data.batches(rows, model.encoder.graph)]
     descriptors = stacked([part for part, _ in read])
     embedding = np.concatenate([part for _, part in read]) if embeds else None
     part = TabularPart(descriptors.names, None if embedding is None else fit_projection(embedding), [])
@@ -220,11 +220,11 @@ def _out_of_fold(
     members: dict[str, dict[str, dict[str, float]]] = {}
     true = data.train_targets()
     for place, (kind, rows, fitted) in enumerate(zip(model.types, known, fits, strict=True)):
-        estimates.append(_spread_out(len(true), rows, estimate_of(kind, fitted.value, fitted.spread)))
+        estimates.append(_spread_out(len(true), rows, kind.from_table(fitted.value, fitted.spread)))
         members[data.targets[place]] = {
             name: {
                 "weight": fitted.stack.weights[name],
-                "error": _error(estimate_of(kind, own, own), true[rows, place]),
+                "error": float(kind.errors(kind.from_table(own, own).value.numpy(), true[rows, place]).mean()),
             }
             for name, own in fitted.members.items()
         }
@@ -242,7 +242,7 @@ def _fit_target(
     seed: int,
 ) -> FittedStack:
     kind = model.types[place]
-    y = outputs_of(kind, data.train_targets()[known, place])
+    y = kind.table_outputs(data.train_targets()[known, place])
     baseline = None
     if data.targets[place] in model.referenced:
         crystals = data.store.crystals.take(data.rows["train"][known])
@@ -255,7 +255,7 @@ def _fit_target(
 
         whole = fit_references(crystals, y[:, 0], total=False)
         model.references[place] = torch.from_numpy(whole.of_element)
-    absolute = not isinstance(kind, Classes)
+    absolute = kind.classes is None
     return fit_stack(x[known], y, groups[known], others=others, baseline=baseline, absolute=absolute, seed=seed)
 
 
@@ -272,38 +272,13 @@ def _spread_out(n: int, known: NDArray[np.int64], estimate: Estimate) -> Estimat
     return Estimate(*map(whole, estimate))  # type: ignore[arg-type]
 
 
-def _error(estimate: Estimate, true: NDArray[np.float64]) -> float:
-    """Return the MAE, or the share of wrong classes."""
-    value = estimate.value.numpy()
-    return float((value != true).mean() if estimate.probability is not None else np.abs(value - true).mean())
-
-
-def _scores(
-    model: HybridModel, predicted: Prediction, true: NDArray[np.float64], entropies: list[float], split: str
+def _out_of_fold_scores(
+    model: HybridModel, predicted: Prediction, true: NDArray[np.float64], entropies: list[float]
 ) -> dict[str, float]:
     scores = TargetMetrics(model.targets, model.types, entropies, sync_on_compute=False)
     wanted = torch.from_numpy(true).float()
-    own = Prediction(*(None if part is None else part.float() for part in predicted))  # type: ignore[arg-type]
-    scores.update(own, wanted, torch.zeros_like(wanted), model.std.cpu())
-    kept = {name: value for name, value in scores.compute().items() if name != "nll"}
-    return {
-        f"{split}/{name}": float(value)
-        for name, value in kept.items()
-        if split == "val" or not name.startswith("normalised")
-    }
-
-
-@torch.inference_mode()
-def _predict_test(model: HybridModel, data: CrystalDataModule) -> tuple[Prediction, Predictions]:
-    parts: list[Prediction] = []
-    predictions: Predictions = {}
-    for rows, batch in batches(model, data, data.rows["test"]):
-        predicted = Prediction(*(None if part is None else part.cpu() for part in model.predict(batch)))  # type: ignore[arg-type]
-        parts.append(predicted)
-        predictions |= rows_of(rows, predicted)
-    columns = zip(*parts, strict=True)
-    whole = Prediction(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
-    return whole, dict(sorted(predictions.items()))
+    scores.update(predicted.to(torch.float32), wanted, torch.zeros_like(wanted), model.std.cpu())
+    return {f"val/{name}": float(value) for name, value in scores.compute().items() if name != "nll"}
 
 
 def _export(

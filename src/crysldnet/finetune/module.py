@@ -13,13 +13,13 @@ from crysldnet.graphs.batch import CrystalBatch
 from crysldnet.graphs.spec import GraphSpec
 from crysldnet.models.head import PropertyModel
 from crysldnet.models.predictor import Prediction
-from crysldnet.models.target import Loss
+from crysldnet.models.targets import Loss
 from crysldnet.training.features import ReadTable, standardize
+from crysldnet.training.fit import total_steps
 from crysldnet.training.metrics import TargetMetrics
 from crysldnet.training.optimizer import AdamW
-from crysldnet.training.trainer import total_steps
 
-Mode = Literal["full", "frozen", "gradual"]
+Mode = Literal["full", "frozen", "gradual_unfreezing"]
 
 
 class FinetuneModule(pl.LightningModule):
@@ -32,8 +32,9 @@ class FinetuneModule(pl.LightningModule):
         model: what is trained.
         optimizer: its optimizer.
         loss: on normalised targets.
-        mode: ``frozen`` computes the features of a frozen encoder once; ``gradual`` trains the head first, then one
-            layer of the encoder more after another, the last layer first, until all are trained in the second half.
+        mode: ``frozen`` computes the features of a frozen encoder once; ``gradual_unfreezing`` trains the head first,
+            then one layer of the encoder more after another, the last layer first, until all are trained in the
+            second half.
         layer_decay: factor of the learning rate from one layer to the one below.
         entropies: [T] of the training classes, what the log loss of a classification is compared with.
         fresh: the encoder isn't pretrained.
@@ -80,19 +81,19 @@ class FinetuneModule(pl.LightningModule):
             data.graph = GraphSpec(k=1)  # the head needs no edges
 
     def _is_open(self, name: str) -> bool:
-        """Say whether a parameter of the model is trained in this epoch."""
+        """Return whether a parameter of the model is trained in this epoch."""
         half = max((self.trainer.max_epochs or 1) / 2, 1e-9)
         return self.model.depth_of(name) <= int(self.trainer.current_epoch / half * self.model.n_depths)
 
     def on_train_epoch_start(self) -> None:
         """Keep the parts that aren't trained yet without dropout and without statistics of batches."""
-        if self.mode == "gradual":
+        if self.mode == "gradual_unfreezing":
             for name, part in self.model.encoder.named_modules():
                 part.training = self._is_open(f"encoder.{name}")
 
     def on_after_backward(self) -> None:
         """Drop the gradients of the parts that aren't trained yet."""
-        if self.mode == "gradual":
+        if self.mode == "gradual_unfreezing":
             for name, parameter in self.model.named_parameters():
                 if not self._is_open(name):
                     parameter.grad = None

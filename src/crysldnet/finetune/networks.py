@@ -20,11 +20,10 @@ from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.data.formulas import formulas_of
 from crysldnet.finetune.settings import TrainingConfig, member_seed
 from crysldnet.finetune.training import train_network, train_part
+from crysldnet.models.ensemble import predict
 from crysldnet.models.head import PropertyModel
-from crysldnet.models.hybrid import predicted_outputs
 from crysldnet.models.predictor import TargetModel
 from crysldnet.tabular.blend import group_folds
-from crysldnet.training.calibrate import batches
 
 
 @dataclass(frozen=True)
@@ -78,10 +77,6 @@ def train_networks(
     return Networks(models, [np.concatenate(each)[order] for each in zip(*parts, strict=True)])
 
 
-@torch.inference_mode()
 def _outputs(model: TargetModel, data: CrystalDataModule, rows: NDArray[np.int64]) -> list[NDArray[np.float64]]:
-    found = [model.predict(batch) for _, batch in batches(model, data, rows)]
-    return [
-        np.concatenate([predicted_outputs(kind, predicted, place) for predicted in found])
-        for place, kind in enumerate(model.types)
-    ]
+    predicted = predict([model], data.batches(rows, model.encoder.graph))
+    return [kind.as_table_outputs(predicted.at(place)) for place, kind in enumerate(model.types)]

@@ -18,19 +18,9 @@ from crysldnet.finetune.cross_validation import OutOfFold
 from crysldnet.finetune.settings import FinetuneConfig
 from crysldnet.finetune.training import Finetuned
 from crysldnet.io import replacing
+from crysldnet.measures import find
 from crysldnet.training import plots
 from crysldnet.training.run_folder import RunFolder
-
-TITLES = {
-    "mae": "MAE",
-    "rmse": "RMSE",
-    "r2": "R²",
-    "f1": "F1",
-    "log_loss": "log loss",
-    "roc_auc": "ROC-AUC",
-    "nll": "NLL",
-}
-WITH_UNIT = ("mae", "rmse")
 
 
 def write_predictions(path: Path, rows: Iterable[Sequence[str]], *more: str) -> None:
@@ -167,14 +157,15 @@ def _print_metrics(result: Finetuned, test: str) -> None:
     names = dict.fromkeys(name.split("/", 1)[1] for name in metrics if name.split("/")[0] in splits)
     units = dict(zip(result.data.targets, result.data.units, strict=True))
     hidden = set(result.data.targets[SHOWN:])
-    common = result.data.units[0] if len(set(result.data.units)) == 1 else ""
     rows = []
     for name in names:
         kind, _, target = name.partition("/")
         if target not in hidden and all(f"{split}/{name}" in metrics for split in splits):
-            title = TITLES.get(kind, kind) + (f" {target}" if target else "")
-            unit = units.get(target, common)
-            suffix = f" ({unit})" if unit and kind in WITH_UNIT else ""
-            rows.append([title + suffix, *(f"{metrics[f'{split}/{name}']:.4f}" for split in splits)])
+            measure, _ = find(f"val/{name}")
+            unit = measure.unit_in(units, target)
+            title = (measure.title or kind) + (f" {target}" if target else "")
+            rows.append(
+                [title + (f" ({unit})" if unit else ""), *(f"{metrics[f'{split}/{name}']:.4f}" for split in splits)]
+            )
     titles = [test if split == "test" else split.replace("_", ", ") for split in splits]
     print_table(listed(result.data.targets), ["", *titles], rows)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from crysldnet.artifacts import model_file
 from crysldnet.artifacts.provenance import encoder_file
-from crysldnet.build import TARGET, build
+from crysldnet.build import build
 from crysldnet.console import listed, note
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.data.split import Rows
@@ -21,7 +21,8 @@ from crysldnet.encoders.protocol import Encoder
 from crysldnet.errors import ConfigError, DataError
 from crysldnet.models.descriptors import Descriptors
 from crysldnet.models.per import Per, bulk_of, no_area
-from crysldnet.models.target import Classes, Loss, Named, TargetType, make_number
+from crysldnet.models.targets import Classes, Loss, Named, Number, TargetType, make_number
+from crysldnet.training.strategies import SHARDED, name_of
 
 SMALLEST_SPREAD = 1e-30
 """Standard deviation of training values; squares of smaller numbers are 0 in single precision."""
@@ -40,20 +41,20 @@ class TrainingConfig:
     recipe: Literal["network", "frozen", "hybrid", "auto"] = "network"
     networks: int = 5
     pretrained: str | None
-    mode: Literal["full", "frozen", "gradual"] = "full"
+    mode: Literal["full", "frozen", "gradual_unfreezing"] = "full"
     seed: int
     name: str | None
     runs: str
     resume: Literal["last"] | None
     target_types: dict[str, Named] = field(default_factory=dict)
     target_per: dict[str, Per] = field(default_factory=dict)
-    element_references: list[str] = field(default_factory=list)
+    atomic_references: list[str] = field(default_factory=list)
     epochs: int
     min_steps: int = 0
     patience: int | None = None
     loss: Loss
     layer_decay: float = 1.0
-    gradient_clip: float | None
+    gradient_clip_val: float | None
     data: dict[str, Any]
     encoder: dict[str, Any]
     head: dict[str, Any]
@@ -72,7 +73,7 @@ class TrainingConfig:
                 f"min_steps={self.min_steps} must be 0 or more, patience={self.patience} 1 or more or null"
             )
         for name, named in self.target_types.items():
-            if named != "classes":
+            if named != Classes.name:
                 try:
                     make_number(named, None)
                 except ValueError as error:
@@ -82,7 +83,7 @@ class TrainingConfig:
         if self.mode != "full" and self.pretrained in (None, "none"):
             raise ValueError(f"mode={self.mode} needs a pretrained encoder; give pretrained=FILE, or mode=full")
         apart = self.mode != "full" or self.layer_decay != 1
-        if apart and str(self.strategy.get(TARGET)).rpartition(".")[2] not in ("single", "ddp"):
+        if apart and name_of(build(self.strategy, "strategy")) in SHARDED:
             raise ValueError("sharding joins layers; set mode=full and layer_decay=1, or choose strategy=ddp")
         if self.mode == "frozen" and self.layer_decay != 1:
             raise ValueError(
@@ -190,7 +191,7 @@ def make_types(config: TrainingConfig, data: CrystalDataModule) -> list[TargetTy
         ConfigError: a setting names a target that isn't predicted.
         DataError: a value can't be, or the training split has one class alone.
     """
-    for key in ("target_types", "target_per", "element_references"):
+    for key in ("target_types", "target_per", "atomic_references"):
         for name in getattr(config, key):
             if name not in data.targets:
                 close = get_close_matches(name, data.targets, n=1)
@@ -201,7 +202,7 @@ def make_types(config: TrainingConfig, data: CrystalDataModule) -> list[TargetTy
     rows = np.concatenate(list(data.rows.values()))
     for place, (name, labels) in enumerate(zip(data.targets, data.labels, strict=True)):
         spread = config.loss if config.loss in ("laplace", "gaussian") else None
-        named = config.target_types.get(name, "number")
+        named = config.target_types.get(name, Number.name)
         kind: TargetType
         kind = make_number(named, spread) if labels is None else Classes(tuple(labels))
         known = rows[~np.isnan(data.target_values[rows, place])]
@@ -224,7 +225,7 @@ def make_types(config: TrainingConfig, data: CrystalDataModule) -> list[TargetTy
 def class_entropies(types: Sequence[TargetType], data: CrystalDataModule) -> list[float]:
     """Return [T] the entropy of the training classes, 1 for numbers."""
     values = data.train_targets()
-    return [kind.entropy(values[:, i]) if isinstance(kind, Classes) else 1.0 for i, kind in enumerate(types)]
+    return [kind.entropy(values[:, i]) for i, kind in enumerate(types)]
 
 
 def _refuse_nothing_to_learn(data: CrystalDataModule, place: int, kind: TargetType) -> None:
@@ -241,10 +242,10 @@ def _refuse_nothing_to_learn(data: CrystalDataModule, place: int, kind: TargetTy
             "otherwise"
         )
     if len(np.unique(trained)) == 1:
-        only = kind.labels[int(trained[0])] if isinstance(kind, Classes) else f"{trained[0]:g}"
+        only = f"{trained[0]:g}" if kind.classes is None else kind.classes[int(trained[0])]
         every = "the only training crystal with a value" if len(trained) == 1 else "every training crystal"
         raise DataError(f"{data.store.name}: {every} has {name}={only}; there is nothing to learn")
-    if isinstance(kind, Classes):
+    if kind.classes is not None:
         return
     spread, size = float(np.std(trained)), float(np.abs(trained).max())
     if spread < SMALLEST_SPREAD or spread < LEAST_RELATIVE_SPREAD * size:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
+from torch import Tensor
 
 from crysldnet.artifacts import model_file
 from crysldnet.artifacts.provenance import encoder_file, seen_crystals
@@ -30,15 +32,18 @@ from crysldnet.finetune.settings import (
     make_types,
 )
 from crysldnet.io import write_atomically
-from crysldnet.models.head import PropertyModel
+from crysldnet.models.ensemble import predict
+from crysldnet.models.head import PropertyModel, build_network
 from crysldnet.models.predictor import Prediction, TargetModel
-from crysldnet.models.target import TargetType
+from crysldnet.models.targets import TargetType
 from crysldnet.training.calibrate import calibrate
 from crysldnet.training.checkpoint_file import BEST, LAST, check_best
+from crysldnet.training.fit import fit_and_export
 from crysldnet.training.inputs import hashes_of
 from crysldnet.training.loggers import describe_data
+from crysldnet.training.metrics import TargetMetrics
 from crysldnet.training.run_folder import code_version
-from crysldnet.training.trainer import TrainerSettings, announce, fit, make_trainer
+from crysldnet.training.trainer import TrainerSettings, make_trainer
 from crysldnet.training.wandb_run import publish
 
 Predictions = dict[int, list[list[float]]]
@@ -63,30 +68,21 @@ def make_model(config: TrainingConfig, encoder: Any, data: CrystalDataModule, ty
     Raises:
         ConfigError: head and targets don't go together.
     """
-    outputs = sum(kind.outputs for kind in types)
-    head = build(
-        config.head,
-        "head",
-        width=encoder.width,
-        depth=encoder.depth,
-        descriptors=len(data.descriptors),
-        outputs=outputs,
-    )
     try:
-        model = PropertyModel(
-            encoder=encoder,
-            head=head,
-            targets=data.targets,
-            units=data.units,
-            types=types,
-            referenced=config.element_references,
+        model = build_network(
+            encoder,
+            config.head,
+            data.targets,
+            data.units,
+            types,
+            referenced=config.atomic_references,
             descriptors=make_descriptors(data),
             per=config.target_per,
         )
     except ValueError as error:
         raise ConfigError(str(error), "head") from error
     for name, unit in zip(data.targets, data.units, strict=True):
-        if head.readout == "sum" and unit.endswith("/atom"):
+        if model.head.readout == "sum" and unit.endswith("/atom"):
             note(f"{name} is a value of an atom ({unit}), but head=sum grows with the cell; head=atoms suits it")
     crystals = data.store.crystals.take(data.rows["train"])
     model.fit_normalisation(data.train_targets(), crystals.sizes, crystals)
@@ -104,10 +100,7 @@ def train_network(
     pl.seed_everything(config.seed, workers=True, verbose=False)
     settings: TrainerSettings = build(config.trainer, "trainer")
     encoder, encoder_config, provenance = make_encoder(config)
-    if settings.compile:
-        encoder.compile_layers()
-    if settings.activation_checkpointing:
-        encoder.checkpoint_layers()
+    settings.prepare(encoder)
     values = {**values, "encoder": encoder_config}
     if data is None:
         data = make_data(config, encoder)
@@ -124,48 +117,68 @@ def train_network(
         fresh=not provenance,
     )
     has_validation = len(data.rows["val"]) > 0
-    passes = config.passes(data.steps_per_epoch(settings.world_size, settings.accumulate))
+    if config.patience is not None and not has_validation:
+        rank_zero_only(note)(f"patience={config.patience} isn't used: there are no validation crystals to stop by")
+    passes = config.passes(data.steps_per_epoch(settings.world_size, settings.accumulate_grad_batches))
     trainer = make_trainer(
         settings,
         build(config.strategy, "strategy"),
         folder=folder,
         epochs=config.epochs * passes,
         seed=config.seed,
-        gradient_clip=config.gradient_clip,
-        owner={
-            "command": "finetune",
-            "model": {
-                "encoder": encoder_config,
-                "head": config.head,
-                "targets": data.targets,
-                **({"descriptors": data.descriptors} if data.descriptors else {}),
-                **({"target_per": config.target_per} if config.target_per else {}),
-                "target_types": [kind.describe() for kind in types],
-            },
-            "inputs": {"data_sha256": data.store.hash, **hashes_of(pretrained=config.pretrained)},
-        },
+        gradient_clip_val=config.gradient_clip_val,
+        owner=_owner(config, encoder_config, data, types),
         resume=config.resume is not None,
         loggers=loggers or [],
         monitor=module.monitor if has_validation else None,
         validate_every=passes,
         patience=config.patience,
     )
-    announce("finetune", trainer, model, data)
-    if config.patience is not None and not has_validation:
-        rank_zero_only(note)(f"patience={config.patience} isn't used: there are no validation crystals to stop by")
-    metrics = {name: value for name, value in fit(trainer, module, data).items() if name == "train/loss"}
-    best = _best(folder / "checkpoints", has_validation)
-    if has_validation:
-        metrics |= _evaluate(trainer.validate, module, data, best)
-    predictions: Predictions = {}
-    if len(data.rows["test"]):
-        metrics |= _evaluate(trainer.test, module, data, best)
-        predictions = _gather([rows_of(rows.cpu().numpy(), predicted) for rows, predicted in module.predictions])
+    info = describe_model(model, data, config, values, provenance)
+
+    def export(metrics: dict[str, float], weights: dict[str, Tensor]) -> None:
+        model.cached = None
+        info["metrics"] = metrics
+        write_model(folder / "model.safetensors", weights, info, config, data, settings.device)
+
+    metrics = fit_and_export(
+        "finetune", trainer, module, data, partial(_evaluated, trainer, module, data, folder), export
+    )
+    predictions = _gather([rows_of(rows.cpu().numpy(), predicted) for rows, predicted in module.predictions])
     model.cached = None
-    info = describe_model(model, data, config, values, provenance) | {"metrics": metrics}
-    device = "cuda" if settings.resolve_accelerator() == "gpu" else "cpu"
-    export(trainer, info, config, data, folder / "model.safetensors", device)
-    return Finetuned(model.cpu().eval(), info, metrics, data, predictions)
+    return Finetuned(model.cpu().eval(), info | {"metrics": metrics}, metrics, data, predictions)
+
+
+def _owner(
+    config: TrainingConfig, encoder: dict[str, Any], data: CrystalDataModule, types: list[TargetType]
+) -> dict[str, Any]:
+    """Return what a checkpoint has to be resumed with."""
+    return {
+        "command": "finetune",
+        "model": {
+            "encoder": encoder,
+            "head": config.head,
+            "targets": data.targets,
+            **({"descriptors": data.descriptors} if data.descriptors else {}),
+            **({"target_per": config.target_per} if config.target_per else {}),
+            "target_types": [kind.describe() for kind in types],
+        },
+        "inputs": {"data_sha256": data.store.hash, **hashes_of(pretrained=config.pretrained)},
+    }
+
+
+def _evaluated(
+    trainer: pl.Trainer, module: FinetuneModule, data: CrystalDataModule, folder: Path, trained: dict[str, float]
+) -> dict[str, float]:
+    """Return the training loss, and the metrics of the best epoch on validation and test."""
+    has_validation = len(data.rows["val"]) > 0
+    best = _best(folder / "checkpoints", has_validation)
+    metrics = {name: value for name, value in trained.items() if name == "train/loss"}
+    for loop, rows in ((trainer.validate, data.rows["val"]), (trainer.test, data.rows["test"])):
+        if len(rows):
+            found = loop(module, datamodule=data, ckpt_path=str(best), verbose=False, weights_only=True)
+            metrics |= {name: float(value) for name, value in found[0].items()}
+    return metrics
 
 
 def train_part(
@@ -210,7 +223,7 @@ def describe_model(
         "targets": data.targets,
         "units": data.units,
         "target_types": [kind.describe() for kind in model.types],
-        "element_references": config.element_references,
+        "atomic_references": config.atomic_references,
         "target_per": config.target_per,
         "descriptors": data.descriptors,
         "descriptor_units": data.descriptor_units,
@@ -223,30 +236,21 @@ def describe_model(
     }
 
 
-def export(
-    trainer: pl.Trainer,
+def write_model(
+    file: Path,
+    weights: dict[str, Tensor],
     info: dict[str, Any],
     config: TrainingConfig,
     data: CrystalDataModule,
-    file: Path,
     device: str,
 ) -> None:
-    """Write and calibrate the trained model; add to ``info`` how well it is calibrated.
-
-    Raises:
-        CheckpointError: a weight isn't finite.
-    """
-    whole = trainer.strategy.lightning_module_state_dict()
-    model_file.refuse_diverged(whole, "finetuning")
-    if trainer.is_global_zero:
-        state = {k.removeprefix("model."): v for k, v in whole.items() if k.startswith("model.")}
-        chosen_on = np.concatenate([data.rows["train"], data.rows["val"]])
-        seen = seen_crystals(config.pretrained, data.store, chosen_on)
-        partial = file.with_name("uncalibrated.safetensors")  # under its own name a file is whole
-        model_file.write(partial, "property_model", state, info, seen)
-        info["calibration"] = calibrate([partial], file, data, drawn=file.parent / "plots", device=device)
-        partial.unlink()
-    trainer.strategy.barrier("export")
+    """Write and calibrate a trained model; add to ``info`` how well it is calibrated."""
+    chosen_on = np.concatenate([data.rows["train"], data.rows["val"]])
+    seen = seen_crystals(config.pretrained, data.store, chosen_on)
+    partial_file = file.with_name("uncalibrated.safetensors")  # under its own name a file is whole
+    model_file.write(partial_file, "property_model", weights, info, seen)
+    info["calibration"] = calibrate([partial_file], file, data, drawn=file.parent / "plots", device=device)
+    partial_file.unlink()
 
 
 def _best(checkpoints: Path, has_validation: bool) -> Path:
@@ -256,11 +260,6 @@ def _best(checkpoints: Path, has_validation: bool) -> Path:
     return best or checkpoints / LAST
 
 
-def _evaluate(loop: Any, module: FinetuneModule, data: CrystalDataModule, best: Path) -> dict[str, float]:
-    results = loop(module, datamodule=data, ckpt_path=str(best), verbose=False, weights_only=True)
-    return {name: float(value) for name, value in results[0].items()}
-
-
 def rows_of(rows: NDArray[np.int64], predicted: Prediction) -> Predictions:
     """Return predictions [B] by row."""
     value = predicted.value.float().cpu()
@@ -268,6 +267,26 @@ def rows_of(rows: NDArray[np.int64], predicted: Prediction) -> Predictions:
     std = unknown if predicted.std is None else predicted.std.float().cpu()
     likeliest = unknown if predicted.probability is None else predicted.probability.float().cpu().amax(-1)
     return dict(zip(rows.tolist(), torch.stack([value, std, likeliest], dim=-1).tolist(), strict=True))
+
+
+def evaluate(
+    models: Sequence[TargetModel], data: CrystalDataModule, rows: NDArray[np.int64], scores: Sequence[TargetMetrics]
+) -> Predictions:
+    """Predict rows of the store with one model or an ensemble, and add the errors to the scores."""
+    if not len(rows):
+        return {}
+    assert data.target_values is not None
+    predicted = predict(models, data.batches(rows, models[0].encoder.graph))
+    true = torch.from_numpy(data.target_values[rows]).float()
+    for own in scores:
+        own.update(predicted, true, torch.zeros_like(true), models[0].std.cpu())
+    return dict(sorted(rows_of(rows, predicted).items()))
+
+
+def reported(scores: TargetMetrics, split: str) -> dict[str, float]:
+    """Return the metrics of a split that a person reads, without those that only choose the epoch."""
+    found = {k: v for k, v in scores.compute().items() if k != "nll" and not k.startswith("normalised")}
+    return {f"{split}/{name}": float(value) for name, value in found.items()}
 
 
 def _gather(predictions: list[Predictions]) -> Predictions:

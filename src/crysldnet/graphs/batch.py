@@ -5,7 +5,7 @@ Shapes: ``B`` crystals, ``N`` atoms, ``E`` directed edges, ``M`` distances an at
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -205,3 +205,15 @@ def make_batch(
         slots=whole(built.slots),
         slot_atom=whole(built.slot_atom),
     )
+
+
+def cut(sizes: NDArray[np.int64], crystals: int, atoms: int) -> Iterator[tuple[int, int]]:
+    """Cut consecutive crystals into batches within both bounds; a larger crystal is a batch of its own."""
+    start = total = 0
+    for stop, size in enumerate(sizes.tolist()):
+        if stop > start and (stop - start == crystals or total + size > atoms):
+            yield start, stop
+            start, total = stop, 0
+        total += size
+    if start < len(sizes):
+        yield start, len(sizes)

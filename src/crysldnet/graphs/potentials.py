@@ -18,7 +18,7 @@ Ewald's method in a cell scaled to unit volume, g = V^{1/3}, k running over reci
 
 All incomplete Γ functions needed are elementary or erfc. ``published`` sums integers from −3 to 3 along each lattice
 vector in Z, which misses terms in skewed cells, and divides lengths in X by √g, so that its decay depends on the volume
-of the cell. ``clean`` takes every term within a sphere in both spaces, and X as it is defined.
+of the cell. ``corrected`` takes every term within a sphere in both spaces, and X as it is defined.
 """
 
 from __future__ import annotations

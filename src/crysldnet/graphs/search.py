@@ -2,8 +2,7 @@
 
 For a target atom i every lattice point j + n within a radius is enumerated exactly: the lattice is brought to lower
 triangular form, so that the third, then the second, then the first component of n runs over just the integers whose
-coordinate can lie inside the sphere. Nothing is assumed of the cell: one atom, needles, plates and skewed cells that
-nobody reduced are all exact.
+coordinate can lie inside the sphere. Nothing is assumed of the cell: needles, plates and skewed cells are exact too.
 
 That tries every atom of the cell. Where atoms are many and the cell isn't skewed, the images within reach of the cell
 are listed first, in the same order, and divided into lists for boxes of the cell. An atom then looks through the list
@@ -34,18 +33,12 @@ BOX = 0.7
 class _Lists(NamedTuple):
     """What may lie within a radius of each box of a cell."""
 
-    parts: NDArray[np.int64]
-    """[3] boxes along each lattice vector; 0 for no lists."""
-    begin: NDArray[np.int64]
-    """[boxes + 1] where the list of each box begins, in ``place`` and ``of``."""
-    place: NDArray[np.float32]
-    """[3, L] Cartesian coordinates from the middle of the cell."""
-    of: NDArray[np.int32]
-    """[L] number within ``label``."""
-    label: NDArray[np.int32]
-    """[4, C] atom j and cell n of each image, ascending by j, n₂, n₁, n₀."""
-    margin: float
-    """Å by which single precision may be wrong."""
+    parts: NDArray[np.int64]  # [3] boxes along each lattice vector; 0 for no lists
+    begin: NDArray[np.int64]  # [boxes + 1] where the list of each box begins, in place and of
+    place: NDArray[np.float32]  # [3, L] Cartesian coordinates from the middle of the cell
+    of: NDArray[np.int32]  # [L] number within label
+    label: NDArray[np.int32]  # [4, C] atom j and cell n of each image, ascending by j, n₂, n₁, n₀
+    margin: float  # Å by which single precision may be wrong
     squares: NDArray[np.float32]
     kept: NDArray[np.int32]
 
@@ -65,6 +58,16 @@ def _triangular(lattice):
         for axis in range(3):
             basis[row, axis] = rest[axis] / t[row, row]
     return t
+
+
+@inner
+def _first_radius(t, atoms, wanted, radius):
+    """Return a radius within which an atom probably has as many neighbors as wanted."""
+    volume = t[0, 0] * t[1, 1] * t[2, 2]
+    if not 0.0 < volume < np.inf:
+        raise ValueError("a cell without volume has no neighbor list")
+    expected = wanted + 2.0 * np.sqrt(wanted) + 2.0
+    return max(radius, (0.75 / np.pi * expected * volume / max(atoms, 1)) ** (1.0 / 3.0)) if wanted > 0 else radius
 
 
 @inner
@@ -303,15 +306,8 @@ def directed(lattices, frac, ptr, k, radius, tolerance, n_distances, room):
     size = start[0]  # a plain 0 would compile what it is handed to a second time
     for crystal in range(lattices.shape[0]):
         first, last = ptr[crystal], ptr[crystal + 1]
-        t = _triangular(lattices[crystal])
-        volume = t[0, 0] * t[1, 1] * t[2, 2]
-        if not 0.0 < volume < np.inf:
-            raise ValueError("a cell without volume has no neighbor list")
-        search = radius
-        if wanted > 0:
-            expected = wanted + 2.0 * np.sqrt(wanted) + 2.0
-            search = max(radius, (0.75 / np.pi * expected * volume / max(last - first, 1)) ** (1.0 / 3.0))
-        listed = -1.0
+        t, listed = _triangular(lattices[crystal]), -1.0
+        search = _first_radius(t, last - first, wanted, radius)
         for center in range(first, last):
             while True:
                 if search != listed:

@@ -80,7 +80,7 @@ class GraphSpec:
     lattice_edges: Literal["none", "cell", "frame"] = "none"
     lattice_edges_within: float | None = None
     frame: bool = False
-    potential: Literal["none", "clean", "published"] = "none"
+    potential: Literal["none", "corrected", "published"] = "none"
     asymmetric_unit: bool = False
     slots: int = 0
 

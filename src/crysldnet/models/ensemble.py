@@ -5,12 +5,13 @@ Shapes: ``M`` members, ``B`` crystals, ``T`` targets, ``C`` classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from crysldnet.models.predictor import Prediction
-from crysldnet.models.target import TargetType, TwoPart
+from crysldnet.graphs.batch import CrystalBatch
+from crysldnet.models.predictor import Prediction, TargetModel
+from crysldnet.models.targets import TargetType
 
 
 def combine(predictions: Sequence[Prediction], types: Sequence[TargetType]) -> Prediction:
@@ -18,8 +19,8 @@ def combine(predictions: Sequence[Prediction], types: Sequence[TargetType]) -> P
 
     The standard deviation is that of the mixture of the members' distributions,
     std² = mean(value² + std²) − mean(value)² (Lakshminarayanan et al., arXiv 1612.01474); members without one of their
-    own count as exact. Probabilities are averaged, and the likeliest class of the average is predicted. A number of two
-    parts is 0 where most members say 0, else the mean of those that don't.
+    own count as exact. Each kind of target says how values are combined. Probabilities are averaged, and the likeliest
+    class of the average is predicted.
 
     Args:
         predictions: of the M members, for the same B crystals.
@@ -29,18 +30,28 @@ def combine(predictions: Sequence[Prediction], types: Sequence[TargetType]) -> P
         ``std`` [B, T] is NaN for classifications.
     """
     values = torch.stack([p.value for p in predictions])
-    mean = values.mean(0)
+    mean = torch.stack([kind.combine(values[:, :, place]) for place, kind in enumerate(types)], dim=1)
     variance = values.var(0, correction=0)
     if all(p.std is not None for p in predictions):
         within = torch.stack([p.std for p in predictions if p.std is not None])
         variance = variance + within.nan_to_num(0.0).square().mean(0)
     std = variance.sqrt()
-    gated = torch.tensor([isinstance(kind, TwoPart) for kind in types], device=mean.device)
-    over = (values != 0).sum(0)
-    mean = torch.where(gated, torch.where(2 * over >= len(values), values.sum(0) / over.clamp_min(1), 0.0), mean)
     if predictions[0].probability is None:
         return Prediction(mean, std, None)
     probability = torch.stack([p.probability for p in predictions if p.probability is not None]).mean(0)
     classified = ~probability[:, :, 0].isnan()
     likeliest = probability.nan_to_num(0.0).argmax(-1).to(mean.dtype)
     return Prediction(torch.where(classified, likeliest, mean), std.masked_fill(classified, torch.nan), probability)
+
+
+def predict_batch(models: Sequence[TargetModel], batch: CrystalBatch) -> Prediction:
+    """Return the prediction of one model, or the joint one of an ensemble, for a batch on its device."""
+    each = [model.predict(batch) for model in models]
+    return combine(each, models[0].types) if len(each) > 1 else each[0]
+
+
+@torch.inference_mode()
+def predict(models: Sequence[TargetModel], batches: Iterable[CrystalBatch]) -> Prediction:
+    """Return the prediction for all crystals of some batches, on the CPU."""
+    parts = [predict_batch(models, batch.to(models[0].std.device)).to("cpu") for batch in batches]
+    return Prediction.joined(parts) if parts else Prediction(torch.empty(0, len(models[0].targets)), None, None)

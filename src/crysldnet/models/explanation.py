@@ -30,9 +30,9 @@ from crysldnet.encoders.protocol import features_of_layers
 from crysldnet.errors import DataError
 from crysldnet.graphs.batch import CrystalBatch
 from crysldnet.models.head import PropertyModel
-from crysldnet.models.hybrid import NETWORK, HybridModel, estimate_of, predicted_outputs
+from crysldnet.models.hybrid import NETWORK, HybridModel
 from crysldnet.models.predictor import TargetModel
-from crysldnet.models.target import Classes, TargetType, TwoPart
+from crysldnet.models.targets import Estimate, TargetType
 
 Floats = NDArray[np.float64]
 POINTS = 48
@@ -98,16 +98,16 @@ def explain(members: Sequence[TargetModel], batch: CrystalBatch, place: int, mea
         DataError: the target is one of two parts, or the model can't be explained.
     """
     kind = members[0].types[place]
-    if isinstance(kind, TwoPart):
+    if not kind.additive:
         raise DataError(f"{members[0].targets[place]} is a number of two parts, which explanations can't add up to")
     label = None
-    if isinstance(kind, Classes):
+    if kind.classes is not None:
         with torch.inference_mode():
             shares = [member.predict(batch).probability for member in members]
-        label = int(torch.stack([s[0, place, : len(kind.labels)] for s in shares if s is not None]).mean(0).argmax())
+        label = int(torch.stack([s[0, place, : len(kind.classes)] for s in shares if s is not None]).mean(0).argmax())
     found = [_explain_one(member, batch, place, label, mean) for member in members]
     whole = added([(1 / len(found), one) for one in found])
-    return whole if label is None else replace(whole, label=kind.labels[label])  # type: ignore[union-attr]
+    return whole if label is None else replace(whole, label=kind.classes[label])  # type: ignore[index]
 
 
 def _explain_one(
@@ -246,7 +246,7 @@ def _physical(kind: TargetType, line: float, label: int | None) -> float:
     """Return what a value on the line of the members stands for: itself for a probability."""
     if label is not None:
         return min(1.0, max(0.0, line))
-    return float(estimate_of(kind, np.array([[line]]), np.zeros((1, 1))).value)
+    return float(kind.from_table(np.array([[line]]), np.zeros((1, 1))).value)
 
 
 def _networks_on_line(
@@ -262,9 +262,7 @@ def _networks_on_line(
         return whole
     ends = []
     for value in (whole.reference, whole.total):
-        predicted = model.predict_networks(batch)
-        predicted = predicted._replace(value=torch.full_like(predicted.value, value, dtype=torch.float64))
-        ends.append(float(predicted_outputs(kind, predicted, place)[0, 0]))
+        ends.append(float(kind.as_table_outputs(Estimate(torch.tensor([value], dtype=torch.float64)))[0, 0]))
     return whole.scaled(*ends)
 
 

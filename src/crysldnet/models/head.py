@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from crysldnet.build import Part
+from crysldnet.build import Part, build
 from crysldnet.encoders.elements import N_SPECIES
 from crysldnet.encoders.protocol import Encoder, features_of_layers
 from crysldnet.encoders.scatter import scatter
@@ -25,24 +25,9 @@ from crysldnet.graphs.crystals import Crystals
 from crysldnet.models.descriptors import Descriptors
 from crysldnet.models.per import Per, factors_of
 from crysldnet.models.predictor import Prediction, TargetModel
-from crysldnet.models.readout import AttentionPooling, mean_and_spread
+from crysldnet.models.readout import ACTIVATIONS, AttentionPooling, mean_and_spread
 from crysldnet.models.references import fit_references
-from crysldnet.models.target import Estimate, Loss, Number, TargetType
-
-
-class ShiftedSoftplus(nn.Softplus):
-    """softplus(x) − ln 2."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Keep the shape."""
-        return super().forward(input) - math.log(2.0)
-
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "silu": nn.SiLU,
-    "softplus": nn.Softplus,
-    "shifted_softplus": ShiftedSoftplus,
-}
+from crysldnet.models.targets import Estimate, Loss, Number, TargetType
 
 
 class PropertyHead(nn.Module):
@@ -192,12 +177,12 @@ class PropertyModel(TargetModel):
         for name, kind in zip(targets, self.types, strict=True):
             if head.readout == "sum" and not kind.grows:
                 raise ValueError(f"readout=sum adds up over atoms, which {name!r} as {kind.name!r} can't be")
-            if name in self.referenced and type(kind) is not Number:
-                raise ValueError(f"element_references: {name!r} is treated as {kind.name!r}, not as a number")
-            scalable = isinstance(kind, Number) and kind.bounds[1] == math.inf and kind.bounds[0] in (0, -math.inf)
+            if name in self.referenced and not kind.grows:
+                raise ValueError(f"atomic_references: {name!r} is treated as {kind.name!r}, not as a number")
+            scalable = kind.classes is None and kind.bounds[1] == math.inf and kind.bounds[0] in (0, -math.inf)
             if name in self.per and (head.readout == "sum" or name in self.referenced or not scalable):
                 raise ValueError(
-                    f"target_per: {name!r} can't be learned per {self.per[name]} with head=sum, element_references, "
+                    f"target_per: {name!r} can't be learned per {self.per[name]} with head=sum, atomic_references, "
                     "bounds other than 0, or as classes"
                 )
         self.register_buffer("mean", torch.zeros(len(targets)))
@@ -333,3 +318,30 @@ class PropertyModel(TargetModel):
         assert batch.targets is not None
         losses, predicted = self.losses(batch, kind)
         return losses.sum() / (~batch.targets.isnan()).sum().clamp_min(1), predicted.value
+
+
+def build_network(
+    encoder: Encoder,
+    head: Mapping[str, Any],
+    targets: list[str],
+    units: list[str],
+    types: Sequence[TargetType],
+    *,
+    referenced: Sequence[str],
+    descriptors: Descriptors | None,
+    per: Mapping[str, Per],
+) -> PropertyModel:
+    """Build a model whose head is described by its configuration; arguments as those of :class:`PropertyModel`."""
+    count = 0 if descriptors is None else len(descriptors.names)
+    sizes = {"width": encoder.width, "depth": encoder.depth, "descriptors": count}
+    sizes["outputs"] = sum(kind.outputs for kind in types)
+    return PropertyModel(
+        encoder=encoder,
+        head=build(head, "head", kind=PropertyHead, **sizes),
+        targets=targets,
+        units=units,
+        types=types,
+        referenced=referenced,
+        descriptors=descriptors,
+        per=per,
+    )

@@ -25,11 +25,11 @@ from crysldnet.encoders.protocol import Encoder, features_of_layers
 from crysldnet.errors import DataError
 from crysldnet.graphs.batch import CrystalBatch
 from crysldnet.models.descriptors import Descriptors
-from crysldnet.models.ensemble import combine
+from crysldnet.models.ensemble import predict_batch
 from crysldnet.models.head import PropertyModel
 from crysldnet.models.predictor import Prediction, TargetModel
 from crysldnet.models.readout import mean_and_spread
-from crysldnet.models.target import LARGEST_EXPONENT, Classes, Estimate, Log, TargetType
+from crysldnet.models.targets import TargetType
 from crysldnet.tabular.arrays import from_arrays, to_arrays
 from crysldnet.tabular.projection import Projection
 from crysldnet.tabular.stack import Stack
@@ -37,43 +37,6 @@ from crysldnet.tabular.stack import Stack
 Floats = NDArray[np.float64]
 NETWORK = "network"
 """Name of the networks among the members."""
-LEAST_PROBABILITY = 1e-3
-"""Regression trees may give a class none at all, which would make an infinite log loss."""
-
-
-def outputs_of(kind: TargetType, values: NDArray[np.floating]) -> Floats:
-    """Return the outputs [n, C] that stand for true values [n]."""
-    values = np.asarray(values, np.float64)
-    if isinstance(kind, Classes):
-        classes = np.arange(len(kind.labels))[-1:] if kind.kind == "binary" else np.arange(len(kind.labels))
-        return (values[:, None] == classes).astype(np.float64)
-    line = np.asarray(np.log(values) if isinstance(kind, Log) else values, np.float64)
-    return line[:, None]
-
-
-def predicted_outputs(kind: TargetType, predicted: Prediction, place: int) -> Floats:
-    """Return the outputs [B, C] that stand for what a network predicts of the target at a place."""
-    if isinstance(kind, Classes):
-        assert predicted.probability is not None
-        first = 1 if kind.kind == "binary" else 0
-        return predicted.probability[:, place, first : len(kind.labels)].double().cpu().numpy()
-    value = predicted.value[:, place].double().cpu().numpy()
-    return (np.log(np.maximum(value, np.finfo(np.float32).tiny)) if isinstance(kind, Log) else value)[:, None]
-
-
-def estimate_of(kind: TargetType, outputs: Floats, spread: Floats) -> Estimate:
-    """Return the prediction that outputs [B, C] stand for, and their spread [B, C] as standard deviation."""
-    if isinstance(kind, Classes):
-        share = torch.from_numpy(outputs).clamp(LEAST_PROBABILITY, 1.0)
-        if kind.kind == "binary":
-            share = torch.cat([1.0 - share, share], dim=1).clamp_min(LEAST_PROBABILITY)
-        share = share / share.sum(dim=1, keepdim=True)
-        return Estimate(share.argmax(dim=1).double(), None, share)
-    value, std = torch.from_numpy(outputs[:, 0]), torch.from_numpy(spread[:, 0])
-    if isinstance(kind, Log):
-        value = value.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).exp()
-        return Estimate(value, value * std)
-    return Estimate(value.clamp(*kind.bounds), std)
 
 
 @dataclass(frozen=True)
@@ -187,20 +150,18 @@ class HybridModel(TargetModel):
         network = self.predict_networks(batch) if len(self.networks) else None
         estimates = []
         for place, (kind, stack) in enumerate(zip(self.types, self.tabular.stacks, strict=True)):
-            members = {} if network is None else {NETWORK: predicted_outputs(kind, network, place)}
+            members = {} if network is None else {NETWORK: kind.as_table_outputs(network.at(place))}
             members |= {name: own + baseline[:, [place]] for name, own in stack.predict(x).items()}
-            estimates.append(estimate_of(kind, *stack.combine(members)))
-        whole = Prediction.of(estimates)
-        return Prediction(*(None if part is None else part.float().to(batch.positions.device) for part in whole))  # type: ignore[arg-type]
+            estimates.append(kind.from_table(*stack.combine(members)))
+        return Prediction.of(estimates).to(torch.float32).to(batch.positions.device)
 
     def predict_networks(self, batch: CrystalBatch) -> Prediction:
         """Return what the networks alone predict together."""
-        each = [network.predict(batch) for network in self.networks]  # type: ignore[operator]
-        return combine(each, self.types) if len(each) > 1 else each[0]
+        return predict_batch(list(self.networks), batch)  # type: ignore[arg-type]
 
     def fit_scale(self, values: Floats) -> None:
         """Set the standard deviations of the targets from training values [n, T], NaN where unknown."""
         for place, kind in enumerate(self.types):
             known = values[~np.isnan(values[:, place]), place]
-            spread = float(outputs_of(kind, known).std()) if not isinstance(kind, Classes) else 1.0
+            spread = float(kind.table_outputs(known).std()) if kind.classes is None else 1.0
             self.std[place] = spread if spread > 0 and math.isfinite(spread) else 1.0

@@ -36,9 +36,9 @@ class Posterior(nn.Module):
         width: D of the encoder.
         latent_dim: d; 256 as published, 8 was found enough by ADiT.
         kl_weight: of KL(q ‖ N(0, 1)), the mean over atoms of the sum over channels; 1e-5 as published.
-        log_variance: added to the log-variance that the map gives; 0 as published. A low one lets the decoder see
+        log_variance_init: added to the log-variance that the map gives; 0 as published. A low one lets the decoder see
             the mean from the first step.
-        normalise: give each channel of the mean zero mean and unit variance (batch statistics in training, running
+        normalize: give each channel of the mean zero mean and unit variance (batch statistics in training, running
             ones otherwise), so that the latent has a fixed scale and the encoder can't shrink it. Not as published.
         noise: standard deviation of the posterior, the same for every atom and channel; null to learn it, as
             published. Learned, it falls to about 0.02, and the space is variational in name only.
@@ -54,8 +54,8 @@ class Posterior(nn.Module):
         width: Part[int],
         latent_dim: int,
         kl_weight: float = 1e-5,
-        log_variance: float = 0.0,
-        normalise: bool = True,
+        log_variance_init: float = 0.0,
+        normalize: bool = True,
         noise: float | None = None,
         covariance_weight: float = 0.0,
         agreement_weight: float = 0.0,
@@ -64,16 +64,16 @@ class Posterior(nn.Module):
         if noise is not None and not noise > 0:
             raise ValueError(f"noise must be over 0, or null to learn it, not {noise}")
         self.noise, self.covariance_weight, self.agreement_weight = noise, covariance_weight, agreement_weight
-        self.latent_dim, self.kl_weight, self.log_variance = latent_dim, kl_weight, log_variance
+        self.latent_dim, self.kl_weight, self.log_variance_init = latent_dim, kl_weight, log_variance_init
         self.map = nn.Linear(width, 2 * latent_dim, bias=False)
-        self.norm = nn.BatchNorm1d(latent_dim, affine=False) if normalise else nn.Identity()
+        self.norm = nn.BatchNorm1d(latent_dim, affine=False) if normalize else nn.Identity()
 
     def forward(self, features: Tensor) -> Latent:
         """Map features [N, D] to a Gaussian per atom and draw from it."""
         mean, log_variance = self.map(features).chunk(2, dim=-1)
         mean = self.norm(mean)
         if self.noise is None:
-            log_variance = (log_variance + self.log_variance).clamp(*LOG_VARIANCE_RANGE)
+            log_variance = (log_variance + self.log_variance_init).clamp(*LOG_VARIANCE_RANGE)
         else:
             log_variance = torch.full_like(log_variance, 2.0 * math.log(self.noise))
         return Latent(mean, log_variance, mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean))

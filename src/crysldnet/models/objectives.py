@@ -9,7 +9,7 @@ terms and the measures that a person reads: sums and counts, to be divided at th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from crysldnet.encoders.scatter import scatter
 from crysldnet.graphs.batch import CorruptionTargets, CrystalBatch
 from crysldnet.graphs.corruption import Corruption
 from crysldnet.graphs.geometry import lattice_parameters, undo_strain
+from crysldnet.measures import Measure, register
 
 Measures = dict[str, tuple[Tensor, Tensor]]
 """Name to (sum, count)."""
@@ -65,18 +66,48 @@ def lattice_measures(predicted: Tensor, true: Tensor, suffix: str = "") -> Measu
     }
 
 
+CORRUPTED: dict[str, Any] = {"baseline": "as corrupted", "shown": True}
+FOUND: dict[str, Any] = {"better": "higher", "form": "{:.3f}", "shown": True}
+MEASURES = (
+    Measure(
+        "masked_accuracy",
+        "masked species found",
+        baseline="commonest species",
+        learned="species",
+        plotted=True,
+        **FOUND,
+    ),
+    Measure("coordinate_error", "coordinate error", "Å", form="{:.4f}", plotted=True, **CORRUPTED),
+    Measure(
+        "displacement_squared_error", "squared displacement error", form="{:.3f}", learned="displacements", **CORRUPTED
+    ),
+    Measure("lattice_length_error", "lattice length error", "Å", form="{:.4f}", plotted=True, **CORRUPTED),
+    Measure("lattice_angle_error", "lattice angle error", "°", form="{:.3f}", **CORRUPTED),
+    Measure("strain_squared_error", "squared strain error", form="{:.3f}", learned="strain", **CORRUPTED),
+    Measure("masked_accuracy_conditioned", "species, told of the crystal", **FOUND),
+    Measure("coordinates", unit="Å"),
+    Measure("lattice", unit="Å"),
+)
+
+
 class Objective(nn.Module, ABC):
     """Base of all objectives.
 
     Attributes:
+        measures: what is known of the measures that it returns.
         corruption: what the data module does to the crystals.
         condition: ``crystal`` where the latents are to be told about the clean crystal, through one pooled vector.
         condition_share: of the crystals that are told, in training.
     """
 
+    measures: ClassVar[tuple[Measure, ...]] = ()
     corruption: Corruption
     condition: Literal["none", "crystal"] = "none"
     condition_share: float = 0.0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        register(*cls.measures)
 
     @abstractmethod
     def forward(self, z: Tensor, batch: CrystalBatch) -> Reconstruction:
@@ -103,6 +134,8 @@ class Denoising(Objective):
             for what the corrupted crystal lacks. ``none`` leaves the latents alone.
         condition_share: share of the crystals that are conditioned in training; the others are denoised as before.
     """
+
+    measures = MEASURES
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.graphs.batch import CrystalBatch
 from crysldnet.models.descriptors import Descriptors
-from crysldnet.models.target import Classes, Estimate, Kind, TargetType, stack_probabilities
+from crysldnet.models.targets import Estimate, Kind, TargetType, stack_probabilities
 
 
 class Prediction(NamedTuple):
@@ -43,6 +43,20 @@ class Prediction(NamedTuple):
         spread = any(e.std is not None for e in estimates)
         std = torch.stack([unknown if e.std is None else e.std for e in estimates], dim=1) if spread else None
         return cls(value, std, stack_probabilities(estimates, value))
+
+    def at(self, place: int) -> Estimate:
+        """Return the prediction of the target at a place."""
+        return Estimate(*(None if part is None else part[:, place] for part in self))  # type: ignore[arg-type]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Prediction]) -> Prediction:
+        """Put the predictions of several batches one after another."""
+        columns = zip(*parts, strict=True)
+        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+
+    def to(self, place: torch.device | torch.dtype | str) -> Prediction:
+        """Move it to a device, or change its type."""
+        return Prediction(*(None if part is None else part.to(place) for part in self))  # type: ignore[arg-type]
 
 
 class TargetModel(nn.Module):
@@ -78,7 +92,7 @@ class TargetModel(nn.Module):
     @property
     def classes(self) -> list[list[str] | None]:
         """Names of the classes of each target; None for a regression."""
-        return [list(kind.labels) if isinstance(kind, Classes) else None for kind in self.types]
+        return [kind.classes for kind in self.types]
 
     def forward(self, batch: CrystalBatch) -> Tensor:
         """Return [B, T] in physical units."""

@@ -6,17 +6,34 @@ Shapes: ``N`` atoms, ``D`` width of the encoder, ``d`` width of the latent.
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from crysldnet.encoders.protocol import Encoder, features_of_layers
 from crysldnet.graphs.batch import CrystalBatch
+from crysldnet.measures import Measure, register
 from crysldnet.models.flow import FlowOutput, LatentFlow
 from crysldnet.models.latent import Latent, Posterior
 from crysldnet.models.objectives import Measures, Objective, Reconstruction
 from crysldnet.models.readout import mean_and_spread
+
+SHOWN: dict[str, Any] = {"better": None, "shown": True}
+register(
+    Measure(
+        "diffusion_error",
+        "diffusion error",
+        baseline="Gaussian guess",
+        learned="latent diffusion",
+        plotted=True,
+        shown=True,
+    ),
+    Measure("features_spread", "encoder output: spread", form="{:.3f}", plotted=True, **SHOWN),
+    Measure("features_rank", "encoder output: effective rank", form="{:.1f}", plotted=True, **SHOWN),
+    Measure("latent_spread", "latent: spread", better=None),
+    Measure("latent_rank", "latent: effective rank", form="{:.1f}", **SHOWN),
+)
 
 
 class PretrainingOutput(NamedTuple):

@@ -5,12 +5,28 @@ Shapes: ``B`` crystals, ``N`` atoms, ``D`` features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from crysldnet.encoders.scatter import scatter, softmax
+
+
+class ShiftedSoftplus(nn.Softplus):
+    """softplus(x) − ln 2."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Keep the shape."""
+        return super().forward(input) - math.log(2.0)
+
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "silu": nn.SiLU,
+    "softplus": nn.Softplus,
+    "shifted_softplus": ShiftedSoftplus,
+}
 
 
 class AttentionPooling(nn.Module):

@@ -11,13 +11,16 @@ import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
+from torch import Tensor
 
 from crysldnet.artifacts import model_file
+from crysldnet.artifacts.rebuild import check_graph
 from crysldnet.artifacts.strict_load import load_strictly
 from crysldnet.build import build
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.data.fingerprint import Fingerprints
 from crysldnet.errors import ConfigError
+from crysldnet.measures import MEASURES
 from crysldnet.models.pretraining import PretrainingModel
 from crysldnet.pretrain.module import PretrainModule
 from crysldnet.pretrain.settings import (
@@ -31,25 +34,16 @@ from crysldnet.pretrain.settings import (
 from crysldnet.pretrain.verdict import print_result, verdict
 from crysldnet.training import plots
 from crysldnet.training.diagnostics import OF_THE_MACHINE
+from crysldnet.training.fit import fit_and_export
 from crysldnet.training.inputs import inputs_of
 from crysldnet.training.loggers import describe_data
 from crysldnet.training.optimizer import AdamW
 from crysldnet.training.run_folder import RunFolder, code_version
-from crysldnet.training.trainer import TrainerSettings, announce, fit, make_trainer
+from crysldnet.training.trainer import TrainerSettings, checked_settings, make_trainer
 from crysldnet.training.wandb_run import begin_stage, publish
 
-MODEL_KEYS = ("encoder", "objective", "denoiser", "model", "diffusion")
+MODEL_KEYS = ("encoder", "objective", "denoiser", "latent", "diffusion")
 """What of the configuration a checkpoint has to be resumed with."""
-
-PLOTTED = (
-    "train/loss",
-    "val/masked_accuracy",
-    "val/coordinate_error",
-    "val/lattice_length_error",
-    "val/diffusion_error",
-    "val/features_spread",
-    "val/features_rank",
-)
 
 
 def run(config: PretrainConfig, values: dict[str, Any], choices: Mapping[str, Any] | None = None) -> int:
@@ -65,12 +59,11 @@ def run(config: PretrainConfig, values: dict[str, Any], choices: Mapping[str, An
         raise ConfigError(f"init is for stage=diffusion; stage={config.stage} begins with fresh weights", "init")
     if config.init is None and config.stage == "diffusion":
         raise ConfigError("stage=diffusion needs init=PATH, the pretraining.safetensors of a first stage", "init")
-    settings: TrainerSettings = build(config.trainer, "trainer")
-    settings.check(build(config.strategy, "strategy"))
+    settings = checked_settings(config.trainer, config.strategy)
     model = build_model(config, with_flow="diffusion" in stages)  # what is wrong stops here, before a folder is made
     data = make_data(config, model)
     data.setup()
-    data.steps_per_epoch(settings.world_size, settings.accumulate)
+    data.steps_per_epoch(settings.world_size, settings.accumulate_grad_batches)
     if config.init is not None:
         load_stage(model, Path(config.init))
     folder = RunFolder(config.runs, "pretrain", config.name, resume=config.resume is not None)
@@ -130,31 +123,18 @@ def _run_stage(
     if previous is not None:
         load_stage(model, previous)
     model.start_teacher()
-    if settings.compile:
-        model.encoder.compile_layers()
-    if settings.activation_checkpointing:
-        model.encoder.checkpoint_layers()
+    settings.prepare(model.encoder)
     seed = stage_seed(config, stage)
     data = make_data(config, model, seed)
     data.setup()
     pace: StageSettings = getattr(config.stages, stage)
-    optimizer: AdamW = build(config.optimizer, "optimizer")
-    second = pace if isinstance(pace, DiffusionStageSettings) and model.flow is not None else None
-    module = PretrainModule(
-        model=model,
-        optimizer=replace(optimizer, lr=optimizer.lr * pace.lr_factor),
-        denoiser_lr=1.0 if second is None else second.denoiser_lr,
-        hold_encoder_epochs=0 if second is None else second.hold_encoder_epochs,
-        clip_apart=second is not None and second.clip_apart,
-        validate_in_train_mode=config.validate_in_train_mode,
-    )
     trainer = make_trainer(
         settings,
         build(config.strategy, "strategy"),
         folder=folder.path / stage,
         epochs=pace.epochs,
         seed=seed,
-        gradient_clip=pace.gradient_clip,
+        gradient_clip_val=pace.gradient_clip_val,
         owner={
             "command": "pretrain",
             "stage": stage,
@@ -164,14 +144,36 @@ def _run_stage(
         resume=config.resume is not None,
         loggers=loggers,
     )
-    announce(stage, trainer, model, data)
     begin_stage(loggers, stage)
-    metrics = {
-        name: value
-        for name, value in fit(trainer, module, data).items()
-        if name.startswith(("val/", "train/")) and name not in OF_THE_MACHINE
-    }
-    provenance = {
+
+    def export(metrics: dict[str, float], weights: dict[str, Tensor]) -> None:
+        provenance = _provenance(data, stage, values)
+        info = {**model_file.encoder_info(model.encoder, config.encoder, provenance), "metrics": metrics}
+        write_stage(folder.path, stage, weights, info, _seen(data, previous))
+
+    return fit_and_export(stage, trainer, _make_module(config, pace, model), data, _kept, export)
+
+
+def _make_module(config: PretrainConfig, pace: StageSettings, model: PretrainingModel) -> PretrainModule:
+    optimizer: AdamW = build(config.optimizer, "optimizer")
+    second = pace if isinstance(pace, DiffusionStageSettings) and model.flow is not None else None
+    return PretrainModule(
+        model=model,
+        optimizer=replace(optimizer, lr=optimizer.lr * pace.lr_factor),
+        denoiser_lr=1.0 if second is None else second.denoiser_lr,
+        hold_encoder_epochs=0 if second is None else second.hold_encoder_epochs,
+        clip_apart=second is not None and second.clip_apart,
+        validate_in_train_mode=config.validate_in_train_mode,
+    )
+
+
+def _kept(metrics: dict[str, float]) -> dict[str, float]:
+    """Return the metrics that a stage's file keeps: those of the model."""
+    return {k: v for k, v in metrics.items() if k.startswith(("val/", "train/")) and k not in OF_THE_MACHINE}
+
+
+def _provenance(data: CrystalDataModule, stage: Stage, values: dict[str, Any]) -> dict[str, Any]:
+    return {
         "data": data.store.metadata.get("dataset", data.store.name),
         "data_sha256": data.store.hash,
         "train_crystals": len(data.rows["train"]),
@@ -180,9 +182,6 @@ def _run_stage(
         "stage": stage,
         "config": values,
     }
-    info = {**model_file.encoder_info(model.encoder, config.encoder, provenance), "metrics": metrics}
-    export(trainer, info, folder.path, stage, _seen(data, previous) if trainer.is_global_zero else None)
-    return metrics
 
 
 @rank_zero_only
@@ -190,7 +189,8 @@ def _draw(folder: Path, stage: Stage) -> None:
     """Draw the learning curves of a stage that is complete, unless that is done."""
     out = folder / "plots" / f"{stage}.png"
     if not out.exists():
-        plots.learning_curves(folder / stage / "metrics.csv", out, PLOTTED, f"{stage} stage")
+        names = ["train/loss", *(f"val/{name}" for name, measure in MEASURES.items() if measure.plotted)]
+        plots.learning_curves(folder / stage / "metrics.csv", out, names, f"{stage} stage")
 
 
 def _seen(data: CrystalDataModule, previous: Path | None) -> NDArray[np.uint64]:
@@ -200,20 +200,18 @@ def _seen(data: CrystalDataModule, previous: Path | None) -> NDArray[np.uint64]:
     return seen if before is None else np.union1d(before, seen)
 
 
-def export(
-    trainer: pl.Trainer, info: dict[str, Any], folder: Path, stage: Stage, seen: NDArray[np.uint64] | None = None
+def write_stage(
+    folder: Path,
+    stage: Stage,
+    weights: dict[str, Tensor],
+    info: dict[str, Any],
+    seen: NDArray[np.uint64] | None = None,
 ) -> None:
-    """Write the encoder, and the whole model for a next stage; gathered on all ranks, written by the first."""
-    prefix = "model."
-    whole = trainer.strategy.lightning_module_state_dict()
-    model_file.refuse_diverged(whole, f"stage {stage}")
-    if trainer.is_global_zero:
-        state = {key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)}
-        encoder = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
-        kept = {k: v for k, v in state.items() if not k.startswith("teacher.")}
-        model_file.write(folder / "encoder.safetensors", "encoder", encoder, info, seen)
-        model_file.write(folder / stage / "pretraining.safetensors", "pretraining", kept, info, seen)
-    trainer.strategy.barrier("export")
+    """Write the encoder, and the whole model for a next stage."""
+    encoder = {k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")}
+    kept = {k: v for k, v in weights.items() if not k.startswith("teacher.")}
+    model_file.write(folder / "encoder.safetensors", "encoder", encoder, info, seen)
+    model_file.write(folder / stage / "pretraining.safetensors", "pretraining", kept, info, seen)
 
 
 FRESH = ("flow.", "teacher.", "condition.")
@@ -223,6 +221,6 @@ FRESH = ("flow.", "teacher.", "condition.")
 def load_stage(model: PretrainingModel, path: Path) -> None:
     """Copy the weights of a finished first stage; what it lacks of latent diffusion and conditions stays fresh."""
     info, state = model_file.read(path, "pretraining")
-    model_file.check_graph(model.encoder, info.get("graph", {}), path)
+    check_graph(model.encoder, info.get("graph", {}), path)
     fresh = {k: v for k, v in model.state_dict().items() if k.startswith(FRESH) and k not in state}
     load_strictly(model, {**state, **fresh}, path)

@@ -13,10 +13,10 @@ from crysldnet.encoders.protocol import single_atom_statistics
 from crysldnet.graphs.batch import CrystalBatch
 from crysldnet.models.latent import LatentStatistics
 from crysldnet.models.pretraining import PretrainingModel
+from crysldnet.training.fit import total_steps
 from crysldnet.training.metrics import Means
 from crysldnet.training.optimizer import AdamW
 from crysldnet.training.strategies import SHARDED, name_of
-from crysldnet.training.trainer import total_steps
 
 
 class PretrainModule(pl.LightningModule):

@@ -20,7 +20,7 @@ class StageSettings:
 
     epochs: int
     lr_factor: float
-    gradient_clip: float | None
+    gradient_clip_val: float | None
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or not self.lr_factor > 0:
@@ -87,7 +87,7 @@ class PretrainConfig:
     trainer: dict[str, Any]
     strategy: dict[str, Any]
     logger: dict[str, Any]
-    model: dict[str, Any]
+    latent: dict[str, Any]
     diffusion: dict[str, Any]
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ def build_model(config: PretrainConfig, *, with_flow: bool) -> PretrainingModel:
     """Build the model with fresh weights; those of the first stage don't depend on ``with_flow``."""
     torch.manual_seed(config.seed)
     encoder = build(config.encoder, "encoder")
-    posterior = build(config.model, "model", width=encoder.width)
+    posterior = build(config.latent, "latent", width=encoder.width)
     objective = build(config.objective, "objective", latent_dim=posterior.latent_dim)
     flow = None
     if with_flow and config.diffusion.get("weight") != 0:

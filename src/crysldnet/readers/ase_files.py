@@ -107,7 +107,7 @@ def _fault_of_columns(text: bytes) -> str | None:
 
 
 def is_sqlite(path: Path) -> bool:
-    """Say whether a file is an SQLite database by how it begins."""
+    """Return whether a file is an SQLite database by how it begins."""
     with path.open("rb") as file:
         return file.read(16) == b"SQLite format 3\0"
 
@@ -147,7 +147,7 @@ def _scalar(value: Any) -> bool:
 
 
 def is_ase_json(first: Any) -> bool:
-    """Say whether the first value in a JSON file is a row of an ASE database."""
+    """Return whether the first value in a JSON file is a row of an ASE database."""
     return isinstance(first, dict) and {"unique_id", "numbers", "ctime"} <= first.keys()
 
 

@@ -293,7 +293,7 @@ def _atoms_of(cell: Cell) -> dict[str, int]:
 
 
 def _has_units(atoms: Mapping[str, int], formulas: list[Formula], stated: float) -> bool | None:
-    """Say whether atoms are the formula units stated, hydrogens aside; None where they aren't in that ratio."""
+    """Return whether atoms are the formula units stated, hydrogens aside; None where they aren't in that ratio."""
     heavy = without_hydrogen(atoms)
     for formula in filter(None, map(without_hydrogen, formulas)):
         if (units := formula_units(heavy, formula)) is not None:

@@ -90,7 +90,7 @@ def _images(
 
 
 def gives_same(cell: Cell, operations: Operations, sites: Sites, lattice: NDArray[np.float64]) -> bool:
-    """Say whether operations make the same atoms of the sites listed."""
+    """Return whether operations make the same atoms of the sites listed."""
     from scipy.spatial import cKDTree
 
     numbers, frac_coords = sites

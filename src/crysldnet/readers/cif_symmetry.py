@@ -74,7 +74,7 @@ def _arrays(operations: list[gemmi.Op]) -> tuple[NDArray, NDArray]:
 
 
 def _is_group(rotations: NDArray, translations: NDArray) -> bool:
-    """Say whether the product of any two operations is one of them, up to lattice translations."""
+    """Return whether the product of any two operations is one of them, up to lattice translations."""
     own = _keys(rotations, translations)
     return all(
         np.isin(_keys(rotation @ rotations, translations @ rotation.T + shift), own).all()
@@ -98,7 +98,7 @@ def _number_of(rotations: NDArray, translations: NDArray) -> int:
 
 
 def fits(rotations: NDArray, lattice: NDArray[np.float64]) -> bool:
-    """Say whether all rotations map the lattice onto itself."""
+    """Return whether all rotations map the lattice onto itself."""
     metric = lattice @ lattice.T
     return bool(np.abs(rotations.transpose(0, 2, 1) @ metric @ rotations - metric).max() <= 0.02 * metric.max())
 

@@ -134,12 +134,12 @@ _ENVELOPES = ("data", "meta", "metadata", "links", "jsonapi", "response", "resul
 
 
 def _is_value(key: str | None, value: Any) -> bool:
-    """Say whether a member of an object can be an id or a property of one record."""
+    """Return whether a member of an object can be an id or a property of one record."""
     return isinstance(value, (str, int, float)) and not str(key).startswith("@") and key not in _ENVELOPES
 
 
 def _is_one(head: Mapping[str, Any]) -> bool:
-    """Say whether members of an object tell that it is one record: an id, a property, or a key that names a role."""
+    """Return whether members of an object tell that it is one record: an id, a property, or a key that names a role."""
     roles = {*ID_KEYS, *PREFERRED, *ROLES}
     return any(key in roles or _is_value(key, value) for key, value in head.items())
 

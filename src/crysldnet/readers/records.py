@@ -105,7 +105,7 @@ def read_entries(entries: Iterable[Entry], settings: Settings, units: Mapping[st
 
 
 def is_record(value: Any) -> bool:
-    """Say whether a value is a record of a crystal, as far as its keys tell."""
+    """Return whether a value is a record of a crystal, as far as its keys tell."""
     return isinstance(value, Mapping) and bool(structures_in(_flat(value)))
 
 
@@ -117,7 +117,7 @@ def _loaded(text: str | bytes) -> Any:
 
 
 def _is_about(record: Any) -> bool:
-    """Say whether a record of an OPTIMADE file tells of the file and not of a crystal."""
+    """Return whether a record of an OPTIMADE file tells of the file and not of a crystal."""
     return isinstance(record, Mapping) and (
         "x-optimade" in record or record.get("type") in ("info", "references", "links")
     )
@@ -207,7 +207,7 @@ def _layout(value: Any) -> str | None:
 
 
 def _is_structure(value: Any, expected: bool) -> bool:
-    """Say whether a value is a structure; of texts in JSON, those with a lattice, or where one is expected."""
+    """Return whether a value is a structure; of texts in JSON, those with a lattice, or where one is expected."""
     if isinstance(value, str):
         start = value.lstrip()
         json_ = start.startswith("{") and (expected or '"lattice' in value)
@@ -216,12 +216,12 @@ def _is_structure(value: Any, expected: bool) -> bool:
 
 
 def is_object(value: Any) -> bool:
-    """Say whether a value is a pymatgen ``Structure`` or ASE ``Atoms``, without importing either."""
+    """Return whether a value is a pymatgen ``Structure`` or ASE ``Atoms``, without importing either."""
     return (hasattr(value, "lattice") and hasattr(value, "sites")) or hasattr(value, "get_scaled_positions")
 
 
 def is_data_frame(value: Any) -> bool:
-    """Say whether a value is a pandas ``DataFrame``, without importing it; a ``Series`` is a list of values."""
+    """Return whether a value is a pandas ``DataFrame``, without importing it; a ``Series`` is a list of values."""
     return hasattr(value, "iloc") and hasattr(value, "columns")
 
 
@@ -311,9 +311,7 @@ def _optimade(value: Mapping[str, Any], notes: list[str]) -> Structure:
         directions = sum(value["dimension_types"])
     if directions not in (3, None):
         raise DataError(f"it is periodic in {directions} directions, not in 3")
-    species = value.get("species")
-    if isinstance(species, str):
-        species = _loaded(species)
+    species = _loaded(text) if isinstance(text := value.get("species"), str) else text
     symbols: dict[str, str] = {}
     for kind in [] if species is None else species:
         concentration = kind.get("concentration")
@@ -346,8 +344,7 @@ def _atoms(atoms: Any) -> Structure:
     occupancies = atoms.info.get("occupancy")
     if isinstance(occupancies, Mapping) and any(set(site.values()) != {1.0} for site in occupancies.values()):
         raise DataError(_WHOLE)
-    lattice = np.array(atoms.cell)
-    numbers = atoms.numbers
+    lattice, numbers = np.array(atoms.cell), atoms.numbers
     if ((numbers < 1) | (numbers > 118)).any():
         raise DataError("an atomic number is not between 1 and 118")
     return checked(lattice, numbers, _fractional(np.array(atoms.positions), lattice))

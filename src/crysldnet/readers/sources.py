@@ -192,7 +192,7 @@ def open_readers(source: Any, on_bad: OnBad | None = None) -> list[Reader]:
 
 
 def _is_whole(source: Any) -> bool:
-    """Say whether a source is one object: crystals, a structure or record, or a table."""
+    """Return whether a source is one object: crystals, a structure or record, or a table."""
     from crysldnet.readers.records import is_data_frame, is_object
 
     if isinstance(source, Mapping) and len(source) > 1 and all(is_object(value) for value in source.values()):
@@ -237,7 +237,7 @@ def _open_paths(sources: Sequence[str | os.PathLike[str]], on_bad: OnBad | None)
 
 
 def _is_store(source: str | os.PathLike[str]) -> bool:
-    """Say whether a source is a store, a data set by its name, or a split of one."""
+    """Return whether a source is a store, a data set by its name, or a split of one."""
     name = os.fspath(source)
     if name.startswith(("embedded:", "published:")) or os.path.isfile(os.path.join(name, "store.json")):
         return True
@@ -250,7 +250,7 @@ def _expanded(path: Path) -> list[Path]:
         return [path]
     found = [file for file in matches(path) if not file.is_dir() and (kind_of(file) or suffix_of(file) in KINDS)]
     if not found:
-        raise DataError(f"{path}: no structure file there; those read are {KNOWN_FILES}")
+        raise DataError(f"{path}: no structure file there; those read are {known_files()}")
     return found
 
 
@@ -262,7 +262,7 @@ def suffix_of(path: Path) -> str:
     return Path(inner_name(name)).suffix
 
 
-KINDS = {
+KINDS: dict[str, str | Callable[[Path], Reader]] = {
     ".zip": "archives.ZipReader",
     ".tar": "archives.TarReader",
     ".json": "record_files.json_reader",
@@ -274,10 +274,18 @@ KINDS = {
     ".db": "record_files.DatabaseReader",
     ".parquet": "tables.ParquetReader",
 }
-"""The reader of each suffix, below ``crysldnet.readers``."""
+"""The reader of each suffix: its name below ``crysldnet.readers``, or the class itself of a plugin."""
 STORE = "tables.StoreReader"
 
-KNOWN_FILES = "*.cif, *.vasp, *.poscar, POSCAR*, CONTCAR*, " + ", ".join(f"*{suffix}" for suffix in KINDS)
+
+def register(suffix: str, reader: Callable[[Path], Reader]) -> None:
+    """Have files of a suffix, such as ``.xsf``, read by a class of a plugin; see :class:`Reader`."""
+    KINDS[suffix.lower()] = reader
+
+
+def known_files() -> str:
+    """Return the patterns of the files that are read."""
+    return "*.cif, *.vasp, *.poscar, POSCAR*, CONTCAR*, " + ", ".join(f"*{suffix}" for suffix in KINDS)
 
 
 def _open_store(name: str) -> Reader:
@@ -287,12 +295,14 @@ def _open_store(name: str) -> Reader:
 def _open_file(path: str | Path) -> Reader:
     suffix = suffix_of(Path(path))
     if suffix not in KINDS:
-        raise DataError(f"{path}: not a file of crystals by its name; those read are {KNOWN_FILES}")
+        raise DataError(f"{path}: not a file of crystals by its name; those read are {known_files()}")
     return _open(KINDS[suffix], Path(path))
 
 
-def _open(kind: str, path: str | Path) -> Reader:
+def _open(kind: str | Callable[[Any], Reader], path: str | Path) -> Reader:
     from importlib import import_module
 
+    if not isinstance(kind, str):
+        return kind(path)
     module, name = kind.split(".")
     return getattr(import_module(f"crysldnet.readers.{module}"), name)(path)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from crysldnet.data.schema import crystals_from_table, ids_of, units_of
 from crysldnet.data.units import same_unit
 from crysldnet.errors import DataError
-from crysldnet.graphs.batch import CrystalBatch, make_batch
+from crysldnet.graphs.batch import CrystalBatch, cut, make_batch
 from crysldnet.graphs.crystals import Crystals, from_lists
 from crysldnet.graphs.spec import GraphSpec
 from crysldnet.readers.rows import PLACE, Piece, Rows, Task
@@ -245,18 +245,6 @@ def _number(text: str | None) -> float:
         return float(text or "nan")
     except ValueError:
         return np.nan
-
-
-def cut(sizes: NDArray[np.int64], crystals: int, atoms: int) -> Iterator[tuple[int, int]]:
-    """Cut consecutive crystals into batches within both bounds."""
-    start = total = 0
-    for stop, size in enumerate(sizes.tolist()):
-        if stop > start and (stop - start == crystals or total + size > atoms):
-            yield start, stop
-            start, total = stop, 0
-        total += size
-    if start < len(sizes):
-        yield start, len(sizes)
 
 
 def ahead(items: Iterator[T], depth: int) -> Iterator[T]:

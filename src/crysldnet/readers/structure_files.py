@@ -153,7 +153,7 @@ def read_structure(
     Args:
         path: the file; its name says which kind it is. It may be compressed (.gz, .bz2, .zst, .xz).
         max_atoms: refuse a file that lists more sites than this before they are expanded.
-        notes: what was read otherwise than it stands there is appended: the ``NOTE_`` texts of
+        notes: what was normalized on reading is appended: the ``NOTE_`` texts of
             :mod:`crysldnet.readers.cif` and :mod:`crysldnet.readers.species`.
 
     Returns:
@@ -217,7 +217,7 @@ def _reader(kind: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """Say in words what the bare errors of pymatgen's parser mean."""
+    """Describe what the bare errors of pymatgen's parser mean."""
     if isinstance(error, IndexError):
         return "it ends too early"
     return " ".join(str(error).split())[:200] or type(error).__name__
@@ -242,7 +242,7 @@ def checked(lattice: Any, numbers: Any, frac_coords: Any) -> Structure:
         frac_coords: [n, 3].
 
     Raises:
-        DataError: no atoms, as many species as coordinates there aren't, a value that isn't finite, or a cell without
+        DataError: no atoms, different numbers of species and coordinates, a value that isn't finite, or a cell without
             volume.
     """
     lattice = np.array(lattice, np.float64).reshape(3, 3)

@@ -46,7 +46,7 @@ def run_in_order(calls: Iterator[Callable[[], T]], workers: int) -> Iterator[T]:
 
 
 def _can_start_processes() -> bool:
-    """Say whether a new process can import the main module, as it must; it can't where that was read from a pipe."""
+    """Return whether a new process can import the main module, as it must; it can't where that was read from a pipe."""
     file = getattr(sys.modules["__main__"], "__file__", None)
     return file is None or os.path.exists(file)
 

@@ -11,41 +11,39 @@ import json
 import sys
 from typing import Any
 
+import crysldnet.models.pretraining  # noqa: F401  registers the measures of pretraining
+from crysldnet.measures import MEASURES, STAGES
+from crysldnet.models import objectives
+
 STEP = "trainer/global_step"
 Panels = list[tuple[str, list[str] | str]]
 """Titles of charts, and the metrics of each, or a regular expression that they match."""
+
+
+def _with_baseline(*names: str) -> Panels:
+    """Return a chart for each measure, with its baseline."""
+    found = [MEASURES[name] for name in names]
+    return [(m.heading, [f"val/{m.name}", *([f"val/{m.name}_baseline"] if m.baseline else [])]) for m in found]
+
+
+def _of_targets(*names: str) -> Panels:
+    """Return a chart for each measure with all targets: where there are several, their names follow the metric's."""
+    return [(MEASURES[name].heading, f"val/{name}(/.+)?") for name in names]
+
+
 PRETRAINING: dict[str, Panels] = {
-    "What it learned": [
-        ("masked species found", ["val/masked_accuracy", "val/masked_accuracy_baseline"]),
-        ("coordinate error (Å)", ["val/coordinate_error", "val/coordinate_error_baseline"]),
-        ("lattice length error (Å)", ["val/lattice_length_error", "val/lattice_length_error_baseline"]),
-        ("lattice angle error (°)", ["val/lattice_angle_error", "val/lattice_angle_error_baseline"]),
-    ],
-    "Latent space: a collapse shows here": [
-        ("spread of the encoder's output", ["val/features_spread"]),
-        ("effective rank of the encoder's output", ["val/features_rank"]),
-        ("spread of the latent", ["val/latent_spread"]),
-        ("effective rank of the latent", ["val/latent_rank"]),
-    ],
+    "What it learned": _with_baseline(*(m.name for m in objectives.MEASURES if m.baseline and (m.plotted or m.unit))),
+    "Latent space: a collapse shows here": _with_baseline(
+        "features_spread", "features_rank", "latent_spread", "latent_rank"
+    ),
     "Losses": [("training", ["train/loss"]), ("validation", ["val/loss"])],
 }
 """Sections of the pretraining's layout; there is one of each for each stage."""
 FINETUNING: dict[str, Panels] = {
-    "Errors of numbers, on validation": [
-        ("MAE", "val/mae(/.+)?"),
-        ("RMSE", "val/rmse(/.+)?"),
-        ("R²", "val/r2(/.+)?"),
-        ("negative log-likelihood", "val/nll"),
-    ],
-    "Scores of classes, on validation": [
-        ("ROC-AUC", "val/roc_auc(/.+)?"),
-        ("accuracy", "val/accuracy(/.+)?"),
-        ("F1", "val/f1(/.+)?"),
-        ("log loss", "val/log_loss(/.+)?"),
-    ],
+    "Errors of numbers, on validation": _of_targets("mae", "rmse", "r2", "nll"),
+    "Scores of classes, on validation": _of_targets("roc_auc", "accuracy", "f1", "log_loss"),
     "Loss": [("training", ["train/loss"])],
 }
-"""Where there are several targets, a metric has the target's name behind it, and a chart all of them."""
 HEALTH: dict[str, Panels] = {
     "Health and speed": [
         ("norm of the gradient", ["train/grad_norm"]),
@@ -54,7 +52,6 @@ HEALTH: dict[str, Panels] = {
         ("peak memory (MiB)", ["train/memory_mb"]),
     ]
 }
-STAGES = ("vae", "diffusion")
 
 
 def layouts(entity: str, project: str) -> list[Any]:

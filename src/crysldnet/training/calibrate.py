@@ -5,7 +5,7 @@ Shapes: ``B`` crystals, ``T`` targets, ``M`` members of an ensemble.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,22 +20,17 @@ from crysldnet.artifacts.calibration import Calibration, TargetCalibration, chec
 from crysldnet.artifacts.ood import REMEMBERED, TrainingSet, catch_features
 from crysldnet.console import SHOWN
 from crysldnet.errors import CheckpointError
-from crysldnet.graphs.batch import CrystalBatch
-from crysldnet.models.ensemble import combine
-from crysldnet.models.predictor import Prediction, TargetModel
-from crysldnet.models.target import Log, TargetType
-from crysldnet.readers.stream import cut
+from crysldnet.models.ensemble import predict
+from crysldnet.models.predictor import TargetModel
+from crysldnet.models.targets import TargetType
 from crysldnet.training import plots
 
 if TYPE_CHECKING:
     from crysldnet.data.datamodule import CrystalDataModule
 
-BATCH = (64, 4096)
-"""Crystals and atoms of a batch."""
-
 
 @dataclass(frozen=True)
-class Knowledge:
+class UncertaintyInfo:
     """What a model's file says beside its weights.
 
     Attributes:
@@ -116,7 +111,7 @@ def calibrate(
 
 def learn(
     model: TargetModel, data: CrystalDataModule, found: HeldOut, drawn: Path | None = None
-) -> tuple[Knowledge, dict[str, dict[str, float]]]:
+) -> tuple[UncertaintyInfo, dict[str, dict[str, float]]]:
     """Return what is known of a model's errors and training set, and how well it is calibrated.
 
     Args:
@@ -127,7 +122,7 @@ def learn(
     """
     known = Calibration(
         [
-            TargetCalibration.of(*found.of_target(place), relative=isinstance(kind, Log))
+            TargetCalibration.of(*found.of_target(place), relative=kind.relative)
             for place, kind in enumerate(model.types)
         ]
     )
@@ -136,10 +131,10 @@ def learn(
         for place in numbers[:SHOWN]:
             plots.reliability(*found.of_target(place), drawn, data.targets[place])
     checks = {data.targets[place]: check(*found.of_target(place)) for place in numbers}
-    return Knowledge(known, _remember(model, data)), checks
+    return UncertaintyInfo(known, _remember(model, data)), checks
 
 
-def knowledge_of(path: Path) -> Knowledge | None:
+def read_uncertainty_info(path: Path) -> UncertaintyInfo | None:
     """Read what the file of a model or the folder of a run keeps; None where that is of an earlier version."""
     kind: model_file.Kind = "property_model"
     if path.is_dir():
@@ -152,32 +147,16 @@ def knowledge_of(path: Path) -> Knowledge | None:
         return None
     training_set = model_file.read_extra(path, kind, "training_set.")
     try:
-        return Knowledge(Calibration.from_tensors(calibration), TrainingSet.from_tensors(training_set))
+        return UncertaintyInfo(Calibration.from_tensors(calibration), TrainingSet.from_tensors(training_set))
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def batches(
-    model: TargetModel, data: CrystalDataModule, rows: NDArray[np.int64]
-) -> Iterator[tuple[NDArray[np.int64], CrystalBatch]]:
-    """Give rows and their batches, on the device of the model."""
-    for start, stop in cut(data.store.crystals.sizes[rows], *BATCH):
-        part = rows[start:stop]
-        yield part, data.batch(part, model.encoder.graph).to(model.std.device)
-
-
-@torch.inference_mode()
 def held_out_errors(models: Sequence[TargetModel], data: CrystalDataModule, rows: NDArray[np.int64]) -> HeldOut:
     """Return the errors of models that predict together on crystals that they weren't trained on."""
     assert data.target_values is not None
-    values, stds = [np.empty((0, len(data.targets)))], []
-    for _, batch in batches(models[0], data, rows):
-        found = together(models, [model.predict(batch) for model in models])
-        values.append(found.value.double().cpu().numpy())
-        if found.std is not None:
-            stds.append(found.std.double().cpu().numpy())
-    std = np.concatenate(stds) if stds else None
-    return errors_of(models[0].types, np.concatenate(values), std, data.target_values[rows])
+    value, std, _ = predict(models, data.batches(rows, models[0].encoder.graph)).to(torch.float64)
+    return errors_of(models[0].types, value.numpy(), None if std is None else std.numpy(), data.target_values[rows])
 
 
 def errors_of(
@@ -188,16 +167,11 @@ def errors_of(
     for place, kind in enumerate(types):
         if kind.kind != "regression":
             errors[:, place] = np.nan
-        elif isinstance(kind, Log):
+        elif kind.relative:
             errors[:, place] = np.log(value[:, place] / true[:, place])
             if std is not None:
                 std[:, place] /= value[:, place]
     return HeldOut(errors, std)
-
-
-def together(models: Sequence[TargetModel], predictions: Sequence[Prediction]) -> Prediction:
-    """Return the prediction of an ensemble, or of the one model that there is."""
-    return combine(predictions, models[0].types) if len(predictions) > 1 else predictions[0]
 
 
 @torch.inference_mode()
@@ -206,7 +180,8 @@ def _remember(model: TargetModel, data: CrystalDataModule) -> TrainingSet:
     some = np.sort(np.random.default_rng(0).permutation(rows)[:REMEMBERED])
     features = []
     with catch_features(model.encoder) as caught:
-        for _, batch in batches(model, data, some):
+        for batch in data.batches(some, model.encoder.graph):
+            batch = batch.to(model.std.device)
             model.encoder(batch)
             features.append(caught.of_crystals(batch).cpu())
     return TrainingSet.of(data.store.crystals.take(rows), torch.cat(features))

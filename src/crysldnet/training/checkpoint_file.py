@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from crysldnet.console import note
 from crysldnet.errors import CheckpointError
 from crysldnet.io import whole_file
+from crysldnet.renames import new_key, new_value
 
 FORMAT_VERSION = 1
 LAST = "last.ckpt"
@@ -184,7 +185,11 @@ def _brief(owner: Mapping[str, Any]) -> dict[str, Any]:
 
     The comment of a zip archive ends at 64 KiB.
     """
-    found = _flat(json.loads(json.dumps(owner)))
+    found: dict[str, Any] = {}
+    for key, value in _flat(json.loads(json.dumps(owner))).items():
+        part, _, inner = key.partition(".")
+        now = new_key(inner)
+        found[f"{part}.{now}" if part == "model" else key] = new_value(now, value) if part == "model" else value
     for key, value in found.items():
         text = json.dumps(value)
         if len(text) > _LONG:

@@ -34,7 +34,7 @@ def started() -> float:
     return time.monotonic()
 
 
-class SaveAndStop(Checkpoint):
+class PreemptionCheckpoint(Checkpoint):
     """Save a checkpoint every so often and before a stop, between two optimizer steps.
 
     A checkpoint is taken before the first batch of an optimizer step, when all that belongs to the step before it
@@ -92,7 +92,7 @@ class SaveAndStop(Checkpoint):
             raise KeyboardInterrupt
         self._signal = number
 
-    def stop_if_told(self, where: str, trainer: pl.Trainer | None = None) -> None:
+    def stop_if_signalled(self, where: str, trainer: pl.Trainer | None = None) -> None:
         """Raise ``Interrupted`` where a signal came, given the Trainer to any process, and nothing followed."""
         reason = self._signal if trainer is None else self._agree(trainer)[0]
         if reason not in (0, TIME_LIMIT):
@@ -143,7 +143,7 @@ class SaveAndStop(Checkpoint):
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
     def _stop(self, reason: int, where: str) -> NoReturn:
-        signals.tell()
+        signals.mark_signal()
         why = "the time limit" if reason == TIME_LIMIT else signal.Signals(reason).name
         raise Interrupted(f"stopped by {why} {where}; continue with resume=last")
 
@@ -215,13 +215,14 @@ def check_position(path: Path, header: Mapping[str, Any], trainer: pl.Trainer, s
             f"{path}: an epoch had {planned} steps and would have {steps_per_epoch} now, because atoms or edges bound "
             "its batches (data.batch_atoms, data.max_atoms, data.max_edges), which are packed otherwise for another "
             "number of processes; the learning rates were planned for the former. Go on with "
-            f"{header['world_size']} process(es) × trainer.accumulate={header['accumulate']}"
+            f"{header['world_size']} process(es) × trainer.accumulate_grad_batches={header['accumulate']}"
         )
     then = (header["world_size"], header["accumulate"])
     now = (trainer.world_size, trainer.accumulate_grad_batches)
     if header["batch"] and then != now:
         raise CheckpointError(
             f"{path}: the run stopped inside epoch {header['epoch'] + 1}, whose batches are shared by {then[0]} "
-            f"process(es) × trainer.accumulate={then[1]}; the rest of them can't be shared by {now[0]} × {now[1]}. Go "
+            f"process(es) × trainer.accumulate_grad_batches={then[1]}; the rest of them can't be shared by {now[0]} "
+            f"× {now[1]}. Go "
             "on with as many as before; their number may change at the end of an epoch"
         )

@@ -24,7 +24,7 @@ def device_memory_mb(device: torch.device) -> float:
 
 
 class Diagnostics(Callback):
-    """Log, every ``trainer.log_every`` optimizer steps, what says whether a training is healthy and fast.
+    """Log, every ``trainer.log_every_n_steps`` optimizer steps, what says whether a training is healthy and fast.
 
     - ``train/grad_norm``: before clipping.
     - ``train/atoms_per_s``, ``train/crystals_per_s``: of all devices together, since it was last logged. Waiting for

@@ -14,26 +14,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crysldnet.data.datamodule import CrystalDataModule
-from crysldnet.data.sampler import BatchSampler
 from crysldnet.encoders.protocol import batch_statistics
-from crysldnet.graphs.batch import CrystalBatch, make_batch
+from crysldnet.graphs.batch import CrystalBatch
 from crysldnet.models.head import PropertyModel
 
 
 @torch.no_grad()
 def read_batches(
     model: PropertyModel, data: CrystalDataModule, rows: NDArray[np.int64], device: torch.device
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], Tensor]]:
-    """Give rows of the store, their numbers of atoms, and what the head reads of them, batch by batch."""
-    sizes = data.store.crystals.sizes[rows]
-    budget = data.share_of_a_step(1).for_any(sizes)
-    for chosen, *_ in BatchSampler(rows, sizes, None, budget, shuffle=False):
-        crystals = data.store.crystals.take(chosen)
-        yield (
-            chosen,
-            crystals.sizes,
-            model.head.read(model.encoder, make_batch(crystals, model.encoder.graph).to(device)),
-        )
+) -> Iterator[Tensor]:
+    """Give what the head reads of rows of the store, batch by batch."""
+    for batch in data.batches(rows, model.encoder.graph):
+        yield model.head.read(model.encoder, batch.to(device))
 
 
 def standardize(model: PropertyModel, data: CrystalDataModule, device: torch.device, *, fresh: bool) -> None:
@@ -49,7 +41,7 @@ def standardize(model: PropertyModel, data: CrystalDataModule, device: torch.dev
         return
     count, total, square = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     with batch_statistics(model.encoder, own=fresh):
-        for _, _, read in read_batches(model, data, data.rows["train"], device):
+        for read in read_batches(model, data, data.rows["train"], device):
             read = read.double()
             count, total, square = count + len(read), total + read.sum(0), square + read.square().sum(0)
     center = total / count
@@ -73,14 +65,11 @@ class ReadTable:
     @classmethod
     def of(cls, model: PropertyModel, data: CrystalDataModule, device: torch.device) -> ReadTable:
         """Compute it for all crystals of a data module, on a device."""
-        begin, parts, count = torch.full((len(data.store),), -1), [], 0
-        single = model.head.per_crystal
-        for chosen, sizes, read in read_batches(model, data, np.concatenate(list(data.rows.values())), device):
-            places = np.arange(len(sizes)) if single else np.cumsum(sizes) - sizes
-            begin[torch.from_numpy(chosen)] = count + torch.from_numpy(places)
-            count += len(read)
-            parts.append(read)
-        return cls(torch.cat(parts), begin.to(device), single)
+        rows, single = np.concatenate(list(data.rows.values())), model.head.per_crystal
+        sizes = np.ones_like(rows) if single else data.store.crystals.sizes[rows]
+        begin = torch.full((len(data.store),), -1)
+        begin[torch.from_numpy(rows)] = torch.from_numpy(np.cumsum(sizes) - sizes)
+        return cls(torch.cat(list(read_batches(model, data, rows, device))), begin.to(device), single)
 
     def __call__(self, batch: CrystalBatch) -> Tensor:
         """Return what the head reads of a batch."""

@@ -14,7 +14,7 @@ from torchmetrics.functional.classification import binary_auroc, binary_f1_score
 from torchmetrics.utilities import dim_zero_cat
 
 from crysldnet.models.predictor import Prediction
-from crysldnet.models.target import Classes, Number, TargetType
+from crysldnet.models.targets import TargetType
 
 
 class Means(Metric):
@@ -154,18 +154,18 @@ class TargetMetrics(nn.Module):
     ) -> None:
         super().__init__()
         self.targets, self.types, self.entropies = targets, types, entropies or [1.0] * len(targets)
-        self.numbers = [i for i, kind in enumerate(types) if not isinstance(kind, Classes)]
+        self.numbers = [i for i, kind in enumerate(types) if kind.classes is None]
         names = [targets[i] for i in self.numbers]
         self.errors = RegressionErrors(names, sync_on_compute=sync_on_compute)
         self.normalised = RegressionErrors(names, sync_on_compute=sync_on_compute)
         self.scores = nn.ModuleDict(
             {
-                str(i): ClassificationScores(len(kind.labels), sync_on_compute=sync_on_compute)
+                str(i): ClassificationScores(len(kind.classes), sync_on_compute=sync_on_compute)
                 for i, kind in enumerate(types)
-                if isinstance(kind, Classes)
+                if kind.classes is not None
             }
         )
-        self.spread = any(isinstance(kind, Number) and kind.spread is not None for kind in types)
+        self.spread = any(kind.spread is not None for kind in types)
         self.likelihood = Means(1, sync_on_compute=sync_on_compute)
 
     @property

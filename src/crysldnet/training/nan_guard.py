@@ -24,7 +24,8 @@ class RefuseNonFinite(Callback):
     """Skip an optimizer step whose loss or gradient isn't finite, and stop after too many of them.
 
     Weights, moments of the optimizer and buffers (the statistics of batch normalisation) stay as they were before the
-    step. Each such step is written to ``bad_steps.jsonl`` with what wasn't finite and the ids of the crystals. The
+    step. Each such step is written to ``nonfinite_steps.jsonl`` with what wasn't finite and the ids of the crystals.
+    The
     losses and the norm of the whole gradient are looked at together, once an optimizer step, before it is taken: the
     one time in a step at which the host waits for the device.
 
@@ -34,7 +35,7 @@ class RefuseNonFinite(Callback):
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
-        self.path, self.limit = folder / "bad_steps.jsonl", limit
+        self.path, self.limit = folder / "nonfinite_steps.jsonl", limit
         self.skipped = 0
         self._seen: list[tuple[CrystalBatch, Tensor, dict[str, Tensor]]] = []
         self._buffers: list[Tensor] = []
@@ -93,7 +94,8 @@ class RefuseNonFinite(Callback):
         if self.skipped > self.limit:
             raise DivergedError(
                 f"{text}. The weights are those before this step. Look at these crystals, lower optimizer.lr or "
-                f"gradient_clip, or let trainer.max_bad_steps (now {self.limit}) such steps be skipped; resume=last "
+                f"gradient_clip_val, or let trainer.max_nonfinite_steps (now {self.limit}) such steps be skipped; "
+                f"resume=last "
                 "goes on from the last checkpoint"
             )
         rank_zero_only(note)(f"{text}; skipped ({self.skipped} of at most {self.limit})")

@@ -32,9 +32,9 @@ class AdamW:
         weight_decay: of matrices alone (``decay=matrices``), or of every parameter whose name contains none of
             "bias", "bn", "norm", as the published code does (``decay=names``).
         schedule: ``onecycle`` (from lr/25 up to lr and down to lr/250,000, cosine), ``cosine`` or ``linear`` (up, then
-            down to ``final``), or ``constant``.
+            down to ``min_lr_ratio``), or ``constant``.
         warmup: share of the steps on the way up.
-        final: where ``cosine`` and ``linear`` end, as a share of lr.
+        min_lr_ratio: where ``cosine`` and ``linear`` end, as a share of lr.
     """
 
     lr: float
@@ -42,14 +42,15 @@ class AdamW:
     decay: Literal["matrices", "names"] = "matrices"
     schedule: Literal["onecycle", "cosine", "linear", "constant"] = "onecycle"
     warmup: float = 0.3
-    final: float = 0.0
+    min_lr_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.final <= 1:
-            raise ValueError(f"final is a share of lr, from 0 to 1, not {self.final}")
-        if self.final and self.schedule not in ("cosine", "linear"):
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ValueError(f"min_lr_ratio is a share of lr, from 0 to 1, not {self.min_lr_ratio}")
+        if self.min_lr_ratio and self.schedule not in ("cosine", "linear"):
             raise ValueError(
-                f"final={self.final} is for schedule=cosine or linear; {self.schedule} has an end of its own"
+                f"min_lr_ratio={self.min_lr_ratio} is for schedule=cosine or linear; {self.schedule} has an end of "
+                f"its own"
             )
         if not self.lr > 0 or not 0 <= self.warmup < 1:
             raise ValueError(f"lr must be over 0 and warmup at least 0 and below 1, not {self.lr} and {self.warmup}")
@@ -104,6 +105,6 @@ class AdamW:
                 return (step + 1) / up
             gone = min(1.0, (step - up) / max(1.0, total - up))
             left = 1.0 - gone if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * gone))
-            return self.final + (1.0 - self.final) * left
+            return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * left
 
         return LambdaLR(optimizer, factor)

@@ -77,10 +77,10 @@ def run_jobs(
     """
     waiting, statuses = list(jobs), {}
     running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
-    with noted() as stop_if_told:
+    with noted() as stop_if_signalled:
         try:
             while waiting or running:
-                stop_if_told()
+                stop_if_signalled()
                 for place in range(len(environments)):
                     if place not in running and waiting and is_free(waiting[0].log.parent):
                         job = waiting.pop(0)
@@ -97,7 +97,7 @@ def run_jobs(
 
 
 def is_free(folder: Path) -> bool:
-    """Say whether no other process works in a folder, such as one whose parent was killed and that is about to end."""
+    """Return whether no other process works in a folder, such as one that ends because its parent was killed."""
     owner = owner_of(folder)
     if owner is not None:
         _note_once(f"{folder}: {owner} is working in this folder; waiting until it ends")

@@ -66,7 +66,7 @@ def _runs(base: Path) -> list[Path]:
 
 
 def is_complete(run: Path) -> bool:
-    """Say whether a run ended well."""
+    """Return whether a run ended well."""
     return (run / "summary.json").exists()
 
 
@@ -296,7 +296,7 @@ class RunFolder:
 
 
 def _without_nan(value: Any) -> Any:
-    """Put null, which JSON has, in place of what isn't finite, which it hasn't."""
+    """Replace non-finite floats by null; JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

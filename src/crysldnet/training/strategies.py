@@ -10,7 +10,14 @@ from typing import Any, Literal, Protocol
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
@@ -19,15 +26,16 @@ from crysldnet.encoders.protocol import Encoder, layers_of
 from crysldnet.errors import ConfigError
 from crysldnet.models.dit import DiT
 
-Name = Literal["single", "ddp", "ddp_static", "fsdp", "fsdp2", "deepspeed"]
+Name = Literal["auto", "ddp", "ddp_static", "fsdp", "fsdp2", "deepspeed", "other"]
 HALF = ("bf16-mixed", "16-mixed")
 PRECISIONS: dict[Name, tuple[str, ...]] = {
-    "single": ("32-true", *HALF, "64-true"),
+    "auto": ("32-true", *HALF, "64-true"),
     "ddp": ("32-true", *HALF, "64-true"),
     "ddp_static": ("32-true", *HALF, "64-true"),
     "fsdp": ("32-true", *HALF),
     "fsdp2": ("32-true", "bf16-mixed"),
     "deepspeed": ("32-true", *HALF),
+    "other": ("32-true", *HALF, "64-true"),
 }
 """What Lightning offers under each strategy."""
 
@@ -38,7 +46,7 @@ STARTING = timedelta(minutes=10)
 """How long processes wait for each other at least while they start."""
 
 
-def single() -> str:
+def auto() -> str:
     """One device."""
     return "auto"
 
@@ -180,7 +188,7 @@ class Settings(Protocol):
     @property
     def devices(self) -> int: ...
     @property
-    def nodes(self) -> int: ...
+    def num_nodes(self) -> int: ...
     @property
     def precision(self) -> str: ...
     @property
@@ -188,39 +196,41 @@ class Settings(Protocol):
     @property
     def activation_checkpointing(self) -> bool: ...
     @property
-    def accumulate(self) -> int: ...
+    def accumulate_grad_batches(self) -> int: ...
     @property
     def ema_decay(self) -> float | None: ...
     @property
-    def average_last(self) -> float | None: ...
+    def swa_fraction(self) -> float | None: ...
     @property
-    def max_bad_steps(self) -> int: ...
+    def max_nonfinite_steps(self) -> int: ...
 
 
 def name_of(strategy: Strategy | str) -> Name:
-    """Return the name of a strategy that configuration made."""
+    """Return the known strategy that one is derived from; ``other`` where a plugin defines one of its own."""
     kinds: tuple[tuple[Name, type[Strategy]], ...] = (
         ("fsdp", FSDPStrategy),
         ("fsdp2", ModelParallelStrategy),
         ("deepspeed", DeepSpeedStrategy),
+        ("auto", SingleDeviceStrategy),
     )
-    if type(strategy) is DDPStrategy:
+    if isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy):
         return "ddp_static" if strategy._ddp_kwargs.get("static_graph") else "ddp"
-    return next((name for name, kind in kinds if isinstance(strategy, kind)), "single")
+    known: Name = next((name for name, kind in kinds if isinstance(strategy, kind)), "other")
+    return "auto" if isinstance(strategy, str) else known
 
 
 def refusals(name: Name, settings: Settings, accelerator: Literal["cpu", "gpu"]) -> Iterator[ConfigError]:
     """Say what can't be combined, each with the reason, the mend and the key."""
-    processes = settings.devices * settings.nodes
-    if name == "single" and processes > 1:
-        yield ConfigError(f"{processes} processes need strategy=ddp (or fsdp2), not single", "strategy")
+    processes = settings.devices * settings.num_nodes
+    if name == "auto" and processes > 1:
+        yield ConfigError(f"{processes} processes need strategy=ddp (or fsdp2), not auto", "strategy")
     if name in ("fsdp", "deepspeed") and accelerator == "cpu":  # torch 2.13 crashes as it gathers fsdp's weights there
         yield ConfigError(f"strategy={name} needs GPUs; on CPU use strategy=ddp or strategy=fsdp2", "strategy")
-    if name == "ddp_static" and settings.accumulate > 1:
+    if name == "ddp_static" and settings.accumulate_grad_batches > 1:
         yield ConfigError(
             "strategy=ddp_static can't accumulate: PyTorch plans its communication on the first batch, which must "
-            "communicate. Set trainer.accumulate=1, or use strategy=ddp",
-            "trainer.accumulate",
+            "communicate. Set trainer.accumulate_grad_batches=1, or use strategy=ddp",
+            "trainer.accumulate_grad_batches",
         )
     if settings.precision not in PRECISIONS[name]:
         yield ConfigError(
@@ -230,18 +240,19 @@ def refusals(name: Name, settings: Settings, accelerator: Literal["cpu", "gpu"])
         )
     if settings.precision == "16-mixed" and accelerator == "cpu":
         yield ConfigError("trainer.precision=16-mixed needs a GPU; on CPU use bf16-mixed", "trainer.precision")
-    for key in ("ema_decay", "average_last"):
+    for key in ("ema_decay", "swa_fraction"):
         if name in SHARDED and getattr(settings, key) is not None:
             yield ConfigError(
                 f"strategy={name} can't average weights: each process holds a part of them. Set trainer.{key}=null, or "
                 "use strategy=ddp",
                 f"trainer.{key}",
             )
-    if settings.max_bad_steps and name == "deepspeed":
+    if settings.max_nonfinite_steps and name == "deepspeed":
         yield ConfigError(
-            "strategy=deepspeed can't skip a step: it keeps gradients of its own. Set trainer.max_bad_steps=0, or use "
+            "strategy=deepspeed can't skip a step: it keeps gradients of its own. Set "
+            "trainer.max_nonfinite_steps=0, or use "
             "strategy=fsdp2",
-            "trainer.max_bad_steps",
+            "trainer.max_nonfinite_steps",
         )
     if settings.compile and name in SHARDED:
         yield ConfigError(
@@ -284,17 +295,19 @@ def check_combination(strategy: Strategy | str, settings: Settings, accelerator:
     for refusal in refusals(name_of(strategy), settings, accelerator):
         raise refusal
     started = started_processes()
-    asked = settings.devices * settings.nodes
-    if started is None and settings.nodes > 1 and "MASTER_ADDR" not in os.environ:
+    asked = settings.devices * settings.num_nodes
+    if started is None and settings.num_nodes > 1 and "MASTER_ADDR" not in os.environ:
         raise ConfigError(
-            f"trainer.nodes={settings.nodes}: nothing has started processes on other machines; use srun (make … "
+            f"trainer.num_nodes={settings.num_nodes}: nothing has started processes on other machines; use srun "
+            f"(make … "
             "SLURM=1) or torchrun, or run this on each with MASTER_ADDR, MASTER_PORT and NODE_RANK set",
-            "trainer.nodes",
+            "trainer.num_nodes",
         )
     if started is not None and started[0] != asked:
         raise ConfigError(
             f"{started[1]} started {started[0]} process(es), but trainer.devices={settings.devices} × "
-            f"trainer.nodes={settings.nodes} asks for {asked}; start one process a device, or set trainer.devices to "
-            "those of a node and trainer.nodes",
+            f"trainer.num_nodes={settings.num_nodes} asks for {asked}; start one process a device, or set "
+            f"trainer.devices to "
+            "those of a node and trainer.num_nodes",
             "trainer.devices",
         )

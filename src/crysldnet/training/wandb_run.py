@@ -15,22 +15,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from crysldnet.artifacts.model_file import kind_of
 from crysldnet.console import note
 from crysldnet.data.store import file_hash
+from crysldnet.measures import find
 
 Summary = Literal["min", "max", "mean", "last"]
 
-HIGHER = ("accuracy", "r2", "roc_auc", "f1")
-UNITS = {
-    "coordinate_error": "Å",
-    "lattice_length_error": "Å",
-    "lattice_angle_error": "°",
-    "coordinates": "Å",
-    "lattice": "Å",
-    "atoms_per_s": "atoms/s",
-    "crystals_per_s": "crystals/s",
-    "memory_mb": "MiB",
-}
-"""By the last part of a metric's name."""
-OF_TARGET = ("mae", "rmse")
 ARTIFACTS = {"encoder.safetensors": "encoder", "model.safetensors": "model", "predictions_test.csv": "predictions"}
 """File of a run folder to the type and the collection of its artifact."""
 WORST = 20
@@ -44,17 +32,9 @@ def summary_of(metric: str) -> Summary:
     Args:
         metric: as logged, ``val/mae`` or ``diffusion/val/masked_accuracy``.
     """
-    name = _without_stage(metric)
-    split, _, kind = name.partition("/")
-    if kind in ("atoms_per_s", "crystals_per_s"):
-        return "mean"
-    if kind == "memory_mb":
-        return "max"
-    if split not in ("train", "val", "test") or kind == "grad_norm":
-        return "last"
-    if kind.endswith(("_baseline", "_spread", "_rank")):
-        return "last"
-    return "max" if kind.split("/")[0].endswith(HIGHER) else "min"
+    measure, _ = find(metric)
+    directions: dict[str | None, Summary] = {"higher": "max", "lower": "min", None: measure.summary}
+    return directions[measure.better]
 
 
 def unit_of(metric: str, targets: Mapping[str, str]) -> str:
@@ -64,16 +44,8 @@ def unit_of(metric: str, targets: Mapping[str, str]) -> str:
         metric: as logged.
         targets: units of the targets.
     """
-    kind, *rest = _without_stage(metric).split("/")[1:] or [""]
-    if kind in OF_TARGET:
-        if rest:
-            return targets.get(rest[0], "")
-        return next(iter(targets.values())) if len(set(targets.values())) == 1 else ""
-    return UNITS.get(([kind, *rest])[-1].removesuffix("_baseline"), "")
-
-
-def _without_stage(metric: str) -> str:
-    return re.sub(r"^(vae|diffusion)/", "", metric)
+    measure, target = find(metric)
+    return measure.unit_in(targets, target)
 
 
 class WandbRun(WandbLogger):

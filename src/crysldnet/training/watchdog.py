@@ -35,7 +35,7 @@ SEARCH_S = 12.0
 """How long the cause of a collective that failed is looked for."""
 FAILURE = "failure"
 STOPPED = "stopped"
-"""Told in place of a failure by a rank that was asked to stop: the others will stop too, and nothing is wrong."""
+"""TaskResult in place of a failure by a rank that was asked to stop: the others will stop too, and nothing is wrong."""
 
 
 def topology(trainer: pl.Trainer, hosts: list[str]) -> str:
@@ -52,13 +52,13 @@ def topology(trainer: pl.Trainer, hosts: list[str]) -> str:
 
 
 def of_a_collective(error: BaseException) -> bool:
-    """Say whether an error may follow from another process: gloo and NCCL raise such ones."""
+    """Return whether an error may follow from another process: gloo and NCCL raise such ones."""
     kinds = tuple(kind for kind in (getattr(dist, "DistError", None),) if kind is not None)
     text = str(error)
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text))
 
 
-class RankWatch(Callback):
+class RankWatchdog(Callback):
     """Print the topology once, and end every process of a run when one of them fails, dies or hangs.
 
     Args:

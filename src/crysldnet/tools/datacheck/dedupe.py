@@ -16,7 +16,8 @@ from crysldnet.data.datasets import open_part
 from crysldnet.data.decontamination import shared_rows
 from crysldnet.data.matching import duplicates
 from crysldnet.data.output import ParquetOutput
-from crysldnet.data.store import CrystalStore, StoreWriter
+from crysldnet.data.store import CrystalStore
+from crysldnet.data.store_writer import StoreWriter
 from crysldnet.io import replacing
 
 HELP = "keep each crystal once, and none that another set has"

@@ -17,7 +17,7 @@ from crysldnet.data.elements import SYMBOLS
 from crysldnet.data.output import ParquetOutput
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
-from crysldnet.readers.sources import KNOWN_FILES
+from crysldnet.readers.sources import known_files
 from crysldnet.tools.importer.importer import import_crystals
 
 FURTHER = {
@@ -32,9 +32,10 @@ IMPORT_HELP = f"""\
 Import crystals into a store, the folder that training reads.
 
 SOURCE is a folder (searched at every depth for CIF and POSCAR files), a quoted glob pattern, or files:
-{KNOWN_FILES}.
+{known_files()}.
 The pages of the documentation say which layouts of JSON, CSV and Parquet are known. A crystal's id is its file's name
 without suffix, or what its record says. The result appears under its name when it is whole.
+plugins=[my_format] imports a module of yours that reads other files.
 
 Targets come from a CSV with a column of ids and columns of numbers; units stand in the header:
 

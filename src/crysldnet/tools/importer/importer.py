@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from crysldnet.data.output import ParquetOutput
-from crysldnet.data.store import StoreWriter
+from crysldnet.data.store_writer import StoreWriter
 from crysldnet.errors import DataError
 from crysldnet.io import cannot_write
 from crysldnet.readers.issues import Ledger
@@ -84,62 +84,65 @@ def import_crystals(
     what its record says; see :data:`crysldnet.readers.records.ID_KEYS`.
 
     Args:
-        source: a folder, glob pattern or list of files, whose names say what they are: CIF and POSCAR, zip and tar
-            archives of them, JSON, JSON lines, CSV with a column of CIFs, extended XYZ, ASE databases, Parquet.
-            Or objects: a pandas or polars data frame, an Arrow table, or anything that gives pymatgen's ``Structure``,
-            ASE's ``Atoms`` or records one by one, such as a Hugging Face data set.
+        source: a folder, glob pattern or list of files or archives; or objects: a data frame, an Arrow table, or
+            pymatgen's ``Structure``, ASE's ``Atoms`` or records one by one, such as a Hugging Face data set.
         out: the store's folder (``name.store`` by convention), or a file where the name ends in .parquet.
         targets: a CSV with a column of ids and columns of properties, ``band_gap (eV)`` or ``band_gap``. An empty
-            cell is null; so is the value of a crystal without a row. A column without any number is kept as text,
-            one without a name is left out.
-        id_column: the column of ids of the CSV or of the records, where it isn't called material_id, id, file,
-            filename or name.
-        structure: the key that records have their structure under, where they have several; ``output.structure`` for
-            one inside another object.
+            cell is null, and so is the value of a crystal without a row.
+        id_column: the column of ids, where it isn't called material_id, id, file, filename or name.
+        structure: the key of a record's structure, where it has several; ``output.structure`` for a nested one.
         units: unit of each property whose column doesn't state it.
-        on_error: "report" leaves out what can't be used and lists it in ``<out>.rejects.csv``; "raise" stops at the
-            first and leaves nothing behind.
-        on_note: "keep" keeps crystals with a note, such as a formula that their atoms don't give, and lists them in
-            ``<out>.notes.csv``; "reject" rejects them.
+        on_error: "report" lists what can't be used in ``<out>.rejects.csv``; "raise" stops and leaves nothing behind.
+        on_note: "keep" lists crystals with a note, as of an odd formula, in ``<out>.notes.csv``; "reject" rejects them.
         max_atoms: crystals with more atoms are rejected.
         metadata: source, licence and citation, kept with the crystals; the source's name by default.
         overwrite: replace what an earlier import left under ``out``.
         progress: show a progress bar where standard error is a terminal.
-        workers: processes that read, at most 8 by default. They start after two seconds, and import the calling
-            script anew, so a script needs its ``if __name__ == "__main__":``.
+        workers: processes that read, at most 8 by default. A calling script needs ``if __name__ == "__main__":``.
 
     Raises:
         DataError: nothing to import, ``out`` can't be written, the table of targets can't be read; and with
             ``on_error="raise"`` the first crystal, row or value that can't be used.
     """
-    if on_error not in ("report", "raise"):
-        raise DataError(f"on_error must be 'report' or 'raise', not {on_error!r}")
-    if on_note not in ("keep", "reject"):
-        raise DataError(f"on_note must be 'keep' or 'reject', not {on_note!r}")
-    out = Path(out)
-    strict = on_error == "raise"
+    for name, word, words in (("error", on_error, ("report", "raise")), ("note", on_note, ("keep", "reject"))):
+        if word not in words:
+            raise DataError(f"on_{name} must be {words[0]!r} or {words[1]!r}, not {word!r}")
+    out, table = Path(out), None if targets is None else Path(targets)
     _open_output(out, overwrite)  # refuses what is there before anything is read
     readers = open_readers(source)
-    settings = Settings(max_atoms, id_column, on_note, structure)
-    if targets is not None:
-        check_table(Path(targets), id_column)
-    ledger = Ledger(strict)
+    if table is not None:
+        check_table(table, id_column)
+    ledger = Ledger(strict := on_error == "raise")
+    pieces = _read(readers, Settings(max_atoms, id_column, on_note, structure), strict, progress, workers)
+    about = _about(readers) | dict(metadata or {})
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with closing(Spool(out.parent)) as pieces:
-            for piece in _read(readers, settings, strict, progress, workers):
-                pieces.append(piece)
-            plan = Plan(pieces, _about(readers) | dict(metadata or {}))
-            table = None if targets is None else read_targets(Path(targets), plan.ids(), id_column, ledger)
-            plan.join(table, units or {})
-            kept = write(plan.tables(ledger), _open_output(out, overwrite), ledger, out)
-            read = sum(piece.read for piece in pieces)
+        read, kept = _spool_and_write(pieces, about, table, id_column, units or {}, out, overwrite, ledger)
     except OSError as error:
         raise cannot_write(out, error) from error
-    rejects, notes = (
-        path if path.exists() else None for path in (out.with_name(f"{out.name}.{k}.csv") for k in ("rejects", "notes"))
-    )
+    listed = (out.with_name(f"{out.name}.{kind}.csv") for kind in ("rejects", "notes"))
+    rejects, notes = (path if path.exists() else None for path in listed)
     return ImportReport(kept, read - kept, ledger.notes, out, rejects, notes, ledger.unused)
+
+
+def _spool_and_write(
+    pieces: Iterator[Piece],
+    about: Mapping[str, str],
+    targets: Path | None,
+    id_column: str | None,
+    units: Mapping[str, str],
+    out: Path,
+    overwrite: bool,
+    ledger: Ledger,
+) -> tuple[int, int]:
+    """Keep all pieces until their columns are known, then write them; return how many crystals were read and kept."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with closing(Spool(out.parent)) as spool:
+        for piece in pieces:
+            spool.append(piece)
+        plan = Plan(spool, about)
+        plan.join(None if targets is None else read_targets(targets, plan.ids(), id_column, ledger), units)
+        kept = write(plan.tables(ledger), _open_output(out, overwrite), ledger, out)
+        return sum(piece.read for piece in spool), kept
 
 
 def _about(readers: Sequence[Reader]) -> dict[str, str]:

@@ -23,20 +23,20 @@ from crysldnet.build import build
 from crysldnet.console import print_table
 from crysldnet.errors import ConfigError, DataError
 from crysldnet.finetune.settings import make_encoder
-from crysldnet.tools.matbench.begun import Begun, open_task
+from crysldnet.tools.matbench.benchmark_run import BenchmarkRun, open_task
 from crysldnet.tools.matbench.folds import TaskRun, fold_folder, read_fold, record_folds, run_fold, write_tested
 from crysldnet.tools.matbench.leaderboard import print_scores, taken_names, write_comparison
 from crysldnet.tools.matbench.parallel import run_folds
 from crysldnet.tools.matbench.recipes import make_recipes
 from crysldnet.tools.matbench.scores import TaskScores, true_roc_auc
 from crysldnet.tools.matbench.settings import MatbenchConfig, check_settings
-from crysldnet.tools.matbench.submission import Told, keep_command, write_submission
+from crysldnet.tools.matbench.submission import TaskResult, keep_command, write_submission
 from crysldnet.tools.matbench.tasks import task_hashes, task_metadata
 from crysldnet.tools.matbench.validation import check_submission
 from crysldnet.training.inputs import hashes_of
 from crysldnet.training.processes import wait_until_free
 from crysldnet.training.run_folder import RunFolder
-from crysldnet.training.trainer import TrainerSettings
+from crysldnet.training.trainer import checked_settings
 from crysldnet.training.wandb_run import publish_submission
 
 __all__ = ["MatbenchConfig", "check_settings", "run"]
@@ -50,8 +50,7 @@ def run(config: MatbenchConfig, values: dict[str, Any], choices: Mapping[str, An
         values: the same as plain values, to be saved with everything that the run writes.
         choices: the files that they came from, by group.
     """
-    settings: TrainerSettings = build(config.trainer, "trainer")
-    settings.check(build(config.strategy, "strategy"))
+    checked_settings(config.trainer, config.strategy)
     check_settings(config)
     hashes = task_hashes(config.names)  # all of them are here
     _check_targets(config)
@@ -63,7 +62,7 @@ def run(config: MatbenchConfig, values: dict[str, Any], choices: Mapping[str, An
     folder.save_inputs({"files": hashes_of(pretrained=config.pretrained), "tasks": hashes})
     folder.save_config(values, choices)
     keep_command(folder.path, values)
-    begun = Begun.of(config, values, folder)
+    begun = BenchmarkRun.of(config, values, folder)
     if config.parallel > 1:
         run_folds(begun)
     told = {}
@@ -80,7 +79,7 @@ def run(config: MatbenchConfig, values: dict[str, Any], choices: Mapping[str, An
 
 def _check_targets(config: MatbenchConfig) -> None:
     targets = [task_metadata(name).target for name in config.names]
-    for key in ("target_types", "target_per", "element_references"):
+    for key in ("target_types", "target_per", "atomic_references"):
         for name in getattr(config, key):
             if name not in targets:
                 close = get_close_matches(name, targets, n=1)
@@ -88,7 +87,7 @@ def _check_targets(config: MatbenchConfig) -> None:
                 raise ConfigError(f"{key}: {name!r} is not a target of the tasks; {hint}", key)
 
 
-def _score(task_run: TaskRun) -> Told:
+def _score(task_run: TaskRun) -> TaskResult:
     """Let the official package record and score the folds of a task, and keep what will be told of them."""
     record_folds(task_run)
     write_tested(task_run)
@@ -99,7 +98,7 @@ def _score(task_run: TaskRun) -> Told:
         for fold in task_run.folds:
             true = task.get_test_data(fold, include_target=True)[1]
             areas[fold] = true_roc_auc(true.tolist(), read_fold(task_run, fold)["predictions"])
-    return Told(
+    return TaskResult(
         TaskScores(task_run.name, scores, areas, task_run.source.label),
         task_run.source,
         task_run.inputs,
@@ -108,7 +107,7 @@ def _score(task_run: TaskRun) -> Told:
 
 
 @rank_zero_only
-def _finish(begun: Begun, values: dict[str, Any], told: dict[str, Told]) -> None:
+def _finish(begun: BenchmarkRun, values: dict[str, Any], told: dict[str, TaskResult]) -> None:
     config = begun.config
     submission = write_submission(begun, told)
     if config.complete:
@@ -144,12 +143,12 @@ def _finish(begun: Begun, values: dict[str, Any], told: dict[str, Told]) -> None
     print_table("", ["", ""], [*written, ["state", state]])
 
 
-def _total(told: Told) -> dict[str, float]:
+def _total(told: TaskResult) -> dict[str, float]:
     scores = told.scores
     return {f"{scores.metric}_mean": scores.mean(), f"{scores.metric}_std": scores.std()}
 
 
-def _summary(told: Told) -> dict[str, Any]:
+def _summary(told: TaskResult) -> dict[str, Any]:
     scores = told.scores
     return {
         **_total(told),

@@ -15,31 +15,26 @@ from numpy.typing import NDArray
 
 from crysldnet.artifacts.model_file import load_property_model
 from crysldnet.artifacts.provenance import encoder_file, pretraining_overlap
-from crysldnet.build import build
-from crysldnet.data.datamodule import CrystalDataModule
+from crysldnet.data.datamodule import INFERENCE_BATCH, CrystalDataModule
 from crysldnet.data.fingerprint import Fingerprints
-from crysldnet.data.sampler import BatchSampler, Budget
 from crysldnet.data.schema import table_from_crystals
 from crysldnet.data.split import Rows
 from crysldnet.data.store import CrystalStore, file_hash
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.errors import ConfigError, DataError
-from crysldnet.finetune.ensemble import train_ensemble
-from crysldnet.finetune.recipes import train
+from crysldnet.finetune.ensemble import fit_models
 from crysldnet.finetune.results import prediction_row, write_predictions
 from crysldnet.finetune.settings import make_data
-from crysldnet.graphs.batch import make_batch
+from crysldnet.graphs.batch import cut, make_batch
 from crysldnet.graphs.crystals import Crystals
 from crysldnet.io import write_atomically
+from crysldnet.models.ensemble import predict as predict_batches
 from crysldnet.models.predictor import TargetModel
 from crysldnet.tools.matbench.recipes import Recipe
 from crysldnet.tools.matbench.settings import MatbenchConfig
 from crysldnet.tools.matbench.tasks import Source, crystals_of, target_values
-from crysldnet.training.calibrate import together
 from crysldnet.training.inputs import INPUTS, hashes_of, refuse_other_inputs
-from crysldnet.training.loggers import describe_data
 from crysldnet.training.run_folder import RunFolder
-from crysldnet.training.wandb_run import publish
 
 
 @dataclass(frozen=True)
@@ -98,7 +93,7 @@ def fold_folder(root: Path, task: str, fold: int) -> Path:
 
 
 def is_done(root: Path, task: str, fold: int) -> bool:
-    """Say whether a fold's predictions are kept."""
+    """Return whether a fold's predictions are kept."""
     return (fold_folder(root, task, fold) / "predictions.json").exists()
 
 
@@ -109,7 +104,7 @@ def _of_task(run: TaskRun, config: MatbenchConfig) -> MatbenchConfig:
         data={**config.data, "targets": [run.target]},
         target_types={name: kind for name, kind in config.target_types.items() if name == run.target},
         target_per={name: per for name, per in config.target_per.items() if name == run.target},
-        element_references=[name for name in config.element_references if name == run.target],
+        atomic_references=[name for name in config.atomic_references if name == run.target],
     )
 
 
@@ -129,28 +124,19 @@ def fold_data(run: TaskRun, fold: int, recipe: Recipe | None = None) -> CrystalD
     return make_data(_of_task(run, (recipe or run.recipes[0]).config), run.encoder, store=store, rows=rows)
 
 
-def predict(
-    models: list[TargetModel], crystals: Crystals, budget: Budget
-) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+def predict(models: list[TargetModel], crystals: Crystals) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
     """Return what models that predict together say of B crystals.
 
     Returns:
         [B] values in physical units, or of a classification the probability of true; and [B] standard deviations, None
         where there are none.
     """
-    sizes = crystals.sizes
-    device = models[0].std.device
-    values, stds = np.empty(len(crystals)), np.full(len(crystals), np.nan)
-    for rows, *_ in BatchSampler(np.arange(len(crystals)), sizes, None, budget.for_any(sizes), shuffle=False):
-        batch = make_batch(crystals.take(rows), models[0].encoder.graph).to(device)
-        with torch.inference_mode():
-            each = [model.predict(batch) for model in models]
-        predicted = together(models, each)
-        value = predicted.value[:, 0] if predicted.probability is None else predicted.probability[:, 0, 1]
-        values[rows] = value.double().cpu().numpy()
-        if predicted.std is not None:
-            stds[rows] = predicted.std[:, 0].double().cpu().numpy()
-    return values, None if np.isnan(stds).all() else stds
+    graph = models[0].encoder.graph
+    parts = (crystals.take(np.arange(start, stop)) for start, stop in cut(crystals.sizes, *INFERENCE_BATCH))
+    found = predict_batches(models, (make_batch(part, graph) for part in parts)).to(torch.float64)
+    values = found.value[:, 0] if found.probability is None else found.probability[:, 0, 1]
+    std = None if found.std is None or bool(found.std.isnan().all()) else found.std[:, 0].numpy()
+    return values.numpy(), std
 
 
 def run_fold(run: TaskRun, fold: int) -> None:
@@ -180,16 +166,11 @@ def _refuse_other_inputs(run: TaskRun) -> None:
 def _train_fold(run: TaskRun, fold: int, folder: Path) -> None:
     _refuse_other_inputs(run)
     recipe, tried = _choose_recipe(run, fold, folder)
-    data = fold_data(run, fold, recipe)
-    config = _of_task(run, recipe.config)
-    if config.ensemble > 1:
-        name = f"{run.folder.name}-{run.name}-fold_{fold}"
-        train_ensemble(config, recipe.values, folder, name, data)
-        paths = [folder / f"member_{i}" for i in range(config.ensemble)]
-    else:
-        paths = [_train(run, recipe, fold, folder)]
+    alone = recipe.config.ensemble == 1
+    paths = _train_alone(run, recipe, fold, folder) if alone else _train(run, recipe, fold, folder)
     _refuse_other_inputs(run)  # as the last model was begun with
-    _keep_predictions(run, fold, paths, data, {**tried, "recipe": recipe.text} if run.config.recipes else {})
+    chosen: dict[str, float | str] = {**tried, "recipe": recipe.text} if run.config.recipes else {}
+    _keep_predictions(run, fold, paths, fold_data(run, fold, recipe), chosen)
 
 
 def _choose_recipe(run: TaskRun, fold: int, folder: Path) -> tuple[Recipe, dict[str, float]]:
@@ -198,25 +179,23 @@ def _choose_recipe(run: TaskRun, fold: int, folder: Path) -> tuple[Recipe, dict[
         return run.recipes[0], {}
     errors = {}
     for number, recipe in enumerate(run.recipes):
-        info = load_property_model(_train(run, recipe, fold, folder))[1]
+        info = load_property_model(_train_alone(run, recipe, fold, folder)[0])[1]
         errors[number] = info["metrics"]["val/mae" if "val/mae" in info["metrics"] else "val/log_loss"]
     best = min(errors, key=errors.__getitem__)
     return run.recipes[best], {f"validation_error_of_recipe_{number}": error for number, error in errors.items()}
 
 
-def _train(run: TaskRun, recipe: Recipe, fold: int, folder: Path) -> Path:
-    """Train one model of a fold, unless it is there already; return its folder."""
-    number = run.recipes.index(recipe)
-    path = folder / f"recipe_{number}" if len(run.recipes) > 1 else folder
-    if (path / "model.safetensors").exists():
-        return path
-    name = f"{run.folder.name}-{path.relative_to(run.folder.path).as_posix().replace('/', '-')}"
+def _train(run: TaskRun, recipe: Recipe, fold: int, folder: Path) -> list[Path]:
+    """Train the model or the ensemble of a fold, as far as it isn't there yet; return the folder of each model."""
+    name = f"{run.folder.name}-{folder.relative_to(run.folder.path).as_posix().replace('/', '-')}"
     data = fold_data(run, fold, recipe)
-    path.mkdir(parents=True, exist_ok=True)
-    loggers = build(recipe.config.logger, "logger", folder=path, name=name, config=recipe.values | describe_data(data))
-    train(_of_task(run, recipe.config), recipe.values, path, data=data, loggers=loggers)
-    publish(loggers, path, encoder_file(recipe.config.pretrained))
-    return path
+    return fit_models(_of_task(run, recipe.config), recipe.values, folder, data, data.rows, name)
+
+
+def _train_alone(run: TaskRun, recipe: Recipe, fold: int, folder: Path) -> list[Path]:
+    """Train one model by a recipe, in a folder of its own where there are several."""
+    own = replace(recipe, config=replace(recipe.config, ensemble=1))
+    return _train(run, own, fold, folder / f"recipe_{run.recipes.index(recipe)}" if len(run.recipes) > 1 else folder)
 
 
 @rank_zero_only
@@ -227,7 +206,7 @@ def _keep_predictions(
     loaded = [load_property_model(path) for path in paths]
     structures = run.task.get_test_data(fold, include_target=False)
     models = [model.to(run.device) for model, _ in loaded]
-    predicted, std = predict(models, crystals_of(structures), data.share_of_a_step(1))
+    predicted, std = predict(models, crystals_of(structures))
     if not np.isfinite(predicted).all():
         raise DataError(f"fold {fold} of {run.name}: {int((~np.isfinite(predicted)).sum())} predictions are not finite")
     sizes: dict[str, float] = {"train_crystals": len(data.rows["train"]), "validation_crystals": len(data.rows["val"])}

@@ -15,14 +15,14 @@ from pathlib import Path
 
 from crysldnet.config import compose, validate
 from crysldnet.errors import UNFINISHED, ConfigError, CrysldnetError, Interrupted
-from crysldnet.tools.matbench.begun import Begun, open_task
+from crysldnet.tools.matbench.benchmark_run import BenchmarkRun, open_task
 from crysldnet.tools.matbench.folds import fold_folder, is_done, run_fold
 from crysldnet.tools.matbench.settings import FOLDS, MatbenchConfig
 from crysldnet.training.processes import Job, own_command, places, run_jobs
 from crysldnet.training.run_folder import RunFolder
 
 
-def run_folds(begun: Begun) -> None:
+def run_folds(begun: BenchmarkRun) -> None:
     """Run the folds of all tasks that aren't done yet, ``parallel`` at a time.
 
     Raises:
@@ -73,5 +73,5 @@ def main(argv: Sequence[str]) -> int:
         config = replace(config, name=path.name, runs=str(path.parents[1]), resume="last")
         part = fold_folder(path, arguments.task, arguments.fold)
         folder = RunFolder(config.runs, "matbench", config.name, resume=True, part=part)
-        run_fold(open_task(Begun.of(config, composition.values, folder), arguments.task), arguments.fold)
+        run_fold(open_task(BenchmarkRun.of(config, composition.values, folder), arguments.task), arguments.fold)
     return 0

@@ -14,7 +14,7 @@ from crysldnet.finetune.settings import EnsembleConfig
 BENCHMARK = "matbench_v0.1"
 FOLDS = 5
 RECIPE = (
-    "mode target_types target_per element_references epochs min_steps patience loss layer_decay gradient_clip data "
+    "mode target_types target_per atomic_references epochs min_steps patience loss layer_decay gradient_clip_val data "
     "head optimizer trainer"
 ).split()
 """Keys that a recipe may set: how a model is trained, and nothing of what it is trained on or from."""
@@ -83,10 +83,11 @@ def check_settings(config: MatbenchConfig) -> None:
 def _check_parallel(config: MatbenchConfig) -> None:
     if config.parallel < 1:
         raise ConfigError(f"parallel={config.parallel}: at least 1", "parallel")
-    processes = config.trainer.get("devices", 1) * config.trainer.get("nodes", 1)
+    processes = config.trainer.get("devices", 1) * config.trainer.get("num_nodes", 1)
     if config.parallel > 1 and processes > 1:
         raise ConfigError(
-            f"parallel={config.parallel} gives each fold a device of its own, and trainer.devices and trainer.nodes "
+            f"parallel={config.parallel} gives each fold a device of its own, and trainer.devices and "
+            f"trainer.num_nodes "
             f"give each {processes}; set one of them to 1",
             "parallel",
         )

@@ -21,7 +21,7 @@ from crysldnet.artifacts.provenance import describe_overlap, encoder_file
 from crysldnet.config import argument, arguments_for
 from crysldnet.errors import ConfigError
 from crysldnet.io import write_atomically
-from crysldnet.tools.matbench.begun import Begun
+from crysldnet.tools.matbench.benchmark_run import BenchmarkRun
 from crysldnet.tools.matbench.scores import TaskScores
 from crysldnet.tools.matbench.settings import submission_name
 from crysldnet.tools.matbench.tasks import Source
@@ -94,7 +94,7 @@ def keep_command(folder: Path, values: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Told:
+class TaskResult:
     """What a submission tells of a task."""
 
     scores: TaskScores
@@ -105,7 +105,7 @@ class Told:
     """What the task's crystals share with the pretraining set."""
 
 
-def _notes(begun: Begun, told: Mapping[str, Told]) -> str:
+def _notes(begun: BenchmarkRun, told: Mapping[str, TaskResult]) -> str:
     config, p = begun.config, begun.provenance
     notes = [f"Data of {name}: {t.source.label}; sha256 {t.source.sha256}." for name, t in told.items()]
     if not config.complete:
@@ -143,7 +143,7 @@ def _notes(begun: Begun, told: Mapping[str, Told]) -> str:
     return " ".join(notes)
 
 
-def write_submission(begun: Begun, told: Mapping[str, Told]) -> Path:
+def write_submission(begun: BenchmarkRun, told: Mapping[str, TaskResult]) -> Path:
     """Write ``results.json.gz``, ``info.json`` and a script; return their folder.
 
     Args:
@@ -181,7 +181,7 @@ def write_submission(begun: Begun, told: Mapping[str, Told]) -> Path:
     return folder
 
 
-def _encoder(begun: Begun, sha256: str | None) -> str:
+def _encoder(begun: BenchmarkRun, sha256: str | None) -> str:
     """Return the part of the script that is about the file which the folds start from; empty without one.
 
     The command that made it is there where it is an encoder as it was pretrained, by a version with the same keys.

@@ -93,7 +93,7 @@ def read_predictions(file: Path, types: Mapping[str, str], *more: str) -> dict[s
     return {
         target: _of_target(
             [row for row in rows if row["target"] == target],
-            classes=types.get(target) == "classes",
+            classes=types.get(target) in ("classes", "classification"),
             file=file,
         )
         for target in targets

@@ -94,17 +94,17 @@ class LocalRuns:
             Interrupted: this process was told to stop; so were the runs, and they have ended.
         """
         again = [name for name, t in self.study.trials().items() if t.state in ("running", "failed")]
-        with noted() as stop_if_told:
+        with noted() as stop_if_signalled:
             try:
                 while self._begin(again, count):
-                    stop_if_told()
+                    stop_if_signalled()
                     time.sleep(POLL_SECONDS)
                     self._look()
             finally:
                 end([running.process for running in self.running.values()])
 
     def _begin(self, again: list[str], count: int) -> bool:
-        """Start what there is place for; say whether anything runs, or waits for a process of an earlier sweep."""
+        """Fill free workers; return whether any is running, or waits for a process of an earlier sweep."""
         for place in set(range(len(self.environments))) - self.running.keys():
             if again and not is_free(self.folder / self.sweep.command / again[0]):
                 return True

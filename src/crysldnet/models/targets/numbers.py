@@ -1,35 +1,25 @@
-"""Kinds of properties: how the outputs of a head become a prediction, and what they are trained on.
+"""Properties that are numbers: plain, bounded, on a logarithmic scale, or zero for many crystals.
 
-Shapes: ``B`` crystals, ``O`` outputs of one target, ``C`` classes. ``center`` and ``scale`` are mean and standard
-deviation of the training targets (of their logarithms for :class:`Log`, of the values over 0 for :class:`TwoPart`).
+Shapes as in :mod:`crysldnet.models.targets.base`.
 
-A regression may have one output more, the logarithm of the scale of its own error (``spread``); the loss is then the
+A number may have one output more, the logarithm of the scale of its own error (``spread``); the loss is then the
 negative log-likelihood of a Laplace or normal distribution (Nix and Weigend 1994; Kendall and Gal, arXiv 1703.04977).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import (
-    binary_cross_entropy_with_logits,
-    cross_entropy,
-    huber_loss,
-    l1_loss,
-    mse_loss,
-    one_hot,
-)
+from torch.nn.functional import binary_cross_entropy_with_logits, huber_loss, l1_loss, mse_loss
 
-Loss = Literal["l1", "mse", "huber", "laplace", "gaussian"]
-Spread = Literal["laplace", "gaussian"]
-Kind = Literal["regression", "binary", "multiclass"]
+from crysldnet.models.targets.base import Estimate, Floats, Loss, Spread, TargetType
 
 ERRORS: dict[str, Callable[..., Tensor]] = {"l1": l1_loss, "mse": mse_loss, "huber": huber_loss}
 LARGEST_EXPONENT = 80.0
@@ -38,26 +28,16 @@ LOG_SCALES = (-6.0, 4.0)
 """Bounds of a predicted log scale, in units of the target's standard deviation."""
 
 
-class Estimate(NamedTuple):
-    """A prediction of one target: values [B] in physical units, standard deviations [B], probabilities [B, C]."""
-
-    value: Tensor
-    std: Tensor | None = None
-    probability: Tensor | None = None
-
-
 @dataclass(frozen=True)
-class Number:
+class Number(TargetType):
     """Any number, trained as (value − center) / scale.
 
     Attributes:
         spread: the distribution whose scale is predicted too; None for none.
     """
 
-    name: ClassVar[str] = "number"
-    kind: ClassVar[Kind] = "regression"
+    name: ClassVar[str] = "regression"
     grows: ClassVar[bool] = True
-    """Whether it can be a sum over atoms."""
     spread: Spread | None = None
 
     @property
@@ -65,16 +45,11 @@ class Number:
         """O."""
         return 1 + (self.spread is not None)
 
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """The least and the largest value there can be."""
-        return -math.inf, math.inf
-
     def describe(self) -> dict[str, Any]:
         """Return what :func:`make_target` makes this from."""
         return {"type": self.name, **asdict(self)}
 
-    def wrong(self, values: NDArray[np.float64]) -> tuple[NDArray[np.bool_], str]:
+    def wrong(self, values: Floats) -> tuple[NDArray[np.bool_], str]:
         """Return which values this can't be trained on, and what is asked of them."""
         low, high = self.bounds
         said = f"{low:g} or more" if high == math.inf else f"{high:g} or less" if low == -math.inf else ""
@@ -82,13 +57,21 @@ class Number:
         wrong = (single < np.float32(low)) | (single > np.float32(high))
         return wrong, said or f"from {low:g} to {high:g}"
 
-    def on_line(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return what center and scale are taken of, NaN where a value doesn't count."""
-        return values
+    def on_line(self, values: Floats) -> Floats:
+        """Return the values, transformed as :meth:`coordinate` does it."""
+        return self.coordinate(torch.from_numpy(values)).numpy()
 
     def coordinate(self, values: Tensor) -> Tensor:
-        """Return where values lie on the line on which errors are compared with the scale."""
+        """Return the values; a kind with another line overrides this, :meth:`from_line` and :meth:`slope`."""
         return values
+
+    def from_line(self, line: Tensor) -> Tensor:
+        """Return the values at coordinates, the inverse of :meth:`coordinate`."""
+        return line
+
+    def slope(self, values: Tensor) -> Tensor | float:
+        """Return how fast values change along the line, for standard deviations."""
+        return 1.0
 
     def loss(self, output: Tensor, true: Tensor, center: Tensor, scale: Tensor, kind: Loss) -> Tensor:
         """Return the loss [B], in normalised units, of outputs [B, O] where the true values [B] are known."""
@@ -108,13 +91,39 @@ class Number:
 
     def estimate(self, output: Tensor, center: Tensor, scale: Tensor) -> Estimate:
         """Return the prediction that outputs [B, O] stand for."""
-        return Estimate(output[:, 0] * scale + center, self._std(output, scale))
+        value, std = self.from_line(output[:, 0] * scale + center), self._std(output, scale)
+        return Estimate(value, None if std is None else std * self.slope(value))
 
     def _std(self, output: Tensor, scale: Tensor) -> Tensor | None:
         if self.spread is None:
             return None
         factor = math.sqrt(2.0) if self.spread == "laplace" else 1.0
         return factor * scale * output[:, 1].clamp(*LOG_SCALES).exp()
+
+    def combine(self, values: Tensor) -> Tensor:
+        """Return the mean."""
+        return values.mean(0)
+
+    def constant(self, values: Floats) -> float:
+        """Return the mean."""
+        return float(values.mean())
+
+    def errors(self, predicted: Floats, true: Floats) -> Floats:
+        """Return the absolute errors."""
+        return np.abs(predicted - true)
+
+    def table_outputs(self, values: NDArray[np.floating]) -> Floats:
+        """Return the values on the line."""
+        return self.coordinate(torch.from_numpy(np.asarray(values, np.float64))).numpy()[:, None]
+
+    def as_table_outputs(self, found: Estimate) -> Floats:
+        """Return the predicted values on the line."""
+        return self.coordinate(found.value.double().cpu()).numpy()[:, None]
+
+    def from_table(self, outputs: Floats, spread: Floats) -> Estimate:
+        """Return the values, cut at the bounds."""
+        value = self.from_line(torch.from_numpy(outputs[:, 0])).clamp(*self.bounds)
+        return Estimate(value, torch.from_numpy(spread[:, 0]) * self.slope(value))
 
 
 @dataclass(frozen=True)
@@ -169,32 +178,31 @@ class Log(Number):
 
     name = "log"
     grows = False
+    relative = True
 
     @property
     def bounds(self) -> tuple[float, float]:
         """0 and infinity."""
         return 0.0, math.inf
 
-    def wrong(self, values: NDArray[np.float64]) -> tuple[NDArray[np.bool_], str]:
+    def wrong(self, values: Floats) -> tuple[NDArray[np.bool_], str]:
         """Return the values that have no logarithm."""
         return values <= 0, "over 0"
 
-    def on_line(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the logarithms."""
-        return np.log(values)
-
     def coordinate(self, values: Tensor) -> Tensor:
         """Return the logarithms."""
-        return values.clamp_min(torch.finfo(values.dtype).tiny).log()
+        return values.clamp_min(torch.finfo(torch.float32).tiny).log()
 
-    def estimate(self, output: Tensor, center: Tensor, scale: Tensor) -> Estimate:
-        """Return exp of the predicted logarithm."""
-        value = (output[:, 0] * scale + center).clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).exp()
-        std = self._std(output, scale)
-        return Estimate(value, None if std is None else value * std)
+    def from_line(self, line: Tensor) -> Tensor:
+        """Return exp."""
+        return line.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).exp()
+
+    def slope(self, values: Tensor) -> Tensor:
+        """Return the values."""
+        return values
 
 
-class TwoPart(Number):
+class Hurdle(Number):
     """A number that is exactly 0 for many and over 0 for the others, such as a band gap.
 
     The first output is the logit of p, the probability of a value over 0, the others are a number trained on the
@@ -202,8 +210,9 @@ class TwoPart(Number):
     median, and that is 0 where p < ½; p times the number would give metals a gap.
     """
 
-    name = "two_part"
+    name = "hurdle"
     grows = False
+    additive = False
 
     @property
     def outputs(self) -> int:
@@ -215,7 +224,7 @@ class TwoPart(Number):
         """0 and infinity."""
         return 0.0, math.inf
 
-    def on_line(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def on_line(self, values: Floats) -> Floats:
         """Return the values over 0, if there are any."""
         return np.where(values > 0, values, np.nan) if (values > 0).any() else values
 
@@ -236,107 +245,7 @@ class TwoPart(Number):
             return Estimate(gated)
         return Estimate(gated, (p * (std.square() + value.square()) - (p * value).square()).clamp_min(0.0).sqrt())
 
-
-@dataclass(frozen=True)
-class Classes:
-    """One of several classes, given as 0 … C − 1; the value that is predicted is the likeliest class.
-
-    Attributes:
-        labels: names of the C classes.
-    """
-
-    name: ClassVar[str] = "classes"
-    grows: ClassVar[bool] = False
-    labels: tuple[str, ...]
-
-    @property
-    def kind(self) -> Kind:
-        """Whether there are two classes or more."""
-        return "binary" if len(self.labels) == 2 else "multiclass"
-
-    @property
-    def outputs(self) -> int:
-        """Return O: one logit for two classes, else one for each."""
-        return 1 if self.kind == "binary" else len(self.labels)
-
-    def describe(self) -> dict[str, Any]:
-        """Return what :func:`make_target` makes this from."""
-        return {"type": self.name, "labels": list(self.labels)}
-
-    def wrong(self, values: NDArray[np.float64]) -> tuple[NDArray[np.bool_], str]:
-        """Return the values that are no class."""
-        return ~np.isin(values, np.arange(len(self.labels))), f"one of {len(self.labels)} classes"
-
-    def on_line(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return zeros: classes aren't normalised."""
-        return np.zeros_like(values)
-
-    def coordinate(self, values: Tensor) -> Tensor:
-        """Return the classes."""
-        return values
-
-    def loss(self, output: Tensor, true: Tensor, center: Tensor, scale: Tensor, kind: Loss) -> Tensor:
-        """Return the cross-entropy [B]."""
-        if self.kind == "binary":
-            return binary_cross_entropy_with_logits(output[:, 0], true.to(output.dtype), reduction="none")
-        return cross_entropy(output, true.long(), reduction="none")
-
-    def estimate(self, output: Tensor, center: Tensor, scale: Tensor) -> Estimate:
-        """Return the likeliest class and the probabilities of all."""
-        if self.kind == "binary":
-            p = output[:, 0].sigmoid()
-            return Estimate((p > 0.5).to(p.dtype), None, torch.stack([1.0 - p, p], dim=1))
-        return Estimate(output.argmax(dim=1).to(output.dtype), None, output.softmax(dim=1))
-
-    def entropy(self, values: NDArray[np.float64]) -> float:
-        """Return the cross-entropy of guessing by the frequencies of these values alone."""
-        counts = one_hot(torch.from_numpy(values[~np.isnan(values)]).long(), len(self.labels)).sum(0).double()
-        shares = counts[counts > 0] / counts.sum()
-        return float(-(shares * shares.log()).sum())
-
-
-TargetType = Number | Classes
-NUMBERS: dict[str, type[Number]] = {kind.name: kind for kind in (Number, Bounded, Log, TwoPart)}
-Named = Literal["number", "non_negative", "log", "two_part", "classes"] | list[float | None]
-"""How a configuration names a kind: by a word, or a bounded number by its two bounds."""
-
-
-def make_number(named: Named, spread: Spread | None) -> Number:
-    """Make the kind of number that a configuration names.
-
-    Raises:
-        ValueError: the bounds aren't two.
-    """
-    if named == "non_negative":
-        named = [0.0, None]
-    if isinstance(named, list):
-        if len(named) != 2:
-            raise ValueError(f"bounds are two, as in [0, 1] or [0, null], not {named}")
-        return Bounded(spread, *named)
-    return NUMBERS[named](spread)
-
-
-def make_target(description: Mapping[str, Any]) -> TargetType:
-    """Make a kind of target from what it says of itself.
-
-    Raises:
-        KeyError: there is no such kind.
-    """
-    values = dict(description)
-    kind = values.pop("type")
-    if kind == Classes.name:
-        return Classes(tuple(values["labels"]))
-    return make_number(kind, **values) if kind == "non_negative" else NUMBERS[kind](**values)
-
-
-def stack_probabilities(estimates: Sequence[Estimate], like: Tensor) -> Tensor | None:
-    """Return probabilities [B, T, C] for the largest C; 0 beyond a target's classes, NaN where it has none."""
-    widths = [0 if e.probability is None else e.probability.shape[1] for e in estimates]
-    if not any(widths):
-        return None
-    whole = like.new_full((len(like), len(estimates), max(widths)), math.nan)
-    for place, estimate in enumerate(estimates):
-        if estimate.probability is not None:
-            whole[:, place] = 0.0
-            whole[:, place, : widths[place]] = estimate.probability
-    return whole
+    def combine(self, values: Tensor) -> Tensor:
+        """Return 0 where most models say 0, else the mean of those that don't."""
+        over = (values != 0).sum(0)
+        return torch.where(2 * over >= len(values), values.sum(0) / over.clamp_min(1), 0.0)

@@ -18,7 +18,7 @@ from crysldnet.training.trainer import TrainerSettings
 
 
 @dataclass(frozen=True)
-class Begun:
+class BenchmarkRun:
     """A run whose folder is there."""
 
     config: MatbenchConfig
@@ -32,16 +32,15 @@ class Begun:
     """The ``MatbenchBenchmark`` of the run's tasks."""
 
     @classmethod
-    def of(cls, config: MatbenchConfig, values: dict[str, Any], folder: RunFolder) -> Begun:
+    def of(cls, config: MatbenchConfig, values: dict[str, Any], folder: RunFolder) -> BenchmarkRun:
         """Build what all folds need."""
         settings: TrainerSettings = build(config.trainer, "trainer")
         encoder, _, provenance = make_encoder(config)
-        device = "cuda" if settings.resolve_accelerator() == "gpu" else "cpu"
         benchmark = import_matbench().MatbenchBenchmark(autoload=False, subset=config.names)
-        return cls(config, make_recipes(config, values), folder, encoder, provenance, device, benchmark)
+        return cls(config, make_recipes(config, values), folder, encoder, provenance, settings.device, benchmark)
 
 
-def open_task(begun: Begun, name: str) -> TaskRun:
+def open_task(begun: BenchmarkRun, name: str) -> TaskRun:
     """Load the crystals of a task.
 
     Raises:

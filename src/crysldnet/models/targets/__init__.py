@@ -1,0 +1,86 @@
+"""Kinds of properties: numbers and classes, and those that plugins define."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from crysldnet.models.targets.base import (
+    TYPES,
+    Estimate,
+    Kind,
+    Loss,
+    Spread,
+    TargetType,
+    stack_probabilities,
+)
+from crysldnet.models.targets.classes import Classes
+from crysldnet.models.targets.numbers import LARGEST_EXPONENT, Bounded, Hurdle, Log, Number
+
+__all__ = [
+    "LARGEST_EXPONENT",
+    "TYPES",
+    "Bounded",
+    "Classes",
+    "Estimate",
+    "Hurdle",
+    "Kind",
+    "Log",
+    "Loss",
+    "Named",
+    "Number",
+    "Spread",
+    "TargetType",
+    "make_number",
+    "make_target",
+    "stack_probabilities",
+]
+
+Named = str | list[float | None]
+"""How a configuration names a kind: by a word, or a bounded number by its two bounds."""
+
+
+def find_type(name: str) -> type[TargetType]:
+    """Return the kind of target of a name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in TYPES:
+        known = sorted({*TYPES, "non_negative"} - {Bounded.name})
+        close = get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+        raise ValueError(f"no kind of target {name!r}; {hint} One of your own needs plugins=[its module]")
+    return TYPES[name]
+
+
+def make_number(named: Named, spread: Spread | None) -> Number:
+    """Make the kind of number that a configuration names.
+
+    Raises:
+        ValueError: there is no such kind, it isn't a number, or the bounds aren't two.
+    """
+    if named == "non_negative":
+        named = [0.0, None]
+    if isinstance(named, list):
+        if len(named) != 2:
+            raise ValueError(f"bounds are two, as in [0, 1] or [0, null], not {named}")
+        return Bounded(spread, *named)
+    kind = find_type(named)
+    if not issubclass(kind, Number):
+        raise ValueError(f"{named!r} is no kind of number")
+    return kind(spread)
+
+
+def make_target(description: Mapping[str, Any]) -> TargetType:
+    """Make a kind of target from what it says of itself.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    values = dict(description)
+    kind = values.pop("type")
+    if kind == Classes.name:
+        return Classes(tuple(values["labels"]))
+    return make_number(kind, **values) if kind == "non_negative" else find_type(kind)(**values)

@@ -1,0 +1,113 @@
+"""Properties that are one of several classes.
+
+Shapes as in :mod:`crysldnet.models.targets.base`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
+
+from crysldnet.models.targets.base import Estimate, Floats, Kind, Loss, TargetType
+
+LEAST_PROBABILITY = 1e-3
+"""Regression trees may give a class none at all, which would make an infinite log loss."""
+
+
+@dataclass(frozen=True)
+class Classes(TargetType):
+    """One of several classes, given as 0 … C − 1; the value that is predicted is the likeliest class.
+
+    Attributes:
+        labels: names of the C classes.
+    """
+
+    name: ClassVar[str] = "classification"
+    measure: ClassVar[str] = "error_rate"
+    labels: tuple[str, ...]
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes."""
+        return list(self.labels)
+
+    @property
+    def kind(self) -> Kind:  # type: ignore[override]
+        """Whether there are two classes or more."""
+        return "binary" if len(self.labels) == 2 else "multiclass"
+
+    @property
+    def outputs(self) -> int:
+        """Return O: one logit for two classes, else one for each."""
+        return 1 if self.kind == "binary" else len(self.labels)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what :func:`make_target` makes this from."""
+        return {"type": self.name, "labels": list(self.labels)}
+
+    def wrong(self, values: NDArray[np.float64]) -> tuple[NDArray[np.bool_], str]:
+        """Return the values that are no class."""
+        return ~np.isin(values, np.arange(len(self.labels))), f"one of {len(self.labels)} classes"
+
+    def on_line(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return zeros: classes aren't normalised."""
+        return np.zeros_like(values)
+
+    def coordinate(self, values: Tensor) -> Tensor:
+        """Return the classes."""
+        return values
+
+    def loss(self, output: Tensor, true: Tensor, center: Tensor, scale: Tensor, kind: Loss) -> Tensor:
+        """Return the cross-entropy [B]."""
+        if self.kind == "binary":
+            return binary_cross_entropy_with_logits(output[:, 0], true.to(output.dtype), reduction="none")
+        return cross_entropy(output, true.long(), reduction="none")
+
+    def estimate(self, output: Tensor, center: Tensor, scale: Tensor) -> Estimate:
+        """Return the likeliest class and the probabilities of all."""
+        if self.kind == "binary":
+            p = output[:, 0].sigmoid()
+            return Estimate((p > 0.5).to(p.dtype), None, torch.stack([1.0 - p, p], dim=1))
+        return Estimate(output.argmax(dim=1).to(output.dtype), None, output.softmax(dim=1))
+
+    def entropy(self, values: NDArray[np.float64]) -> float:
+        """Return the cross-entropy of guessing by the frequencies of these values alone."""
+        counts = one_hot(torch.from_numpy(values[~np.isnan(values)]).long(), len(self.labels)).sum(0).double()
+        shares = counts[counts > 0] / counts.sum()
+        return float(-(shares * shares.log()).sum())
+
+    def combine(self, values: Tensor) -> Tensor:
+        """Return the class that most models predict; where they give probabilities these are averaged instead."""
+        return values.mode(dim=0).values
+
+    def constant(self, values: Floats) -> float:
+        """Return the most frequent class."""
+        return float(np.bincount(values.astype(np.int64)).argmax())
+
+    def errors(self, predicted: Floats, true: Floats) -> Floats:
+        """Return 1 where the class is wrong, else 0."""
+        return (predicted != true).astype(np.float64)
+
+    def table_outputs(self, values: NDArray[np.floating]) -> Floats:
+        """Return 1 for the class of each value and 0 for the others; of two classes the second alone."""
+        classes = np.arange(len(self.labels))
+        return (np.asarray(values)[:, None] == (classes[-1:] if self.kind == "binary" else classes)).astype(np.float64)
+
+    def as_table_outputs(self, found: Estimate) -> Floats:
+        """Return the probabilities; of two classes that of the second."""
+        assert found.probability is not None
+        return found.probability[:, 1 if self.kind == "binary" else 0 : len(self.labels)].double().cpu().numpy()
+
+    def from_table(self, outputs: Floats, spread: Floats) -> Estimate:
+        """Return the likeliest class, the outputs being probabilities."""
+        share = torch.from_numpy(outputs).clamp(LEAST_PROBABILITY, 1.0)
+        if self.kind == "binary":
+            share = torch.cat([1.0 - share, share], dim=1).clamp_min(LEAST_PROBABILITY)
+        share = share / share.sum(dim=1, keepdim=True)
+        return Estimate(share.argmax(dim=1).double(), None, share)

@@ -1,0 +1,165 @@
+"""Train a stage to its end, or until something stops the run, and export what was learned."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, distributed, nn
+
+from crysldnet import signals
+from crysldnet.artifacts.model_file import refuse_diverged
+from crysldnet.console import note
+from crysldnet.data.datamodule import CrystalDataModule
+from crysldnet.errors import DataError, DeviceError, Interrupted
+from crysldnet.platforms import is_out_of_memory
+from crysldnet.training.batch_watch import BatchWatch
+from crysldnet.training.checkpointing import PreemptionCheckpoint, check_position
+from crysldnet.training.strategies import SHARDED, name_of
+from crysldnet.training.watchdog import of_a_collective
+
+Metrics = dict[str, float]
+
+
+def total_steps(trainer: pl.Trainer) -> int:
+    """Return the optimizer steps of a whole run, counted by the sampler itself."""
+    data: CrystalDataModule = trainer.datamodule  # type: ignore[attr-defined]
+    return data.steps_per_epoch(trainer.world_size, trainer.accumulate_grad_batches) * (trainer.max_epochs or 1)
+
+
+@rank_zero_only
+def announce(stage: str, trainer: pl.Trainer, model: nn.Module, data: CrystalDataModule) -> None:
+    """Print once what is about to run: crystals, parameters, devices, and what was left out."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    device = f"{trainer.world_size} × {trainer.accelerator.__class__.__name__.removesuffix('Accelerator')}"
+    note(
+        f"{stage}: {len(data.rows['train']):,} training and {len(data.rows['val']):,} validation crystals of "
+        f"{data.store.name}, {trainable:,} parameters, {trainer.max_epochs} epochs on {device}"
+    )
+    for reason, count in data.left_out.items():
+        note(f"{count:,} crystals left out: {reason}")
+
+
+def fit_and_export(
+    title: str,
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    data: CrystalDataModule,
+    evaluate: Callable[[Metrics], Metrics],
+    export: Callable[[Metrics, dict[str, Tensor]], None],
+) -> Metrics:
+    """Train a module's ``model``, evaluate it and export it; return its metrics.
+
+    Args:
+        title: names the stage in messages.
+        trainer: made for this stage.
+        module: has a ``model``.
+        data: the crystals.
+        evaluate: given the last value of each metric of the training, returns those that are kept; on all ranks.
+        export: given these and the model's weights, gathered from all ranks, writes files; on the first rank alone.
+
+    Raises:
+        CheckpointError: a weight isn't finite.
+    """
+    model: nn.Module = module.model  # type: ignore[assignment]
+    announce(title, trainer, model, data)
+    metrics = evaluate(fit(trainer, module, data))
+    export_weights(title, trainer, lambda weights: export(metrics, weights))
+    return metrics
+
+
+def export_weights(title: str, trainer: pl.Trainer, export: Callable[[dict[str, Tensor]], None]) -> None:
+    """Gather a model's weights on all ranks and have the first one write them."""
+    whole = trainer.strategy.lightning_module_state_dict()
+    refuse_diverged(whole, title)
+    if trainer.is_global_zero:
+        export({key.removeprefix("model."): value for key, value in whole.items() if key.startswith("model.")})
+    trainer.strategy.barrier("export")
+
+
+def _no_meeting(error: BaseException, nodes: int) -> str:
+    """Say why the processes of a run don't come together, and what mends it."""
+    reason = str(error).splitlines()[0].rstrip(".")
+    if "in use" in reason:
+        mend = f"set MASTER_PORT to a free one{', or leave it unset' if nodes == 1 else ''}"
+    else:
+        mend = "where one of them isn't there, its own error stands further up"
+    place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    return f"the processes of this run can't meet at {place}: {reason}; {mend}"
+
+
+def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule) -> Metrics:
+    """Train to the end, from the checkpoint that the Trainer was made to resume; return the last value of each metric.
+
+    Raises:
+        Interrupted: the run was stopped before its last epoch.
+        CheckpointError: it can't go on from the checkpoint with the processes or the strategy that there are now.
+        DataError: a process that builds batches died.
+        DeviceError: the processes of the run can't meet, or memory ran out.
+    """
+    path: Path | None = None
+    header: dict[str, Any] = {"epoch": 0, "batch": 0, "finished": False}
+    preemption = next(c for c in trainer.callbacks if isinstance(c, PreemptionCheckpoint))  # type: ignore[attr-defined]
+    steps = data.steps_per_epoch(trainer.world_size, trainer.accumulate_grad_batches)
+    if preemption.start is not None:
+        path, header = preemption.start
+        check_position(path, header, trainer, steps)
+    # A run of fewer steps than log_every_n_steps has a training loss too.
+    trainer.log_every_n_steps = min(trainer.log_every_n_steps, steps * (trainer.max_epochs or 1))  # type: ignore[attr-defined]
+    data.start = (header["epoch"], header["batch"])
+    at_end = header["epoch"] >= (trainer.max_epochs or 0)
+    stopped_early = header["finished"] and header.get("stopped_early", not at_end)
+    if not stopped_early:
+        _run(trainer, module, data, path, preemption)
+    enough = any(isinstance(c, EarlyStopping) and c.stopped_epoch for c in trainer.callbacks)  # type: ignore[attr-defined]
+    unfinished = trainer.current_epoch < (trainer.max_epochs or 0) and not enough and not stopped_early
+    if trainer.interrupted or unfinished:
+        raise Interrupted(
+            f"stopped after epoch {trainer.current_epoch} of {trainer.max_epochs}; continue with resume=last"
+        )
+    if not stopped_early:
+        preemption.stop_if_signalled("after training", trainer)
+    # The averaged weights are in the module now. The callback would swap them out again in a later validation, and
+    # load the unaveraged ones for a test.
+    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+    if path is None or not (header["finished"] and (stopped_early or at_end)):
+        return {name: float(value) for name, value in trainer.callback_metrics.items()}
+    saved = torch.load(path, weights_only=True, map_location="cpu")  # of a stage that was trained to its end before
+    if stopped_early or name_of(trainer.strategy) not in SHARDED:  # else Lightning has given each rank its share
+        module.load_state_dict(saved["state_dict"])
+    return saved["metrics"] if "metrics" in saved else header["metrics"]
+
+
+def _run(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    data: CrystalDataModule,
+    path: Path | None,
+    preemption: PreemptionCheckpoint,
+) -> None:
+    """Run the Trainer, and say what happened where its processes can't meet or a worker died."""
+    try:
+        with contextlib.suppress(SystemExit):  # Lightning exits by itself on the second Ctrl-C
+            trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            watch = next(c for c in trainer.callbacks if isinstance(c, BatchWatch))  # type: ignore[attr-defined]
+            raise watch.error(trainer.accumulate_grad_batches) from error
+        if trainer.world_size > 1 and of_a_collective(error) and not distributed.is_initialized():
+            signals.children[:] = getattr(trainer.strategy.launcher, "procs", [])
+            signals.end_children()  # they would wait, and come to the meeting of the next run at that place
+            raise DeviceError(_no_meeting(error, trainer.num_nodes)) from error
+        if "DataLoader worker" not in str(error):
+            raise
+        preemption.stop_if_signalled("where it can't go on without its workers; the last checkpoint stands")
+        raise DataError(
+            f"a process that builds batches died ({str(error).splitlines()[0]}); if memory ran out, lower "
+            "data.num_workers or data.batch_size, and go on with resume=last"
+        ) from error
