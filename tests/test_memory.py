@@ -57,7 +57,7 @@ def test_a_training_that_runs_out_of_memory_says_what_would_have_fit(tmp_path, m
     assert f"the largest batch that fit had {max(sizes)} atoms" in text
     budget = int(re.search(r"data\.max_atoms=(\d+)", text)[1])
     assert budget == (max(sizes) if max(sizes) < int(found[1]) else int(found[1]) // 2)
-    assert "trainer.accumulate=2" in text
+    assert "trainer.accumulate_grad_batches=2" in text
 
 
 def test_any_other_command_ends_with_one_sentence(monkeypatch, capsys):

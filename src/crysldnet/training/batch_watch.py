@@ -40,5 +40,5 @@ class BatchWatch(Callback):
         return DeviceError(
             f"out of memory in a batch of {crystals:,} crystals, {atoms:,} atoms and {edges:,} edges{fits}; bound a "
             f"batch with data.max_atoms={budget}, or compute each step in smaller parts with "
-            f"trainer.accumulate={2 * accumulate}"
+            f"trainer.accumulate_grad_batches={2 * accumulate}"
         )
