@@ -13,8 +13,10 @@ import crysldnet
 from crysldnet import cli
 from crysldnet.artifacts.model_file import load_property_model, read
 from crysldnet.errors import ConfigError, DataError
-from crysldnet.finetune import run
-from tiny import finetune_config, subset
+from crysldnet.finetune import make_encoder, run
+from crysldnet.finetune.recipes import resolve
+from crysldnet.finetune.settings import make_data
+from tiny import ENCODER, QUIET, finetune_config, subset
 
 pytest.importorskip("sklearn")
 
@@ -55,6 +57,7 @@ def hybrid(folder):
     """A run of two networks from scratch beside the tabular members; it is killed after the first one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr("crysldnet.finetune.hybrid.WORTH_IT", -1.0)
         arguments = ["recipe=hybrid", "networks=2", "epochs=2", "name=hybrid", *DATA, TARGETS.replace(",volume", "")]
         with pytest.MonkeyPatch.context() as killed:
             killed.setattr("crysldnet.finetune.networks.note", interrupt)
@@ -110,27 +113,37 @@ def test_a_hybrid_has_networks_among_its_members(hybrid, here, tmp_path):
     assert sum(held) == 84  # each saw what the other didn't
 
 
-def test_networks_that_add_nothing_are_left_out_by_auto(hybrid, here, capfd):
-    """Two networks of two epochs know less than trees do; those of the hybrid serve again."""
-    shutil.copytree(hybrid, hybrid.parent / "auto")
-    (hybrid.parent / "auto" / "summary.json").unlink()
-    config = hybrid.parent / "auto" / "config.yaml"
-    config.write_text(config.read_text().replace("recipe: hybrid", "recipe: auto"))
-    arguments = ["recipe=auto", "networks=2", "epochs=2", "name=auto", *DATA, TARGETS.replace(",volume", "")]
+def test_networks_that_add_nothing_are_left_out(hybrid, here, capfd):
+    """Two networks of two epochs know less than trees do; those of the other run serve again."""
+    shutil.copytree(hybrid, hybrid.parent / "again")
+    (hybrid.parent / "again" / "summary.json").unlink()
+    arguments = ["recipe=hybrid", "networks=2", "epochs=2", "name=again", *DATA, TARGETS.replace(",volume", "")]
     assert run(*finetune_config(*arguments, "resume=last")) == 0
     assert "are left out" in " ".join(capfd.readouterr().err.split())
-    info, state = read(hybrid.parent / "auto" / "model.safetensors", "property_model")
+    info, state = read(hybrid.parent / "again" / "model.safetensors", "property_model")
     assert (info["recipe"], info["networks"]) == ("frozen", 0)
     assert not any(name.startswith("networks.") for name in state)
-    summary = json.loads((hybrid.parent / "auto" / "summary.json").read_text())
+    summary = json.loads((hybrid.parent / "again" / "summary.json").read_text())
     assert all(sum(of["weight"] for of in own.values()) == pytest.approx(1) for own in summary["blend"].values())
 
 
-def test_auto_trains_a_network_alone_where_tables_cannot_help(here, capfd):
-    arguments = ["recipe=auto", "head=sum", "epochs=1", "name=sum", *DATA, "data.targets=[formation_energy_per_atom]"]
-    assert run(*finetune_config(*arguments)) == 0
-    assert "recipe=auto trains a network alone" in capfd.readouterr().err
-    assert type(load_property_model(here / "runs" / "finetune" / "sum")[0]).__name__ == "PropertyModel"
+def test_auto_trains_no_network_for_few_crystals_unless_its_settings_are_given(here, capfd, monkeypatch):
+    one = [*QUIET, *DATA, "data.targets=[formation_energy_per_atom]", "baselines=false"]
+    assert cli.run(["finetune", "name=auto", "pretrained=none", *one]) == 0
+    assert "recipe=auto: for 84 crystals, trees and kernel ridge" in " ".join(capfd.readouterr().err.split())
+    assert read(here / "runs" / "finetune" / "auto" / "model.safetensors", "property_model")[0]["recipe"] == "frozen"
+    assert json.loads((here / "runs" / "finetune" / "auto" / "summary.json").read_text())["recipe"] == "frozen"
+    short = ["epochs=1", "min_steps=0"]
+    assert cli.run(["finetune", "name=given", *ENCODER, *one, *short]) == 0
+    assert "recipe=auto" not in capfd.readouterr().err
+    assert type(load_property_model(here / "runs" / "finetune" / "given")[0]).__name__ == "PropertyModel"
+    for reason, words in (("over 20", []), ("several processes", ["trainer.devices=2"]), ("fewer than 100", [])):
+        with monkeypatch.context() as patch:
+            patch.setattr("crysldnet.finetune.recipes.FEW", 20 if "over" in reason else 1000)
+            patch.setattr("crysldnet.finetune.recipes.FEWEST", 100 if "fewer" in reason else 10)
+            config, _ = finetune_config("recipe=auto", *DATA, "data.targets=[formation_energy_per_atom]", *words)
+            assert resolve(config, make_data(config, make_encoder(config)[0])).recipe == "network"
+    assert capfd.readouterr().err.count("recipe=auto finetunes a network") == 3
 
 
 def test_the_networks_of_a_hybrid_are_part_of_its_file(hybrid, frozen):

@@ -21,7 +21,7 @@ from crysldnet.finetune.baselines import flat_metrics
 from crysldnet.finetune.cross_validation import cross_validate, divide
 from crysldnet.finetune.ensemble import member_rows, train_ensemble
 from crysldnet.finetune.hybrid import check_recipe
-from crysldnet.finetune.recipes import train
+from crysldnet.finetune.recipes import resolve, train
 from crysldnet.finetune.results import baselines_of, finish
 from crysldnet.finetune.settings import (
     FinetuneConfig,
@@ -55,6 +55,7 @@ def run(config: FinetuneConfig, values: dict[str, Any], choices: Mapping[str, An
     check_recipe(config)
     encoder, encoder_config, provenance = make_encoder(config)  # what is wrong stops here, before a folder is made
     data = make_data(config, encoder)
+    config = resolve(config, data)
     folds: list[Rows] = []
     if config.folds:
         folds, rows = divide(data, config)

@@ -52,7 +52,7 @@ from crysldnet.training.metrics import TargetMetrics
 from crysldnet.training.trainer import TrainerSettings
 
 WORTH_IT = 0.01
-"""Relative gain for which recipe=auto keeps networks, which take longer to predict."""
+"""Relative gain for which networks, which take longer to predict, are kept."""
 FEWEST = 10
 """Crystals with a value, of which folds can be made."""
 TITLES = {
@@ -140,7 +140,7 @@ def train_hybrid(
     )
     model.fit_scale(data.train_targets())
     model.to(device).eval()
-    found = _fit(model, data, networks, embeds=embeds, may_drop=config.recipe == "auto", seed=config.seed)
+    found = _fit(model, data, networks, embeds=embeds, seed=config.seed)
     entropies = class_entropies(types, data)
     metrics = _out_of_fold_scores(model, found.predicted, data.train_targets(), entropies)
     predictions: Predictions = {}
@@ -171,9 +171,7 @@ def _pooled(config: TrainingConfig, encoder: Any, data: CrystalDataModule) -> Cr
 
 
 @torch.inference_mode()
-def _fit(
-    model: HybridModel, data: CrystalDataModule, networks: Networks, *, embeds: bool, may_drop: bool, seed: int
-) -> OutOfFold:
+def _fit(model: HybridModel, data: CrystalDataModule, networks: Networks, *, embeds: bool, seed: int) -> OutOfFold:
     """Fit the tabular part of a model to the crystals, and return what all members predict of them out of fold."""
     rows = data.rows["train"]
     read = [model.read(batch.to(model.std.device)) for batch in data.batches(rows, model.encoder.graph)]
@@ -195,7 +193,7 @@ def _fit(
         others = {NETWORK: networks.out_of_fold[place][known]} if networks.models else {}
         rows_known.append(known)
         fits.append(_fit_target(model, data, place, x, groups, known, others, seed))
-    if networks.models and may_drop:
+    if networks.models:
         fits = _drop_networks_that_add_nothing(model, fits)
     model.tabular = replace(part, stacks=[fitted.stack for fitted in fits])
     return _out_of_fold(model, data, rows_known, fits)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from lightning.pytorch.loggers import Logger
 
 from crysldnet.console import note
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.errors import ConfigError
-from crysldnet.finetune.hybrid import check_recipe, train_hybrid
+from crysldnet.finetune.hybrid import FEWEST, check_recipe, train_hybrid
 from crysldnet.finetune.settings import TrainingConfig, make_data, make_encoder
 from crysldnet.finetune.training import Finetuned, train_network
-from crysldnet.tabular.stack import LARGEST_KERNEL
+
+Config = TypeVar("Config", bound=TrainingConfig)
+FEW = 1000
+"""Crystals up to which recipe=auto trains no network."""
 
 
 def train(
@@ -35,20 +39,31 @@ def train(
     """
     if config.recipe == "auto":
         data = make_data(config, make_encoder(config)[0]) if data is None else data
-        config = _without_tables_where_they_cannot_help(config, data)
+        config = resolve(config, data)
     chosen = train_network if config.recipe == "network" else train_hybrid
     return chosen(config, values, folder, data, loggers)
 
 
-def _without_tables_where_they_cannot_help(config: TrainingConfig, data: CrystalDataModule) -> TrainingConfig:
+def resolve(config: Config, data: CrystalDataModule) -> Config:
+    """Return the settings with the recipe that ``recipe=auto`` stands for: frozen for few crystals, else a network."""
+    if config.recipe != "auto":
+        return config
     data.setup()
     count = len(data.rows["train"]) + len(data.rows["val"])
-    reason = f"there are over {LARGEST_KERNEL:,} crystals" if count > LARGEST_KERNEL else ""
+    assert data.target_values is not None
+    known = ~np.isnan(data.target_values[np.concatenate([data.rows["train"], data.rows["val"]])])
+    reason = f"{count:,} crystals to learn from are over {FEW:,}" if count > FEW else ""
+    if known.sum(axis=0).min() < FEWEST:
+        reason = f"a target has fewer than {FEWEST} values"
     try:
-        check_recipe(replace(config, recipe="hybrid"))
+        check_recipe(replace(config, recipe="frozen"))
     except ConfigError as error:
         reason = str(error)
-    if not reason:
-        return config
-    note(f"recipe=auto trains a network alone: {reason}")
-    return replace(config, recipe="network")
+    if reason:
+        note(f"recipe=auto finetunes a network: {reason}")
+        return replace(config, recipe="network")
+    note(
+        f"recipe=auto: for {count:,} crystals, trees and kernel ridge on an encoder's features and descriptors "
+        "(recipe=frozen); recipe=network finetunes the encoder, recipe=hybrid does both and takes longest"
+    )
+    return replace(config, recipe="frozen")
