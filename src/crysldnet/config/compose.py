@@ -56,8 +56,8 @@ FILES = ("pretrained", "init")
 """Keys that name the file which a run starts from."""
 
 OF_NETWORKS = frozenset(
-    "encoder preset head optimizer strategy mode epochs min_steps patience loss layer_decay gradient_clip networks "
-    "target_per".split()
+    "encoder preset head optimizer strategy mode epochs min_steps patience loss layer_decay gradient_clip gradient_clip_val "
+    "networks target_per".split()
 )
 """Keys of finetuning that ask for a network."""
 
