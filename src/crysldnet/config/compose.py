@@ -55,11 +55,11 @@ MISSING = "???"
 FILES = ("pretrained", "init")
 """Keys that name the file which a run starts from."""
 
-OF_NETWORKS = frozenset(
-    "encoder preset head optimizer strategy mode epochs min_steps patience loss layer_decay gradient_clip gradient_clip_val "
-    "networks target_per".split()
+OF_NETWORKS = (
+    *("encoder", "preset", "head", "optimizer", "strategy", "mode", "epochs", "min_steps", "patience", "loss"),
+    *("layer_decay", "gradient_clip_val", "networks", "target_per"),
 )
-"""Keys of finetuning that ask for a network."""
+"""Keys of finetuning that networks alone have; a command line with one of them trains a network by default."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,8 @@ def compose(command: str | Path, arguments: Sequence[str] = (), saved: Path | No
     given = tuple(key for key, _ in pairs)
     if saved is None and origin.get("pretrained") == str(root_of(command)) and describes_encoder(given):
         merged["pretrained"] = "none"
-    if saved is None and merged.get("recipe") == "auto" and "recipe" not in given and describes_network(given):
-        merged["recipe"] = "network"
+    if saved is None and merged.get("recipe") == "auto" and "recipe" not in given:
+        merged["recipe"] = "network" if any(key.split(".")[0] in OF_NETWORKS for key in given) else "auto"
     return Composition(_resolve(merged), origin, groups, given, presets, links)
 
 
@@ -193,11 +193,6 @@ def keys_of(command: str | Path) -> list[str]:
 def describes_encoder(given: Collection[str]) -> bool:
     """Return whether a command line chooses or changes an encoder, which is then trained from scratch by default."""
     return any(key == "preset" or key.split(".")[0] == "encoder" for key in given)
-
-
-def describes_network(given: Collection[str]) -> bool:
-    """Return whether a command line names settings that networks alone have, so that one is trained by default."""
-    return any(key.split(".")[0] in OF_NETWORKS for key in given)
 
 
 def _merge_files(
