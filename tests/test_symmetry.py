@@ -22,7 +22,7 @@ from conftest import (
 from crysldnet.data.store import CrystalStore
 from crysldnet.encoders.pddformer import PDDFormer
 from crysldnet.graphs.batch import CrystalBatch, make_batch
-from crysldnet.graphs.corruption import Corruption, Undo
+from crysldnet.graphs.corruption import Corruption, DenoisingTargets
 from crysldnet.models.dit import DiT
 from crysldnet.models.head import PropertyHead, PropertyModel
 from crysldnet.models.objectives import Denoising, Published
@@ -66,7 +66,7 @@ def published(cells: list[Cell]) -> PDDFormer:
     return make_encoder(cells, "published")
 
 
-def batch_of(cells: list[Cell], encoder: PDDFormer, undo: Undo | None = None) -> CrystalBatch:
+def batch_of(cells: list[Cell], encoder: PDDFormer, undo: DenoisingTargets | None = None) -> CrystalBatch:
     return make_batch(put_together(cells), encoder.graph, undo=undo, dtype=torch.float64)
 
 

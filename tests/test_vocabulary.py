@@ -20,7 +20,7 @@ GONE = [
     r"\bencoder\.variant=clean\b",
     r"\bsplit\.by=(published|element|cluster)\b",
     r"\bmodel\.(latent_dim|kl_weight|log_variance|normalise)\b",
-    r"\b(SaveAndStop|RankWatch|Begun|Told|Knowledge|Budget)\b",
+    r"\b(SaveAndStop|RankWatch|Begun|Told|Knowledge|Budget|Ledger|Portion|Undo)\b",
     r"\b(heed|heeds|heeded|heed_again|was_told_lately|DEAF_S)\b",
     r"nobody comes",
     r"which JSON has",

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from crysldnet.data.sampler import BatchRequest
 from crysldnet.data.store import CrystalStore
 from crysldnet.graphs.batch import CrystalBatch, make_batch
-from crysldnet.graphs.corruption import Corruption, Undo
+from crysldnet.graphs.corruption import Corruption, DenoisingTargets
 from crysldnet.graphs.crystals import Crystals, concatenate
 from crysldnet.graphs.spec import GraphSpec
 
@@ -65,11 +65,13 @@ class CrystalDataset(Dataset[CrystalBatch]):
         descriptors = None if self.descriptors is None else self.descriptors[request.rows]
         return make_batch(crystals, self.graph, rows=request.rows, targets=targets, descriptors=descriptors, undo=undo)
 
-    def _corrupt_always_alike(self, corruption: Corruption, rows: NDArray[np.int64]) -> tuple[Crystals, Undo]:
+    def _corrupt_always_alike(
+        self, corruption: Corruption, rows: NDArray[np.int64]
+    ) -> tuple[Crystals, DenoisingTargets]:
         """Corrupt each crystal by its own random numbers, whichever batch it is in."""
         parts = [
             corruption.apply(self.store.crystals.take(rows[i : i + 1]), np.random.default_rng([*self.seed, int(row)]))
             for i, row in enumerate(rows)
         ]
-        undo = Undo(*(np.concatenate(values) for values in zip(*(undo for _, undo in parts), strict=True)))
+        undo = DenoisingTargets(*(np.concatenate(values) for values in zip(*(undo for _, undo in parts), strict=True)))
         return concatenate([crystals for crystals, _ in parts]), undo

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crysldnet.graphs.corruption import Undo
+from crysldnet.graphs.corruption import DenoisingTargets
 from crysldnet.graphs.crystals import Crystals
 from crysldnet.graphs.spec import GraphSpec
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class CorruptionTargets:
-    """What the objective has to undo; see :class:`crysldnet.graphs.corruption.Undo`."""
+    """What the objective has to undo; see :class:`crysldnet.graphs.corruption.DenoisingTargets`."""
 
     numbers: Tensor
     """[N] true atomic numbers."""
@@ -152,7 +152,7 @@ def make_batch(
     rows: NDArray[np.int64] | None = None,
     targets: NDArray[np.float64] | None = None,
     descriptors: NDArray[np.float64] | None = None,
-    undo: Undo | None = None,
+    undo: DenoisingTargets | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> CrystalBatch:
     """Build the graph of some crystals.

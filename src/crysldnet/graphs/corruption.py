@@ -17,7 +17,7 @@ MASKED = 0
 """The atomic number that a masked atom shows."""
 
 
-class Undo(NamedTuple):
+class DenoisingTargets(NamedTuple):
     """What was done, in the frame of the corrupted crystal."""
 
     numbers: NDArray[np.int64]
@@ -83,7 +83,7 @@ class Corruption:
         value = getattr(self, name)
         return value[0] if isinstance(value, list) else None
 
-    def apply(self, crystals: Crystals, rng: np.random.Generator) -> tuple[Crystals, Undo]:
+    def apply(self, crystals: Crystals, rng: np.random.Generator) -> tuple[Crystals, DenoisingTargets]:
         """Corrupt a batch; the input is left as it is."""
         owner, sizes = crystals.crystal, crystals.sizes
         masked = self._draw_mask(crystals, rng)
@@ -107,7 +107,7 @@ class Corruption:
         )
         displacement = np.einsum("ni,nij->nj", moved, stretched[owner])
         levels = np.stack([moving, straining], axis=1)
-        return corrupted, Undo(crystals.numbers.astype(np.int64), masked, displacement, strain, levels)
+        return corrupted, DenoisingTargets(crystals.numbers.astype(np.int64), masked, displacement, strain, levels)
 
     @staticmethod
     def _levels(amount: Amount, strength: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:

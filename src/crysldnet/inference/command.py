@@ -11,8 +11,8 @@ from pathlib import Path
 
 from crysldnet.console import note
 from crysldnet.errors import DataError
-from crysldnet.readers.issues import Ledger
-from crysldnet.readers.stream import Portion, Refused
+from crysldnet.readers.issues import ImportIssues
+from crysldnet.readers.stream import Chunk, Refused
 
 SHOWN = 20
 """refused crystals that are printed; all are in the file"""
@@ -28,12 +28,12 @@ class Account:
 
     def __init__(self, out: str, done: str) -> None:
         self._out, self._done = out, done
-        self._ledger = Ledger(strict=False)
+        self._issues = ImportIssues(strict=False)
         self.used = self.refused = 0
 
     def refuse(self, refused: Refused) -> None:
         """Report a crystal that can't be used."""
-        self._ledger.reject(*refused)
+        self._issues.reject(*refused)
         self.refused += 1
         if self.refused <= SHOWN:
             note(f"refused: {refused.source}: {refused.reason}")
@@ -41,7 +41,7 @@ class Account:
             note("refused: … and more")
 
     @contextmanager
-    def progress(self, total: int | None) -> Iterator[Callable[[Portion], None]]:
+    def progress(self, total: int | None) -> Iterator[Callable[[Chunk], None]]:
         """Show progress with its rate where standard error is a terminal; the function takes each portion's account."""
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -52,12 +52,12 @@ class Account:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("", total=total, rate="")
 
-            def advance(portion: Portion) -> None:
+            def advance(portion: Chunk) -> None:
                 self.used += len(portion.ids)
                 for refused in portion.refused:
                     self.refuse(refused)
                 for note in portion.notes:
-                    self._ledger.note(*note)
+                    self._issues.note(*note)
                 speed = bar.tasks[0].finished_speed or bar.tasks[0].speed
                 bar.update(task, completed=self.used + self.refused, rate=f"{speed:,.0f}/s" if speed else "")
 
@@ -74,7 +74,7 @@ class Account:
 
     def finish(self, notes: Iterable[str] = ()) -> None:
         """List what was refused and noted beside the output, and say what was done."""
-        for noted in (*self._ledger.notes, *notes):
+        for noted in (*self._issues.notes, *notes):
             note(f"note: {noted}")
         note(f"{self.used:,} crystals {self._done}, {self.refused:,} refused: {self._out}{self._reasons()}")
 
@@ -85,7 +85,7 @@ class Account:
         out = Path(self._out)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            refused, notes = self._ledger.save(out, "refused")
+            refused, notes = self._issues.save(out, "refused")
         except (OSError, DataError) as error:
             return f", reasons can't be listed: {error}"
         return (f", reasons in {refused}" if refused else "") + (f", notes in {notes}" if notes else "")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from crysldnet.errors import DataError
 from crysldnet.models.descriptors import Descriptors
-from crysldnet.readers.stream import Portion
+from crysldnet.readers.stream import Chunk
 
 Given = Mapping[str, NDArray[np.float64]]
 """By name [B] values, or one for all crystals []."""
@@ -64,7 +64,7 @@ def given_descriptors(given: Any, names: Sequence[str]) -> Given:
     return found
 
 
-def with_descriptors(stream: Iterable[Portion], given: Given) -> Iterator[Portion]:
+def with_descriptors(stream: Iterable[Chunk], given: Given) -> Iterator[Chunk]:
     """Give the portions with what was given in the order of the crystals as further columns.
 
     Raises:
@@ -92,6 +92,6 @@ def with_descriptors(stream: Iterable[Portion], given: Given) -> Iterator[Portio
         raise DataError(f"descriptors: {length} values for {done} crystals")
 
 
-def beside(portion: Portion, names: Sequence[str]) -> NDArray[np.float64]:
+def beside(portion: Chunk, names: Sequence[str]) -> NDArray[np.float64]:
     """Return the descriptors [B, K] of a portion."""
     return np.stack([portion.columns[name] for name in names], axis=1)

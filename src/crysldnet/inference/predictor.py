@@ -27,7 +27,7 @@ from crysldnet.inference.results import Embeddings, Predictions
 from crysldnet.models.ensemble import predict_batch
 from crysldnet.models.per import bulk_of, no_area
 from crysldnet.models.predictor import TargetModel
-from crysldnet.readers.stream import Check, CrystalStream, Portion, StreamSettings
+from crysldnet.readers.stream import Check, Chunk, CrystalStream, StreamSettings
 from crysldnet.training.calibrate import UncertaintyInfo
 
 Per = Literal["crystal", "atom"]
@@ -160,7 +160,7 @@ class Predictor(Embedder):
         ]
 
     @torch.inference_mode()
-    def predict_portion(self, portion: Portion, interval: float) -> Predictions:
+    def predict_portion(self, portion: Chunk, interval: float) -> Predictions:
         """Predict crystals whose graphs are there, and the columns of the descriptors."""
         crystals, batch = portion.crystals, portion.batches[self.encoder.graph]
         beyond = None
@@ -253,8 +253,8 @@ def check_for(models: Sequence[Predictor]) -> Check | None:
 
 
 def predict_stream(
-    models: Sequence[Predictor], stream: Iterable[Portion], interval: float
-) -> Iterator[tuple[Portion, list[Predictions]]]:
+    models: Sequence[Predictor], stream: Iterable[Chunk], interval: float
+) -> Iterator[tuple[Chunk, list[Predictions]]]:
     """Predict with several models while the crystals are read, each crystal once.
 
     Args:
@@ -276,7 +276,7 @@ def predict_stream(
 
 def embed_stream(
     model: Embedder, stream: CrystalStream, per: Per, layers_read: LayersRead
-) -> Iterator[tuple[Portion, Embeddings | None]]:
+) -> Iterator[tuple[Chunk, Embeddings | None]]:
     """Embed crystals while they are read; None for a portion without a crystal that can be used.
 
     Raises:

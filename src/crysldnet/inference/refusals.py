@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from crysldnet.errors import DataError
-from crysldnet.readers.issues import Ledger
-from crysldnet.readers.stream import Portion, Refused
+from crysldnet.readers.issues import ImportIssues
+from crysldnet.readers.stream import Chunk, Refused
 
 OnError = Literal["raise", "report"]
 
@@ -18,10 +18,10 @@ class Refusals:
         if on_error not in get_args(OnError):
             raise DataError(f"on_error must be one of {', '.join(get_args(OnError))}, not {on_error!r}")
         self._raise = on_error == "raise"
-        self._ledger = Ledger(strict=False)
+        self._issues = ImportIssues(strict=False)
         self.refused: list[Refused] = []
 
-    def take(self, portion: Portion) -> None:
+    def take(self, portion: Chunk) -> None:
         """Take the account of a portion.
 
         Raises:
@@ -31,9 +31,9 @@ class Refusals:
             raise DataError(f"{portion.refused[0].source}: {portion.refused[0].reason}")
         self.refused += portion.refused
         for note in portion.notes:
-            self._ledger.note(*note)
+            self._issues.note(*note)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What was normalized on reading."""
-        return self._ledger.notes
+        return self._issues.notes

@@ -20,7 +20,7 @@ from crysldnet.data.elements import SYMBOLS
 from crysldnet.data.formulas import formulas_of
 from crysldnet.errors import DataError
 from crysldnet.models.readout import mean_and_spread
-from crysldnet.readers.stream import Portion, Refused
+from crysldnet.readers.stream import Chunk, Refused
 
 Floats = NDArray[np.float64]
 
@@ -187,7 +187,7 @@ class Embeddings(Found):
 
     @classmethod
     def of(
-        cls, portion: Portion, features: NDArray[np.float32], per: Literal["crystal", "atom"], *, spread: bool
+        cls, portion: Chunk, features: NDArray[np.float32], per: Literal["crystal", "atom"], *, spread: bool
     ) -> Embeddings:
         """Return the embeddings of a portion whose atoms have these features [N, D].
 

@@ -10,7 +10,7 @@ from crysldnet.errors import DataError
 from crysldnet.io import replacing
 
 
-class Ledger:
+class ImportIssues:
     """Keeps account of what is rejected and noted; a strict one raises at the first rejection."""
 
     def __init__(self, strict: bool) -> None:
@@ -24,7 +24,7 @@ class Ledger:
         """Record that the crystal, row or value in ``place`` (a file, or a row of one) is left out.
 
         Raises:
-            DataError: the ledger is strict.
+            DataError: it is strict.
         """
         if self._strict:
             raise DataError(f"{place}{f' ({material_id})' if material_id else ''}: {reason}")
@@ -39,7 +39,7 @@ class Ledger:
             place, material_id, reason: as :meth:`reject` takes them.
 
         Raises:
-            DataError: the ledger is strict.
+            DataError: it is strict.
         """
         self.reject(place, material_id, reason)
         count, first = self._unused.get(kind, (0, f"{what!r} in {place}"))

@@ -15,7 +15,7 @@ import pyarrow as pa
 from crysldnet.data.cells import MISSING
 from crysldnet.data.schema import STRUCTURE_COLUMNS, table_from_crystals
 from crysldnet.graphs.crystals import Crystals, faults, from_lists
-from crysldnet.readers.issues import Ledger
+from crysldnet.readers.issues import ImportIssues
 from crysldnet.readers.structure_files import Structure
 
 PLACE = "__place"
@@ -40,16 +40,16 @@ class Piece(NamedTuple):
     notes: list[tuple[str, str, str]]
     dropped: dict[str, str]
 
-    def enter_account(self, ledger: Ledger) -> None:
-        """Enter in the ledger what was left out.
+    def enter_account(self, issues: ImportIssues) -> None:
+        """Record what was left out.
 
         Raises:
-            DataError: something was, and the ledger is strict.
+            DataError: something was, and the issues are strict.
         """
         for reject in self.rejects:
-            ledger.reject(*reject)
+            issues.reject(*reject)
         for note in self.notes:
-            ledger.note(*note)
+            issues.note(*note)
 
 
 Task = Callable[[], Piece]

@@ -44,7 +44,7 @@ class Refused(NamedTuple):
     reason: str
 
 
-class Portion(NamedTuple):
+class Chunk(NamedTuple):
     """Crystals that go through models at once.
 
     Attributes:
@@ -92,7 +92,7 @@ class StreamSettings:
 
 
 class CrystalStream:
-    """The crystals of a source, as often as it can be read; iterating gives :class:`Portion` after portion.
+    """The crystals of a source, as often as it can be read; iterating gives :class:`Chunk` after portion.
 
     Args:
         source: anything that :func:`crysldnet.tools.importer.importer.import_crystals` reads, or :class:`Crystals`.
@@ -126,7 +126,7 @@ class CrystalStream:
         totals = [reader.total for reader in self._readers]
         self.total = None if None in totals else sum(total for total in totals if total is not None)
 
-    def __iter__(self) -> Iterator[Portion]:
+    def __iter__(self) -> Iterator[Chunk]:
         return ahead(self._portions(), 2)
 
     def _pieces(self) -> Iterator[Piece]:
@@ -134,9 +134,9 @@ class CrystalStream:
         workers = min(os.cpu_count() or 1, 8) if self._settings.workers is None else self._settings.workers
         return run_in_order((task for reader in self._readers for task in _tasks(reader, settings)), workers)
 
-    def _portions(self) -> Iterator[Portion]:
+    def _portions(self) -> Iterator[Chunk]:
         if self._damaged:
-            yield Portion([], [], from_lists([], [], []), {}, self._damaged)
+            yield Chunk([], [], from_lists([], [], []), {}, self._damaged)
         seen: set[int] = set()
         for piece in self._pieces():
             table, repeated = _without_repeated(piece.table, seen)
@@ -150,12 +150,12 @@ class CrystalStream:
             rejected = [Refused(*reject) for reject in piece.rejects if reject[0] not in kept]
             refused = [*rejected, *repeated, *unknown, *unfit]
             if not ids:
-                yield Portion([], [], crystals, {}, refused, notes)
+                yield Chunk([], [], crystals, {}, refused, notes)
             for start, stop in cut(crystals.sizes, self._settings.batch_size, self._settings.batch_atoms):
                 part = crystals.take(np.arange(start, stop))
                 batches = {graph: make_batch(part, graph) for graph in self._graphs}
                 own = {name: values[start:stop] for name, values in columns.items()}
-                yield Portion(ids[start:stop], places[start:stop], part, batches, refused, notes, own)
+                yield Chunk(ids[start:stop], places[start:stop], part, batches, refused, notes, own)
                 refused, notes = [], []
 
 

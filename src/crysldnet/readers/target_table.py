@@ -15,7 +15,7 @@ from crysldnet.data.cells import MISSING_TEXT, CellError, plain_numbers, read_nu
 from crysldnet.data.schema import STRUCTURE_COLUMNS
 from crysldnet.data.units import name_and_unit
 from crysldnet.errors import DataError
-from crysldnet.readers.issues import Ledger
+from crysldnet.readers.issues import ImportIssues
 from crysldnet.readers.structure_files import material_ids, without_suffix
 from crysldnet.readers.table_cells import read_cells
 
@@ -38,12 +38,12 @@ class Targets:
     units: dict[str, str]
     rows: dict[str, int]
 
-    def take(self, ids: list[str], ledger: Ledger) -> dict[str, pa.Array]:
+    def take(self, ids: list[str], issues: ImportIssues) -> dict[str, pa.Array]:
         """Return the properties of some crystals, null for those without a row."""
         index = [self.rows.get(material_id) for material_id in ids]
         for material_id, row in zip(ids, index, strict=True):
             if row is None:
-                ledger.note(f"crystals have no row in {self.name}: their values are null", material_id)
+                issues.note(f"crystals have no row in {self.name}: their values are null", material_id)
         return {name: column.take(pa.array(index, pa.int64())) for name, column in self.columns.items()}
 
 
@@ -56,7 +56,7 @@ def check_table(path: Path, id_column: str | None) -> None:
     _checked_header(path, read_cells(path).header, id_column)
 
 
-def read_targets(path: Path, ids: set[str], id_column: str | None, ledger: Ledger) -> Targets:
+def read_targets(path: Path, ids: set[str], id_column: str | None, issues: ImportIssues) -> Targets:
     """Read a table of properties for crystals with these ids.
 
     The column of ids is the one called so, in any case and spelling, or else the one that has ids of crystals.
@@ -67,12 +67,12 @@ def read_targets(path: Path, ids: set[str], id_column: str | None, ledger: Ledge
     """
     header, rows, commas, others = read_cells(path)
     for text in others:
-        ledger.note("further sheets of the table aren't read", text)
+        issues.note("further sheets of the table aren't read", text)
     named = _checked_header(path, header, id_column)
     key = _matching(path, header, rows, ids, named)
     if key != named:
-        ledger.note("columns were taken for that of the ids, because they hold ids of crystals", header[key])
-    found = _rows_by_id(path, header, key, rows, ids, ledger)
+        issues.note("columns were taken for that of the ids, because they hold ids of crystals", header[key])
+    found = _rows_by_id(path, header, key, rows, ids, issues)
     columns: dict[str, pa.Array] = {}
     units: dict[str, str] = {}
     for j, title in enumerate(header):
@@ -80,16 +80,16 @@ def read_targets(path: Path, ids: set[str], id_column: str | None, ledger: Ledge
             continue
         name, unit = name_and_unit(title)
         if unit is None and title[-1] in ")]":
-            ledger.note("columns end in brackets that hold no known unit; they are part of the name", title)
+            issues.note("columns end in brackets that hold no known unit; they are part of the name", title)
         texts = [row[j].strip() for _, row in found.values()]
         if (numbers := plain_numbers(pa.array(texts, pa.string()))) is not None:
-            ledger.count(f"values of {name!r}", len(numbers) - numbers.null_count)
+            issues.count(f"values of {name!r}", len(numbers) - numbers.null_count)
             columns[name] = numbers
             units |= {name: unit} if unit else {}
             continue
         cells = [(place, i, text) for (i, (place, _)), text in zip(found.items(), texts, strict=True)]
         try:
-            read, unit = _columns(name, unit, cells, commas, ledger)
+            read, unit = _columns(name, unit, cells, commas, issues)
         except CellError as error:
             place = next(place for place, _, text in cells if text == error.text)
             raise DataError(f"{path.parent / place}: {title!r} has {error.text!r}, {error.reason}") from error
@@ -101,12 +101,12 @@ def read_targets(path: Path, ids: set[str], id_column: str | None, ledger: Ledge
 
 
 def _rows_by_id(
-    path: Path, header: list[str], key: int, rows: list[tuple[int, list[str]]], ids: set[str], ledger: Ledger
+    path: Path, header: list[str], key: int, rows: list[tuple[int, list[str]]], ids: set[str], issues: ImportIssues
 ) -> dict[str, tuple[str, list[str]]]:
     """Return the place and cells of each crystal's row; rows that can't be told apart are all left out."""
     found: dict[str, list[tuple[str, list[str]]]] = defaultdict(list)
     kind = f"rows of {path.name}"
-    ledger.count(kind, len(rows))
+    issues.count(kind, len(rows))
     alike: dict[str, str] = {}
     reason = ""
     for line, cells in rows:
@@ -126,14 +126,14 @@ def _rows_by_id(
         else:
             found[material_id].append((place, cells))
         if reason:
-            ledger.leave_out(kind, written, place, written, reason)
+            issues.leave_out(kind, written, place, written, reason)
     if not found:
         raise DataError(f"{path}: no row could be used: {reason}")
     for material_id, same in found.items():
         if len(same) > 1:
             for place, _ in same:
                 reason = f"the id stands in {len(same)} rows, so none of them is used"
-                ledger.leave_out(kind, material_id, place, material_id, reason)
+                issues.leave_out(kind, material_id, place, material_id, reason)
     return {material_id: same[0] for material_id, same in found.items() if len(same) == 1}
 
 
@@ -224,7 +224,7 @@ def _spellings(written: str) -> Iterator[str]:
 
 
 def _columns(
-    name: str, unit: str | None, cells: list[tuple[str, str, str]], commas: bool, ledger: Ledger
+    name: str, unit: str | None, cells: list[tuple[str, str, str]], commas: bool, issues: ImportIssues
 ) -> tuple[dict[str, pa.Array], str | None]:
     """Make a column of numbers, with one of their uncertainties where there are any, or a column of texts."""
     texts = [text for *_, text in cells]
@@ -232,13 +232,13 @@ def _columns(
     if numbers is None:
         missing = [text in MISSING_TEXT for text in texts]
         for text in (text for text, gone in zip(texts, missing, strict=True) if gone):
-            ledger.note(f"texts are {text!r}, which was read as no value", name)
+            issues.note(f"texts are {text!r}, which was read as no value", name)
         known = [None if gone else text or None for text, gone in zip(texts, missing, strict=True)]
         return {name: pa.array(known, pa.string())}, None
     kind = f"values of {name!r}"
     for place, material_id, text in cells:
         if text in numbers.unread:
             reason = f"{name} is {text!r}, not a finite number; its value is null"
-            ledger.leave_out(kind, text, place, material_id, reason)
-    ledger.count(kind, sum(map(numbers.says_something, texts)))
+            issues.leave_out(kind, text, place, material_id, reason)
+    issues.count(kind, sum(map(numbers.says_something, texts)))
     return numbers.columns(name, texts), numbers.unit

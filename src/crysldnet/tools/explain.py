@@ -34,7 +34,7 @@ from crysldnet.inference.descriptors import beside, columns_needed, given_descri
 from crysldnet.inference.refusals import Refusals
 from crysldnet.io import write_atomically
 from crysldnet.models.explanation import Explanation, explain
-from crysldnet.readers.stream import CrystalStream, Portion, StreamSettings
+from crysldnet.readers.stream import Chunk, CrystalStream, StreamSettings
 
 LARGEST_PAGE = 200
 """Crystals of a page; a table has room for all."""
@@ -86,7 +86,7 @@ class Explained(NamedTuple):
         return dict(sorted(found.items(), key=lambda item: -abs(item[1])))
 
 
-def explain_portion(model: Predictor, portion: Portion, place: int) -> Explained:
+def explain_portion(model: Predictor, portion: Chunk, place: int) -> Explained:
     """Explain the prediction of one target for the only crystal of a portion."""
     batch = portion.batches[model.encoder.graph]
     if (needed := model.members[0].descriptors) is not None:

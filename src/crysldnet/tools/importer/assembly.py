@@ -14,7 +14,7 @@ from crysldnet.data.output import Output
 from crysldnet.data.schema import units_of
 from crysldnet.data.units import same_unit
 from crysldnet.errors import DataError
-from crysldnet.readers.issues import Ledger
+from crysldnet.readers.issues import ImportIssues
 from crysldnet.readers.rows import PLACE, Piece
 from crysldnet.readers.target_table import Targets
 from crysldnet.tools.importer.columns import Columns
@@ -91,36 +91,36 @@ class Plan:
             raise DataError(f"column {twice[0]!r} stands in the crystals' file and in the targets; leave one out")
         return names
 
-    def tables(self, ledger: Ledger) -> Iterator[pa.Table]:
-        """Give the crystals of each piece, entering in the ledger what is left out."""
+    def tables(self, issues: ImportIssues) -> Iterator[pa.Table]:
+        """Give the crystals of each piece, recording what is left out."""
         for name, note in [*self._dropped.items(), *((name, note) for note, name in self._columns.notes)]:
-            ledger.note(note, name)
+            issues.note(note, name)
         seen: set[str] = set()
         for piece in self._pieces:
-            piece.enter_account(ledger)
-            table = self._columns.complete(piece.table, ledger)
+            piece.enter_account(issues)
+            table = self._columns.complete(piece.table, issues)
             ids = table["material_id"].to_pylist()
             if self._repeated:
-                table, ids = self._without_repeated(table, ids, seen, ledger)
-            yield self._table(table, ids, ledger)
+                table, ids = self._without_repeated(table, ids, seen, issues)
+            yield self._table(table, ids, issues)
 
     def _without_repeated(
-        self, table: pa.Table, ids: list[str], seen: set[str], ledger: Ledger
+        self, table: pa.Table, ids: list[str], seen: set[str], issues: ImportIssues
     ) -> tuple[pa.Table, list[str]]:
         good = []
         for row, material_id in enumerate(ids):
             if material_id in seen:
-                ledger.reject(table[PLACE][row].as_py(), material_id, "an earlier crystal has the same id")
+                issues.reject(table[PLACE][row].as_py(), material_id, "an earlier crystal has the same id")
                 continue
             good.append(row)
             if hash(material_id) in self._repeated:
                 seen.add(material_id)
         return table.take(pa.array(good, pa.int64())), [ids[row] for row in good]
 
-    def _table(self, table: pa.Table, ids: list[str], ledger: Ledger) -> pa.Table:
+    def _table(self, table: pa.Table, ids: list[str], issues: ImportIssues) -> pa.Table:
         columns: dict[str, pa.Array | pa.ChunkedArray] = dict(zip(table.column_names, table.columns, strict=True))
         del columns[PLACE]
-        columns |= {} if self._targets is None else self._targets.take(ids, ledger)
+        columns |= {} if self._targets is None else self._targets.take(ids, issues)
         fields = [
             pa.field(name, column.type, metadata={"units": self.units[name]} if name in self.units else None)
             for name, column in columns.items()
@@ -135,7 +135,7 @@ def _repeated(ids: Iterable[list[str]]) -> set[int]:
     return set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
 
 
-def write(tables: Iterable[pa.Table], output: Output, ledger: Ledger, out: Path) -> int:
+def write(tables: Iterable[pa.Table], output: Output, issues: ImportIssues, out: Path) -> int:
     """Write crystals, many at a time; the lists of what was rejected and noted are there before they appear."""
     kept = 0
     try:
@@ -143,7 +143,7 @@ def write(tables: Iterable[pa.Table], output: Output, ledger: Ledger, out: Path)
             for table in _joined(tables):
                 output.append(table)
                 kept += len(table)
-            ledger.save(out)
+            issues.save(out)
             if not kept:
                 raise _NothingKept
     except _NothingKept:

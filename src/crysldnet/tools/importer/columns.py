@@ -20,7 +20,7 @@ from crysldnet.data.cells import (
 )
 from crysldnet.data.schema import STRUCTURE_COLUMNS
 from crysldnet.errors import DataError
-from crysldnet.readers.issues import Ledger
+from crysldnet.readers.issues import ImportIssues
 from crysldnet.readers.rows import PLACE, Piece, common_type
 
 _MISSING = pa.array(MISSING_TEXT)
@@ -139,41 +139,41 @@ class Columns:
             for new in (self._numbers[name].names(name) if name in self._numbers else [name])
         ]
 
-    def complete(self, table: pa.Table, ledger: Ledger) -> pa.Table:
-        """Give a piece all columns, entering in the ledger which values are left out."""
+    def complete(self, table: pa.Table, issues: ImportIssues) -> pa.Table:
+        """Give a piece all columns, recording which values are left out."""
         there = dict(zip(table.column_names, table.columns, strict=True))
         columns = {name: there[name] for name in (PLACE, *STRUCTURE_COLUMNS)}
         for name, kind in self._kinds.items():
             column = there[name] if name in there else pa.chunked_array([pa.nulls(len(table), kind)])
             if name in self._numbers and _holds_texts(column.type):
-                columns |= self._read(name, column, table, ledger)
+                columns |= self._read(name, column, table, issues)
             elif name in self._numbers:
                 columns |= {new: pa.nulls(len(table), pa.float64()) for new in self._numbers[name].names(name)}
-                columns[name] = _finite(name, column.cast(pa.float64(), safe=False), table, ledger)
+                columns[name] = _finite(name, column.cast(pa.float64(), safe=False), table, issues)
             elif pa.types.is_string(kind):
                 columns[name] = _as_texts(column)
                 if name in self._with_missing:
-                    columns[name] = _known(name, columns[name], ledger)
+                    columns[name] = _known(name, columns[name], issues)
             else:
-                columns[name] = _finite(name, column.cast(kind, safe=False), table, ledger)
+                columns[name] = _finite(name, column.cast(kind, safe=False), table, issues)
         return pa.table(columns)
 
-    def _read(self, name: str, column: pa.ChunkedArray, table: pa.Table, ledger: Ledger) -> dict[str, pa.Array]:
+    def _read(self, name: str, column: pa.ChunkedArray, table: pa.Table, issues: ImportIssues) -> dict[str, pa.Array]:
         if name in self._all_plain:
             values = _numbers(column)
             assert values is not None
-            ledger.count(f"values of {name!r}", len(values) - values.null_count)
+            issues.count(f"values of {name!r}", len(values) - values.null_count)
             return {name: values}
         numbers, texts = self._numbers[name], _as_texts(column).to_pylist()
-        ledger.count(f"values of {name!r}", sum(text is not None and numbers.says_something(text) for text in texts))
+        issues.count(f"values of {name!r}", sum(text is not None and numbers.says_something(text) for text in texts))
         for row in (row for row, text in enumerate(texts) if text in numbers.unread):
-            _leave_out(name, texts[row], f"{texts[row]!r}, not a finite number", table, row, ledger)
+            _leave_out(name, texts[row], f"{texts[row]!r}, not a finite number", table, row, issues)
         return numbers.columns(name, texts)
 
 
-def _leave_out(name: str, what: str, said: str, table: pa.Table, row: int, ledger: Ledger) -> None:
+def _leave_out(name: str, what: str, said: str, table: pa.Table, row: int, issues: ImportIssues) -> None:
     place, material_id = table[PLACE][row].as_py(), table["material_id"][row].as_py()
-    ledger.leave_out(f"values of {name!r}", what, place, material_id, f"{name} is {said}; its value is null")
+    issues.leave_out(f"values of {name!r}", what, place, material_id, f"{name} is {said}; its value is null")
 
 
 def _holds_texts(kind: pa.DataType) -> bool:
@@ -194,23 +194,23 @@ def _numbers(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
     return plain_numbers(_as_texts(column))
 
 
-def _known(name: str, texts: pa.ChunkedArray, ledger: Ledger) -> pa.ChunkedArray:
+def _known(name: str, texts: pa.ChunkedArray, issues: ImportIssues) -> pa.ChunkedArray:
     """Return texts, null in place of those that say that there is no value."""
     missing = pc.is_in(texts, _MISSING)
     for text in texts.filter(missing).to_pylist():
-        ledger.note(f"texts are {text!r}, which was read as no value", name)
+        issues.note(f"texts are {text!r}, which was read as no value", name)
     return pc.if_else(missing, pa.scalar(None, pa.string()), texts)
 
 
-def _finite(name: str, column: pa.ChunkedArray, table: pa.Table, ledger: Ledger) -> pa.ChunkedArray:
+def _finite(name: str, column: pa.ChunkedArray, table: pa.Table, issues: ImportIssues) -> pa.ChunkedArray:
     """Return numbers, null in place of those that aren't finite."""
     if not pa.types.is_floating(column.type):
         return column
     values = column.to_numpy()
     if np.isfinite(values).all():
-        ledger.count(f"values of {name!r}", len(values))
+        issues.count(f"values of {name!r}", len(values))
         return column
-    ledger.count(f"values of {name!r}", len(values) - int(np.isnan(values).sum()))
+    issues.count(f"values of {name!r}", len(values) - int(np.isnan(values).sum()))
     for row in np.flatnonzero(np.isinf(values)).tolist():
-        _leave_out(name, "inf", "infinite", table, row, ledger)
+        _leave_out(name, "inf", "infinite", table, row, issues)
     return pa.array(values, mask=~np.isfinite(values))

@@ -20,7 +20,7 @@ from crysldnet.data.output import ParquetOutput
 from crysldnet.data.store_writer import StoreWriter
 from crysldnet.errors import DataError
 from crysldnet.io import cannot_write
-from crysldnet.readers.issues import Ledger
+from crysldnet.readers.issues import ImportIssues
 from crysldnet.readers.rows import Piece
 from crysldnet.readers.sources import Reader, Settings, open_readers
 from crysldnet.readers.structure_files import Source
@@ -112,16 +112,16 @@ def import_crystals(
     readers = open_readers(source)
     if table is not None:
         check_table(table, id_column)
-    ledger = Ledger(strict := on_error == "raise")
+    issues = ImportIssues(strict := on_error == "raise")
     pieces = _read(readers, Settings(max_atoms, id_column, on_note, structure), strict, progress, workers)
     about = _about(readers) | dict(metadata or {})
     try:
-        read, kept = _spool_and_write(pieces, about, table, id_column, units or {}, out, overwrite, ledger)
+        read, kept = _spool_and_write(pieces, about, table, id_column, units or {}, out, overwrite, issues)
     except OSError as error:
         raise cannot_write(out, error) from error
     listed = (out.with_name(f"{out.name}.{kind}.csv") for kind in ("rejects", "notes"))
     rejects, notes = (path if path.exists() else None for path in listed)
-    return ImportReport(kept, read - kept, ledger.notes, out, rejects, notes, ledger.unused)
+    return ImportReport(kept, read - kept, issues.notes, out, rejects, notes, issues.unused)
 
 
 def _spool_and_write(
@@ -132,7 +132,7 @@ def _spool_and_write(
     units: Mapping[str, str],
     out: Path,
     overwrite: bool,
-    ledger: Ledger,
+    issues: ImportIssues,
 ) -> tuple[int, int]:
     """Keep all pieces until their columns are known, then write them; return how many crystals were read and kept."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -140,8 +140,8 @@ def _spool_and_write(
         for piece in pieces:
             spool.append(piece)
         plan = Plan(spool, about)
-        plan.join(None if targets is None else read_targets(targets, plan.ids(), id_column, ledger), units)
-        kept = write(plan.tables(ledger), _open_output(out, overwrite), ledger, out)
+        plan.join(None if targets is None else read_targets(targets, plan.ids(), id_column, issues), units)
+        kept = write(plan.tables(issues), _open_output(out, overwrite), issues, out)
         return sum(piece.read for piece in spool), kept
 
 
@@ -164,7 +164,7 @@ def _read(
     with _progress(total, progress) as advance:
         for piece in run_in_order(tasks, processes):
             if strict:
-                piece.enter_account(Ledger(strict=True))
+                piece.enter_account(ImportIssues(strict=True))
             advance(piece.read)
             yield piece
 
