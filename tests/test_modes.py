@@ -175,7 +175,7 @@ def test_layer_decay_slows_each_layer_by_its_distance_from_the_head(configure, s
 
 def test_a_schedule_goes_up_and_then_down_to_its_end():
     def course(**settings):
-        made = AdamW(lr=2.0, final=0.1, **settings).build(torch.nn.Linear(2, 2), 10)
+        made = AdamW(lr=2.0, min_lr_ratio=0.1, **settings).build(torch.nn.Linear(2, 2), 10)
         rates = []
         for _ in range(12):
             rates.append(made["optimizer"].param_groups[0]["lr"])

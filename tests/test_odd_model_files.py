@@ -101,7 +101,7 @@ ODD = {
     "two units": (changed("units", ["eV", "K"]), "1 targets, 2 units and 1 target_types"),
     "types as lists": (changed("target_types", [[1]]), "'target_types.0' can't be used"),
     "no types": (changed("target_types", []), "1 targets, 1 units and 0 target_types"),
-    "unknown type": (changed("target_types", [{"type": "colour"}]), "can't be built: 'colour'"),
+    "unknown type": (changed("target_types", [{"type": "colour"}]), "can't be built: no kind of target 'colour'"),
     "unknown key of a type": (changed("target_types", [{"type": "number", "foo": 1}]), "can't be built: .*'foo'"),
     "many classes": (
         changed("target_types", [{"type": "classes", "labels": [str(i) for i in range(10**5)]}]),

@@ -541,14 +541,14 @@ def test_each_property_has_the_split_of_its_own_rows_and_rejected_crystals_do_no
         order = list(own)
         random.shuffle(order)
         tenth = int(0.1 * len(own))
-        split = Split(by="published").rows(store, [target])
+        split = Split(by="official").rows(store, [target])
         assert {ids[i] for i in split["test"]} == set(order[-tenth:]) & set(ids)
         assert {ids[i] for i in split["val"]} == set(order[-2 * tenth : -tenth]) & set(ids)
         assert {ids[i] for i in split["train"]} == set(order[: -2 * tenth]) & set(ids)
     with pytest.raises(DataError, match="train one model for each property"):
-        Split(by="published").rows(store, ["formation_energy_peratom", "mbj_bandgap"])
+        Split(by="official").rows(store, ["formation_energy_peratom", "mbj_bandgap"])
     with pytest.raises(DataError, match=r"data\.split\.by=column"):
-        Split(by="published").rows(store)
+        Split(by="official").rows(store)
 
 
 def test_a_model_trains_on_a_published_set(

@@ -80,7 +80,7 @@ def test_a_split_by_chemical_system_is_one_by_formula_too_but_not_the_other_way_
 
 
 def test_an_element_that_is_left_out_is_in_the_test_alone(some: CrystalStore) -> None:
-    rows = Split(by="element", elements=["F", "Cl"]).rows(some)
+    rows = Split(by="leave_element_out", elements=["F", "Cl"]).rows(some)
     has = np.array([bool({"F", "Cl"} & set(key.split("-"))) for key in keys_of(some, "chemical_system")])
     assert np.array_equal(rows["test"], np.flatnonzero(has))
     assert not has[rows["train"]].any()
@@ -114,10 +114,10 @@ def test_a_cluster_never_crosses_a_split_and_its_test_crystals_are_unlike_those_
         return float(np.sqrt(squares.min(axis=1).clip(0)).mean())
 
     clusters = clusters_of(starter, 50, seed=0)
-    rows = Split(by="cluster").rows(starter)
+    rows = Split(by="leave_cluster_out").rows(starter)
     apart(*(set(clusters[rows[name]].tolist()) for name in SPLITS))
     by_cluster, at_random, by_formula = (
-        np.mean([nearest(by, seed) for seed in range(2)]) for by in ("cluster", "random", "formula")
+        np.mean([nearest(by, seed) for seed in range(2)]) for by in ("leave_cluster_out", "random", "formula")
     )
     assert by_cluster > 1.3 * at_random
     assert by_formula < 1.1 * at_random  # which polymorphs alone don't make
@@ -189,6 +189,6 @@ def test_a_store_without_what_a_split_needs_is_refused_with_the_mend(some: Cryst
     with pytest.raises(DataError, match=r"no column 'when'.*data\.split\.column"):
         Split(by="time", column="when").rows(some)
     with pytest.raises(DataError, match="no crystal has Og"):
-        Split(by="element", elements=["Og"]).rows(some)
+        Split(by="leave_element_out", elements=["Og"]).rows(some)
     with pytest.raises(DataError, match=r"lower data\.split\.clusters"):
-        Split(by="cluster", clusters=2000).rows(some)
+        Split(by="leave_cluster_out", clusters=2000).rows(some)

@@ -26,9 +26,9 @@ class Split:
     Attributes:
         by: ``column`` reads the split from a text column. ``official`` is the split that the field uses for a
             published data set and the chosen property. ``random`` draws rows; ``formula`` and ``chemical_system`` keep
-            all crystals of one reduced formula, or of one set of elements, on one side, ``cluster`` those of one
-            cluster of alike structures. ``element`` takes all crystals with certain elements as test. ``time`` takes
-            the oldest for training and the newest as test. ``file`` reads what an earlier run saved.
+            all crystals of one reduced formula, or of one set of elements, on one side, ``leave_cluster_out`` those
+            of one cluster of alike structures. ``leave_element_out`` takes all crystals with certain elements as test.
+            ``time`` takes the oldest for training and the newest as test. ``file`` reads what an earlier run saved.
         column: name of the column, where ``by`` is ``column`` or ``time``.
         fractions: shares of train, val and test; where ``by`` is ``leave_element_out``, of train and val to each other.
         seed: of the drawing.

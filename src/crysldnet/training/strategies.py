@@ -26,16 +26,16 @@ from crysldnet.encoders.protocol import Encoder, layers_of
 from crysldnet.errors import ConfigError
 from crysldnet.models.dit import DiT
 
-Name = Literal["auto", "ddp", "ddp_static", "fsdp", "fsdp2", "deepspeed", "other"]
+Name = Literal["auto", "ddp", "ddp_static", "fsdp", "fsdp2", "deepspeed"]
 HALF = ("bf16-mixed", "16-mixed")
-PRECISIONS: dict[Name, tuple[str, ...]] = {
-    "auto": ("32-true", *HALF, "64-true"),
-    "ddp": ("32-true", *HALF, "64-true"),
-    "ddp_static": ("32-true", *HALF, "64-true"),
+ALL = ("32-true", *HALF, "64-true")
+PRECISIONS: dict[str, tuple[str, ...]] = {
+    "auto": ALL,
+    "ddp": ALL,
+    "ddp_static": ALL,
     "fsdp": ("32-true", *HALF),
     "fsdp2": ("32-true", "bf16-mixed"),
     "deepspeed": ("32-true", *HALF),
-    "other": ("32-true", *HALF, "64-true"),
 }
 """What Lightning offers under each strategy."""
 
@@ -205,9 +205,9 @@ class Settings(Protocol):
     def max_nonfinite_steps(self) -> int: ...
 
 
-def name_of(strategy: Strategy | str) -> Name:
-    """Return the known strategy that one is derived from; ``other`` where a plugin defines one of its own."""
-    kinds: tuple[tuple[Name, type[Strategy]], ...] = (
+def name_of(strategy: Strategy | str) -> str:
+    """Return the name of the strategy that one is derived from; for another one of a plugin that of its class."""
+    kinds: tuple[tuple[str, type[Strategy]], ...] = (
         ("fsdp", FSDPStrategy),
         ("fsdp2", ModelParallelStrategy),
         ("deepspeed", DeepSpeedStrategy),
@@ -215,11 +215,11 @@ def name_of(strategy: Strategy | str) -> Name:
     )
     if isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy):
         return "ddp_static" if strategy._ddp_kwargs.get("static_graph") else "ddp"
-    known: Name = next((name for name, kind in kinds if isinstance(strategy, kind)), "other")
+    known = next((name for name, kind in kinds if isinstance(strategy, kind)), type(strategy).__name__)
     return "auto" if isinstance(strategy, str) else known
 
 
-def refusals(name: Name, settings: Settings, accelerator: Literal["cpu", "gpu"]) -> Iterator[ConfigError]:
+def refusals(name: str, settings: Settings, accelerator: Literal["cpu", "gpu"]) -> Iterator[ConfigError]:
     """Say what can't be combined, each with the reason, the mend and the key."""
     processes = settings.devices * settings.num_nodes
     if name == "auto" and processes > 1:
@@ -232,10 +232,10 @@ def refusals(name: Name, settings: Settings, accelerator: Literal["cpu", "gpu"])
             "communicate. Set trainer.accumulate_grad_batches=1, or use strategy=ddp",
             "trainer.accumulate_grad_batches",
         )
-    if settings.precision not in PRECISIONS[name]:
+    if settings.precision not in PRECISIONS.get(name, ALL):
         yield ConfigError(
             f"strategy={name} can't compute in trainer.precision={settings.precision}; it can in "
-            f"{', '.join(PRECISIONS[name])}",
+            f"{', '.join(PRECISIONS.get(name, ALL))}",
             "trainer.precision",
         )
     if settings.precision == "16-mixed" and accelerator == "cpu":
