@@ -44,8 +44,8 @@ def records_of(runs: str, names: Sequence[str], out: Path) -> list[evidence.Reco
 
     Of each contestant and size: the mean error of each task over the draws that all contestants of the size have, the
     seconds, and the change of the error against the best of the others (the one with the lowest mean logarithm of the
-    error over all tasks), in percent: the mean over tasks and draws of the difference of logarithms. Its spread is half
-    the 95 % t-interval, over draws of the mean over tasks.
+    error over all tasks), in percent: in each draw the geometric mean over tasks. Its spread is half the 95 % t-interval
+    over draws.
     """
     every = read_errors(Path(runs), out)
     write_atomically(
@@ -79,8 +79,8 @@ def records_of(runs: str, names: Sequence[str], out: Path) -> list[evidence.Reco
             if best is not None and name != best:
                 of_draw = defaultdict(list)
                 for (_, seed), value in complete.items():
-                    of_draw[seed].append(100 * np.log(value[name]["mae"] / value[best]["mae"]))
-                means = [float(np.mean(v)) for v in of_draw.values()]
+                    of_draw[seed].append(np.log(value[name]["mae"] / value[best]["mae"]))
+                means = [100 * float(np.expm1(np.mean(v))) for v in of_draw.values()]
                 record = evidence.summarise(means, metric=f"against {best}", unit="%", **mine)
                 width = (
                     stats.t.ppf(0.975, len(means) - 1) * np.std(means, ddof=1) / np.sqrt(len(means))
