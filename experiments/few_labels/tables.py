@@ -44,8 +44,8 @@ def records_of(runs: str, names: Sequence[str], out: Path) -> list[evidence.Reco
 
     Of each contestant and size: the mean error of each task over the draws that all contestants of the size have, the
     seconds, and the change of the error against the best of the others (the one with the lowest mean logarithm of the
-    error over all tasks), in percent: in each draw the geometric mean over tasks. Its spread is half the 95 % t-interval
-    over draws.
+    error over all tasks), in percent: in each draw the geometric mean over tasks. Its spread is half the 95 % interval
+    of t over draws.
     """
     every = read_errors(Path(runs), out)
     write_atomically(
