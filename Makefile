@@ -54,7 +54,7 @@ PRETRAIN := $(PARALLEL) $(ARGS)
 FINETUNE := pretrained=$(ENCODER) $(PARALLEL) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock slurm-script pretrain finetune predict matbench sweep bench test test-slow lint types clean
+.PHONY: help install lock slurm-script pretrain finetune predict matbench sweep bench test test-distributed test-slow lint types clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -104,6 +104,9 @@ bench: $(READY) ## measure speed: graphs, loading, encoders, waiting for data, p
 
 test: $(READY) ## run the tests
 	$(RUN) pytest -n auto --dist loadfile $(ARGS)
+
+test-distributed: $(READY) ## run the tests that start several processes or wait for timeouts, one after the other
+	$(RUN) pytest -m 'distributed and not slow' $(ARGS)
 
 test-slow: $(READY) ## run the tests that take many minutes: runs killed dozens of times, studies, long examples
 	$(RUN) pytest -m slow $(ARGS)

@@ -10,11 +10,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from crysldnet.data.datasets import CACHE_VARIABLE, open_store
 from crysldnet.data.store import CrystalStore
 from crysldnet.graphs.crystals import Crystals
+from crysldnet.signals import RUN_NAME
 from crysldnet.training import plots
 
 DRAW = {name: getattr(plots, name) for name in ("learning_curves", "parity", "reliability")}
@@ -128,6 +130,33 @@ TRICLINIC = cell(
 @pytest.fixture(scope="session")
 def starter() -> CrystalStore:
     return open_store("embedded:mp_starter")
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with crystals, a tiny pretraining and a tiny finetuning run of them, for all processes; only to read."""
+    from crysldnet import finetune, pretrain
+    from tiny import finetune_config, pretrain_config, subset
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "complete").exists():
+            folder.mkdir()
+            data = subset(folder / "data.parquet", train=40, val=12, test=12)
+            given = [f"runs={folder}", "name=tiny", f"data.path={data}"]
+            assert pretrain.run(*pretrain_config(*given, "stage=vae", "stages.vae.epochs=1")) == 0
+            os.environ.pop(RUN_NAME, None)
+            assert finetune.run(*finetune_config(*given, "epochs=1")) == 0
+            os.environ.pop(RUN_NAME, None)
+            (folder / "complete").touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained(shared: Path) -> Path:
+    """The encoder of the tiny pretraining run."""
+    return shared / "pretrain/tiny/encoder.safetensors"
 
 
 @pytest.fixture

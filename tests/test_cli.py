@@ -14,10 +14,10 @@ import pytest
 import torch
 import yaml
 
-from crysldnet import cli, finetune
+from crysldnet import cli
 from crysldnet.data.datasets import EMBEDDED
 from crysldnet.errors import CrysldnetError
-from tiny import DENOISER, ENCODER, QUIET, finetune_config, subset
+from tiny import DENOISER, ENCODER, QUIET, subset
 
 EXAMPLES = EMBEDDED / "examples"
 TINY = [*ENCODER, *QUIET]
@@ -35,14 +35,12 @@ def small(tmp_path_factory):
     return subset(tmp_path_factory.mktemp("small") / "data.parquet", train=48, val=16, test=16)
 
 
-@pytest.fixture(scope="module")
-def model(small, tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    config, values = finetune_config(f"runs={path}", "name=m", f"data.path={small}", "epochs=1")
-    finetune.run(config, values)
-    return path / "finetune" / "m"
+@pytest.fixture
+def model(shared):
+    return shared / "finetune/tiny"
 
 
+@pytest.mark.distributed
 def test_pretrain_finetune_predict_from_an_empty_folder(tmp_path, small):
     short = [f"data.path={small}", "data.batch_size=16"]
     stages = ["stages.vae.epochs=2", "stages.diffusion.epochs=1"]
@@ -157,6 +155,7 @@ def test_a_prediction_does_not_depend_on_its_companions(capsys, model):
         assert float(one["prediction"]) == pytest.approx(float(other["prediction"]), rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_exits_non_zero_and_resumes(tmp_path, monkeypatch, small, stop):
     monkeypatch.chdir(tmp_path)

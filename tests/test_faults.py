@@ -114,6 +114,7 @@ def test_one_bad_step_too_many_stops_and_is_counted_over_a_resume(tmp_path, smal
             run(tmp_path, small, "resume=last", "trainer.max_nonfinite_steps=1")
 
 
+@pytest.mark.distributed
 def test_a_killed_worker_is_said_and_the_run_resumes(tmp_path, small, monkeypatch):
     def kill_a_worker():
         children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
@@ -221,6 +222,7 @@ def test_a_resumed_run_keeps_its_wandb_id(tmp_path, small, monkeypatch):
     assert wandb.run is None or wandb.run.id == new
 
 
+@pytest.mark.distributed
 def test_training_goes_on_where_the_process_of_wandb_is_gone(tmp_path, small, monkeypatch, capsys):
     """As when a scheduler signals all processes, that one included; the run has to come to its checkpoint."""
     pytest.importorskip("wandb")

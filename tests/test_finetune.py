@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from conftest import drawing
-from crysldnet import finetune, pretrain
+from crysldnet import finetune
 from crysldnet.artifacts import model_file
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.data.datasets import open_store
@@ -26,7 +26,7 @@ from crysldnet.graphs.crystals import from_lists
 from crysldnet.graphs.spec import GraphSpec
 from crysldnet.models.head import PropertyHead, PropertyModel
 from crysldnet.training.metrics import RegressionErrors
-from tiny import finetune_config, pretrain_config, subset
+from tiny import finetune_config, subset
 
 SHORT = ["epochs=2", "data.batch_size=16"]
 
@@ -49,15 +49,6 @@ def weights(folder):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.fixture(scope="module")
-def pretrained(small, tmp_path_factory):
-    path = tmp_path_factory.mktemp("pretrained")
-    arguments = [f"runs={path}", "name=p", f"data.path={small}", "stage=vae", "stages.vae.epochs=1"]
-    config, values = pretrain_config(*arguments)
-    pretrain.run(config, values)
-    return path / "pretrain" / "p" / "encoder.safetensors"
 
 
 def test_finetuning_starts_from_exactly_the_exported_weights(pretrained, small):

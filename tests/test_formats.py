@@ -608,6 +608,7 @@ def content(store: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in store.iterdir()} | {"rejects": report.read_bytes()}
 
 
+@pytest.mark.distributed
 def test_a_killed_import_leaves_nothing_and_the_next_one_gives_the_same_bytes(tmp_path: Path) -> None:
     many_lines(tmp_path / "x.jsonl", 3000)
     (tmp_path / "t.csv").write_text("id,y\n" + "".join(f"c{i},{i}\n" for i in range(2, 3000, 2)))

@@ -484,6 +484,7 @@ def test_only_an_earlier_import_is_overwritten_and_only_when_asked(tmp_path: Pat
     assert len(os.listdir(folder)) == 3
 
 
+@pytest.mark.distributed
 def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "PIECE", 50)
     monkeypatch.setattr(workers, "PATIENCE", 0)

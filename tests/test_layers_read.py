@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import PEROVSKITE, ROCKSALT, TRICLINIC, put_together, supercell
-from crysldnet import finetune, pretrain
+from crysldnet import finetune
 from crysldnet.artifacts import model_file
 from crysldnet.encoders.protocol import Encoder, features_of_layers
 from crysldnet.graphs.batch import make_batch
@@ -17,7 +17,7 @@ from crysldnet.models.head import PropertyHead, PropertyModel
 from crysldnet.models.readout import mean_and_spread
 from crysldnet.training.features import read_batches, standardize
 from encoders import CLASSES, batch_of, settled, small
-from tiny import finetune_config, pretrain_config, subset
+from tiny import finetune_config
 
 CELLS = [ROCKSALT, PEROVSKITE, TRICLINIC]
 
@@ -76,16 +76,8 @@ def test_what_is_read_of_all_layers_does_not_depend_on_the_cell(readout, factor)
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory):
-    return subset(tmp_path_factory.mktemp("labelled") / "data.parquet", train=40, val=12, test=12)
-
-
-@pytest.fixture(scope="module")
-def encoder_file(tmp_path_factory, labelled):
-    folder = tmp_path_factory.mktemp("pretrained")
-    arguments = [f"data.path={labelled}", f"runs={folder}", "name=x", "stage=vae", "stages.vae.epochs=1"]
-    assert pretrain.run(*pretrain_config(*arguments)) == 0
-    return folder / "pretrain" / "x" / "encoder.safetensors"
+def labelled(shared):
+    return shared / "data.parquet"
 
 
 def finetuned(folder, labelled, *arguments):
@@ -96,13 +88,13 @@ def finetuned(folder, labelled, *arguments):
 
 
 @pytest.mark.parametrize("mode", ["full", "frozen", "gradual_unfreezing"])
-def test_every_mode_standardizes_by_the_training_split_alone(tmp_path, labelled, encoder_file, mode):
-    folder = finetuned(tmp_path, labelled, "name=a", f"mode={mode}", f"pretrained={encoder_file}")
+def test_every_mode_standardizes_by_the_training_split_alone(tmp_path, labelled, pretrained, mode):
+    folder = finetuned(tmp_path, labelled, "name=a", f"mode={mode}", f"pretrained={pretrained}")
     model, info = model_file.load_property_model(folder / "model.safetensors")
     assert info["head"]["layers_read"] == "all"
     assert float(model.head.standardized) == 1.0
     config, _ = finetune_config(f"data.path={labelled}", "data.targets=[formation_energy_per_atom]")
-    encoder, _ = model_file.load_encoder(encoder_file)  # as it was when the head was standardized
+    encoder, _ = model_file.load_encoder(pretrained)  # as it was when the head was standardized
     data = finetune.settings.make_data(config, encoder)
     model.encoder = encoder.eval()
     read = torch.cat(list(read_batches(model, data, data.rows["train"], torch.device("cpu"))))
@@ -111,8 +103,8 @@ def test_every_mode_standardizes_by_the_training_split_alone(tmp_path, labelled,
     assert not torch.allclose(model.head.center, torch.cat([read, others]).mean(0), rtol=1e-4, atol=1e-4)
 
 
-def test_a_file_predicts_as_the_model_did(tmp_path, labelled, encoder_file):
-    folder = finetuned(tmp_path, labelled, "name=a", "mode=frozen", f"pretrained={encoder_file}")
+def test_a_file_predicts_as_the_model_did(tmp_path, labelled, pretrained):
+    folder = finetuned(tmp_path, labelled, "name=a", "mode=frozen", f"pretrained={pretrained}")
     lines = (folder / "predictions_test.csv").read_text().splitlines()
     header = lines[0].split(",")
     ids = [line.split(",")[header.index("material_id")] for line in lines[1:]]
@@ -122,8 +114,8 @@ def test_a_file_predicts_as_the_model_did(tmp_path, labelled, encoder_file):
     assert written == pytest.approx([of_id[name] for name in ids], rel=1e-3, abs=1e-4)
 
 
-def test_a_run_that_reads_all_layers_resumes_to_the_same_weights(tmp_path, labelled, encoder_file, monkeypatch):
-    given = ["data.batch_size=16", f"pretrained={encoder_file}"]
+def test_a_run_that_reads_all_layers_resumes_to_the_same_weights(tmp_path, labelled, pretrained, monkeypatch):
+    given = ["data.batch_size=16", f"pretrained={pretrained}"]
     whole = finetuned(tmp_path, labelled, "name=whole", *given)
     module = finetune.module.FinetuneModule
     original = module.on_validation_epoch_end
@@ -162,9 +154,9 @@ def test_a_fresh_encoder_is_standardized_by_its_batches_and_its_statistics_stay(
     assert not torch.allclose(center, head.center, rtol=1e-2), "running statistics of no data differ from a batch's"
 
 
-def test_averages_of_the_weights_keep_the_standardization(tmp_path, labelled, encoder_file):
+def test_averages_of_the_weights_keep_the_standardization(tmp_path, labelled, pretrained):
     for name in ("trainer.ema_decay=0.9", "trainer.swa_fraction=0.5"):
-        folder = finetuned(tmp_path, labelled, f"name={name}", f"pretrained={encoder_file}", name)
+        folder = finetuned(tmp_path, labelled, f"name={name}", f"pretrained={pretrained}", name)
         model, _ = model_file.load_property_model(folder / "model.safetensors")
         assert float(model.head.standardized) == 1.0
         assert bool((model.head.scale > 0).all())

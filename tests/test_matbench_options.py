@@ -306,6 +306,7 @@ def test_folds_end_with_a_run_that_is_killed_and_go_on_with_one_that_is_resumed(
     assert "the process that started this one is gone" in (fold / "log.txt").read_text()
 
 
+@pytest.mark.distributed
 def test_folds_beside_each_other_give_what_one_after_the_other_gives(tmp_path: Path) -> None:
     arguments = ["folds=[3]", "data.max_crystal_atoms=12"]
     beside, after = run(tmp_path / "beside", *arguments, "parallel=2"), run(tmp_path / "after", *arguments)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from crysldnet import finetune, pretrain
+from crysldnet import finetune
 from crysldnet.artifacts import model_file
 from crysldnet.build import build
 from crysldnet.config import choices, conf_folder, load_yaml
@@ -33,20 +33,12 @@ from crysldnet.models.predictor import Prediction
 from crysldnet.models.targets import Classes, Hurdle, Number
 from crysldnet.signals import RUN_NAME
 from crysldnet.training.optimizer import AdamW
-from tiny import QUIET, finetune_config, pretrain_config, subset
+from tiny import QUIET, finetune_config, subset
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     return subset(tmp_path_factory.mktemp("small") / "data.parquet", train=48, val=16, test=16)
-
-
-@pytest.fixture(scope="module")
-def pretrained(small, tmp_path_factory):
-    path = tmp_path_factory.mktemp("pretrained")
-    config, values = pretrain_config(f"runs={path}", "name=p", f"data.path={small}", "stage=vae", "stages.vae.epochs=1")
-    pretrain.run(config, values)
-    return path / "pretrain" / "p" / "encoder.safetensors"
 
 
 @pytest.fixture
@@ -383,6 +375,7 @@ def test_a_frozen_epoch_on_hundreds_of_crystals_takes_well_under_a_second(tmp_pa
     assert np.median(np.diff(began)) < 0.5
 
 
+@pytest.mark.distributed
 def test_two_processes_train_a_frozen_model_and_score_all_of_its_classes(tmp_path, small, pretrained):
     """DDP with a frozen encoder, numbers and classes: one run, and the figures of all crystals together."""
     table = pq.read_table(small)

@@ -71,6 +71,7 @@ def gone(pid: int) -> bool:
         return True
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("rank", "sent", "says"),
     [
@@ -109,6 +110,7 @@ def test_when_a_rank_dies_or_hangs_all_end_and_it_is_named(tmp_path: Path, rank:
     assert said(tmp_path).count("2 processes (2 on ") == 1
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("ranks", "says"),
     [
@@ -133,6 +135,7 @@ def test_a_rank_that_answers_but_never_comes_is_named(tmp_path: Path, ranks: lis
     assert re.search(says.format(pids=pids), said(tmp_path)), said(tmp_path)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_ranks_that_cannot_meet_end_and_say_why(tmp_path: Path, killed: bool) -> None:
     """The port is in use; or the first process is killed while the other one is on its way to their meeting."""

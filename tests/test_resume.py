@@ -591,6 +591,7 @@ def test_a_checkpoint_is_never_unpickled(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.distributed
 def test_a_run_killed_at_random_moments_ends_as_one_left_alone(tmp_path):
     """Both stages, three kills; `make test-slow` has fifty, and ten on two ranks."""
     found = kill_and_resume(tmp_path, kills=3, ranks=1)

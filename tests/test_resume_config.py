@@ -37,10 +37,20 @@ def save(folder: Path, composition: Composition) -> Path:
 
 @cache
 def everything(command: str) -> list[list[str]]:
-    """Arguments: every choice of every group, alone and with every preset, and every preset alone."""
-    presets = [[], *([f"preset={name}"] for name in choices(PRESETS[command]))]
-    groups = [[f"{group}={name}", *GIVEN.get(name, [])] for group in GROUPS[command] for name in choices(group)]
-    return [[*preset, *group] for preset in presets for group in [[], *groups]]
+    """Arguments: every preset and every choice alone, and a preset with every choice of the groups that it changes.
+
+    Of the other groups one choice comes with a preset: neither sees anything of the other.
+    """
+    every = {group: [[f"{group}={name}", *GIVEN.get(name, [])] for name in choices(group)] for group in GROUPS[command]}
+    found = [[], *(choice for group in every.values() for choice in group)]
+    for preset in choices(PRESETS[command]):
+        file = load_yaml(conf_folder() / PRESETS[command] / f"{preset}.yaml")
+        changed = {*file, *(file.get("defaults") or {})}
+        chosen = [
+            choice for group, several in every.items() for choice in (several if group in changed else several[-1:])
+        ]
+        found += [[f"preset={preset}", *choice] for choice in [[], *chosen]]
+    return found
 
 
 @pytest.mark.parametrize("command", PRESETS)

@@ -47,6 +47,7 @@ def free_job() -> str:
     raise AssertionError("no port is free")
 
 
+@pytest.mark.distributed
 def test_a_job_that_is_interrupted_is_requeued_and_completes(tmp_path: Path) -> None:
     data = subset(tmp_path / "data.parquet", train=32, val=8)
     job = free_job()
@@ -170,6 +171,7 @@ def test_more_nodes_than_anything_has_started_are_refused(tmp_path: Path, monkey
         cli.run(["pretrain", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.num_nodes=4", "strategy=ddp"])
 
 
+@pytest.mark.distributed
 def test_torchrun_starts_the_command_itself(tmp_path: Path) -> None:
     data = subset(tmp_path / "data.parquet", train=16, val=8)
     words = [*ENCODER, f"data.path={data}", "data.batch_size=16", "stage=vae", "stages.vae.epochs=1", "name=a"]

@@ -36,6 +36,7 @@ cli.main()
 """
 """Run a command that gets signals when a function of it is called for the n-th time."""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")

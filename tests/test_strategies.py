@@ -81,6 +81,7 @@ def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return model_file.read(folder / "pretrain" / name / "vae" / "pretraining.safetensors", "pretraining")[1]
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("case", ["ddp", "ddp_static", "fsdp2", "ddp_less_memory", "ddp_static_less_memory"])
 def test_two_processes_train_as_one_with_two_batches_a_step(runs: Any, case: str) -> None:
     """Same crystals a step: the losses of all batches agree to 1e-6, through two epochs."""
@@ -91,6 +92,7 @@ def test_two_processes_train_as_one_with_two_batches_a_step(runs: Any, case: str
     assert abs(first_epoch - second_epoch) > 1e-3, "weights must have changed what is compared"
 
 
+@pytest.mark.distributed
 def test_two_processes_end_at_the_weights_of_one(runs: Any) -> None:
     folder, _, _ = runs
     one, two, other = weights(folder, "one"), weights(folder, "ddp"), weights(folder, "fsdp2_half")
@@ -103,6 +105,7 @@ def test_two_processes_end_at_the_weights_of_one(runs: Any) -> None:
     assert not all(torch.allclose(one[key], other[key], atol=1e-6) for key in learned)
 
 
+@pytest.mark.distributed
 def test_sharding_accumulates_and_recomputes_as_one_process_does(runs: Any) -> None:
     _, losses, _ = runs
     # Rank r takes batches r, r + 2, …, so both go through the same four batches a step.
@@ -110,6 +113,7 @@ def test_sharding_accumulates_and_recomputes_as_one_process_does(runs: Any) -> N
         assert losses[case] == pytest.approx(losses["one_accumulating"], rel=1e-6, abs=1e-6)
 
 
+@pytest.mark.distributed
 def test_processes_train_in_half_and_double_precision(runs: Any) -> None:
     _, losses, _ = runs
     assert losses["ddp_half"] == pytest.approx(losses["one"], rel=0.05)
@@ -117,6 +121,7 @@ def test_processes_train_in_half_and_double_precision(runs: Any) -> None:
     assert losses["ddp_double"] == pytest.approx(losses["one"], rel=0.02)
 
 
+@pytest.mark.distributed
 def test_sharding_trains_in_half_precision_and_with_a_teacher(runs: Any) -> None:
     folder, losses, _ = runs
     assert losses["fsdp2_half"] == pytest.approx(losses["one"], rel=0.05)
@@ -134,6 +139,7 @@ def parts_of(file: Path) -> tuple[dict, bytes]:
     return json.loads(content[8 : 8 + length]), content[8 + length :]
 
 
+@pytest.mark.distributed
 def test_a_sharded_property_model_is_tested_at_its_best_epoch_and_exported(runs: Any) -> None:
     folder, _, _ = runs
     run = folder / "finetune/fsdp2"
@@ -148,6 +154,7 @@ def test_a_sharded_property_model_is_tested_at_its_best_epoch_and_exported(runs:
     assert all(parameter.ndim == 0 or parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("case", ["ddp", "ddp_static", "fsdp2"])
 def test_every_strategy_exports_the_same_file_for_the_same_state(runs: Any, case: str) -> None:
     folder, _, _ = runs
@@ -158,6 +165,7 @@ def test_every_strategy_exports_the_same_file_for_the_same_state(runs: Any, case
     assert tensors != parts_of(folder / "pretrain/ddp/vae/pretraining.safetensors")[1]
 
 
+@pytest.mark.distributed
 def test_the_first_rank_alone_prints_and_the_topology_comes_once_a_stage(runs: Any) -> None:
     _, _, printed = runs
     assert printed.count("masked species found") == len(CASES)
@@ -166,6 +174,7 @@ def test_the_first_rank_alone_prints_and_the_topology_comes_once_a_stage(runs: A
     assert printed.count(f"{line}4 crystals in each, 2 of them a step\n") == 1
 
 
+@pytest.mark.distributed
 def test_both_runs_of_a_step_take_the_same_number_of_steps(runs: Any) -> None:
     """The schedule counts optimizer steps: its last learning rate is that of the end in every case."""
     folder, _, _ = runs

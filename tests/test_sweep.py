@@ -281,6 +281,7 @@ def test_what_the_runs_have_in_common_sets_no_parameter(write: Any, args: str, t
         cli.run(["sweep", f"sweep={write()}", f"args={args}", f"runs={tmp_path}"])
 
 
+@pytest.mark.distributed
 def test_a_local_sweep_runs_to_its_end_and_records_a_failed_run(
     write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -356,6 +357,7 @@ def test_a_run_is_this_interpreter_with_a_name_of_its_own(
     assert not run["named"]
 
 
+@pytest.mark.distributed
 def test_a_stopped_sweep_keeps_its_finished_runs(write: Any, tmp_path: Path, program: Program) -> None:
     line = ["sweep", f"sweep={write(parameters=grid(0.1, 0.2, 0.3))}", "name=stopped", f"runs={tmp_path}"]
     program.does(**{"lr0.1": {"values": [3.0]}, "lr0.2": {"values": [2.0] * 100, "pause": 0.2}})
@@ -420,6 +422,7 @@ time.sleep(60)
 """A run that ends slowly when it is told to, and well when it is resumed."""
 
 
+@pytest.mark.distributed
 def test_the_runs_of_a_killed_sweep_end_and_a_resumed_one_waits_for_them(
     write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -442,6 +445,7 @@ def test_the_runs_of_a_killed_sweep_end_and_a_resumed_one_waits_for_them(
     assert "the process that started this one is gone" in (tmp_path / "sweep/killed/run_001.log").read_text()
 
 
+@pytest.mark.distributed
 def test_an_agent_of_wandb_ends_with_the_sweep_that_started_it(tmp_path: Path) -> None:
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb/__init__.py").touch()

@@ -8,33 +8,25 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 import crysldnet
-from crysldnet import finetune, pretrain
+from crysldnet import finetune
 from crysldnet.artifacts import weights
 from crysldnet.cli import run
 from crysldnet.errors import CheckpointError
 from crysldnet.tools import hub
-from tiny import finetune_config, pretrain_config, subset
+from tiny import finetune_config
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory):
-    return subset(tmp_path_factory.mktemp("labelled") / "data.parquet", train=40, val=12, test=12)
-
-
-@pytest.fixture(scope="module")
-def encoder_file(tmp_path_factory, labelled):
-    folder = tmp_path_factory.mktemp("pretrained")
-    arguments = [f"data.path={labelled}", f"runs={folder}", "name=x", "stage=vae", "stages.vae.epochs=1"]
-    assert pretrain.run(*pretrain_config(*arguments)) == 0
-    return folder / "pretrain" / "x" / "encoder.safetensors"
+def labelled(shared):
+    return shared / "data.parquet"
 
 
 @pytest.fixture
-def named(tmp_path, encoder_file, monkeypatch):
+def named(tmp_path, pretrained, monkeypatch):
     """An encoder of the name tiny, in the folder of those that ship."""
     folder = tmp_path / "shipped"
     folder.mkdir()
-    (folder / "tiny.safetensors").write_bytes(encoder_file.read_bytes())
+    (folder / "tiny.safetensors").write_bytes(pretrained.read_bytes())
     (folder / "tiny.md").write_text("# tiny\n\nIt saw 40 crystals.\n")
     monkeypatch.setattr(weights, "SHIPPED", folder)
     monkeypatch.setenv(weights.VARIABLE, str(tmp_path / "fetched"))

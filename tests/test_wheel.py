@@ -42,6 +42,7 @@ def test_the_wheel_holds_configuration_crystals_and_licences(wheel):
     assert wheel.stat().st_size < 6_000_000
 
 
+@pytest.mark.distributed
 def test_the_installed_wheel_pretrains_in_an_empty_folder(wheel, tmp_path):
     """Installed into an environment of its own, which sees the dependencies but not the source tree."""
     home = tmp_path / "venv"

@@ -6,8 +6,10 @@ import csv
 import os
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from crysldnet.config import compose, validate
@@ -23,14 +25,19 @@ QUIET = ["trainer.progress_bar=false"]
 
 def subset(path: Path, *, train: int, val: int = 0, test: int = 0, max_atoms: int = 12) -> Path:
     """Write the first small crystals of each split of the embedded set as a Parquet file."""
-    table = pq.read_table(EMBEDDED / "mp_starter.parquet")
-    splits, sizes = table["split"].to_pylist(), [len(z) for z in table["atomic_numbers"].to_pylist()]
+    table, splits, sizes = _starter()
     rows: list[int] = []
     for name, count in (("train", train), ("val", val), ("test", test)):
         small = [i for i, (s, n) in enumerate(zip(splits, sizes, strict=True)) if s == name and 2 <= n <= max_atoms]
         rows += small[-count:] if count else []
     pq.write_table(table.take(rows), path)
     return path
+
+
+@cache
+def _starter() -> tuple[pa.Table, list[str], list[int]]:
+    table = pq.read_table(EMBEDDED / "mp_starter.parquet")
+    return table, table["split"].to_pylist(), [len(z) for z in table["atomic_numbers"].to_pylist()]
 
 
 def environment_of_a_shell() -> dict[str, str]:
