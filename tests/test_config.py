@@ -1,5 +1,6 @@
 """Configuration: every file composes, every key is known, errors name key, file and mend."""
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -332,3 +333,19 @@ def test_an_unknown_key_is_reported_before_a_missing_one():
 def test_a_list_is_asked_for_with_its_form():
     with pytest.raises(ConfigError, match=r"data\.split\.fractions=0\.8: give a list, as data\.split\.fractions=\[…\]"):
         validate(compose("pretrain", ["data.split.fractions=0.8"]), PretrainConfig)
+
+
+def test_a_value_of_no_plain_type_is_refused_by_its_key():
+    with pytest.raises(ConfigError, match=r"seed=!!timestamp 2024-01-01"):
+        compose("pretrain", ["seed=!!timestamp 2024-01-01"])
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "matbench"])
+@pytest.mark.parametrize("more", [["encoder=cgcnn"], ["seed.deeper=2"], ["data.targets[0]=x"], ["name=${oc.env:HOME}"]])
+def test_what_needs_no_resolver_is_composed_as_omegaconf_does(command, more, monkeypatch):
+    words = ["seed=3", "a.b={c: [1, x], d: null}", "name=1e-3", "runs=[1, {a: -}]", "new.x.y=.5", "data.targets=[y]"]
+    quickly = compose(command, [*words, *more])
+    monkeypatch.setattr(sys.modules["crysldnet.config.compose"], "_changed_plainly", lambda *_: None)
+    slowly = compose(command, [*words, *more])
+    assert quickly == slowly
+    assert repr(quickly.values) == repr(slowly.values)

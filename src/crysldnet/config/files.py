@@ -55,6 +55,11 @@ def _parsed(text: str) -> Any:
     return OmegaConf.to_container(OmegaConf.load(StringIO(text)))
 
 
+@lru_cache(maxsize=16)
+def _saved(text: str) -> Any:
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
 def lay_over(base: dict[Any, Any], layer: Mapping[Any, Any]) -> None:
     """Put the values of a layer over those of a base, key by key; a ??? leaves what is there."""
     for key, value in layer.items():
@@ -114,7 +119,7 @@ def read_saved(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ConfigError: it can't be read.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = deepcopy(_saved(path.read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(values, dict):
