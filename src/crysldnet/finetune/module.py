@@ -14,6 +14,7 @@ from crysldnet.graphs.spec import GraphSpec
 from crysldnet.models.head import PropertyModel
 from crysldnet.models.predictor import Prediction
 from crysldnet.models.targets import Loss
+from crysldnet.training.diagnostics import log_losses
 from crysldnet.training.features import ReadTable, standardize
 from crysldnet.training.fit import total_steps
 from crysldnet.training.metrics import TargetMetrics
@@ -54,6 +55,7 @@ class FinetuneModule(pl.LightningModule):
         super().__init__()
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.mode, self.layer_decay, self.fresh = mode, layer_decay, fresh
+        self.step_losses: dict[str, Tensor] = {}
         self.metrics = TargetMetrics(model.targets, model.types, entropies)
         if mode == "frozen":
             model.freeze_encoder()
@@ -104,7 +106,7 @@ class FinetuneModule(pl.LightningModule):
         known = (~batch.targets.isnan()).sum()
         loss = losses.sum() / known.clamp_min(1)
         if stage == "train":
-            self.log("train/loss", loss.detach(), prog_bar=True, batch_size=batch.num_crystals)
+            self.step_losses = {"train/loss": loss.detach()}
         else:
             self.metrics.update(predicted, batch.targets, losses, self.model.error_scale)
         if stage == "test":
@@ -114,7 +116,9 @@ class FinetuneModule(pl.LightningModule):
     def training_step(self, batch: CrystalBatch, batch_idx: int) -> Tensor:
         """Return the loss."""
         with single_atom_statistics(self, batch):
-            return self._step(batch, "train")
+            loss = self._step(batch, "train")
+        log_losses(self, batch_idx)
+        return loss
 
     def validation_step(self, batch: CrystalBatch, batch_idx: int) -> None:
         """Collect errors."""

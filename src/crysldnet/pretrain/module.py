@@ -13,6 +13,7 @@ from crysldnet.encoders.protocol import single_atom_statistics
 from crysldnet.graphs.batch import CrystalBatch
 from crysldnet.models.latent import LatentStatistics
 from crysldnet.models.pretraining import PretrainingModel
+from crysldnet.training.diagnostics import log_losses
 from crysldnet.training.fit import total_steps
 from crysldnet.training.metrics import Means
 from crysldnet.training.optimizer import AdamW
@@ -50,6 +51,7 @@ class PretrainModule(pl.LightningModule):
         self.denoiser_lr, self.hold_encoder_epochs, self.clip_apart = denoiser_lr, hold_encoder_epochs, clip_apart
         self.validate_in_train_mode = validate_in_train_mode
         self._teacher_step = 0
+        self.step_losses: dict[str, Tensor] = {}
         self.means = Means()
         self.feature_statistics = LatentStatistics(model.encoder.width)
         self.latent_statistics = LatentStatistics(model.posterior.latent_dim)
@@ -91,8 +93,7 @@ class PretrainModule(pl.LightningModule):
         loss = torch.stack(list(output.terms.values())).sum()
         if stage == "train":
             terms = {f"train/{name}": value.detach() for name, value in output.terms.items()}
-            self.log("train/loss", loss.detach(), prog_bar=True, batch_size=batch.num_crystals)
-            self.log_dict(terms, batch_size=batch.num_crystals)
+            self.step_losses = {"train/loss": loss.detach(), **terms}
             return loss
         count = torch.tensor(float(batch.num_crystals), device=loss.device)
         measures = {"loss": (loss * count, count)}
@@ -114,7 +115,9 @@ class PretrainModule(pl.LightningModule):
     def training_step(self, batch: CrystalBatch, batch_idx: int) -> Tensor:
         """Return the loss."""
         with single_atom_statistics(self, batch):
-            return self._step(batch, "train")
+            loss = self._step(batch, "train")
+        log_losses(self, batch_idx)
+        return loss
 
     def on_train_start(self) -> None:
         """Know which steps a resumed run has behind it."""

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor
 
 from crysldnet.graphs.batch import CrystalBatch
 from crysldnet.io import peak_memory_mb
@@ -21,6 +22,19 @@ OF_THE_MACHINE = ("train/atoms_per_s", "train/crystals_per_s", "train/memory_mb"
 def device_memory_mb(device: torch.device) -> float:
     """Return the most memory that was in use so far, in MiB: of the GPU, or of this process."""
     return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else peak_memory_mb()
+
+
+def log_losses(module: pl.LightningModule, batch_idx: int) -> None:
+    """Log ``module.step_losses``, those of a training batch, every ``trainer.log_every`` steps and at an epoch's end.
+
+    Lightning takes milliseconds for what is logged, and drops it in all other steps.
+    """
+    trainer = module.trainer
+    due = (trainer.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+    if due or batch_idx + 1 == trainer.num_training_batches:
+        losses: dict[str, Tensor] = module.step_losses  # type: ignore[assignment]
+        module.log("train/loss", losses["train/loss"], prog_bar=True, batch_size=1)
+        module.log_dict({name: value for name, value in losses.items() if name != "train/loss"}, batch_size=1)
 
 
 class Diagnostics(Callback):

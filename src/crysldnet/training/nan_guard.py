@@ -66,8 +66,7 @@ class RefuseNonFinite(Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Keep a batch's loss and its terms."""
-        terms = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
-        self._seen.append((self._batch, loss.detach(), terms))
+        self._seen.append((self._batch, loss.detach(), pl_module.step_losses))  # type: ignore[arg-type]
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
