@@ -42,6 +42,14 @@ def _no_drawings() -> None:
     draw_nothing()
 
 
+@pytest.fixture(autouse=True)
+def _no_run_name() -> Iterator[None]:
+    """Leave no name of a run behind, which a run without one would take over in the next test."""
+    os.environ.pop(RUN_NAME, None)
+    yield
+    os.environ.pop(RUN_NAME, None)
+
+
 @contextmanager
 def drawing() -> Iterator[None]:
     """Have them drawn."""

@@ -9,9 +9,13 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from crysldnet.training import checkpointing
+from crysldnet.training.checkpointing import PreemptionCheckpoint
 from crysldnet.training.watchdog import BEAT_S, GONE_S, SEARCH_S, RankWatchdog, of_a_collective
 from tiny import DENOISER, ENCODER, QUIET, subset
 
@@ -179,6 +183,38 @@ def test_ranks_that_cannot_meet_end_and_say_why(tmp_path: Path, killed: bool) ->
         assert f"error: the processes of this run can't meet at 127.0.0.1:{port}: " in said(tmp_path)
         assert "set MASTER_PORT to a free one, or leave it unset" in said(tmp_path)
         assert "which started this one" not in said(tmp_path)
+
+
+@pytest.mark.parametrize(("step_ms", "every"), [(3.0, 33), (40.0, 2), (900.0, 1)])
+def test_ranks_agree_before_slow_steps_and_about_ten_times_a_second_before_fast_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step_ms: float, every: int
+) -> None:
+    from torch import distributed
+
+    trainer = SimpleNamespace(world_size=2, global_step=0, accumulate_grad_batches=1, current_epoch=0)
+    told = PreemptionCheckpoint(tmp_path, every_steps=50, every_minutes=None, limit_minutes=None)
+    agreed, saved = [], []
+    clock, reduce = [0.0], distributed.all_reduce
+
+    def counted(*arguments: object, **named: object) -> None:
+        agreed.append(trainer.global_step)
+        reduce(*arguments, **named)
+
+    monkeypatch.setattr(checkpointing.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(distributed, "all_reduce", counted)
+    monkeypatch.setattr(told, "_save", lambda *_, **__: saved.append(trainer.global_step))
+    monkeypatch.setattr(told, "_agreed", (0, 0.0))
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for step in range(200):
+            trainer.global_step, clock[0] = step, step * step_ms / 1000.0
+            told.on_train_batch_start(trainer, None, None, step)  # type: ignore[arg-type]
+        told._signal = signal.SIGTERM
+        assert told._agree(trainer)[0] == signal.SIGTERM, "at once at the end of an epoch"  # type: ignore[arg-type]
+    finally:
+        distributed.destroy_process_group()
+    assert set(np.diff(agreed[1:-1])) == {every}
+    assert saved == [50, 100, 150], "steps are counted alike on all ranks"
 
 
 def test_the_rank_that_all_others_wait_for_is_told_from_them() -> None:

@@ -86,6 +86,7 @@ def test_buckets_are_few_and_waste_little() -> None:
     assert len(np.unique(padded[1023:4096])) <= 17
 
 
+@pytest.mark.distributed
 def test_compiled_layers_give_the_same_features_and_are_not_compiled_again(starter: CrystalStore) -> None:
     encoder = small("neighbor_attention")
 
@@ -107,6 +108,7 @@ def test_compiled_layers_give_the_same_features_and_are_not_compiled_again(start
             torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.distributed
 def test_compilation_and_mixed_precision_work_through_configuration(tmp_path: Path) -> None:
     data = subset(tmp_path / "few.parquet", train=64, val=16, test=16, max_atoms=8)
     results = {}

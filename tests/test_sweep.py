@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +71,6 @@ else:
     sys.exit(1)
 """
 """A program that logs and ends as it is told, in place of a training that takes minutes."""
-
-
-@pytest.fixture(autouse=True)
-def _no_run_name() -> Iterator[None]:
-    before = os.environ.pop(RUN_NAME, None)
-    yield
-    os.environ.pop(RUN_NAME, None)
-    if before is not None:
-        os.environ[RUN_NAME] = before
 
 
 @pytest.fixture

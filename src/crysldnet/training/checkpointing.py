@@ -24,6 +24,8 @@ from crysldnet.training.strategies import SHARDED, name_of
 
 SIGNALS = (*signals.SIGNALS, signal.SIGINT)
 """They stop a run at its next optimizer step."""
+AGREE_MS = 100
+"""Milliseconds between two times at which ranks agree, where steps are shorter."""
 TIME_LIMIT = 1
 """Among the reasons to stop, beside the numbers of signals."""
 
@@ -39,7 +41,8 @@ class PreemptionCheckpoint(Checkpoint):
 
     A checkpoint is taken before the first batch of an optimizer step, when all that belongs to the step before it
     (moving averages, the teacher, the row in ``metrics.csv``) is done, or at the end of an epoch, after its validation.
-    All ranks save and stop at the same step.
+    All ranks save and stop at the same step. They agree on it at the end of an epoch, and within one about every tenth
+    of a second: a step on a GPU takes milliseconds, too few for a message over the network before each.
 
     Args:
         folder: of the checkpoints.
@@ -72,6 +75,9 @@ class PreemptionCheckpoint(Checkpoint):
         self._saved_step: int | None = None
         self._inside_epoch = False
         self._saved_at = time.monotonic()
+        self._agreed = (0, time.monotonic())
+        """The optimizer step at which the ranks last agreed, and when."""
+        self._agree_at = 0
         self._group: Any = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -82,6 +88,7 @@ class PreemptionCheckpoint(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to signals in place of Lightning, which would exit without a checkpoint; at its end it undoes this."""
         self._saved_at, self._began_at = time.monotonic(), trainer.global_step
+        self._agreed, self._agree_at = (trainer.global_step, self._saved_at), trainer.global_step
         self._saved_step = None if self.start is None else trainer.global_step
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
@@ -104,7 +111,7 @@ class PreemptionCheckpoint(Checkpoint):
         """Save or stop before an optimizer step begins."""
         if batch_idx % trainer.accumulate_grad_batches:
             return
-        reason, due = self._agree(trainer)
+        reason, due = self._agree(trainer, now=False)
         step = trainer.global_step
         if batch_idx > 0 and (reason or due):
             self._save(trainer, inside_epoch=True)
@@ -123,18 +130,28 @@ class PreemptionCheckpoint(Checkpoint):
         if reason:
             self._stop(reason, f"after epoch {trainer.current_epoch + 1} of {trainer.max_epochs}")
 
-    def _agree(self, trainer: pl.Trainer) -> tuple[int, bool]:
-        """Return why any rank wants to stop, 0 where none does, and whether a checkpoint is due."""
-        now = time.monotonic()
-        over = self.limit_minutes is not None and now - started() >= 60.0 * self.limit_minutes
-        reason = self._signal or (TIME_LIMIT if over and trainer.global_step > self._began_at else 0)
-        step = trainer.global_step
-        due = self.every_minutes is not None and now - self._saved_at >= 60.0 * self.every_minutes
-        due |= self.every_steps is not None and step > 0 and step % self.every_steps == 0 and step != self._saved_step
+    def _agree(self, trainer: pl.Trainer, *, now: bool = True) -> tuple[int, bool]:
+        """Return why any rank wants to stop, 0 where none does, and whether a checkpoint is due.
+
+        Args:
+            trainer: of this rank.
+            now: agree in any case; else only if it is time for it. Every rank then comes to the same answer.
+        """
+        clock, step = time.monotonic(), trainer.global_step
+        every, saved = self.every_steps, self._saved_step
+        due = every is not None and step > 0 and step % every == 0 and step != saved  # the same on all ranks
+        if trainer.world_size > 1 and not now and step < self._agree_at:
+            return 0, due
+        over = self.limit_minutes is not None and clock - started() >= 60.0 * self.limit_minutes
+        reason = self._signal or (TIME_LIMIT if over and step > self._began_at else 0)
+        due |= self.every_minutes is not None and clock - self._saved_at >= 60.0 * self.every_minutes
         if trainer.world_size == 1:
             return reason, due
-        wishes = torch.tensor([reason, due], dtype=torch.int32)
+        before, since = self._agreed
+        step_ms = max(1, round(1000.0 * (clock - since) / max(1, step - before)))
+        wishes = torch.tensor([reason, due, step_ms], dtype=torch.int32)
         distributed.all_reduce(wishes, distributed.ReduceOp.MAX, group=self._group)
+        self._agreed, self._agree_at = (step, time.monotonic()), step + max(1, AGREE_MS // int(wishes[2]))
         return int(wishes[0]), bool(wishes[1])
 
     def _save(self, trainer: pl.Trainer, *, inside_epoch: bool) -> None:
