@@ -11,8 +11,9 @@ from typing import Any
 from omegaconf.errors import OmegaConfBaseException
 
 from crysldnet.build import TARGET
-from crysldnet.config.compose import compose, literally, parse
+from crysldnet.config.compose import compose
 from crysldnet.config.files import choices, conf_folder, load_yaml
+from crysldnet.config.values import literally, parse
 from crysldnet.errors import ConfigError
 from crysldnet.renames import renamed
 

@@ -16,17 +16,10 @@ does is refused.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from crysldnet.build import TARGET, build_dataclass, check
 from crysldnet.config.files import (
@@ -40,7 +33,8 @@ from crysldnet.config.files import (
     read_yaml,
 )
 from crysldnet.config.own_data import with_paths
-from crysldnet.config.words import PLAIN_WORDS, in_brackets, split
+from crysldnet.config.values import MISSING, changed, changed_plainly, literally, resolve
+from crysldnet.config.words import PLAIN_WORDS, split
 from crysldnet.console import note
 from crysldnet.errors import ConfigError
 from crysldnet.renames import renamed_argument
@@ -48,12 +42,6 @@ from crysldnet.renames import renamed_argument
 COMMAND_LINE = "on the command line"
 PRESETS = {"pretrain": "preset/pretrain", "finetune": "preset/finetune", "matbench": "preset/finetune"}
 """Command to the folder of its presets."""
-LISTS = ("data.targets", "data.descriptors", "data.exclude", "atomic_references", "plugins")
-"""Keys that hold lists of names; one name, or several between commas, needs no brackets."""
-MISSING = "???"
-"""Of a key without a default, until it is given."""
-
-
 FILES = ("pretrained", "init")
 """Keys that name the file which a run starts from."""
 
@@ -107,37 +95,6 @@ def _note(origin: dict[str, str], node: Any, path: str, source: str) -> None:
         origin[path] = source
 
 
-def parse(value: str) -> Any:
-    """Read a value as YAML, or ``None``, which W&B's agent writes for null.
-
-    What isn't YAML, such as the pattern ``*.cif``, is text, and so is ``-``.
-    """
-    if value.strip() in ("-", "None"):
-        return value if value.strip() == "-" else None
-    return _parse(value) if "${" in value else deepcopy(_parse_plain(value))
-
-
-def _parse(value: str) -> Any:
-    try:
-        parsed = OmegaConf.from_dotlist([f"value={value}"])
-    except yaml.YAMLError:
-        return value
-    return OmegaConf.to_container(parsed, resolve=True)["value"]  # type: ignore[call-overload, index]
-
-
-_parse_plain = lru_cache(maxsize=1024)(_parse)
-"""Of a text without a resolver, which always has the same value."""
-
-
-def literally(value: Any) -> Any:
-    """Return plain values in which no text is resolved any more."""
-    if isinstance(value, Mapping):
-        return {key: literally(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [literally(item) for item in value]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
-
-
 def compose(command: str | Path, arguments: Sequence[str] = (), saved: Path | None = None) -> Composition:
     """Merge a command's file, its groups, a preset and the command line.
 
@@ -173,64 +130,15 @@ def compose(command: str | Path, arguments: Sequence[str] = (), saved: Path | No
     changes = [
         (key, value) for key, value in pairs if key != "preset" and key not in groups and links.get(key) != value
     ]
-    merged = _changed_plainly(values, changes) or _changed(values, changes)
+    merged = changed_plainly(values, changes) or changed(values, changes)
     origin.update((key, COMMAND_LINE) for key, _ in changes)
     given = tuple(key for key, _ in pairs)
     if saved is None and origin.get("pretrained") == str(root_of(command)) and describes_encoder(given):
         merged["pretrained"] = "none"
     if saved is None and merged.get("recipe") == "auto" and "recipe" not in given:
         merged["recipe"] = "network" if any(key.split(".")[0] in OF_NETWORKS for key in given) else "auto"
-    resolved = merged if isinstance(merged, dict) else _resolve(merged)
+    resolved = merged if isinstance(merged, dict) else resolve(merged)
     return Composition(resolved, origin, groups, given, presets, links)
-
-
-def _value_of(key: str, text: str) -> Any:
-    value = parse(text)
-    value = in_brackets(value) if key in LISTS and isinstance(value, str) else value
-    return renamed_argument(key, value)[1]
-
-
-def _changed(values: dict[str, Any], changes: Sequence[tuple[str, str]]) -> DictConfig:
-    """Return values changed as the command line says, not resolved yet."""
-    merged = OmegaConf.create(values)
-    for key, value in changes:
-        try:
-            OmegaConf.update(merged, key, literally(_value_of(key, value)), merge=False)
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{key}={value}: {str(error).splitlines()[0]}", key) from error
-    return merged
-
-
-def _changed_plainly(values: dict[str, Any], changes: Sequence[tuple[str, str]]) -> dict[str, Any] | None:
-    """Return the same where nothing is left to resolve, several times as fast; None elsewhere."""
-    if not _is_plain(values) or any("${" in text for _, text in changes):
-        return None
-    changed = deepcopy(values)
-    for key, text in changes:
-        try:
-            value = _value_of(key, text)
-        except OmegaConfBaseException:
-            return None
-        *parents, last = key.split(".")
-        if not (_is_plain(value) and re.fullmatch(r"\w+(\.\w+)*", key)):
-            return None
-        node = changed
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                return None
-        node[last] = value
-    return changed
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(type(key) is str and _is_plain(item) for key, item in value.items())
-    if isinstance(value, list):
-        return all(map(_is_plain, value))
-    if type(value) is str:
-        return value != MISSING and "${" not in value
-    return value is None or type(value) in (bool, int, float)
 
 
 def root_of(command: str | Path) -> Path:
@@ -307,16 +215,6 @@ def _merge_saved(
         for group in other:
             merged[group] = fresh[group]
     return merged, {**recorded, **named}, origin
-
-
-def _resolve(merged: Any) -> dict[str, Any]:
-    try:
-        values = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        key = str(getattr(error, "full_key", "") or "")
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}", key) from error
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
 
 
 def validate(composition: Composition, schema: type) -> Any:

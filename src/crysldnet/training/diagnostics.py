@@ -25,7 +25,7 @@ def device_memory_mb(device: torch.device) -> float:
 
 
 def log_losses(module: pl.LightningModule, batch_idx: int) -> None:
-    """Log ``module.step_losses``, those of a training batch, every ``trainer.log_every`` steps and at an epoch's end.
+    """Log ``module.step_losses``, those of a training batch, every ``log_every_n_steps`` steps and at an epoch's end.
 
     Lightning takes milliseconds for what is logged, and drops it in all other steps.
     """

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from crysldnet.config.compose import keys_of, literally, parse
+from crysldnet.config.compose import keys_of
 from crysldnet.config.own_data import OWN, is_opened
+from crysldnet.config.values import literally, parse
 from crysldnet.config.words import DATA_WORDS, split
 from crysldnet.console import listed, note
 from crysldnet.data.datasets import open_store

@@ -1,0 +1,117 @@
+"""The values of a configuration: read from the command line, changed, and resolved."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from functools import lru_cache
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from crysldnet.config.words import in_brackets
+from crysldnet.errors import ConfigError
+from crysldnet.renames import renamed_argument
+
+LISTS = ("data.targets", "data.descriptors", "data.exclude", "atomic_references", "plugins")
+"""Keys that hold lists of names; one name, or several between commas, needs no brackets."""
+MISSING = "???"
+"""Of a key without a default, until it is given."""
+
+
+def parse(value: str) -> Any:
+    """Read a value as YAML, or ``None``, which W&B's agent writes for null.
+
+    What isn't YAML, such as the pattern ``*.cif``, is text, and so is ``-``.
+    """
+    if value.strip() in ("-", "None"):
+        return value if value.strip() == "-" else None
+    return _parse(value) if "${" in value else deepcopy(_parse_plain(value))
+
+
+def _parse(value: str) -> Any:
+    try:
+        parsed = OmegaConf.from_dotlist([f"value={value}"])
+    except yaml.YAMLError:
+        return value
+    return OmegaConf.to_container(parsed, resolve=True)["value"]  # type: ignore[call-overload, index]
+
+
+_parse_plain = lru_cache(maxsize=1024)(_parse)
+"""Of a text without a resolver, which always has the same value."""
+
+
+def literally(value: Any) -> Any:
+    """Return plain values in which no text is resolved any more."""
+    if isinstance(value, Mapping):
+        return {key: literally(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [literally(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def _value_of(key: str, text: str) -> Any:
+    value = parse(text)
+    value = in_brackets(value) if key in LISTS and isinstance(value, str) else value
+    return renamed_argument(key, value)[1]
+
+
+def changed(values: dict[str, Any], changes: Sequence[tuple[str, str]]) -> DictConfig:
+    """Return values changed as the command line says, not resolved yet."""
+    merged = OmegaConf.create(values)
+    for key, value in changes:
+        try:
+            OmegaConf.update(merged, key, literally(_value_of(key, value)), merge=False)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{key}={value}: {str(error).splitlines()[0]}", key) from error
+    return merged
+
+
+def changed_plainly(values: dict[str, Any], changes: Sequence[tuple[str, str]]) -> dict[str, Any] | None:
+    """Return the same where nothing is left to resolve, several times as fast; None elsewhere."""
+    if not _is_plain(values) or any("${" in text for _, text in changes):
+        return None
+    new = deepcopy(values)
+    for key, text in changes:
+        try:
+            value = _value_of(key, text)
+        except OmegaConfBaseException:
+            return None
+        *parents, last = key.split(".")
+        if not (_is_plain(value) and re.fullmatch(r"\w+(\.\w+)*", key)):
+            return None
+        node = new
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                return None
+        node[last] = value
+    return new
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(type(key) is str and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    if type(value) is str:
+        return value != MISSING and "${" not in value
+    return value is None or type(value) in (bool, int, float)
+
+
+def resolve(merged: DictConfig) -> dict[str, Any]:
+    """Return plain values, what refers to others resolved.
+
+    Raises:
+        ConfigError: it refers to nothing.
+    """
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", "") or "")
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}", key) from error
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
