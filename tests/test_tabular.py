@@ -40,6 +40,14 @@ def test_exported_forests_predict_as_scikit_learn(data):
         np.testing.assert_allclose(Trees.of_forest(forest).predict(new), forest.predict(new), rtol=1e-12, atol=1e-12)
 
 
+def test_exported_trees_boosted_without_histograms_predict_as_scikit_learn(data):
+    x, y = data[0].astype(np.float32), data[1]
+    make = ensemble.GradientBoostingRegressor
+    models = [make(n_estimators=20, subsample=0.7, max_features=0.3, random_state=0).fit(x, y[:, t]) for t in (0, 1)]
+    expected = np.stack([model.predict(3 * x) for model in models], axis=1)
+    np.testing.assert_allclose(Trees.of_gradient_boosting(models).predict(3 * x), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_exported_boosted_trees_predict_as_scikit_learn(data):
     x, y, _ = data
     models = [ensemble.HistGradientBoostingRegressor(max_iter=20, min_samples_leaf=3).fit(x, y[:, t]) for t in (0, 1)]

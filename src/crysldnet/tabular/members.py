@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ from crysldnet.tabular.kernel import fit_kernel_ridge, relevance_of
 from crysldnet.tabular.trees import Trees
 
 MEMBERS = ("extra_trees", "boosted_trees", "kernel_ridge")
+FEW = 1000
+"""Crystals up to which trees are boosted without histograms."""
 Baseline = Callable[[NDArray[np.int64]], NDArray[np.float64]]
 """Given the rows to fit to, returns [n, T] what is predicted of every crystal without features; members learn the rest.
 """
@@ -57,7 +60,7 @@ def fit_models(
         DataError: scikit-learn isn't installed.
     """
     try:
-        from sklearn.ensemble import ExtraTreesRegressor, HistGradientBoostingRegressor
+        from sklearn.ensemble import ExtraTreesRegressor
     except ImportError as error:
         raise DataError(f"trees need scikit-learn, which isn't installed ({error}): pip install scikit-learn") from None
     x, y = np.ascontiguousarray(x, np.float32), np.asarray(y, np.float64)
@@ -73,19 +76,26 @@ def fit_models(
             relevance = relevance_of(forest.feature_importances_)
             found[name] = fit_kernel_ridge(x, y, groups, relevance=relevance, seed=seed)
         else:
-            boosted = HistGradientBoostingRegressor(
-                learning_rate=0.07,
-                max_iter=200,
-                max_leaf_nodes=15,
-                min_samples_leaf=min(5, max(1, len(x) // 10)),
-                l2_regularization=1.0,
-                max_features=0.3,
-                early_stopping=False,
-                random_state=seed,
-            )
-            each = [boosted] + [type(boosted)(**boosted.get_params()) for _ in range(y.shape[1] - 1)]
-            found[name] = Trees.of_boosting([model.fit(x, y[:, t]) for t, model in enumerate(each)])
+            found[name] = _boosted_trees(x, y, seed)
     return found
+
+
+def _boosted_trees(x: NDArray[np.floating], y: NDArray[np.floating], seed: int) -> Trees:
+    """Fit boosted trees to each output.
+
+    Without histograms they take a third of the time for 300 crystals, and had lower errors on three tasks of three; for
+    thousands of crystals histograms are faster.
+    """
+    from sklearn.ensemble import GradientBoostingRegressor, HistGradientBoostingRegressor
+
+    least = min(5, max(1, len(x) // 10))
+    if len(x) <= FEW:
+        small = partial(GradientBoostingRegressor, max_depth=4, max_features=0.15, subsample=0.7, n_estimators=200)
+        grow = partial(small, learning_rate=0.07, min_samples_leaf=least, random_state=seed)
+        return Trees.of_gradient_boosting([grow().fit(x, column) for column in y.T])
+    large = partial(HistGradientBoostingRegressor, max_leaf_nodes=15, l2_regularization=1.0, max_features=0.3)
+    grow = partial(large, max_iter=200, learning_rate=0.07, min_samples_leaf=least, early_stopping=False)
+    return Trees.of_boosting([grow(random_state=seed).fit(x, column) for column in y.T])
 
 
 def fit_members(

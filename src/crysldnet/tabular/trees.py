@@ -76,6 +76,18 @@ class Trees:
         return _joined(parts, np.zeros(parts[0][4].shape[1]))
 
     @classmethod
+    def of_gradient_boosting(cls, models: Sequence[Any]) -> Trees:
+        """Take over scikit-learn's GradientBoostingRegressor, one for each output, that starts from a constant."""
+        parts = []
+        for output, model in enumerate(models):
+            for tree in (estimator.tree_ for estimator in model.estimators_[:, 0]):
+                value = np.zeros((tree.node_count, len(models)))
+                value[:, output] = model.learning_rate * tree.value[:, 0, 0]
+                feature = np.where(tree.children_left < 0, -1, tree.feature)
+                parts.append((feature, tree.threshold, tree.children_left, tree.children_right, value))
+        return _joined(parts, np.array([float(np.ravel(model.init_.constant_)[0]) for model in models]))
+
+    @classmethod
     def of_boosting(cls, models: Sequence[Any]) -> Trees:
         """Take over scikit-learn's HistGradientBoostingRegressor, one for each output.
 
