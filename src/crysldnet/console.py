@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -106,3 +107,8 @@ def note(text: str) -> None:
     from rich.console import Console
 
     Console(stderr=True).print(escaped(text), highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def suggest_next(command: str, make: str | None = None) -> None:
+    """Print the command to type next, in the form of those who use ``make`` where this one came from it."""
+    note(f"next: {make if make is not None and 'MAKELEVEL' in os.environ else command}")

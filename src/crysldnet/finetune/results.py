@@ -11,12 +11,13 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 
 from crysldnet.artifacts.provenance import pretraining_overlap, print_overlap
-from crysldnet.console import SHOWN, csv_text, listed, print_table
+from crysldnet.console import SHOWN, csv_text, listed, note, print_table, suggest_next
 from crysldnet.data.fingerprint import Fingerprints
 from crysldnet.finetune.baselines import Baselines, compare, fit_baselines, flat_metrics, print_baselines
 from crysldnet.finetune.cross_validation import OutOfFold
 from crysldnet.finetune.settings import FinetuneConfig
 from crysldnet.finetune.training import Finetuned
+from crysldnet.finetune.verdict import verdict
 from crysldnet.io import replacing
 from crysldnet.measures import find
 from crysldnet.training import plots
@@ -146,9 +147,13 @@ def finish(
     )
     _print_metrics(result, "out of fold" if folds else "test")
     print_baselines(baselines)
+    for sentence in verdict(baselines):
+        note(sentence)
     print_overlap(overlap)
     written = [str(folder.path / name) for name in members] or [str(folder.path / "model.safetensors")]
     print_table("", ["written", ""], [["model" if not members else "members", place] for place in written])
+    suggest_next(f"crysldnet predict FILES model={folder.path}", f'make predict FILES="…" MODEL={folder.path}')
+    suggest_next(f"crysldnet report {folder.path}")
 
 
 def _print_metrics(result: Finetuned, test: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +39,7 @@ from crysldnet.models.predictor import Prediction, TargetModel
 from crysldnet.models.targets import TargetType
 from crysldnet.training.calibrate import calibrate
 from crysldnet.training.checkpoint_file import BEST, LAST, check_best
-from crysldnet.training.fit import fit_and_export
+from crysldnet.training.fit import fit_and_export, unlogged
 from crysldnet.training.inputs import hashes_of
 from crysldnet.training.loggers import describe_data
 from crysldnet.training.metrics import TargetMetrics
@@ -46,6 +47,8 @@ from crysldnet.training.run_folder import code_version
 from crysldnet.training.trainer import TrainerSettings, make_trainer
 from crysldnet.training.wandb_run import publish
 
+PARTS = ("member_", "network_", "fold_")
+"""Beginnings of the names of folders of what a run is made of."""
 Predictions = dict[int, list[list[float]]]
 """Row in the store to value, standard deviation and probability of the predicted class of each target, NaN where there
 is none, for the test split."""
@@ -133,6 +136,7 @@ def train_network(
         monitor=module.monitor if has_validation else None,
         validate_every=passes,
         patience=config.patience,
+        stage=folder.name.replace("_", " ") if folder.name.startswith(PARTS) else "finetuning",
     )
     info = describe_model(model, data, config, values, provenance)
 
@@ -174,9 +178,14 @@ def _evaluated(
     has_validation = len(data.rows["val"]) > 0
     best = _best(folder / "checkpoints", has_validation)
     metrics = {name: value for name, value in trained.items() if name == "train/loss"}
-    for loop, rows in ((trainer.validate, data.rows["val"]), (trainer.test, data.rows["test"])):
+    # The epoch of the best weights was logged when it ended.
+    for loop, rows, logged in (
+        (trainer.validate, data.rows["val"], unlogged(trainer)),
+        (trainer.test, data.rows["test"], contextlib.nullcontext()),
+    ):
         if len(rows):
-            found = loop(module, datamodule=data, ckpt_path=str(best), verbose=False, weights_only=True)
+            with logged:
+                found = loop(module, datamodule=data, ckpt_path=str(best), verbose=False, weights_only=True)
             metrics |= {name: float(value) for name, value in found[0].items()}
     return metrics
 

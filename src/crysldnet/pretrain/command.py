@@ -119,6 +119,7 @@ def _run_stage(
     loggers: list,
 ) -> dict[str, float]:
     pl.seed_everything(config.seed, workers=True, verbose=False)
+    stages = ["vae", "diffusion"] if config.stage == "both" else [stage]
     model = build_model(config, with_flow=stage == "diffusion")
     if previous is not None:
         load_stage(model, previous)
@@ -143,6 +144,7 @@ def _run_stage(
         },
         resume=config.resume is not None,
         loggers=loggers,
+        stage=f"stage {stages.index(stage) + 1} of {len(stages)} ({stage})",
     )
     begin_stage(loggers, stage)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from crysldnet.console import note, print_table
+from crysldnet.console import note, print_table, suggest_next
 from crysldnet.measures import MEASURES
 
 Metrics = Mapping[str, float]
@@ -76,6 +76,7 @@ def print_result(summary: Mapping[str, Any], stages: Sequence[str], encoder: str
     if said["failed"]:
         note("pretraining failed in what is named above: see docs/method.md")
     print_table("", ["written", ""], [["encoder", encoder]])
+    suggest_next(f"crysldnet finetune pretrained={encoder}", f"make finetune ENCODER={encoder}")
 
 
 def _cell(metrics: Metrics, key: str, form: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,17 @@ def fit_and_export(
     metrics = evaluate(fit(trainer, module, data))
     export_weights(title, trainer, lambda weights: export(metrics, weights))
     return metrics
+
+
+@contextlib.contextmanager
+def unlogged(trainer: pl.Trainer) -> Iterator[None]:
+    """Log nothing of what the Trainer does within this context."""
+    loggers = trainer.loggers
+    trainer.loggers = []  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers  # type: ignore[misc]
 
 
 def export_weights(title: str, trainer: pl.Trainer, export: Callable[[dict[str, Tensor]], None]) -> None:

@@ -26,7 +26,7 @@ SERVICE_WAIT_S = 120
 
 
 class MetricsFile(Logger):
-    """Write metrics to a CSV file, a row for each time that something is logged.
+    """Write metrics to a CSV file, a row for each time that something is logged; epochs are counted from 1.
 
     A row is in the file at once. A new column means that the whole file is written anew and takes the old one's place,
     so a run that is killed loses no row.
@@ -65,6 +65,9 @@ class MetricsFile(Logger):
         if not self.path.exists():
             return
         kept = [row for row in self._rows() if int(row["step"]) < steps]
+        epochs = [int(row["epoch"]) for row in kept if row.get("epoch", "").isdigit()]
+        if epochs and min(epochs) == 0:  # of an earlier version, which counted from 0
+            kept = [{**row, "epoch": str(int(row["epoch"]) + 1) if row["epoch"] else ""} for row in kept]
         if kept:
             self._columns = list(kept[0])
             self._write_all(kept)
@@ -92,6 +95,9 @@ class MetricsFile(Logger):
             DataError: the file can't be written.
         """
         row = {name: str(value) for name, value in metrics.items()} | {"step": str(step)}
+        if "epoch" in row:  # Lightning counts from 0, and tests after the last one
+            tested = any(name.startswith("test/") for name in row)
+            row["epoch"] = "" if tested else str(int(metrics["epoch"]) + 1)
         try:
             if not row.keys() <= set(self._columns):
                 rows = self._rows() if self.path.exists() else []

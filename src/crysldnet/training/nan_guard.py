@@ -117,7 +117,7 @@ class RefuseNonFinite(Callback):
             found = [entry for share in shares for entry in share]
         if any("the gradient's norm" not in entry["not_finite"] for entry in found):  # it follows from a loss
             found = [entry for entry in found if "the gradient's norm" not in entry["not_finite"]]
-        where = {"step": trainer.global_step, "epoch": trainer.current_epoch}
+        where = {"step": trainer.global_step, "epoch": trainer.current_epoch + 1}
         if trainer.is_global_zero:
             try:
                 with self.path.open("a") as file:

@@ -32,13 +32,28 @@ def read_curves(metrics: Path) -> Curves:
     """Return epochs and values of everything that a ``metrics.csv`` holds on validation, and of the training loss."""
     curves: Curves = {}
     with metrics.open(newline="") as file:
-        for row in csv.DictReader(file):
-            for name, value in row.items():
-                if value and row.get("epoch") and name and (name.startswith("val/") or name == "train/loss"):
-                    epochs, values = curves.setdefault(name, ([], []))
-                    epochs.append(float(row["epoch"]))
-                    values.append(float(value))
+        rows = [row for row in csv.DictReader(file) if row.get("epoch")]
+    for row in _counted_from_one(rows):
+        for name, value in row.items():
+            if value and name and (name.startswith("val/") or name == "train/loss"):
+                epochs, values = curves.setdefault(name, ([], []))
+                epochs.append(float(row["epoch"]))
+                values.append(float(value))
     return curves
+
+
+def _counted_from_one(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return the rows of a file with epochs from 1.
+
+    Files of earlier versions have them from 0, and after the last one a second validation of the best weights, a step
+    after the last: it is left out.
+    """
+    if not rows or min(float(row["epoch"]) for row in rows) > 0:
+        return rows
+    validated = [row for row in rows if any(value and name.startswith("val/") for name, value in row.items() if name)]
+    again = len(validated) > 1 and int(validated[-1]["step"]) == int(validated[-2]["step"]) + 1
+    kept = [row for row in rows if not (again and row is validated[-1])]
+    return [{**row, "epoch": str(float(row["epoch"]) + 1)} for row in kept]
 
 
 def draw_curves(

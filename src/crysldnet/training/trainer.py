@@ -18,7 +18,6 @@ from lightning.pytorch.callbacks import (
     EarlyStopping,
     LearningRateMonitor,
     ModelCheckpoint,
-    RichProgressBar,
     TQDMProgressBar,
 )
 from lightning.pytorch.loggers import Logger
@@ -37,6 +36,7 @@ from crysldnet.training.checkpointing import PreemptionCheckpoint
 from crysldnet.training.diagnostics import Diagnostics
 from crysldnet.training.loggers import MetricsFile
 from crysldnet.training.nan_guard import RefuseNonFinite
+from crysldnet.training.progress import RunProgress
 from crysldnet.training.strategies import (
     FirstRanksBuffers,
     check_combination,
@@ -224,6 +224,7 @@ def make_trainer(
     monitor: str | None = None,
     validate_every: int = 1,
     patience: int | None = None,
+    stage: str = "training",
 ) -> pl.Trainer:
     """Make the Trainer of one stage.
 
@@ -240,6 +241,7 @@ def make_trainer(
         monitor: metric whose lowest value on validation chooses ``best.ckpt``; None keeps the last alone.
         validate_every: epochs from one validation, and one checkpoint, to the next.
         patience: validations without a lower value of ``monitor`` after which training stops; None for none.
+        stage: what the progress calls it.
 
     Raises:
         CheckpointError: no checkpoint can be resumed from, the best one is damaged, or there is no place for them.
@@ -261,10 +263,10 @@ def make_trainer(
         accumulate_grad_batches=settings.accumulate_grad_batches,
         gradient_clip_val=gradient_clip_val,
         deterministic=settings.deterministic,
-        callbacks=[*_callbacks(settings, strategy, folder, seed, monitor, patience), preemption],
+        callbacks=[*_callbacks(settings, strategy, folder, seed, monitor, patience, stage), preemption],
         logger=[MetricsFile(folder / "metrics.csv", start[1]["step"] if start is not None else 0), *loggers],
         log_every_n_steps=settings.log_every_n_steps,
-        enable_progress_bar=settings.progress_bar,
+        enable_progress_bar=settings.progress_bar and get_console().is_jupyter,
         plugins=[files, *environment()],
         **FIXED,
     )
@@ -318,6 +320,7 @@ def _callbacks(
     seed: int,
     monitor: str | None,
     patience: int | None,
+    stage: str,
 ) -> list[Callback]:
     """Return the callbacks of a stage, in the order in which they are called; what saves and stops comes after them."""
     callbacks: list[Callback] = [
@@ -332,8 +335,7 @@ def _callbacks(
     if settings.ema_decay is not None:
         callbacks.append(moving_average(settings.ema_decay))
     if settings.progress_bar:
-        bar = TQDMProgressBar if get_console().is_jupyter else RichProgressBar
-        callbacks.append(bar(leave=False))
+        callbacks.append(TQDMProgressBar(leave=False) if get_console().is_jupyter else RunProgress(stage))
     callbacks += [LearningRateMonitor(logging_interval="epoch"), Diagnostics()]
     if monitor is not None:
         callbacks.append(

@@ -105,6 +105,7 @@ class WandbRun(WandbLogger):
         wandb.run = None
 
     def _log(self, metrics: Mapping[str, float], step: int | None) -> None:
+        metrics = {name: value + 1 if name == "epoch" else value for name, value in metrics.items()}
         names = [f"{self._prefix}/{name}" if self._prefix else name for name in metrics]
         new = {name: unit_of(name, self.target_units) for name in names if name not in self.units}
         for name in new:

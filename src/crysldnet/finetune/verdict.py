@@ -1,0 +1,41 @@
+"""What a finetuning came to, in words, and what to type next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+from crysldnet.console import SHOWN
+
+NAMES = {"mae": "the MAE", "error_rate": "the share of wrong classes"}
+CONSTANTS = {"mae": "the training mean", "error_rate": "the most frequent class"}
+
+
+def verdict(baselines: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return a sentence for each target: the error on the test split against the constant and against trees.
+
+    A difference is called one where its 95 % interval doesn't hold 0.
+
+    Args:
+        baselines: as :func:`crysldnet.finetune.baselines.compare` returns them.
+    """
+    return [_sentence(target, found) for target, found in islice(baselines.items(), SHOWN)]
+
+
+def _sentence(target: str, found: Mapping[str, Any]) -> str:
+    unit = f" {found['unit']}" if found["unit"] and found["measure"] == "mae" else ""
+    text = (
+        f"{target}: {NAMES[found['measure']]} on {found['crystals']:,} test crystals is "
+        f"{found['model']['error']:.4g}{unit}; {_compared(found, 'constant', CONSTANTS[found['measure']], unit)}"
+    )
+    return text + (f"; {_compared(found, 'trees', 'trees on descriptors', unit)}" if "trees" in found else "")
+
+
+def _compared(found: Mapping[str, Any], name: str, title: str, unit: str) -> str:
+    other, interval = found[name]["error"], found[name]["difference_interval"]
+    if interval is None or interval[0] <= 0 <= interval[1]:
+        return f"not told apart from {title} ({other:.4g}{unit})"
+    better = interval[0] > 0
+    share = f"{abs(1 - found['model']['error'] / other):.0%} " if other > 0 else ""
+    return f"{share}{'below' if better else 'above'} {title} ({other:.4g}{unit})"

@@ -1,0 +1,104 @@
+"""What a person sees of a training as it goes on: one bar, or in a log a line now and then."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime, timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from crysldnet.console import note
+
+SHOWN = ("val/mae", "val/accuracy", "val/loss")
+"""The first of these that was logged is shown; of several numbers ``val/mae`` is their mean."""
+LINES = 10
+"""In a log, a line is printed each time that this part of the training is done."""
+
+
+class RunProgress(Callback):
+    """Show the stage, the epoch, the last validation, and when the stage will end.
+
+    Args:
+        stage: what is trained, as ``stage 1 of 2 (vae)``.
+    """
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self._bar: Progress | None = None
+        self._begun = time.monotonic()
+        self._first = self._printed = 0
+        self._validated = ""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the bar; a run that is resumed begins where it stopped."""
+        if not trainer.is_global_zero:
+            return
+        self._begun, self._first = time.monotonic(), self._done(trainer)
+        self._printed = self._first * LINES // self._total(trainer)
+        console = Console(stderr=True)
+        if console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[end]}"),
+            )
+            self._bar = Progress(*columns, console=console, transient=True)
+            self._bar.add_task(self._text(trainer), total=self._total(trainer), completed=self._first, end="")
+            self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move on."""
+        if self._bar is not None:
+            done = self._done(trainer)
+            self._bar.update(
+                self._bar.task_ids[0], completed=done, description=self._text(trainer), end=self._end(trainer)
+            )
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the figure of the split."""
+        name = next((name for name in SHOWN if name in trainer.callback_metrics), None)
+        if name is not None:
+            self._validated = f", {name} {float(trainer.callback_metrics[name]):.4g}"
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print a line where no terminal shows the bar."""
+        done, total = self._done(trainer), self._total(trainer)
+        part = done * LINES // total
+        if trainer.is_global_zero and self._bar is None and self._printed < part and done < total:
+            self._printed = part
+            note(f"{self._text(trainer)}, {100 * done // total} %{self._end(trainer)}")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Close the bar, so that the message isn't drawn over."""
+        self.on_train_end(trainer, pl_module)
+
+    def _total(self, trainer: pl.Trainer) -> int:
+        return max(int(trainer.num_training_batches) * (trainer.max_epochs or 1), 1)
+
+    def _done(self, trainer: pl.Trainer) -> int:
+        return trainer.fit_loop.epoch_loop.total_batch_idx + 1
+
+    def _text(self, trainer: pl.Trainer) -> str:
+        return f"{self.stage}: epoch {trainer.current_epoch + 1} of {trainer.max_epochs}{self._validated}"
+
+    def _end(self, trainer: pl.Trainer) -> str:
+        """Return when the stage will end at the pace so far, empty before there is one."""
+        done = self._done(trainer)
+        if done <= self._first:
+            return ""
+        left = (time.monotonic() - self._begun) / (done - self._first) * (self._total(trainer) - done)
+        end = datetime.now() + timedelta(seconds=left)
+        return f", ends about {end:{'%H:%M' if left < 86_400 else '%Y-%m-%d %H:%M'}}"
