@@ -79,11 +79,11 @@ def fit_and_export(
 def unlogged(trainer: pl.Trainer) -> Iterator[None]:
     """Log nothing of what the Trainer does within this context."""
     loggers = trainer.loggers
-    trainer.loggers = []  # type: ignore[misc]
+    trainer.loggers = []
     try:
         yield
     finally:
-        trainer.loggers = loggers  # type: ignore[misc]
+        trainer.loggers = loggers
 
 
 def export_weights(title: str, trainer: pl.Trainer, export: Callable[[dict[str, Tensor]], None]) -> None:

@@ -232,8 +232,7 @@ def make_trainer(
         settings: devices, precision and so on.
         strategy: how the run is spread over devices.
         folder: gets ``metrics.csv`` and ``checkpoints/``.
-        epochs: number of epochs.
-        seed: of every random number drawn in training.
+        epochs, seed: number of epochs, and the seed of every random number drawn in them.
         gradient_clip_val: largest norm of the gradient; None for no clipping.
         owner: command, stage and model, as plain values, that the checkpoints belong to.
         resume: go on from the last checkpoint, where there is one.
@@ -246,8 +245,7 @@ def make_trainer(
     Raises:
         CheckpointError: no checkpoint can be resumed from, the best one is damaged, or there is no place for them.
     """
-    accelerator = settings.resolve_accelerator()
-    if accelerator == "cpu":
+    if (accelerator := settings.resolve_accelerator()) == "cpu":
         keep_freed_memory()
     files = CheckpointFile(owner, settings.keep_checkpoints)
     start = _newest(files, folder / "checkpoints", with_best=monitor is not None) if resume else None
