@@ -19,7 +19,7 @@ from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.errors import ConfigError, DataError
 from crysldnet.io import write_atomically
 from crysldnet.training.run_folder import code_version
-from crysldnet.training.wandb_run import WandbRun
+from crysldnet.training.wandb_run import WandbRun, with_epoch_from_one
 
 SERVICE_WAIT_S = 120
 """How long W&B's own process may take to start; W&B's default is exceeded on a busy machine."""
@@ -94,10 +94,7 @@ class MetricsFile(Logger):
         Raises:
             DataError: the file can't be written.
         """
-        row = {name: str(value) for name, value in metrics.items()} | {"step": str(step)}
-        if "epoch" in row:  # Lightning counts from 0, and tests after the last one
-            tested = any(name.startswith("test/") for name in row)
-            row["epoch"] = "" if tested else str(int(metrics["epoch"]) + 1)
+        row = {name: str(value) for name, value in with_epoch_from_one(metrics).items()} | {"step": str(step)}
         try:
             if not row.keys() <= set(self._columns):
                 rows = self._rows() if self.path.exists() else []

@@ -48,6 +48,13 @@ def unit_of(metric: str, targets: Mapping[str, str]) -> str:
     return measure.unit_in(targets, target)
 
 
+def with_epoch_from_one(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what Lightning logs, with the epoch counted from 1, and none for tests, which come after the last one."""
+    tested = any(name.startswith("test/") for name in metrics)
+    counted = {name: value + 1 if name == "epoch" else value for name, value in metrics.items()}
+    return {name: value for name, value in counted.items() if not (tested and name == "epoch")}
+
+
 class WandbRun(WandbLogger):
     """Log to one W&B run; every metric is defined with its summary and its unit when it is first logged.
 
@@ -105,7 +112,7 @@ class WandbRun(WandbLogger):
         wandb.run = None
 
     def _log(self, metrics: Mapping[str, float], step: int | None) -> None:
-        metrics = {name: value + 1 if name == "epoch" else value for name, value in metrics.items()}
+        metrics = with_epoch_from_one(metrics)
         names = [f"{self._prefix}/{name}" if self._prefix else name for name in metrics]
         new = {name: unit_of(name, self.target_units) for name in names if name not in self.units}
         for name in new:
