@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ READ = [
     (["1.5D+03", "2e-3", "1E5"], False, [1500, 0.002, 1e5]),
     (["1", "na", "NaN", "None", "-", "", "N/A"], False, [1] + [nan] * 6),
     ([" 1 ", "\u00a02"], False, [1, 2]),
+    (["１．５", "－2", "‑3.5", "1e−3", "'-4", "٣"], False, [1.5, -2, -3.5, 0.001, -4, 3]),
+    (["1'063", "2.5"], True, [1063, 2.5]),
 ]
 
 
@@ -94,6 +97,16 @@ def test_a_number_that_can_be_read_in_one_way_is_read(cells: list[str], commas: 
         (["12 apples", "3 apples"], False, "not known as a unit"),
         (["1 GPa ± 3", "1 GPa"], False, "its uncertainty behind the unit"),
         (["True", "1"], False, "stands among numbers"),
+        (["ca. 5", "1"], False, "a bound or an estimate"),
+        (["10⁻³", "1"], False, "a raised digit"),
+        (["5²"], False, "a raised digit"),
+        (["1.5*", "1"], False, "the mark of a footnote"),
+        (["63.2 ± 3 %"], False, "an uncertainty in percent"),
+        (["1.063,26", "1"], False, "a comma that may be a decimal one"),
+        (["1.063.260", "1"], False, "points seem to divide thousands"),
+        (["01.Mai", "2.5"], True, "a date among numbers"),
+        (["2-Jan", "Feb 63", "3"], False, "a date among numbers"),
+        (["2024-05-01", "1.2", "3"], False, "a date among numbers"),
     ],
 )
 def test_a_number_that_can_be_read_in_two_ways_is_refused(cells: list[str], commas: bool, reason: str) -> None:
@@ -153,6 +166,23 @@ def test_decimal_commas_are_read_where_semicolons_or_tabs_divide_the_cells(tmp_p
         assert store.numbers_of("gap").tolist() == [0, 1.25]
         assert store.numbers_of("k").tolist() == [63.26, 5]
         np.testing.assert_array_equal(store.numbers_of("k_uncertainty"), [3, nan])
+
+
+def test_a_point_may_divide_thousands_where_other_columns_have_decimal_commas(tmp_path: Path) -> None:
+    for cells in ("1.063", "-2.145 GPa", "1.063 ± 2"):
+        said = refused(tmp_path, f"id;gap;k\na;0,5;{cells}\nb;1;{cells}\n")
+        assert f"t.csv line 2: 'k' has '{cells}', whose point may divide thousands" in said
+        assert "write 1063 or 1,063" in said or "write -2145 or -2,145" in said
+    for other, cells, values in (
+        ("0,5", ("1,063", "2"), [1.063, 2]),
+        ("0,5", ("1.063.260", "2"), [1063260, 2]),
+        ("0,5", ("1.063", "0.5"), [1.063, 0.5]),
+        ("0.5", ("1.063", "2.145"), [1.063, 2.145]),
+        ("7", ("1.063", "2.145"), [1.063, 2.145]),
+    ):
+        _, store = with_table(tmp_path, f"id;gap;k\na;{other};{cells[0]}\nb;1;{cells[1]}\n", names="ab")
+        assert store.numbers_of("k").tolist() == values
+        shutil.rmtree(tmp_path / "out.store")
 
 
 def test_a_cell_that_cannot_be_read_without_guessing_stops_before_anything_is_written(tmp_path: Path) -> None:
@@ -232,6 +262,13 @@ def test_a_csv_of_crystals_is_read_as_a_table_of_properties_is(tmp_path: Path) -
         "_cell_angle_gamma 90 loop_ _atom_site_label _atom_site_fract_x _atom_site_fract_y _atom_site_fract_z Na 0 0 0"
     )
     (tmp_path / "x.csv").write_text(f"id;cif;gap (eV);cation\n001;{cif};1.5;Na\n010;{cif};na;K\n")
+    (tmp_path / "y.csv").write_text(f"id;cif;gap;k\na;{cif};0,5;1.063\nb;{cif};1;2.145\n")
+    with pytest.raises(DataError, match=r"y.csv line 2: 'k' has '1\.063', whose point may divide thousands"):
+        import_crystals(tmp_path / "y.csv", tmp_path / "y.store")
+    (tmp_path / "y.csv").write_text(f"id;cif;gap;k\na;{cif};0,5;1.063,2\nb;{cif};1;2\n")
+    import_crystals(tmp_path / "y.csv", tmp_path / "y.store")
+    store = CrystalStore.open(tmp_path / "y.store")
+    assert (store.numbers_of("gap").tolist(), store.numbers_of("k").tolist()) == ([0.5, 1], [1063.2, 2])
     import_crystals(tmp_path / "x.csv", tmp_path / "x.store")
     store = CrystalStore.open(tmp_path / "x.store")
     assert store.ids.to_pylist() == ["001", "010"]

@@ -1,9 +1,10 @@
 """Measure importing against another checkout: CPU time of each format, interleaved.
 
-python -m benchmarks.imports.compare FOLDER [--crystals N] [--rounds N]
+python -m benchmarks.imports.compare FOLDER [--crystals N] [--rounds N] [--of PARQUET]
 
-FOLDER is a checkout of another commit. One process of each imports the same files in turn; the ratio is that of the CPU
-times within a round, so other programs on the machine change it little.
+FOLDER is a checkout of another commit. One process of each imports the same files in turn, each first in every other
+round; the ratio is that of the CPU times within a round, so other programs on the machine change it little. With --of
+the first crystals of that file are measured as CIFs alone, with symmetry operations and without.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pymatgen.io.cif import CifWriter
 
 from benchmarks.imports import run
 from experiments import evidence
@@ -60,6 +62,30 @@ def write_columns(folder: Path, count: int) -> None:
     (folder / "columns.csv").write_text("".join(f"{line},{cif}\n" for line, cif in zip(lines, cifs, strict=True)))
 
 
+def write_all(folder: Path, count: int) -> dict[str, tuple[str, str | None]]:
+    """Write crystals of the starter set in every format: file and table of properties of each."""
+    run.COPIES = 1
+    run.write_inputs(folder, count)
+    write_columns(folder, count)
+    sources: dict[str, tuple[str, str | None]] = {name.split(".")[0]: (name, None) for name in run.PARSERS}
+    sources["Parquet, one column"] = ("bare.parquet", None)
+    sources[f"Parquet, {3 * COLUMNS} columns"] = ("columns.parquet", None)
+    sources[f"CSV of CIFs, {3 * COLUMNS} columns"] = ("columns.csv", None)
+    sources[f"CIF, P 1, with a table of {3 * COLUMNS} columns"] = ("CIF, P 1", str(folder / "properties.csv"))
+    return sources
+
+
+def write_cifs(folder: Path, parquet: Path, count: int) -> dict[str, tuple[str, str | None]]:
+    """Write the first crystals of a file as pymatgen writes them, in the primitive cell or in the conventional one."""
+    kinds = {"CIF, P 1": None, "CIF, symmetry": 0.1}
+    for kind in kinds:
+        (folder / kind).mkdir()
+    for name, structure, _ in run.structures(count, parquet):
+        for kind, symprec in kinds.items():
+            (folder / kind / f"{name}.cif").write_text(str(CifWriter(structure, symprec=symprec)))
+    return {kind: (kind, None) for kind in kinds}
+
+
 def start(checkout: Path) -> subprocess.Popen[str]:
     """Start a process that imports with the code of a checkout."""
     environment = {**os.environ, "PYTHONPATH": str(checkout / "src")}
@@ -84,24 +110,23 @@ def main() -> None:
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--crystals", type=int, default=1000, help="that are written in every format")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--of", type=Path, help="a Parquet file of crystals, to measure as CIFs")
     settings = parser.parse_args()
     commit, before = evidence.current_commit(run.HERE), evidence.current_commit(settings.checkout)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        run.COPIES = 1
-        run.write_inputs(folder, settings.crystals)
-        write_columns(folder, settings.crystals)
-        sources: dict[str, tuple[str, str | None]] = {name.split(".")[0]: (name, None) for name in run.PARSERS}
-        sources["Parquet, one column"] = ("bare.parquet", None)
-        sources[f"Parquet, {3 * COLUMNS} columns"] = ("columns.parquet", None)
-        sources[f"CSV of CIFs, {3 * COLUMNS} columns"] = ("columns.csv", None)
-        sources[f"CIF, P 1, with a table of {3 * COLUMNS} columns"] = ("CIF, P 1", str(folder / "properties.csv"))
+        if settings.of is None:
+            sources = write_all(folder, settings.crystals)
+        else:
+            sources = write_cifs(folder, settings.of, settings.crystals)
         processes = [start(settings.checkout), start(run.HERE.parents[1])]
         spent: dict[str, list[list[float]]] = {name: [] for name in sources}
-        for _ in range(settings.rounds + 1):
+        for i in range(settings.rounds + 1):
             for name, (source, targets) in sources.items():
                 request = (str(folder / source), targets, str(folder / "out.store"))
-                spent[name].append([cpu_time(process, *request) for process in processes])
+                order = processes[:: 1 if i % 2 else -1]
+                times_here = {process.pid: cpu_time(process, *request) for process in order}
+                spent[name].append([times_here[process.pid] for process in processes])
         for process in processes:
             process.communicate()
     times = np.array([rounds[1:] for rounds in spent.values()])  # the first round compiles
@@ -113,8 +138,8 @@ def main() -> None:
             name=name,
             metric=f"CPU time over that at {before}",
             unit="1",
-            data=f"{settings.crystals} crystals of embedded:mp_starter",
-            command="python -m benchmarks.imports.compare FOLDER",
+            data=f"{settings.crystals} crystals of {settings.of.stem if settings.of else 'embedded:mp_starter'}",
+            command="python -m benchmarks.imports.compare FOLDER" + (" --of PARQUET" if settings.of else ""),
             commit=commit,
         )
         for name, values in ratios.items()

@@ -48,9 +48,9 @@ MORE = 4
 """of each crystal in a folder of CIFs, so that it takes seconds"""
 
 
-def structures(count: int) -> list[tuple[str, Structure, float]]:
-    """Return id, structure and formation energy of the first crystals of the starter set."""
-    rows = pq.read_table(EMBEDDED / "mp_starter.parquet").slice(0, count).to_pylist()
+def structures(count: int, path: Path = EMBEDDED / "mp_starter.parquet") -> list[tuple[str, Structure, float]]:
+    """Return id, structure and formation energy of the first crystals of a file."""
+    rows = pq.read_table(path).slice(0, count).to_pylist()
     return [
         (
             r["material_id"],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,13 +23,18 @@ MISSING = frozenset(("", "nan", "na", "n/a", "#n/a", "<na>", "null", "none", "-"
 MISSING_TEXT = ("n/a", "N/A", "null", "Null", "NULL", "#N/A", "<NA>")
 """Texts that mean so in a column of texts, besides empty ones: Na and NaN are formulas."""
 _MARKS = "'’\u00a0\u2009\u202f"
+_MINUS = "–‐‑‒﹣－"
+"""Dashes that stand for a minus before a number."""
 _EXPONENT = r"(?:[eEdD][-+]?\d+)?"
 _NUMBER = rf"[-+]?[.,]?\d[\d.,{_MARKS}]*{_EXPONENT}"
 _GLUED = r"(?:[a-zA-ZΩµμ/^]{2,10}[-^]?[1-9]?|[%°ÅK])"
 """Units that no space divides from the number; 2H and 3C name polytypes."""
+_ABOUT = r"(?:[<>≤≥~≈]=?|c\.|ca\.?|circa|about|approx\.?)"
+_RAISED = "⁺⁻⁰¹²³⁴-⁹"
 LOOKS_LIKE_A_NUMBER = (
-    rf"^[\s{_MARKS}]*[<>≤≥~≈]?=?\s*[-+−–]?\s*[.,]?\d[\d.,_{_MARKS}]*{_EXPONENT}\s*(?:$|[\s±(+–—×x*·-]|\.\.|{_GLUED}$)"
-)
+    rf"^[\s{_MARKS}]*{_ABOUT}?\s*[-+−＋{_MINUS}]?\s*[.,．，]?\d[\d.,．，_{_MARKS}]*(?:[eEdD][-+−]?\d+)?\s*"
+    rf"(?:$|[\s±(+–—×x*·†‡§¶#{_RAISED}-]|\.\.|{_GLUED}$)"
+).replace(r"\d", r"\p{Nd}")
 """Found in every cell that can be taken for a number, and in others: for a quick look at many."""
 _CELL = re.compile(rf"({_NUMBER})(?:\s*(?:±|\+/-|\+-)\s*({_NUMBER})|\((\d+)\))?(\s*)(\D.*)?")
 _POINT = re.compile(rf"[-+]?(?:\d+\.?\d*|\.\d+){_EXPONENT}")
@@ -39,12 +44,28 @@ _GROUPED = {  # by the decimal mark: the whole number in groups of three, and wh
     ",": re.compile(rf"[-+]?[1-9]\d{{0,2}}(?:(?:\.\d{{3}})+,\d*|(?:\.\d{{3}}){{2,}}|(?:[{_MARKS}]\d{{3}})+(?:,\d*)?)"),
 }
 _TWO_WAYS = re.compile(r"[-+]?[1-9]\d{0,2},\d{3}")
+TWO_WAYS_POINT = r"^[-+]?[1-9]\d{0,2}\.\d{3}$"
+"""1.063 where points may divide thousands."""
 _ODD = {
-    "is a bound or an estimate, not a value": re.compile(r"[<>≤≥~≈]=?\s*[-+]?[.,]?\d.*"),
+    "is a bound or an estimate, not a value": re.compile(rf"{_ABOUT}\s*[-+]?[.,]?\d.*"),
     "is a range, not a value": re.compile(r"[-+]?(?=[\d.]*\.)[\d.]+\s*(?:[-–—]|to|\.\.+)\s*[\d.]+.*"),
     "has a space or an underscore in it": re.compile(r"[-+]?[1-9]\d{0,2}([ _]\d{3})+([.,]\d*)?|[-+]\s+\d.*"),
     "has a power of ten in words": re.compile(rf"{_NUMBER}\s*[×x*·]\s*10.*"),
+    "has a raised digit, a power or a footnote": re.compile(rf"{_NUMBER}[{_RAISED}]+"),
+    "has the mark of a footnote": re.compile(rf"{_NUMBER}\s*[*†‡§¶#]+"),
+    "has an uncertainty in percent, of the value or as the value": re.compile(rf"{_NUMBER}\s*(?:±|\+/-|\+-).*%"),
 }
+_MONTHS = (
+    "jan|feb|mar|mär|mrz|apr|avr|abr|may|mai|mag|jun|jui|giu|jul|lug|aug|aoû|ago|sep|set|o[ck]t|ott|nov|de[cz]|déc|dic"
+)
+_DATE = re.compile(
+    rf"\d{{1,4}}[-./]\d{{1,2}}[-./]\d{{1,4}}([ T].*)?|\d{{1,2}}/\d{{1,2}}|\d+:\d\d(:\d\d)?"
+    rf"|\d{{1,2}}[-./ ]{{1,2}}({_MONTHS})\w*\.?([-./ ]+\d{{2,4}})?"
+    rf"|({_MONTHS})\w*[-./ ]+\d{{2,4}}",
+    re.IGNORECASE,
+)
+"""What spreadsheets make of 1.5 or 2/1: 01.Mai, 2-Jan, Jan 63, 2024-05-01."""
+_ASCII = str.maketrans("０１２３４５６７８９．，＋−％", "0123456789.,+-%")
 _PLAINLY = "write a plain number such as -1.5e3, or leave the cell empty"
 
 
@@ -104,8 +125,11 @@ class Numbers:
         return text in self.unread or not math.isnan(self.read[text].value)
 
 
-def plain_numbers(texts: pa.Array) -> pa.Array | None:
-    """Return stripped texts as numbers where each is empty or a plain finite number; None where one isn't."""
+def plain_numbers(texts: pa.Array, *, commas: bool = False) -> pa.Array | None:
+    """Return stripped texts as numbers where each is empty or a plain finite number; None where one isn't, or may have
+    a point that divides thousands, as in a table with decimal commas."""
+    if commas and pc.any(pc.match_substring_regex(texts, TWO_WAYS_POINT)).as_py():
+        return None
     known = pc.if_else(pc.equal(texts, ""), None, texts)
     try:
         numbers = known.cast(pa.float64())
@@ -125,7 +149,12 @@ class _Parts(NamedTuple):
 
 
 def read_numbers(
-    counts: Mapping[str, int], unit: str | None = None, *, numbers: int = 0, commas: bool = False
+    counts: Mapping[str, int],
+    unit: str | None = None,
+    *,
+    numbers: int = 0,
+    commas: bool = False,
+    others_have_commas: bool = False,
 ) -> Numbers | None:
     """Decide how the texts of a column are read; None where they stay texts.
 
@@ -137,12 +166,16 @@ def read_numbers(
         unit: that the header states.
         numbers: how many further cells are numbers already.
         commas: whether decimal commas are read.
+        others_have_commas: whether other columns of the table have decimal commas.
 
     Raises:
         CellError: a cell can't be read without guessing.
     """
     parts, words = _sorted_out(counts)
     there, other = sum(counts[text] for text in parts) + numbers, sum(counts[text] for text in words)
+    dates = [text for text in words if _DATE.fullmatch(_clean(text))] if there else []
+    if dates and (made := sum(counts[text] for text in dates)) + there >= other - made:
+        raise CellError(dates[0], "a date among numbers, which spreadsheets make of 1.5 or 2-1; restore the number")
     empty = all(not text.strip() for text in counts)
     if unit is None and not empty and (there < max(other, 1) or (not numbers and _are_codes(parts.values()))):
         return None
@@ -156,6 +189,8 @@ def read_numbers(
         if found.odd:
             raise CellError(text, f"which {found.odd}; {_PLAINLY}")
     comma = commas and any(_has_decimal_comma(found.number) for found in parts.values())
+    if commas and others_have_commas and not comma:
+        comma = _follows(parts)
     unit = _unit_of(parts, unit, bool(numbers))
     read = {
         text: _read(text, parts[text], comma) if text in parts else NO_VALUE for text in counts if text not in words
@@ -182,8 +217,9 @@ def _sorted_out(counts: Mapping[str, int]) -> tuple[dict[str, _Parts], list[str]
 
 
 def _clean(text: str) -> str:
-    clean = text.strip().replace("−", "-")
-    return re.sub(r"^–(?=[.,]?\d)", "-", clean)
+    clean = text.strip().translate(_ASCII)
+    clean = re.sub(rf"^'(?=[-+{_MINUS}]?[.,]?\d)", "", clean)  # so spreadsheets mark a text
+    return re.sub(rf"^[{_MINUS}](?=[.,]?\d)", "-", clean)
 
 
 def _parts_of(clean: str) -> _Parts | None:
@@ -213,6 +249,30 @@ def _is_number(text: str) -> bool:
 def _has_decimal_comma(number: str) -> bool:
     plain = "," in number and _COMMA.fullmatch(number) and not _TWO_WAYS.fullmatch(number)
     return bool(plain or ("," in number and _GROUPED[","].fullmatch(number) and not _GROUPED["."].fullmatch(number)))
+
+
+def has_decimal_comma(texts: Iterable[str]) -> bool:
+    """Say whether any text is a number with a decimal comma."""
+    found = (_parts_of(_clean(text)) for text in texts if "," in text)
+    return any(parts is not None and not parts.odd and _has_decimal_comma(parts.number) for parts in found)
+
+
+def _follows(parts: Mapping[str, _Parts]) -> bool:
+    """Say whether a column without decimal commas is read as the others of its table, which have some.
+
+    Raises:
+        CellError: its points may divide thousands.
+    """
+    numbers = [(text, part) for text, found in parts.items() for part in (found.number, found.uncertainty) if part]
+    points = [(text, number) for text, number in numbers if "." in number and _POINT.fullmatch(number)]
+    if points and all(re.match(TWO_WAYS_POINT, number) for _, number in points):
+        text, number = points[0]
+        raise CellError(
+            text,
+            "whose point may divide thousands, for other columns have decimal commas; write "
+            f"{number.replace('.', '')} or {number.replace('.', ',')}",
+        )
+    return not points
 
 
 def _are_codes(parts: Collection[_Parts]) -> bool:
@@ -260,6 +320,8 @@ def _value(text: str, number: str, comma: bool) -> float:
         return float(re.sub(r"[^\d+-]", "", whole) + (f".{decimals}" if mark else ""))
     if comma:
         raise CellError(text, f"which has no decimal comma as others have; {_PLAINLY}")
+    if "," not in number:
+        raise CellError(text, f"whose points seem to divide thousands; {_PLAINLY}")
     raise CellError(
         text,
         "which has a comma that may be a decimal one or divide thousands; write decimal points and no commas, or save "

@@ -92,10 +92,10 @@ def _block_with_atoms(text: str, notes: list[str]) -> Tags:
 def _tags(block: Any) -> Tags:
     tags: Tags = {}
     for item in block:
-        if item.pair is not None:
-            names, values = item.pair[:1], item.pair[1:]
-        elif item.loop is not None:
-            names, values = item.loop.tags, item.loop.values
+        if (pair := item.pair) is not None:
+            names, values = pair[:1], pair[1:]
+        elif (loop := item.loop) is not None:
+            names, values = loop.tags, loop.values
         else:
             continue
         for j, name in enumerate(names):
@@ -220,7 +220,7 @@ def _symmetry(tags: Tags, lattice: NDArray[np.float64], notes: list[str]) -> tup
         if not any(map(_text, triplets)):
             raise DataError("its list of symmetry operations is empty")
         operations = _listed(tuple(triplets))
-        if len(operations.rotations) > 1 and not fits(operations.rotations, lattice):
+        if not fits(operations, lattice):
             raise DataError(
                 "its symmetry operations don't fit its cell; write it with operations in the cell's own setting"
             )

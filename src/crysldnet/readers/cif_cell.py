@@ -46,7 +46,7 @@ def expand(sites: Sites, operations: Operations, lattice: NDArray[np.float64], n
     Raises:
         DataError: two sites give the same atom, or there are too many.
     """
-    rotations, translations, _ = operations
+    rotations, translations = operations[:2]
     numbers, frac_coords = sites
     count = len(rotations)
     if len(numbers) * count > 4_000_000 or len(numbers) >= 1 << 14:
@@ -58,7 +58,9 @@ def expand(sites: Sites, operations: Operations, lattice: NDArray[np.float64], n
     # the offset keeps decimal fractions and multiples of 1/24 off the borders between steps
     step = np.floor((images - np.floor(images)) * _GRID + 0.3779645).astype(np.int64) % _GRID
     keys = ((step[..., 0] * _GRID + step[..., 1]) * _GRID + step[..., 2]).reshape(-1)
-    _, first = np.unique(keys, return_index=True)
+    order = keys.argsort(kind="stable")
+    ordered = keys[order]
+    first = order[np.concatenate([[True], ordered[1:] != ordered[:-1]])]
     first.sort()
     if len(first) != (count // multiplicity).sum():
         raise DataError(
@@ -78,7 +80,8 @@ def _images(
     """Return the images [S, M, 3] of sites, and how many of them are the same atom."""
     images = np.einsum("mij,sj->smi", rotations, frac_coords) + translations
     near = images - np.rint(images - frac_coords[:, None])  # the copy of each image that is nearest to its site
-    stays = np.linalg.norm((near - frac_coords[:, None]) @ lattice, axis=2) < _SAME
+    away = (near - frac_coords[:, None]) @ lattice
+    stays = (away * away).sum(axis=2) < _SAME**2
     multiplicity = stays.sum(axis=1)
     special = multiplicity > 1
     if special.any():

@@ -21,11 +21,13 @@ MAX_OPERATIONS = 8 * 192
 
 
 class Operations(NamedTuple):
-    """Rotations [M, 3, 3] and translations [M, 3] of a space group, and its number."""
+    """Rotations [M, 3, 3] and translations [M, 3] of a space group, its number, and what the rotations change of the
+    metric of a lattice, a matrix [U, 9]."""
 
     rotations: NDArray[np.float64]
     translations: NDArray[np.float64]
     number: int
+    strain: NDArray[np.float64]
 
 
 class Named(NamedTuple):
@@ -39,7 +41,15 @@ class Named(NamedTuple):
         return " ".join(filter(None, self))
 
 
-IDENTITY = Operations(np.eye(3)[None], np.zeros((1, 3)), 1)
+def _operations(rotations: NDArray, translations: NDArray, number: int) -> Operations:
+    """Prepare operations, once for all files that list them."""
+    unlike = np.unique(rotations.reshape(-1, 9), axis=0).reshape(-1, 3, 3)  # centring repeats rotations
+    strain = np.einsum("mki,mlj->mijkl", unlike, unlike) - np.eye(9).reshape(3, 3, 3, 3)
+    strain = (strain + strain.swapaxes(3, 4)).reshape(-1, 9) / 2  # the metric is symmetric
+    return Operations(rotations, translations, number, np.unique(strain[np.any(strain, axis=1)], axis=0))
+
+
+IDENTITY = _operations(np.eye(3)[None], np.zeros((1, 3)), 1)
 
 
 @lru_cache(512)
@@ -62,10 +72,10 @@ def listed(triplets: tuple[str, ...]) -> Operations:
     rotations, translations = _arrays(operations)
     tabulated = gemmi.find_spacegroup_by_ops(gemmi.GroupOps(operations))
     if tabulated is not None and len(tabulated.operations()) == len(operations):
-        return Operations(rotations, translations, tabulated.number)
+        return _operations(rotations, translations, tabulated.number)
     if not _is_group(rotations, translations):
         raise DataError("its symmetry operations don't form a group; write it with all operations, x,y,z included")
-    return Operations(rotations, translations, _number_of(rotations, translations))
+    return _operations(rotations, translations, _number_of(rotations, translations))
 
 
 def _arrays(operations: list[gemmi.Op]) -> tuple[NDArray, NDArray]:
@@ -97,10 +107,10 @@ def _number_of(rotations: NDArray, translations: NDArray) -> int:
     return 0 if found is None else found.number
 
 
-def fits(rotations: NDArray, lattice: NDArray[np.float64]) -> bool:
+def fits(operations: Operations, lattice: NDArray[np.float64]) -> bool:
     """Return whether all rotations map the lattice onto itself."""
     metric = lattice @ lattice.T
-    return bool(np.abs(rotations.transpose(0, 2, 1) @ metric @ rotations - metric).max() <= 0.02 * metric.max())
+    return bool(np.abs(operations.strain @ metric.reshape(9)).max(initial=0.0) <= 0.02 * metric.max())
 
 
 @lru_cache(512)
@@ -117,7 +127,7 @@ def numbers_of(named: Named) -> frozenset[int]:
 
 def settings_of(named: Named, lattice: NDArray[np.float64]) -> list[Operations]:
     """Return the settings of a space group that agree with all parts of its name and fit the cell."""
-    return [setting for setting in _settings(named) if fits(setting.rotations, lattice)]
+    return [setting for setting in _settings(named) if fits(setting, lattice)]
 
 
 @lru_cache(512)
@@ -135,7 +145,7 @@ def _settings(named: Named) -> list[Operations]:
         table = [group for group in table if str(group.number) == named.number]
     settings: dict[bytes, Operations] = {}
     for group in table:
-        setting = Operations(*_arrays([*group.operations()]), group.number)
+        setting = _operations(*_arrays([*group.operations()]), group.number)
         settings.setdefault(np.sort(_keys(*setting[:2])).tobytes(), setting)
     return [*settings.values()]
 

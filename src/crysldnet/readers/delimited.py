@@ -25,6 +25,7 @@ class CsvRecords:
 
     Attributes:
         units: of the columns that state one.
+        delimiter: what separates the cells.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,7 +53,8 @@ class CsvRecords:
             with open_stream(self._path) as stream:
                 text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
                 first = text.readline(LIMIT)
-                reader = csv.reader(chain([first], text), delimiter=delimiter_of(first), strict=True)
+                self.delimiter = delimiter_of(first)
+                reader = csv.reader(chain([first], text), delimiter=self.delimiter, strict=True)
                 titles = [title.strip() for title in next(reader, [])]
                 yield titles, ((reader.line_num, cells) for cells in reader if any(cells))
         except UnicodeDecodeError as error:

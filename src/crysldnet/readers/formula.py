@@ -47,6 +47,8 @@ def _parsed(text: str, part: re.Pattern[str]) -> Formula:
 
 def formula_units(atoms: Formula, formula: Formula) -> float | None:
     """Return how many formula units atoms are, or None if they aren't in the formula's ratio."""
+    if atoms == formula:
+        return 1.0
     units = sum(atoms.values()) / sum(formula.values())
     fits = atoms.keys() == formula.keys() and all(abs(atoms[s] - units * formula[s]) < 0.02 * atoms[s] for s in atoms)
     return units if fits else None

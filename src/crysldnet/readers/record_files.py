@@ -189,6 +189,7 @@ class CsvReader(FileOfMany):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._records = CsvRecords(path)
+        self.decimal_commas = self._records.delimiter != ","
 
     def tasks(self, settings: Settings) -> Iterator[Task]:
         for piece in pieces(self._records.entries(), _size_of):

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from crysldnet.data.cells import MISSING_TEXT, CellError, plain_numbers, read_numbers
+from crysldnet.data.cells import MISSING_TEXT, CellError, has_decimal_comma, plain_numbers, read_numbers
 from crysldnet.data.schema import STRUCTURE_COLUMNS
 from crysldnet.data.units import name_and_unit
 from crysldnet.errors import DataError
 from crysldnet.readers.issues import ImportIssues
 from crysldnet.readers.structure_files import material_ids, without_suffix
-from crysldnet.readers.table_cells import read_cells
+from crysldnet.readers.table_cells import EXCEL, read_cells
 
 ID_COLUMNS = ("material_id", "id", "file", "filename", "name")
 
@@ -75,21 +75,23 @@ def read_targets(path: Path, ids: set[str], id_column: str | None, issues: Impor
     found = _rows_by_id(path, header, key, rows, ids, issues)
     columns: dict[str, pa.Array] = {}
     units: dict[str, str] = {}
-    for j, title in enumerate(header):
-        if j == key or not title:
-            continue
+    values = [j for j, title in enumerate(header) if j != key and title]
+    others_have = commas and path.suffix.lower() not in EXCEL  # where numbers are no texts
+    others_have = others_have and has_decimal_comma(row[j] for _, row in found.values() for j in values)
+    for j in values:
+        title = header[j]
         name, unit = name_and_unit(title)
         if unit is None and title[-1] in ")]":
             issues.note("columns end in brackets that hold no known unit; they are part of the name", title)
         texts = [row[j].strip() for _, row in found.values()]
-        if (numbers := plain_numbers(pa.array(texts, pa.string()))) is not None:
+        if (numbers := plain_numbers(pa.array(texts, pa.string()), commas=others_have)) is not None:
             issues.count(f"values of {name!r}", len(numbers) - numbers.null_count)
             columns[name] = numbers
             units |= {name: unit} if unit else {}
             continue
         cells = [(place, i, text) for (i, (place, _)), text in zip(found.items(), texts, strict=True)]
         try:
-            read, unit = _columns(name, unit, cells, commas, issues)
+            read, unit = _columns(name, unit, cells, commas, others_have, issues)
         except CellError as error:
             place = next(place for place, _, text in cells if text == error.text)
             raise DataError(f"{path.parent / place}: {title!r} has {error.text!r}, {error.reason}") from error
@@ -224,11 +226,16 @@ def _spellings(written: str) -> Iterator[str]:
 
 
 def _columns(
-    name: str, unit: str | None, cells: list[tuple[str, str, str]], commas: bool, issues: ImportIssues
+    name: str,
+    unit: str | None,
+    cells: list[tuple[str, str, str]],
+    may_have_commas: bool,
+    others_have_commas: bool,
+    issues: ImportIssues,
 ) -> tuple[dict[str, pa.Array], str | None]:
     """Make a column of numbers, with one of their uncertainties where there are any, or a column of texts."""
     texts = [text for *_, text in cells]
-    numbers = read_numbers(Counter(texts), unit, commas=commas)
+    numbers = read_numbers(Counter(texts), unit, commas=may_have_commas, others_have_commas=others_have_commas)
     if numbers is None:
         missing = [text in MISSING_TEXT for text in texts]
         for text in (text for text, gone in zip(texts, missing, strict=True) if gone):

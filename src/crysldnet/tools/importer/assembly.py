@@ -27,14 +27,14 @@ _ATOMS = 1_000_000
 class Plan:
     """How pieces are put together: which columns of which type, and which ids are there more than once."""
 
-    def __init__(self, pieces: Iterable[Piece], about: Mapping[str, str]) -> None:
+    def __init__(self, pieces: Iterable[Piece], about: Mapping[str, str], *, commas: bool = False) -> None:
         self._pieces, self._about = pieces, about
         self._targets: Targets | None = None
         self._dropped: dict[str, str] = {}
         self.units: dict[str, str] = {}
         self._without_unit: dict[str, str] = {}
         """The first place that has values of a column and states no unit."""
-        self._columns = Columns(pieces)
+        self._columns = Columns(pieces, commas=commas)
         self._repeated = _repeated(self._look_at(piece) for piece in pieces)
 
     def _look_at(self, piece: Piece) -> list[str]:

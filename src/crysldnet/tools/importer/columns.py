@@ -15,6 +15,7 @@ from crysldnet.data.cells import (
     MISSING_TEXT,
     CellError,
     Numbers,
+    has_decimal_comma,
     plain_numbers,
     read_numbers,
 )
@@ -32,10 +33,12 @@ class Columns:
 
     Args:
         pieces: all of them; they are gone through several times.
+        commas: whether decimal commas are read, because other characters separate the cells.
     """
 
-    def __init__(self, pieces: Iterable[Piece]) -> None:
-        self._pieces = pieces
+    def __init__(self, pieces: Iterable[Piece], *, commas: bool = False) -> None:
+        self._pieces, self._commas = pieces, commas
+        self._others_have_commas = False
         self.types: dict[str, list[pa.DataType]] = {}
         """The types that each column has in the pieces."""
         self.notes: list[tuple[str, str]] = []
@@ -82,10 +85,13 @@ class Columns:
         self._kinds = {name: common_type(found) for name, found in self.types.items() if name not in without}
         texts = [name for name, kind in self._kinds.items() if pa.types.is_string(kind)]
         likely = [name for name in texts if name in units or self._may_be_numbers(name)]
-        odd = {name for name, _, column in self._each(likely) if _holds_texts(column.type) and _numbers(column) is None}
-        self._numbers = {name: Numbers({}, units.get(name), frozenset()) for name in likely if name not in odd}
+        counted = self._counted(self._odd(likely))
+        self._others_have_commas = self._commas and any(map(has_decimal_comma, counted.values()))
+        if self._others_have_commas:
+            counted |= self._counted(self._odd([name for name in likely if name not in counted]))
+        self._numbers = {name: Numbers({}, units.get(name), frozenset()) for name in likely if name not in counted}
         self._all_plain = frozenset(self._numbers)
-        for name, counts in self._counted([name for name in likely if name in odd]).items():
+        for name, counts in counted.items():
             self._decide(name, counts, self._plain[name], units)
         mixed = [name for name in texts if self._plain[name] and name not in self._numbers]
         self.notes = [("columns mix numbers and text and were kept as text", name) for name in mixed]
@@ -93,6 +99,15 @@ class Columns:
     def _may_be_numbers(self, name: str) -> bool:
         like = self._alike[name] + self._plain[name]
         return like > 0 and like >= self._texts[name] - self._alike[name]
+
+    def _odd(self, names: Sequence[str]) -> list[str]:
+        """Return the columns whose texts aren't all plain numbers."""
+        odd = {
+            name
+            for name, _, column in self._each(names)
+            if _holds_texts(column.type) and _numbers(column, commas=self._others_have_commas) is None
+        }
+        return [name for name in names if name in odd]
 
     def _each(self, names: Sequence[str]) -> Iterator[tuple[str, pa.Table, pa.ChunkedArray]]:
         """Give some columns of each piece."""
@@ -110,7 +125,13 @@ class Columns:
 
     def _decide(self, name: str, counts: Mapping[str, int], plain: int, units: dict[str, str]) -> None:
         try:
-            numbers = read_numbers(counts, units.get(name), numbers=plain)
+            numbers = read_numbers(
+                counts,
+                units.get(name),
+                numbers=plain,
+                commas=self._commas,
+                others_have_commas=self._others_have_commas,
+            )
         except CellError as error:
             place = self._place_of(name, error.text)
             raise DataError(f"{place}: {name!r} has {error.text!r}, {error.reason}") from error
@@ -187,11 +208,11 @@ def _as_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column if pa.types.is_string(column.type) else column.cast(pa.string())
 
 
-def _numbers(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
-    """Return a column of texts as numbers where all are plain or null, otherwise None."""
+def _numbers(column: pa.ChunkedArray, *, commas: bool = False) -> pa.ChunkedArray | None:
+    """Return a column of texts as numbers where all are plain or null, otherwise None; see :func:`plain_numbers`."""
     if column.null_count == len(column):
         return pa.chunked_array([pa.nulls(len(column), pa.float64())])
-    return plain_numbers(_as_texts(column))
+    return plain_numbers(_as_texts(column), commas=commas)
 
 
 def _known(name: str, texts: pa.ChunkedArray, issues: ImportIssues) -> pa.ChunkedArray:

@@ -115,8 +115,9 @@ def import_crystals(
     issues = ImportIssues(strict := on_error == "raise")
     pieces = _read(readers, Settings(max_atoms, id_column, on_note, structure), strict, progress, workers)
     about = _about(readers) | dict(metadata or {})
+    commas = all(getattr(reader, "decimal_commas", False) for reader in readers)
     try:
-        read, kept = _spool_and_write(pieces, about, table, id_column, units or {}, out, overwrite, issues)
+        read, kept = _spool_and_write(pieces, about, commas, table, id_column, units or {}, out, overwrite, issues)
     except OSError as error:
         raise cannot_write(out, error) from error
     listed = (out.with_name(f"{out.name}.{kind}.csv") for kind in ("rejects", "notes"))
@@ -127,6 +128,7 @@ def import_crystals(
 def _spool_and_write(
     pieces: Iterator[Piece],
     about: Mapping[str, str],
+    commas: bool,
     targets: Path | None,
     id_column: str | None,
     units: Mapping[str, str],
@@ -139,7 +141,7 @@ def _spool_and_write(
     with closing(Spool(out.parent)) as spool:
         for piece in pieces:
             spool.append(piece)
-        plan = Plan(spool, about)
+        plan = Plan(spool, about, commas=commas)
         plan.join(None if targets is None else read_targets(targets, plan.ids(), id_column, issues), units)
         kept = write(plan.tables(issues), _open_output(out, overwrite), issues, out)
         return sum(piece.read for piece in spool), kept
