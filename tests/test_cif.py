@@ -173,6 +173,18 @@ def test_the_lattice_has_a_along_x_and_b_in_the_plane_of_x_and_y() -> None:
 
 TWO = ["Na1 0 0 0", "Cl1 .5 .5 .5"]
 REFUSED = {
+    "two_lists_of_operations": (
+        text_of(CUBIC, ["Na1 .1 .2 .3"], MIRROR, "loop_\n_space_group_symop_operation_xyz\nx,y,z\n-x,-y,-z"),
+        "two lists of symmetry operations that differ",
+    ),
+    "two_names": (
+        text_of(CUBIC, TWO, "_space_group_name_H-M_alt 'P m -3 m'\n_symmetry_space_group_name_H-M 'F m -3 m'"),
+        "names two space groups, P m -3 m and F m -3 m",
+    ),
+    "two_numbers": (
+        text_of(CUBIC, TWO, "_space_group_IT_number 221\n_symmetry_Int_Tables_number 225"),
+        "names two space groups, 221 and 225",
+    ),
     "tag_twice": (text_of(CUBIC, TWO, "_cell_length_a 5.5"), "_cell_length_a stands there twice"),
     "empty_operations": (text_of(CUBIC, TWO, "loop_\n_symmetry_equiv_pos_as_xyz"), "operations is empty"),
     "no_identity": (text_of(CUBIC, TWO, "loop_\n_symmetry_equiv_pos_as_xyz\n-x+1/2,y,z"), "don't form a group"),
@@ -350,6 +362,13 @@ def test_a_label_in_capitals_that_the_formula_does_not_decide_is_refused(formula
 def test_the_elements_that_a_file_lists_decide_labels_where_it_has_no_formula() -> None:
     crystal = read(text_of(CUBIC, ["CO1 0 0 0", "O1 .5 .5 0"], "loop_\n_atom_type_symbol\nCo2+\nO2-"))
     assert [site.specie.symbol for site in crystal] == ["Co", "O"]
+
+
+def test_a_name_and_operations_may_stand_there_twice_where_they_agree() -> None:
+    again = "loop_\n_space_group_symop_operation_xyz\n-X,Y,Z\nX+1,Y,Z"
+    assert_same(read(text_of(CUBIC, TWO, MIRROR, again)), read(text_of(CUBIC, TWO, MIRROR)))
+    names = "_space_group_name_H-M_alt 'P m -3 m'\n_symmetry_space_group_name_H-M Pm-3m"
+    assert_same(read(text_of(CUBIC, TWO, names)), read(text_of(CUBIC, TWO, "_symmetry_Int_Tables_number 221")))
 
 
 def test_only_a_tag_that_decides_on_the_crystal_must_not_stand_there_twice() -> None:

@@ -256,6 +256,12 @@ def test_one_reading_holds_for_all_pieces_of_an_import(tmp_path: Path, monkeypat
             import_crystals([*records[:6], crystal("x", gap=odd)], tmp_path / "y.store", workers=1)
 
 
+def test_what_is_no_record_in_a_list_of_records_is_rejected_alone(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps([crystal("a"), [], 3, None, [1], "x", crystal("b")]))
+    report = import_crystals(tmp_path / "x.json", tmp_path / "x.store", workers=1)
+    assert (report.kept, report.rejected) == (2, 5)
+
+
 def test_a_csv_of_crystals_is_read_as_a_table_of_properties_is(tmp_path: Path) -> None:
     cif = "data_x _cell_length_a 4 _cell_length_b 4 _cell_length_c 4 _cell_angle_alpha 90 _cell_angle_beta 90 "
     cif += (

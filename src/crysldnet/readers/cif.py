@@ -22,7 +22,16 @@ from crysldnet.data.elements import SYMBOLS
 from crysldnet.errors import DataError
 from crysldnet.graphs.crystals import MAX_FRACTION
 from crysldnet.readers.cif_cell import Cell, Sites, expand, gives_same
-from crysldnet.readers.cif_symmetry import IDENTITY, Named, Operations, fits, listed, numbers_of, settings_of
+from crysldnet.readers.cif_symmetry import (
+    IDENTITY,
+    Named,
+    Operations,
+    fits,
+    listed,
+    numbers_of,
+    same_settings,
+    settings_of,
+)
 from crysldnet.readers.formula import (
     Formula,
     elements_of_labels,
@@ -214,17 +223,26 @@ _FAULTS: dict[str, tuple[Callable[[str], bool], str]] = {
 
 def _symmetry(tags: Tags, lattice: NDArray[np.float64], notes: list[str]) -> tuple[Operations, Named | None]:
     """Return the operations that are listed, else those of the space group, and the name if the list contradicts it."""
-    named = Named(*(_first(tags, names).replace("_", "") for names in (_NAMES, _HALL, _TABLE_NUMBER)))
-    triplets = next((tags[name] for name in _OPERATIONS if name in tags), None)
-    if triplets is not None:
-        if not any(map(_text, triplets)):
-            raise DataError("its list of symmetry operations is empty")
-        operations = _listed(tuple(triplets))
+    named, again = (
+        Named(*(_first(tags, names[::step]).replace("_", "") for names in (_NAMES, _HALL, _TABLE_NUMBER)))
+        for step in (1, -1)
+    )
+    there = [tags[name] for name in _OPERATIONS if name in tags]
+    lists = [tuple(triplets) for triplets in there if any(map(_text, triplets))]
+    if there and not lists:
+        raise DataError("its list of symmetry operations is empty")
+    if lists:
+        operations, *others = map(_listed, lists)
+        if not all(map(operations.same_as, others)):
+            raise DataError("it has two lists of symmetry operations that differ; take the wrong one away")
         if not fits(operations, lattice):
             raise DataError(
                 "its symmetry operations don't fit its cell; write it with operations in the cell's own setting"
             )
-        return operations, (named if numbers_of(named) - {operations.number} else None)
+        wrong = (name for name in (named, again) if numbers_of(name) - {operations.number})
+        return operations, next(wrong, None)
+    if again != named and numbers_of(again) and not same_settings(named, again, lattice):
+        raise DataError(f"it names two space groups, {named} and {again}; take the wrong one away")
     if named.symbol or named.hall or named.number not in ("", "1"):
         notes.append(NOTE_SETTING)
         return _tabulated(named, lattice), None

@@ -29,6 +29,11 @@ class Operations(NamedTuple):
     number: int
     strain: NDArray[np.float64]
 
+    def same_as(self, other: Operations) -> bool:
+        """Say whether these are the operations of another list, up to lattice translations."""
+        keys = (np.sort(_keys(*operations[:2])) for operations in (self, other))
+        return np.array_equal(*keys)
+
 
 class Named(NamedTuple):
     """The space group that a file names: Hermann-Mauguin symbol, Hall symbol, number; "" where it doesn't."""
@@ -128,6 +133,12 @@ def numbers_of(named: Named) -> frozenset[int]:
 def settings_of(named: Named, lattice: NDArray[np.float64]) -> list[Operations]:
     """Return the settings of a space group that agree with all parts of its name and fit the cell."""
     return [setting for setting in _settings(named) if fits(setting, lattice)]
+
+
+def same_settings(one: Named, other: Named, lattice: NDArray[np.float64]) -> bool:
+    """Say whether two names stand for the same settings in a cell."""
+    found = [settings_of(named, lattice) for named in (one, other)]
+    return len(found[0]) == len(found[1]) and all(any(a.same_as(b) for b in found[1]) for a in found[0])
 
 
 @lru_cache(512)

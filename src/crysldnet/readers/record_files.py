@@ -61,7 +61,7 @@ class JsonReader(FileOfMany):
                 for key, is_element, value in top_level(stream):
                     members: dict[str | None, Any] = {None: value}
                     if is_element and isinstance(value, list):
-                        if not found:
+                        if "columns" not in head:
                             head["columns"] = self._columns()
                         members = {_index_of(head, found): _row_of(head["columns"], value)}
                     elif by_id and isinstance(value, Mapping):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -140,8 +141,8 @@ def _rows_by_id(
 
 
 def _bare(material_id: str) -> str:
-    """Return an id without what programs change in it: case, suffix, leading zeros."""
-    return re.sub(r"\.(0|[a-z]\w{0,6})$", "", material_id.casefold()).lstrip("0")
+    """Return an id without what programs change in it: case, suffix, leading zeros, composed characters."""
+    return re.sub(r"\.(0|[a-z]\w{0,6})$", "", unicodedata.normalize("NFKC", material_id).casefold()).lstrip("0")
 
 
 def _checked_header(path: Path, header: list[str], id_column: str | None) -> int | None:
