@@ -1,5 +1,7 @@
 """A model's file that isn't as this program writes it is refused in one sentence that names the file and the key."""
 
+import math
+import re
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +19,13 @@ from crysldnet.artifacts.calibration import Calibration, TargetCalibration
 from crysldnet.artifacts.ood import TrainingSet
 from crysldnet.data.datasets import open_store
 from crysldnet.encoders.protocol import Encoder
-from crysldnet.errors import CheckpointError
+from crysldnet.errors import CheckpointError, DataError
 from crysldnet.graphs.crystals import Crystals
 from crysldnet.models.head import PropertyModel
+from crysldnet.models.hybrid import TabularPart
+from crysldnet.tabular.kernel import KernelRidge
+from crysldnet.tabular.stack import Stack
+from crysldnet.tabular.trees import Trees
 from crysldnet.training.calibrate import UncertaintyInfo
 from encoders import CLASSES, SMALL, WIDTH
 
@@ -80,7 +86,7 @@ ODD = {
     "integers": (tensors("encoder", lambda t: t.to(torch.int8)), "is torch.int8, the model needs torch.float32"),
     "complex": (tensors("head", lambda t: t.to(torch.complex64)), "is torch.complex64, the model needs"),
     "width": (changed("encoder/width", 1_000_000), r"has shape \[\d+\], the model needs \[\d+\]"),
-    "no width": (changed("encoder/width", -5), "can't be built: .*negative dimension -5"),
+    "no width": (changed("encoder/width", -5), "can't be built: encoder: .*negative dimension -5"),
     "layers": (changed("encoder/layers", 10_000_000), "more parameters than the file's"),
     "k": (changed("encoder/k", 1_000_000), "k=1000000 isn't between 0 and 1000"),
     "a function": (changed("encoder", {"_target_": "os.system"}), "'os.system' is not on the list"),
@@ -101,8 +107,20 @@ ODD = {
     "two units": (changed("units", ["eV", "K"]), "1 targets, 2 units and 1 target_types"),
     "types as lists": (changed("target_types", [[1]]), "'target_types.0' can't be used"),
     "no types": (changed("target_types", []), "1 targets, 1 units and 0 target_types"),
-    "unknown type": (changed("target_types", [{"type": "colour"}]), "can't be built: no kind of target 'colour'"),
-    "unknown key of a type": (changed("target_types", [{"type": "number", "foo": 1}]), "can't be built: .*'foo'"),
+    "unknown type": (
+        changed("target_types", [{"type": "colour"}]),
+        r"target_types\.0: no kind of target 'colour'",
+    ),
+    "unknown key of a type": (changed("target_types", [{"type": "number", "foo": 1}]), r"target_types\.0: .*'foo'"),
+    "no list of classes": (changed("target_types", [{"type": "classes", "labels": "abc"}]), "no list of different"),
+    "a class twice": (
+        changed("target_types", [{"type": "classes", "labels": ["a", "a"]}]),
+        r"target_types\.0: .*labels",
+    ),
+    "a target twice": (
+        lambda info, _: info.update(targets=["a", "a"], units=["", ""], target_types=info["target_types"] * 2),
+        "a name stands twice among its targets",
+    ),
     "many classes": (
         changed("target_types", [{"type": "classes", "labels": [str(i) for i in range(10**5)]}]),
         r"the model needs \[100000",
@@ -146,6 +164,43 @@ def test_an_odd_file_is_refused_in_words_that_name_it_and_the_key(
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kilobytes"
+
+
+TREES = Trees(
+    roots=np.array([0], np.int32),
+    feature=np.array([0, -1, -1], np.int32),
+    threshold=np.zeros(3),
+    left=np.array([1, 0, 0], np.int32),
+    right=np.array([2, 0, 0], np.int32),
+    value=np.ones((3, 1)),
+    base=np.zeros(1),
+)
+ODD_PARTS: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], Any], str]] = {
+    "nan": (lambda state, _: state.update({"0.kernel.dual": state["0.kernel.dual"] * torch.nan}), "0.kernel.dual"),
+    "whole numbers": (lambda state, _: state.update({"0.trees.value": state["0.trees.value"].int()}), "0.trees.value"),
+    "shares": (lambda state, _: state.update({"0.trees.left": state["0.trees.left"].double()}), "0.trees.left"),
+    "a cycle": (lambda state, _: state.update({"0.trees.left": state["0.trees.left"] * 0}), "0.trees"),
+    "a square": (lambda state, _: state.update({"0.trees.roots": state["0.trees.roots"][None]}), "0.trees"),
+    "gone": (lambda state, _: state.pop("0.kernel.points"), "0.kernel"),
+    "a column less": (lambda _, plain: plain["descriptors"].pop(), "0.kernel"),
+    "text": (lambda _, plain: plain["targets"][0]["models"]["kernel"].update(ridge="x"), "0.kernel.ridge"),
+    "no weight": (lambda _, plain: plain["targets"][0]["weights"].pop("trees"), "0.weights"),
+    "nan weight": (lambda _, plain: plain["targets"][0]["weights"].update(trees=math.nan), "0.weights"),
+    "no mapping": (lambda _, plain: plain.update(targets=[3]), "tabular members are damaged"),
+    "unknown": (lambda _, plain: plain["targets"][0]["models"]["trees"].update(kind="os.system"), "0.trees"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_PARTS)
+def test_odd_tabular_members_are_refused_when_they_are_read(name: str) -> None:
+    kernel = KernelRidge(np.zeros(2), np.ones(2), np.ones(2), np.eye(2), np.ones((2, 1)), np.zeros(1), 0.1)
+    stack = Stack({"trees": TREES, "kernel": kernel}, {"trees": 0.5, "kernel": 0.5})
+    state, plain = TabularPart(("a", "b"), None, [stack]).to_file()
+    assert TabularPart.from_file(state, plain).stacks[0].predict(np.zeros((1, 2))).keys() == {"trees", "kernel"}
+    change, part = ODD_PARTS[name]
+    change(state, plain)
+    with pytest.raises(DataError, match=re.escape(part)):
+        TabularPart.from_file(state, plain)
 
 
 def test_the_file_that_these_are_made_of_is_read_and_other_precisions_too(

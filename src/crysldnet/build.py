@@ -198,7 +198,7 @@ def _call(function: Callable[..., Any], hints: dict[str, Any], values: dict, whe
             values[key] = _call(nested, _describe(nested)[2], dict(value), _join(where, key), {})
     try:
         return function(**values, **parts)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # torch raises the latter for sizes that no tensor has
         raise ConfigError(f"{where}: {error}" if where else str(error), where) from error
 
 

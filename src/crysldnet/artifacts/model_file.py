@@ -28,7 +28,7 @@ from crysldnet.data.fingerprint import RANKS, Fingerprints
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.errors import CheckpointError, DataError
 from crysldnet.io import whole_file
-from crysldnet.models.hybrid import HybridModel, TabularPart
+from crysldnet.models.hybrid import NETWORK, HybridModel, TabularPart
 from crysldnet.models.predictor import TargetModel
 
 FORMAT_VERSION = 4
@@ -162,7 +162,7 @@ def read_pretraining_set(path: str | os.PathLike[str], kind: Kind = "encoder") -
 def _read_all(path: str | os.PathLike[str], kind: Kind) -> tuple[dict[str, Any], dict[str, Tensor]]:
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+        raise CheckpointError(f"{path}: not a file" if path.exists() else f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -232,6 +232,8 @@ def _load_tabular(model: HybridModel, info: ModelInfo, path: Path) -> None:
         raise CheckpointError(f"{path}: {error}") from error
     if len(model.tabular.stacks) != len(model.targets):
         raise CheckpointError(f"{path}: it has tabular members of {len(model.tabular.stacks)} targets")
+    if len(model.networks) and any(NETWORK not in stack.weights for stack in model.tabular.stacks):
+        raise CheckpointError(f"{path}: its networks have no weight beside the tabular members")
 
 
 def load_property_models(path: str | os.PathLike[str]) -> list[tuple[TargetModel, dict[str, Any]]]:

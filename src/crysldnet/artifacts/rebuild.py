@@ -94,7 +94,9 @@ def build_model(info: ModelInfo, path: Path) -> TargetModel:
         raise ValueError(
             f"it has {len(info.targets)} targets, {len(info.units)} units and {len(described)} target_types"
         )
-    types = [make_target(description) for description in described]
+    if len(set(info.targets)) < len(info.targets):
+        raise ValueError("a name stands twice among its targets")
+    types = [_target(place, description) for place, description in enumerate(described)]
     if info.recipe == "network":
         return _build_network(info, types, path)
     return HybridModel(
@@ -110,6 +112,13 @@ def build_model(info: ModelInfo, path: Path) -> TargetModel:
 
 def _build_descriptors(info: ModelInfo) -> Descriptors | None:
     return Descriptors(info.descriptors, info.descriptor_units) if info.descriptors else None
+
+
+def _target(place: int, description: Mapping[str, Any]) -> TargetType:
+    try:
+        return make_target(description)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"target_types.{place}: {error}") from error
 
 
 def _build_network(info: ModelInfo, types: list[TargetType], path: Path) -> PropertyModel:

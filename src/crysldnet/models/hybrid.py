@@ -31,6 +31,7 @@ from crysldnet.models.predictor import Prediction, TargetModel
 from crysldnet.models.readout import mean_and_spread
 from crysldnet.models.targets import TargetType
 from crysldnet.tabular.arrays import from_arrays, to_arrays
+from crysldnet.tabular.kernel import KernelRidge
 from crysldnet.tabular.projection import Projection
 from crysldnet.tabular.stack import Stack
 
@@ -67,6 +68,20 @@ class TabularPart:
             return columns
         return np.concatenate([columns, self.projection(embedding)], axis=1)
 
+    def check(self) -> None:
+        """Check that the members read the columns that there are, and give the same outputs.
+
+        Raises:
+            DataError: naming the first that doesn't.
+        """
+        width = len(self.descriptors) + (0 if self.projection is None else self.projection.axes.shape[1])
+        for place, stack in enumerate(self.stacks):
+            sizes = {name: model.sizes for name, model in stack.models.items()}
+            for name, (columns, outputs) in sizes.items():
+                exact = isinstance(stack.models[name], KernelRidge)
+                if columns > width or (exact and columns < width) or outputs != next(iter(sizes.values()))[1]:
+                    raise DataError(f"its part '{place}.{name}' doesn't fit {width} columns, or the other members")
+
     def to_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what a file keeps: tensors by name, and plain values."""
         arrays: dict[str, NDArray] = {}
@@ -91,8 +106,10 @@ class TabularPart:
             known = plain["projection"]
             projection = None if known is None else from_arrays(arrays, known, "projection.")
             stacks = [Stack.from_arrays(arrays, own, f"{place}.") for place, own in enumerate(plain["targets"])]
-            return cls(tuple(plain["descriptors"]), projection, stacks)  # type: ignore[arg-type]
-        except (KeyError, TypeError, AttributeError) as error:
+            whole = cls(tuple(plain["descriptors"]), projection, stacks)  # type: ignore[arg-type]
+            whole.check()
+            return whole
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"its tabular members are damaged ({error}); export it again") from error
 
 

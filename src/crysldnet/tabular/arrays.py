@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -26,6 +27,22 @@ def to_arrays(model: Model | Projection, prefix: str) -> tuple[dict[str, NDArray
     return arrays, {"kind": kind, **{name: v for name, v in values.items() if not isinstance(v, np.ndarray)}}
 
 
+def _check(name: str, value: Any, kind: str) -> None:
+    """Refuse what can't be a field of this kind.
+
+    Raises:
+        DataError: naming it.
+    """
+    if not kind.startswith("NDArray"):
+        sound = isinstance(value, (int, float)) and math.isfinite(value)
+    else:
+        sound = isinstance(value, np.ndarray) and value.dtype.kind == ("i" if "int" in kind else "f")
+        # a tree may send everything to one side
+        sound = sound and (name.endswith(".threshold") or bool(np.isfinite(value).all()))
+    if not sound:
+        raise DataError(f"its part {name!r} isn't finite, or of another type; train or copy it again")
+
+
 def from_arrays(arrays: Mapping[str, NDArray], plain: Mapping[str, Any], prefix: str) -> Model | Projection:
     """Return the model that :func:`to_arrays` took apart.
 
@@ -38,6 +55,8 @@ def from_arrays(arrays: Mapping[str, NDArray], plain: Mapping[str, Any], prefix:
             field.name: plain[field.name] if field.name in plain else np.asarray(arrays[prefix + field.name])
             for field in fields(kind)
         }
+        for field in fields(kind):
+            _check(f"{prefix}{field.name}", values[field.name], str(field.type))
         return kind(**values)
     except (KeyError, ValueError, IndexError) as error:
         raise DataError(f"the model's part {prefix!r} is damaged ({error}); export it again") from error

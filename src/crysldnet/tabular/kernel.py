@@ -53,11 +53,14 @@ class KernelRidge:
 
     def __post_init__(self) -> None:
         n, d = self.points.shape
-        if any(a.shape != (d,) for a in (self.shift, self.scale, self.factor)) or self.dual.shape != (
-            n,
-            *self.mean.shape,
-        ):
+        fit = all(a.shape == (d,) for a in (self.shift, self.scale, self.factor))
+        if not fit or self.mean.ndim != 1 or self.dual.shape != (n, len(self.mean)):
             raise ValueError("these arrays don't make a kernel ridge regression")
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The number of features and of outputs."""
+        return self.points.shape[1], len(self.mean)
 
     def predict(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
         """Return [B, T] the predictions for features [B, D]."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from crysldnet.errors import DataError
 from crysldnet.tabular.arrays import Model, from_arrays, to_arrays
 from crysldnet.tabular.blend import FOLDS, blend_weights, group_folds
 from crysldnet.tabular.members import MEMBERS, Baseline, fit_members
@@ -57,7 +58,10 @@ class Stack:
             DataError: an array or value is missing, or they don't fit together.
         """
         models = {name: from_arrays(arrays, of, f"{prefix}{name}.") for name, of in plain["models"].items()}
-        return cls(models, dict(plain["weights"]))  # type: ignore[arg-type]
+        weights = {name: float(weight) for name, weight in plain["weights"].items()}
+        if not models.keys() <= weights.keys() or not all(0 <= weight <= 1 + 1e-6 for weight in weights.values()):
+            raise DataError(f"its part '{prefix}weights' isn't a weight from 0 to 1 of each of {', '.join(models)}")
+        return cls(models, weights)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,9 @@ class Trees:
     base: NDArray[np.float64]
 
     def __post_init__(self) -> None:
+        lists = (self.roots, self.feature, self.threshold, self.left, self.right, self.base)
+        if any(array.ndim != 1 for array in lists):
+            raise ValueError("these arrays aren't trees: they are lists of numbers")
         nodes = np.arange(len(self.feature))
         inner = self.feature >= 0
         children = np.stack([self.left[inner], self.right[inner]])
@@ -51,6 +54,11 @@ class Trees:
             or (children >= len(nodes)).any()
         ):
             raise ValueError("these arrays aren't trees: a node's children must exist and come after it")
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The least number of features, and the number of outputs."""
+        return int(self.feature.max(initial=-1)) + 1, len(self.base)
 
     def predict(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
         """Return [B, T] the predictions for features [B, D]."""

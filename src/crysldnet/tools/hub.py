@@ -12,7 +12,7 @@ from typing import Any
 from crysldnet.artifacts import model_file, weights
 from crysldnet.console import escaped, note, print_table
 from crysldnet.errors import CheckpointError
-from crysldnet.io import whole_file, write_atomically
+from crysldnet.io import cannot_write, replacing
 
 DESCRIPTION = """\
 List the encoders that have a name, show their model cards, and exchange encoders with the Hugging Face hub.
@@ -78,14 +78,14 @@ def list_them() -> None:
     rows = []
     for name, file in weights.named_encoders().items():
         info, state = model_file.read(file, "encoder")
-        seen = info["provenance"].get("train_crystals")
+        seen = _of(info, "provenance").get("train_crystals")
         rows.append(
             [
                 name,
-                info["encoder"]["_target_"].rpartition(".")[2],
+                str(_of(info, "encoder").get("_target_")).rpartition(".")[2],
                 f"{sum(t.numel() for t in state.values()):,}",
                 f"{file.stat().st_size / 1e6:.1f} MB",
-                "not known" if seen is None else f"{seen:,}",
+                f"{seen:,}" if isinstance(seen, int) else "not known",
                 "with the package" if file.parent == weights.SHIPPED else str(file.parent),
             ]
         )
@@ -95,12 +95,22 @@ def list_them() -> None:
     print_table("", ["name", "encoder", "parameters", "size", "pretrained on", "where"], rows)
 
 
+def _of(info: dict[str, Any], part: str) -> dict[str, Any]:
+    """Return a part of what a file says of itself; nothing where that is none."""
+    found = info.get(part)
+    return found if isinstance(found, dict) else {}
+
+
 def _hub() -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
         raise CheckpointError('the hub needs huggingface_hub: pip install "crysldnet[hub]"') from error
     return huggingface_hub
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _check_repository(repository: str) -> None:
@@ -130,12 +140,16 @@ def pull(repository: str, name: str | None = None, revision: str | None = None) 
     try:
         files = {file: Path(hub.hf_hub_download(repository, file, revision=revision)) for file in (FILE, CARD)}
     except Exception as error:  # the hub's own errors, of many kinds
-        raise CheckpointError(f"{repository}: can't be fetched from the hub: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{repository}: can't be fetched from the hub: {_first_line(error)}") from error
     model_file.load_encoder(files[FILE])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out.with_suffix(".md"), files[CARD].read_text(encoding="utf-8"))
-    with whole_file(out) as file:
-        file.write(files[FILE].read_bytes())
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(out.parent, error) from error
+    with replacing(out) as partial:
+        partial.write_bytes(files[FILE].read_bytes())
+        with replacing(out.with_suffix(".md")) as card:
+            card.write_bytes(files[CARD].read_bytes())
     note(f"{repository} is here as {name}: use pretrained={name}")
     return out
 
@@ -163,7 +177,7 @@ def push(file: Path, repository: str, license: str) -> None:
         operations = [hub.CommitOperationAdd(FILE, file.read_bytes()), hub.CommitOperationAdd(CARD, card.encode())]
         api.create_commit(repository, operations, commit_message=f"Upload {file.stem}")
     except Exception as error:
-        raise CheckpointError(f"{repository}: the hub refuses it: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{repository}: the hub refuses it: {_first_line(error)}") from error
     note(f"{file} is shared as {repository}")
 
 
@@ -173,7 +187,7 @@ def _card(file: Path, info: dict[str, Any], license: str) -> str:
     own = weights.card_of(file)
     if own is not None:
         return header + re.sub(r"\A---\n.*?\n---\n\s*", "", own, flags=re.DOTALL)
-    about = info["provenance"]
+    about = _of(info, "provenance")
     lines = [
         f"# {os.fspath(file.stem)}",
         "",

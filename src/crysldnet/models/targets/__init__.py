@@ -77,10 +77,13 @@ def make_target(description: Mapping[str, Any]) -> TargetType:
     """Make a kind of target from what it says of itself.
 
     Raises:
-        ValueError: there is no such kind.
+        ValueError: there is no such kind, or its classes have no names of their own.
     """
     values = dict(description)
     kind = values.pop("type")
     if kind == Classes.name:
-        return Classes(tuple(values["labels"]))
+        labels = values["labels"]
+        if not isinstance(labels, (list, tuple)) or len(set(map(str, labels))) < len(labels):
+            raise ValueError("its labels are no list of different names")
+        return Classes(tuple(labels))
     return make_number(kind, **values) if kind == "non_negative" else find_type(kind)(**values)
