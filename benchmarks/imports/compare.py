@@ -1,6 +1,6 @@
 """Measure importing against another checkout: CPU time of each format, interleaved.
 
-python -m benchmarks.imports.compare FOLDER [--crystals N] [--rounds N] [--of PARQUET]
+python -m benchmarks.imports.compare [--of PARQUET] [--crystals N] [--rounds N] FOLDER
 
 FOLDER is a checkout of another commit. One process of each imports the same files in turn, each first in every other
 round; the ratio is that of the CPU times within a round, so other programs on the machine change it little. With --of
@@ -139,7 +139,7 @@ def main() -> None:
             metric=f"CPU time over that at {before}",
             unit="1",
             data=f"{settings.crystals} crystals of {settings.of.stem if settings.of else 'embedded:mp_starter'}",
-            command="python -m benchmarks.imports.compare FOLDER" + (" --of PARQUET" if settings.of else ""),
+            command=f"python -m benchmarks.imports.compare {'--of PARQUET ' if settings.of else ''}FOLDER",
             commit=commit,
         )
         for name, values in ratios.items()

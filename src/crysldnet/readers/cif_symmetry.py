@@ -30,9 +30,9 @@ class Operations(NamedTuple):
     strain: NDArray[np.float64]
 
     def same_as(self, other: Operations) -> bool:
-        """Say whether these are the operations of another list, up to lattice translations."""
-        keys = (np.sort(_keys(*operations[:2])) for operations in (self, other))
-        return np.array_equal(*keys)
+        """Return whether these are the operations of another list, up to lattice translations."""
+        own, others = (np.sort(_keys(*operations[:2])) for operations in (self, other))
+        return np.array_equal(own, others)
 
 
 class Named(NamedTuple):
@@ -136,7 +136,7 @@ def settings_of(named: Named, lattice: NDArray[np.float64]) -> list[Operations]:
 
 
 def same_settings(one: Named, other: Named, lattice: NDArray[np.float64]) -> bool:
-    """Say whether two names stand for the same settings in a cell."""
+    """Return whether two names stand for the same settings in a cell."""
     found = [settings_of(named, lattice) for named in (one, other)]
     return len(found[0]) == len(found[1]) and all(any(a.same_as(b) for b in found[1]) for a in found[0])
 
