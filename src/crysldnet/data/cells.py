@@ -252,13 +252,13 @@ def _has_decimal_comma(number: str) -> bool:
 
 
 def has_decimal_comma(texts: Iterable[str]) -> bool:
-    """Say whether any text is a number with a decimal comma."""
+    """Return whether any text is a number with a decimal comma."""
     found = (_parts_of(_clean(text)) for text in texts if "," in text)
     return any(parts is not None and not parts.odd and _has_decimal_comma(parts.number) for parts in found)
 
 
 def _follows(parts: Mapping[str, _Parts]) -> bool:
-    """Say whether a column without decimal commas is read as the others of its table, which have some.
+    """Return whether a column without decimal commas is read as the others of its table, which have some.
 
     Raises:
         CellError: its points may divide thousands.

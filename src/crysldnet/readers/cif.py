@@ -29,6 +29,7 @@ from crysldnet.readers.cif_symmetry import (
     fits,
     listed,
     numbers_of,
+    only_setting,
     same_settings,
     settings_of,
 )
@@ -245,7 +246,7 @@ def _symmetry(tags: Tags, lattice: NDArray[np.float64], notes: list[str]) -> tup
         raise DataError(f"it names two space groups, {named} and {again}; take the wrong one away")
     if named.symbol or named.hall or named.number not in ("", "1"):
         notes.append(NOTE_SETTING)
-        return _tabulated(named, lattice), None
+        return only_setting(named, lattice), None
     for tag in filter(_SYMMETRY.search, tags):
         if "".join((stated := _first(tags, (tag,))).split()).upper() not in _NO_SYMMETRY:
             raise DataError(f"its symmetry isn't understood ({tag} {stated})")
@@ -256,19 +257,6 @@ def _symmetry(tags: Tags, lattice: NDArray[np.float64], notes: list[str]) -> tup
 @lru_cache(512)
 def _listed(triplets: tuple[str, ...]) -> Operations:
     return listed(tuple(map(_text, triplets)))
-
-
-def _tabulated(named: Named, lattice: NDArray[np.float64]) -> Operations:
-    """Return the operations of the one tabulated setting that has this name and fits the cell."""
-    settings = settings_of(named, lattice)
-    if not settings:
-        raise DataError(f"its symmetry isn't understood ({named}): write it with its symmetry operations")
-    if len(settings) > 1:
-        raise DataError(
-            f"its space group ({named}) has {len(settings)} settings that fit its cell, and it doesn't say which it "
-            "is in; write it with its symmetry operations"
-        )
-    return settings[0]
 
 
 def _decided(

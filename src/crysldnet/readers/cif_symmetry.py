@@ -135,6 +135,19 @@ def settings_of(named: Named, lattice: NDArray[np.float64]) -> list[Operations]:
     return [setting for setting in _settings(named) if fits(setting, lattice)]
 
 
+def only_setting(named: Named, lattice: NDArray[np.float64]) -> Operations:
+    """Return the operations of the one tabulated setting that has this name and fits the cell."""
+    settings = settings_of(named, lattice)
+    if not settings:
+        raise DataError(f"its symmetry isn't understood ({named}): write it with its symmetry operations")
+    if len(settings) > 1:
+        raise DataError(
+            f"its space group ({named}) has {len(settings)} settings that fit its cell, and it doesn't say which it "
+            "is in; write it with its symmetry operations"
+        )
+    return settings[0]
+
+
 def same_settings(one: Named, other: Named, lattice: NDArray[np.float64]) -> bool:
     """Return whether two names stand for the same settings in a cell."""
     found = [settings_of(named, lattice) for named in (one, other)]

@@ -115,9 +115,8 @@ def import_crystals(
     issues = ImportIssues(strict := on_error == "raise")
     pieces = _read(readers, Settings(max_atoms, id_column, on_note, structure), strict, progress, workers)
     about = _about(readers) | dict(metadata or {})
-    commas = all(getattr(reader, "decimal_commas", False) for reader in readers)
     try:
-        read, kept = _spool_and_write(pieces, about, commas, table, id_column, units or {}, out, overwrite, issues)
+        read, kept = _write_all(pieces, about, _with_commas(readers), table, id_column, units, out, overwrite, issues)
     except OSError as error:
         raise cannot_write(out, error) from error
     listed = (out.with_name(f"{out.name}.{kind}.csv") for kind in ("rejects", "notes"))
@@ -125,13 +124,13 @@ def import_crystals(
     return ImportReport(kept, read - kept, issues.notes, out, rejects, notes, issues.unused)
 
 
-def _spool_and_write(
+def _write_all(
     pieces: Iterator[Piece],
     about: Mapping[str, str],
     commas: bool,
     targets: Path | None,
     id_column: str | None,
-    units: Mapping[str, str],
+    units: Mapping[str, str] | None,
     out: Path,
     overwrite: bool,
     issues: ImportIssues,
@@ -142,9 +141,14 @@ def _spool_and_write(
         for piece in pieces:
             spool.append(piece)
         plan = Plan(spool, about, commas=commas)
-        plan.join(None if targets is None else read_targets(targets, plan.ids(), id_column, issues), units)
+        plan.join(None if targets is None else read_targets(targets, plan.ids(), id_column, issues), units or {})
         kept = write(plan.tables(issues), _open_output(out, overwrite), issues, out)
         return sum(piece.read for piece in spool), kept
+
+
+def _with_commas(readers: Sequence[Reader]) -> bool:
+    """Return whether numbers may have decimal commas, since commas separate no cells in any of the sources."""
+    return all(getattr(reader, "decimal_commas", False) for reader in readers)
 
 
 def _about(readers: Sequence[Reader]) -> dict[str, str]:
