@@ -1,6 +1,17 @@
-"""What differs from one machine to another: devices and memory."""
+"""What differs from one machine to another: devices, memory, locks, users.
+
+Nothing else in the package imports modules that only POSIX systems have.
+"""
 
 from __future__ import annotations
+
+import errno
+import math
+import os
+import stat
+import sys
+from pathlib import Path
+from typing import TextIO
 
 _OF_THE_CPU = ("can't allocate memory", "not enough memory: you tried to allocate")
 """What torch's allocator for CPUs says."""
@@ -19,3 +30,47 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory ran out, of a GPU or of the machine."""
     named = type(error).__name__ == "OutOfMemoryError"  # torch's, which needn't be imported for this
     return isinstance(error, MemoryError) or named or any(text in str(error) for text in _OF_THE_CPU)
+
+
+def peak_memory_mb() -> float:
+    """Return the most memory that this process has used so far, in MiB; NaN where the system doesn't tell.
+
+    Linux counts what the parent used before it started this process into ``getrusage``, so that isn't asked there.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        if "VmHWM" in lines:
+            return int(lines["VmHWM"].split()[0]) / 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
+
+
+def lock(file: TextIO) -> bool:
+    """Lock a file for this process until it closes that; return False where another process has done so.
+
+    Raises:
+        OSError: the file system, or on Windows the system, has no such locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)) from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        return False
+    return True
+
+
+def is_own(folder: Path) -> bool:
+    """Return whether a folder is this user's, and nobody else can write to it; False where the system doesn't tell."""
+    if not hasattr(os, "getuid"):
+        return False
+    about = folder.lstat()
+    return stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and not about.st_mode & 0o022

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 import tempfile
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from crysldnet.data.store import CrystalStore
 from crysldnet.graphs.spec import GraphSpec
+from crysldnet.platforms import is_own
 
 PORTION = 1024
 """Crystals whose graphs are built together."""
@@ -26,7 +26,7 @@ def edge_counts(store: CrystalStore, rows: NDArray[np.int64], graph: GraphSpec) 
     Where nothing can be written there, or the folder is another user's, every process counts.
     """
     key = hashlib.sha256(f"{store.hash} {graph}".encode() + np.ascontiguousarray(rows).tobytes()).hexdigest()[:32]
-    file = Path(tempfile.gettempdir()) / f"crysldnet-{os.getuid()}" / f"edges-{key}.npy"
+    file = Path(tempfile.gettempdir()) / f"crysldnet-{getattr(os, 'getuid', int)()}" / f"edges-{key}.npy"
     try:
         _make_own(file.parent)
         with FileLock(file.with_suffix(".lock")):
@@ -49,8 +49,7 @@ def _make_own(folder: Path) -> None:
         OSError: there is one of another user, one that others can write to, or a link.
     """
     folder.mkdir(mode=0o700, exist_ok=True)
-    about = folder.lstat()
-    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o022:
+    if not is_own(folder):
         raise PermissionError(f"{folder} isn't this user's own folder")
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
 from crysldnet.graphs.batch import CrystalBatch
-from crysldnet.io import peak_memory_mb
+from crysldnet.platforms import peak_memory_mb
 from crysldnet.training.nan_guard import gradient_norm
 
 OF_THE_MACHINE = ("train/atoms_per_s", "train/crystals_per_s", "train/memory_mb")

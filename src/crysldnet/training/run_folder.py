@@ -8,8 +8,6 @@ on ``.lock`` in it, which the system takes back when the process ends, however i
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import math
 import os
@@ -27,7 +25,8 @@ from crysldnet import __version__
 from crysldnet.build import to_yaml
 from crysldnet.console import note
 from crysldnet.errors import ConfigError
-from crysldnet.io import peak_memory_mb, write_atomically
+from crysldnet.io import write_atomically
+from crysldnet.platforms import lock, peak_memory_mb
 from crysldnet.signals import RUN_NAME, started_by_the_first
 from crysldnet.training.checkpointing import started
 from crysldnet.training.inputs import INPUTS, refuse_other_inputs
@@ -138,14 +137,10 @@ def _agreed_name(base: Path) -> str:
 
 def _lock(file: TextIO) -> str | None:
     """Lock a file for this process until it closes that; return which other process has done so instead."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise
-        file.seek(0)
-        return file.read().strip() or "another process"
-    return None
+    if lock(file):
+        return None
+    file.seek(0)
+    return file.read().strip() or "another process"
 
 
 def owner_of(run: Path) -> str | None:
