@@ -627,7 +627,7 @@ def test_arrays_that_no_import_writes_are_refused_when_the_store_is_opened(
 ) -> None:
     damaged = tmp_path / "damaged.store"
     shutil.copytree(written, damaged)
-    dtype, shape = store_module._ARRAYS[name]
+    dtype, shape = store_module.ARRAYS[name]
     array = np.fromfile(damaged / f"{name}.bin", dtype).reshape(-1, *shape)
     array[row] = value
     array.tofile(damaged / f"{name}.bin")

@@ -281,7 +281,7 @@ def test_a_run_of_few_steps_has_a_curve(folder: Path, capsys: pytest.CaptureFixt
     line = ["data.path=few.parquet", "name=few", "trainer.log_every_n_steps=10", "epochs=3", "patience=3"]
     assert cli.run(["finetune", *ENCODER, *QUIET, *TRAIN, *line]) == 0
     assert "patience=3 isn't used: there are no validation crystals" in capsys.readouterr().err
-    assert read_run(Path("runs/finetune/few")).curves[""][""]["train/loss"][0] == [2.0]
+    assert read_run(Path("runs/finetune/few")).curves[""][""]["train/loss"][0] == [3.0]
     assert "Learning curves" in report("runs/finetune/few")
     axis = Figure().subplots()
     draw_curves(axis, "train/loss", read_run(Path("runs/finetune/few")).curves[""], ["C0"])

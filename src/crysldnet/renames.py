@@ -73,7 +73,7 @@ def renamed(values: Mapping[Any, Any], prefix: str = "", *, quiet: bool = False)
     for name, value in values.items():
         key = f"{prefix}.{name}" if prefix else str(name)
         below = isinstance(value, Mapping)
-        now = new_key(f"{key}.").rstrip(".") if below else new_key(key)
+        now = new_key(f"{key}.")[:-1] if below else new_key(key)
         if not quiet:
             tell(key, now)
         if below:

@@ -152,7 +152,8 @@ def train_hybrid(
     info |= {"metrics": metrics, "blend": found.members}
     _export(model, info, config, data, found, folder)
     for logger in [MetricsFile(folder / "metrics.csv"), *(loggers or [])]:
-        logger.log_metrics({**metrics, "epoch": 0}, 0)
+        for part in ("val", "test"):
+            logger.log_metrics({n: v for n, v in metrics.items() if n.startswith(part)} | {"epoch": 0}, 0)
     _print_members(found.members)
     return Finetuned(model.cpu(), info, metrics, data, predictions)
 

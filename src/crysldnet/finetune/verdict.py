@@ -25,11 +25,10 @@ def verdict(baselines: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _sentence(target: str, found: Mapping[str, Any]) -> str:
     unit = f" {found['unit']}" if found["unit"] and found["measure"] == "mae" else ""
-    text = (
-        f"{target}: {NAMES[found['measure']]} on {found['crystals']:,} test crystals is "
-        f"{found['model']['error']:.4g}{unit}; {_compared(found, 'constant', CONSTANTS[found['measure']], unit)}"
-    )
-    return text + (f"; {_compared(found, 'trees', 'trees on descriptors', unit)}" if "trees" in found else "")
+    others = {"constant": CONSTANTS[found["measure"]], "trees": "trees on descriptors"}
+    compared = [_compared(found, name, title, unit) for name, title in others.items() if name in found]
+    said = f"{target}: {NAMES[found['measure']]} on {found['crystals']:,} test crystals is "
+    return "; ".join([f"{said}{found['model']['error']:.4g}{unit}", *compared])
 
 
 def _compared(found: Mapping[str, Any], name: str, title: str, unit: str) -> str:
