@@ -21,6 +21,7 @@ from crysldnet.artifacts import model_file
 from crysldnet.errors import CheckpointError, CrysldnetError, DataError, DivergedError, Interrupted
 from crysldnet.models.pretraining import PretrainingModel
 from crysldnet.training.checkpoint_file import LAST, verify
+from crysldnet.training.fit import _of_a_worker
 from crysldnet.training.loggers import MetricsFile
 from test_resume import at_batch, run, weights
 from tiny import subset
@@ -125,6 +126,18 @@ def test_a_killed_worker_is_said_and_the_run_resumes(tmp_path, small, monkeypatc
         with pytest.raises(DataError, match=r"a process that builds batches died .*resume=last"):
             run(tmp_path, small, "data.num_workers=1")
     assert (run(tmp_path, small, "data.num_workers=0", "resume=last") / "summary.json").exists()
+
+
+def test_a_dead_worker_is_known_behind_another_error():
+    """PyTorch raises in whatever code is running, which may turn that into an error of its own."""
+    try:
+        try:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nMore of it.")
+        except RuntimeError as died:
+            raise TypeError("unsupported callable") from died
+    except TypeError as error:
+        assert _of_a_worker(error) == "DataLoader worker (pid 7) is killed by signal: Killed. "
+    assert _of_a_worker(RuntimeError("another")) is None
 
 
 def test_a_full_disk_is_said_and_the_earlier_checkpoint_is_intact(disk, small, monkeypatch):

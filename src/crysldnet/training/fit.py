@@ -148,6 +148,15 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule
     return saved["metrics"] if "metrics" in saved else header["metrics"]
 
 
+def _of_a_worker(error: BaseException | None) -> str | None:
+    """Return what PyTorch says of a worker that died; its handler raises that in whatever code is running."""
+    while error is not None:
+        if "DataLoader worker" in str(error):
+            return str(error).splitlines()[0]
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def _run(
     trainer: pl.Trainer,
     module: pl.LightningModule,
@@ -159,7 +168,7 @@ def _run(
     try:
         with contextlib.suppress(SystemExit):  # Lightning exits by itself on the second Ctrl-C
             trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         if is_out_of_memory(error):
             watch = next(c for c in trainer.callbacks if isinstance(c, BatchWatch))  # type: ignore[attr-defined]
             raise watch.error(trainer.accumulate_grad_batches) from error
@@ -167,10 +176,11 @@ def _run(
             signals.children[:] = getattr(trainer.strategy.launcher, "procs", [])
             signals.end_children()  # they would wait, and come to the meeting of the next run at that place
             raise DeviceError(_no_meeting(error, trainer.num_nodes)) from error
-        if "DataLoader worker" not in str(error):
+        died = _of_a_worker(error)
+        if died is None:
             raise
         preemption.stop_if_signalled("where it can't go on without its workers; the last checkpoint stands")
         raise DataError(
-            f"a process that builds batches died ({str(error).splitlines()[0]}); if memory ran out, lower "
+            f"a process that builds batches died ({died}); if memory ran out, lower "
             "data.num_workers or data.batch_size, and go on with resume=last"
         ) from error
