@@ -130,13 +130,9 @@ def test_a_killed_worker_is_said_and_the_run_resumes(tmp_path, small, monkeypatc
 
 def test_a_dead_worker_is_known_behind_another_error():
     """PyTorch raises in whatever code is running, which may turn that into an error of its own."""
-    try:
-        try:
-            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nMore of it.")
-        except RuntimeError as died:
-            raise TypeError("unsupported callable") from died
-    except TypeError as error:
-        assert _of_a_worker(error) == "DataLoader worker (pid 7) is killed by signal: Killed. "
+    wrapped = TypeError("unsupported callable")
+    wrapped.__cause__ = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nMore of it.")
+    assert _of_a_worker(wrapped) == "DataLoader worker (pid 7) is killed by signal: Killed. "
     assert _of_a_worker(RuntimeError("another")) is None
 
 
