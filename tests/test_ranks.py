@@ -175,8 +175,8 @@ def test_ranks_that_cannot_meet_end_and_say_why(tmp_path: Path, killed: bool) ->
             for pid in (run.pid, *children):
                 if not gone(pid):
                     os.kill(pid, signal.SIGKILL)
-    assert len(children) == 1
     if killed:
+        assert len(children) == 1
         assert f"process {run.pid}, which started this one, is gone; this one ends" in said(tmp_path)
     else:
         assert run.returncode == 2, said(tmp_path)
