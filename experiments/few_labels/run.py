@@ -41,10 +41,7 @@ class Settings:
     max_atoms: int
     tasks: list[str] | None
     contestants: list[str]
-    encoder: str
-    other_encoder: str | None
-    scratch: list[str]
-    finetuning: list[str]
+    ours: dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -77,17 +74,15 @@ def _library(make: Callable[[int], Any], name: str, drawn: Drawn, settings: Sett
     return error, time.process_time() - start + each * len(drawn.train)
 
 
-def _finetune(name: str, encoder: str | None, more: list[str], drawn: Drawn, settings: Settings) -> Measured:
+def _finetune(name: str, arguments: list[str], drawn: Drawn, settings: Settings) -> Measured:
     """Run ``crysldnet finetune`` on the files of a draw."""
     summary = evidence.launch(
         Path(settings.runs),
         "finetune",
         f"{drawn.folder.name}-{name.replace(' ', '_').replace(',', '')}",
         *finetuning(drawn.folder, drawn.seed),
-        f"pretrained={encoder or 'none'}",
         "baselines=false",
-        *settings.finetuning,
-        *more,
+        *arguments,
     )
     return summary["test/mae"], summary["wall_time_s"]
 
@@ -132,29 +127,23 @@ def _gaussian_process(seed: int) -> Any:
 
 def contestants(settings: Settings) -> dict[str, tuple[str | None, Callable[[Drawn, Settings], Measured]]]:
     """Return every contestant by name: the library that it needs, and what measures it."""
-    base, other = settings.encoder, settings.other_encoder
-    found: dict[str, tuple[str | None, Callable[[Drawn, Settings], Measured]]] = {
+    others: dict[str, tuple[str | None, Callable[[Drawn, Settings], Measured]]] = {
         "mean": (None, _mean),
         "random forest": ("matminer", partial(_library, _random_forest, "magpie")),
         "extra trees": ("matminer", partial(_library, _extra_trees, "magpie")),
         "boosted trees": ("matminer", partial(_library, _boosted_trees, "magpie")),
         "CHGNet + ridge": ("chgnet", partial(_library, _ridge, "chgnet")),
         "CHGNet + GP": ("chgnet", partial(_library, _gaussian_process, "chgnet")),
-        "scratch": (None, partial(_finetune, "scratch", None, settings.scratch)),
-        "descriptors alone": (None, partial(_finetune, "descriptors alone", None, ["recipe=frozen"])),
     }
-    for recipe in ("frozen", "network", "hybrid"):
-        found[recipe] = None, partial(_finetune, recipe, base, [f"recipe={recipe}"])
-        if other:
-            name = f"other encoder, {recipe}"
-            found[name] = None, partial(_finetune, name, other, [f"recipe={recipe}"])
-    return found
+    return others | {name: (None, partial(_finetune, name, given)) for name, given in settings.ours.items()}
 
 
 def measure(settings: Settings) -> None:
     """Measure every contestant on every draw; a file for each keeps what was found."""
     runs = Path(settings.runs)
     known = contestants(settings)
+    if unknown := [name for name in settings.contestants if name not in known]:
+        raise SystemExit(f"contestants: {', '.join(unknown)} isn't one of {', '.join(known)}")
     out, commit = Path(settings.out or HERE), evidence.current_commit(HERE)
     recorded = read_errors(runs, out)
     chosen = [t for t in TASKS if settings.tasks is None or t.name in settings.tasks]
@@ -169,7 +158,7 @@ def measure(settings: Settings) -> None:
         file = runs / "errors" / f"{key}.json"
         errors = recorded.get((labels, labelled.task.name, seed), {})
         for name in settings.contestants:
-            if name in errors or name not in known:
+            if name in errors:
                 continue
             needed, one = known[name]
             if needed and find_spec(needed) is None:
@@ -181,12 +170,12 @@ def measure(settings: Settings) -> None:
 
 def main() -> None:
     """Measure, and write the tables."""
-    may_change = {"runs", "out", "labels", "draws", "tasks", "contestants"}
+    may_change = {"runs", "out", "labels", "draws", "tasks", "contestants", "ours"}
     settings = evidence.settings(Settings, HERE, __doc__ or "", may_change)
     measure(settings)
     out = Path(settings.out or HERE)
     out.mkdir(parents=True, exist_ok=True)
-    evidence.write(out, records_of(settings.runs, settings.contestants, out))
+    evidence.write(out, records_of(settings.runs, settings.contestants, settings.ours, out))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,6 @@ from scipy import stats
 
 from crysldnet.io import write_atomically
 from experiments import evidence
-
-OURS = ("frozen", "descriptors alone", "network", "scratch", "hybrid", "other encoder")
-"""Beginnings of the names of contestants that are this package's."""
 
 
 def write_errors(file: Path, errors: Mapping[str, Any]) -> None:
@@ -39,13 +35,26 @@ def read_errors(runs: Path, out: Path) -> dict[tuple[int, str, int], dict[str, d
     return dict(sorted(found.items()))
 
 
-def records_of(runs: str, names: Sequence[str], out: Path) -> list[evidence.Record]:
+def _against(
+    of_size: Mapping[tuple[str, int], dict[str, Any]], name: str, best: str, draws: Sequence[int]
+) -> tuple[list[float], float | None]:
+    """Return the change of each draw in percent (geometric mean over tasks), and half the 95 % interval of the mean."""
+    changes = []
+    for draw in draws:
+        ratios = [v[name]["mae"] / v[best]["mae"] for (_, seed), v in of_size.items() if seed == draw]
+        changes.append(100 * float(np.expm1(np.mean(np.log(ratios)))))
+    if len(changes) < 2:
+        return changes, None
+    return changes, float(stats.t.ppf(0.975, len(changes) - 1) * np.std(changes, ddof=1) / np.sqrt(len(changes)))
+
+
+def records_of(runs: str, names: Sequence[str], ours: Collection[str], out: Path) -> list[evidence.Record]:
     """Return the records of all that was measured, and write every error into ``errors.json``.
 
-    Of each contestant and size: the mean error of each task over the draws that all contestants of the size have, the
-    seconds, and the change of the error against the best of the others (the one with the lowest mean logarithm of the
-    error over all tasks), in percent: in each draw the geometric mean over tasks. Its spread is half the 95 % interval
-    of t over draws.
+    Of each contestant and size: the number of draws for which it has all tasks, the mean error of each task over them,
+    the seconds, and the change of the error against the best of the others (the one with the lowest mean logarithm of the
+    error over all tasks and draws) on the same draws, in percent: in each draw the geometric mean over tasks. Its spread
+    is half the 95 % interval of t over draws.
     """
     every = read_errors(Path(runs), out)
     write_atomically(
@@ -55,37 +64,38 @@ def records_of(runs: str, names: Sequence[str], out: Path) -> list[evidence.Reco
     records = []
     for labels in sorted({key[0] for key in every}):
         of_size = {key[1:]: value for key, value in every.items() if key[0] == labels}
-        present = [n for n in names if any(n in value for value in of_size.values())]
-        complete = {key: value for key, value in of_size.items() if all(n in value for n in present)}
-        if not complete:
-            continue
-        draws = sorted({seed for _, seed in complete})
-        known = {
-            "seeds": draws,
-            "data": f"{labels:,} labels",
-            "command": f"python -m experiments.few_labels.run labels=[{labels}] data=FOLDER",
-            "commit": ", ".join(sorted({v["commit"] for value in complete.values() for v in value.values()})),
+        tasks = list(dict.fromkeys(task for task, _ in of_size))
+        draws = {
+            name: [
+                seed
+                for seed in sorted({seed for _, seed in of_size})
+                if all(name in of_size.get((task, seed), {}) for task in tasks)
+            ]
+            for name in names
         }
-        others = [n for n in present if not n.startswith(OURS) and n != "mean"]
-        log = {n: np.mean([np.log(value[n]["mae"]) for value in complete.values()]) for n in present}
-        best = min(others, key=lambda n: log[n]) if others else None
-        for name in present:
-            mine = {"name": f"{name}, {labels:,} labels", **known}
-            for task in dict.fromkeys(task for task, _ in complete):
-                values = [v[name]["mae"] for (t, _), v in complete.items() if t == task]
+        others = [n for n in names if n not in ours and n != "mean" and draws[n]]
+        best = min(
+            others, key=lambda n: np.mean([np.log(v[n]["mae"]) for v in of_size.values() if n in v]), default=None
+        )
+        for name in names:
+            if not draws[name]:
+                continue
+            measured = {key: value[name] for key, value in of_size.items() if key[1] in draws[name]}
+            mine = {
+                "name": f"{name}, {labels:,} labels",
+                "seeds": draws[name],
+                "data": f"{labels:,} labels",
+                "command": f"python -m experiments.few_labels.run labels=[{labels}] data=FOLDER",
+                "commit": ", ".join(sorted({value["commit"] for value in measured.values()})),
+            }
+            records.append(evidence.summarise([float(len(draws[name]))], metric="draws", unit="", **mine))
+            for task in tasks:
+                values = [value["mae"] for key, value in measured.items() if key[0] == task]
                 records.append(evidence.summarise(values, metric=task, unit="MAE", **mine))
-            seconds = [v[name]["seconds"] for v in complete.values()]
+            seconds = [value["seconds"] for value in measured.values()]
             records.append(evidence.summarise([float(np.mean(seconds))], metric="time", unit="s", **mine))
-            if best is not None and name != best:
-                of_draw = defaultdict(list)
-                for (_, seed), value in complete.items():
-                    of_draw[seed].append(np.log(value[name]["mae"] / value[best]["mae"]))
-                means = [100 * float(np.expm1(np.mean(v))) for v in of_draw.values()]
-                record = evidence.summarise(means, metric=f"against {best}", unit="%", **mine)
-                width = (
-                    stats.t.ppf(0.975, len(means) - 1) * np.std(means, ddof=1) / np.sqrt(len(means))
-                    if len(means) > 1
-                    else None
-                )
+            if best is not None and name != best and set(draws[name]) <= set(draws[best]):
+                changes, width = _against(of_size, name, best, draws[name])
+                record = evidence.summarise(changes, metric=f"against {best}", unit="%", **mine)
                 records.append(replace(record, spread=width))
     return records
