@@ -52,9 +52,9 @@ def records_of(runs: str, names: Sequence[str], ours: Collection[str], out: Path
     """Return the records of all that was measured, and write every error into ``errors.json``.
 
     Of each contestant and size: the number of draws for which it has all tasks, the mean error of each task over them,
-    the seconds, and the change of the error against the best of the others (the one with the lowest mean logarithm of the
-    error over all tasks and draws) on the same draws, in percent: in each draw the geometric mean over tasks. Its spread
-    is half the 95 % interval of t over draws.
+    the seconds, and the change of the error against the best of the others on the same draws, in percent: in each draw
+    the geometric mean over tasks. The best of the others has the lowest mean logarithm of the error over all tasks and
+    draws. The spread of the change is half the 95 % interval of t over draws.
     """
     every = read_errors(Path(runs), out)
     write_atomically(
