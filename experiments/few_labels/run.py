@@ -143,7 +143,7 @@ def measure(settings: Settings) -> None:
     runs = Path(settings.runs)
     known = contestants(settings)
     if unknown := [name for name in settings.contestants if name not in known]:
-        raise SystemExit(f"contestants: {', '.join(unknown)} isn't one of {', '.join(known)}")
+        raise SystemExit(f"contestants={'; '.join(unknown)}: not one of {'; '.join(known)}")
     out, commit = Path(settings.out or HERE), evidence.current_commit(HERE)
     recorded = read_errors(runs, out)
     chosen = [t for t in TASKS if settings.tasks is None or t.name in settings.tasks]
