@@ -54,7 +54,7 @@ PRETRAIN := $(PARALLEL) $(ARGS)
 FINETUNE := pretrained=$(ENCODER) $(PARALLEL) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock slurm-script pretrain finetune predict matbench sweep bench test test-distributed test-slow lint types clean
+.PHONY: help install lock slurm-script pretrain finetune predict matbench sweep bench docs test test-distributed test-slow lint types clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,7 +74,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[matbench,wandb,sweep,hub,formats,dev]"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[matbench,wandb,sweep,hub,formats,tensorboard,docs,dev]"
 	@touch $@
 
 lock: constraints.txt ## write requirements.lock, the sha256 of all files of the versions in constraints.txt (needs uv)
@@ -101,6 +101,9 @@ sweep: $(READY) ## run a sweep on W&B, or here without an account (SWEEP=, COUNT
 
 bench: $(READY) ## measure speed: graphs, loading, encoders, waiting for data, pretraining, scaling (minutes, on a quiet machine)
 	for part in data encoders epoch pretrain scaling sets imports.run; do $(RUN) benchmarks.$$part || exit 1; done
+
+docs: $(READY) ## write the documentation as a site, dist/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
 
 test: $(READY) ## run the tests
 	$(RUN) pytest -n auto --dist loadfile $(ARGS)

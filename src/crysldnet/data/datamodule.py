@@ -60,7 +60,8 @@ class CrystalDataModule(pl.LightningDataModule):
             structures.
         seed: of order and corruption.
         target_types: what kind of target a column is, where it isn't plain from its type.
-        store, rows: crystals that are open already, and which of them are train, val and test, in place of ``path``.
+        store: crystals that are open already, in place of ``path``.
+        rows: which of them are train, val and test.
     """
 
     def __init__(

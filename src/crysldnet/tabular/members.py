@@ -111,7 +111,11 @@ def fit_members(
     """Fit each member, and predict every training crystal by members that didn't see its group.
 
     Args:
-        x, y, groups, members, seed: as :func:`fit_models` takes them.
+        x: as :func:`fit_models` takes it, and so are ``y``, ``groups``, ``members`` and ``seed``.
+        y: see there.
+        groups: see there.
+        members: see there.
+        seed: see there.
         folds: [n] fold of each crystal, for other models to have the same ones; by default five, groups kept together.
         baseline: fitted anew with each fold. The models predict what is left; the out-of-fold predictions are whole.
     """
