@@ -18,6 +18,7 @@ from crysldnet.graphs.spec import GraphSpec
 from crysldnet.models.head import PropertyHead, PropertyModel
 from crysldnet.models.per import factors_of
 from crysldnet.models.targets import Log, Number
+from crysldnet.tools.explain import explain_crystals
 from tiny import finetune_config
 
 SHEET = cell([[3, 0, 0], [1.5, 3, 0], [0, 0, 20]], [6, 7, 7], [[0, 0, 0.5], [0.5, 0, 0.52], [0, 0.5, 0.48]])
@@ -77,10 +78,12 @@ def test_a_model_learns_scaled_values_and_predicts_them_as_they_stand(kind) -> N
     np.testing.assert_allclose(losses[:, 0].detach().numpy(), off**2 / 2 + np.log(2 * np.pi) / 2, rtol=1e-4)
 
 
-def test_a_run_predicts_exfoliation_energies_per_atom_and_refuses_bulk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["network", "frozen", "hybrid"])
+def test_a_run_predicts_exfoliation_energies_per_atom_and_refuses_bulk(tmp_path: Path, recipe: str) -> None:
     few = tmp_path / "few.parquet"
     pq.write_table(pq.read_table(EMBEDDED / "matbench_jdft2d.parquet").slice(0, 60), few)
     words = [f"runs={tmp_path}", f"data.path={few}", *SLABS, "epochs=1", "target_per={exfoliation_energy: area}"]
+    words += [f"recipe={recipe}", "networks=2", "min_steps=2"]
     config, values = finetune_config(*words, "name=a")
     assert finetune.run(config, values) == 0
     run = tmp_path / "finetune" / "a"
@@ -93,6 +96,8 @@ def test_a_run_predicts_exfoliation_energies_per_atom_and_refuses_bulk(tmp_path:
     by_id = dict(zip(found.ids, found.values[:, 0], strict=True))
     for row in rows:
         assert by_id[row[0]] == pytest.approx(float(row[3]), rel=1e-4, abs=1e-4)
+    (one,) = explain_crystals(model, put_together([SHEET]))
+    assert one.found.total == pytest.approx(model.predict(put_together([SHEET])).values[0, 0], rel=1e-2)
     with pytest.raises(DataError, match="so it has no area"):
         model.predict(put_together([SHEET, ROCKSALT]))
     both = model.predict(put_together([ROCKSALT, SHEET]), on_error="report")
@@ -106,7 +111,6 @@ def test_a_run_predicts_exfoliation_energies_per_atom_and_refuses_bulk(tmp_path:
         (["target_per={band_gap: area}", "data.targets=[band_gap]"], DataError, "so it has no area"),
         (["target_per={gap: volume}"], ConfigError, "target_per: 'gap' is not among data.targets"),
         (["target_per={formation_energy_per_atom: volume}", "head=sum"], ConfigError, "with head=sum"),
-        (["target_per={formation_energy_per_atom: volume}", "recipe=frozen"], ConfigError, "needs recipe=network"),
     ],
 )
 def test_what_can_not_be_learned_so_is_refused(words: list[str], error: type, message: str, tmp_path: Path) -> None:

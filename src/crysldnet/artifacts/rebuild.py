@@ -107,6 +107,7 @@ def build_model(info: ModelInfo, path: Path) -> TargetModel:
         types=types,
         referenced=info.atomic_references,
         descriptors=_build_descriptors(info),
+        per=info.target_per,
     )
 
 

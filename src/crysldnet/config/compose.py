@@ -47,7 +47,7 @@ FILES = ("pretrained", "init")
 
 OF_NETWORKS = (
     *("encoder", "preset", "head", "optimizer", "strategy", "mode", "epochs", "min_steps", "patience", "loss"),
-    *("layer_decay", "gradient_clip_val", "networks", "target_per"),
+    *("layer_decay", "gradient_clip_val", "networks"),
 )
 """Keys of finetuning that networks alone have; a command line with one of them trains a network by default."""
 

@@ -40,6 +40,7 @@ from crysldnet.finetune.settings import (
     make_types,
 )
 from crysldnet.finetune.training import Finetuned, Predictions, describe_model, evaluate, reported
+from crysldnet.graphs.crystals import Crystals
 from crysldnet.models.hybrid import NETWORK, HybridModel, TabularPart
 from crysldnet.models.predictor import Prediction
 from crysldnet.models.references import fit_references
@@ -74,10 +75,6 @@ def check_recipe(config: TrainingConfig) -> None:
     settings: TrainerSettings = build(config.trainer, "trainer")
     if settings.world_size > 1:
         raise ConfigError(f"recipe={config.recipe} works in one process; set trainer.devices=1", "trainer.devices")
-    if config.target_per:
-        raise ConfigError(
-            f"recipe={config.recipe} learns values as they stand; target_per needs recipe=network", "recipe"
-        )
     if config.head.get("readout") == "sum":
         raise ConfigError(
             f"recipe={config.recipe} predicts properties that don't grow with the cell; choose another head than sum, "
@@ -124,7 +121,7 @@ def train_hybrid(
     note(f"finetune: {len(data.rows['train']):,} crystals of {data.store.name}, recipe={config.recipe}")
     for reason, count in data.left_out.items():
         note(f"{count:,} crystals left out: {reason}")
-    networks = Networks([], [])
+    networks = Networks([], None)
     if config.recipe != "frozen":
         networks = train_networks(config, values, folder, data, device)
     if not embeds and networks.models:
@@ -137,6 +134,7 @@ def train_hybrid(
         types=types,
         referenced=config.atomic_references,
         descriptors=make_descriptors(data),
+        per=config.target_per,
     )
     model.fit_scale(data.train_targets())
     model.to(device).eval()
@@ -183,21 +181,25 @@ def _fit(model: HybridModel, data: CrystalDataModule, networks: Networks, *, emb
     groups = np.unique(formulas_of(data.store.crystals, rows), return_inverse=True)[1]
     rows_known: list[NDArray[np.int64]] = []
     fits: list[FittedStack] = []
+    crystals, values = data.store.crystals.take(rows), data.train_targets()
+    factors = model.factors(crystals)
+    learned = values if factors is None else values * factors
+    network = None if networks.out_of_fold is None else model.table_outputs(networks.out_of_fold, crystals)
     for place, target in enumerate(data.targets):
-        true = data.train_targets()[:, place]
+        true = learned[:, place]
         known = np.flatnonzero(~np.isnan(true))
         if len(known) < FEWEST or len(np.unique(groups[known])) < 2:
             raise DataError(
                 f"{data.store.name}: {len(known)} crystals of {len(np.unique(groups[known]))} formulas have a value of "
                 f"{target!r}; models on tables need {FEWEST} of two formulas, so use recipe=network"
             )
-        others = {NETWORK: networks.out_of_fold[place][known]} if networks.models else {}
+        others = {} if network is None else {NETWORK: network[place][known]}
         rows_known.append(known)
-        fits.append(_fit_target(model, data, place, x, groups, known, others, seed))
+        fits.append(_fit_target(model, crystals.take(known), place, x[known], true[known], groups[known], others, seed))
     if networks.models:
         fits = _drop_networks_that_add_nothing(model, fits)
     model.tabular = replace(part, stacks=[fitted.stack for fitted in fits])
-    return _out_of_fold(model, data, rows_known, fits)
+    return _out_of_fold(model, data, rows_known, fits, factors)
 
 
 def _drop_networks_that_add_nothing(model: HybridModel, fits: list[FittedStack]) -> list[FittedStack]:
@@ -213,38 +215,45 @@ def _drop_networks_that_add_nothing(model: HybridModel, fits: list[FittedStack])
 
 
 def _out_of_fold(
-    model: HybridModel, data: CrystalDataModule, known: list[NDArray[np.int64]], fits: list[FittedStack]
+    model: HybridModel,
+    data: CrystalDataModule,
+    known: list[NDArray[np.int64]],
+    fits: list[FittedStack],
+    factors: NDArray[np.float64] | None,
 ) -> OutOfFold:
     estimates: list[Estimate] = []
     members: dict[str, dict[str, dict[str, float]]] = {}
     true = data.train_targets()
     for place, (kind, rows, fitted) in enumerate(zip(model.types, known, fits, strict=True)):
         estimates.append(_spread_out(len(true), rows, kind.from_table(fitted.value, fitted.spread)))
+        scale = np.ones(len(rows)) if factors is None else factors[rows, place]
         members[data.targets[place]] = {
             name: {
                 "weight": fitted.stack.weights[name],
-                "error": float(kind.errors(kind.from_table(own, own).value.numpy(), true[rows, place]).mean()),
+                "error": float(
+                    kind.errors(kind.from_table(own, own).value.numpy() / scale, true[rows, place]).mean(),
+                ),
             }
             for name, own in fitted.members.items()
         }
-    return OutOfFold(Prediction.of(estimates), members)
+    return OutOfFold(Prediction.of(estimates).divided(None if factors is None else torch.from_numpy(factors)), members)
 
 
 def _fit_target(
     model: HybridModel,
-    data: CrystalDataModule,
+    crystals: Crystals,
     place: int,
     x: NDArray[np.float64],
+    values: NDArray[np.float64],
     groups: NDArray[np.int64],
-    known: NDArray[np.int64],
     others: dict[str, NDArray[np.float64]],
     seed: int,
 ) -> FittedStack:
+    """Fit the stack of one target to the crystals that have a value of it."""
     kind = model.types[place]
-    y = kind.table_outputs(data.train_targets()[known, place])
+    y = kind.table_outputs(values)
     baseline = None
-    if data.targets[place] in model.referenced:
-        crystals = data.store.crystals.take(data.rows["train"][known])
+    if model.targets[place] in model.referenced:
         amounts = amounts_of(crystals)
         fractions = amounts / amounts.sum(axis=1, keepdims=True)
 
@@ -254,8 +263,7 @@ def _fit_target(
 
         whole = fit_references(crystals, y[:, 0], total=False)
         model.references[place] = torch.from_numpy(whole.of_element)
-    absolute = kind.classes is None
-    return fit_stack(x[known], y, groups[known], others=others, baseline=baseline, absolute=absolute, seed=seed)
+    return fit_stack(x, y, groups, others=others, baseline=baseline, absolute=kind.classes is None, seed=seed)
 
 
 def _spread_out(n: int, known: NDArray[np.int64], estimate: Estimate) -> Estimate:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from crysldnet.artifacts.model_file import load_property_model
 from crysldnet.console import note
@@ -22,7 +21,7 @@ from crysldnet.finetune.settings import TrainingConfig, member_seed
 from crysldnet.finetune.training import train_network, train_part
 from crysldnet.models.ensemble import predict
 from crysldnet.models.head import PropertyModel
-from crysldnet.models.predictor import TargetModel
+from crysldnet.models.predictor import Prediction
 from crysldnet.tabular.blend import group_folds
 
 
@@ -32,11 +31,11 @@ class Networks:
 
     Attributes:
         models: one for each fold.
-        out_of_fold: of each target [n, C], the outputs that each crystal's fold was predicted to have.
+        out_of_fold: of the n crystals, each by the network that wasn't trained on its formula; None without networks.
     """
 
     models: list[PropertyModel]
-    out_of_fold: list[NDArray[np.float64]]
+    out_of_fold: Prediction | None
 
 
 def train_networks(
@@ -57,7 +56,7 @@ def train_networks(
     folds = group_folds(groups, count, seed=config.seed)
     none = np.empty(0, np.int64)
     models: list[PropertyModel] = []
-    parts: list[list[NDArray[np.float64]]] = []
+    parts: list[Prediction] = []
     for i in range(count):
         began = time.monotonic()
         path, seed = folder / f"network_{i}", member_seed(config.seed, i)
@@ -69,14 +68,10 @@ def train_networks(
         model = load_property_model(path)[0].to(device)
         assert isinstance(model, PropertyModel)
         models.append(model)
-        parts.append(_outputs(model, data, rows[folds == i]))
+        parts.append(predict([model], data.batches(rows[folds == i], model.encoder.graph)))
         took = time.monotonic() - began
         left = f"; about {(count - i - 1) * took / 60:.1f} minutes for the others" if i + 1 < count else ""
         note(f"network {i + 1} of {count}: {took:.0f} s{left}")
     order = np.argsort(np.concatenate([np.flatnonzero(folds == i) for i in range(count)]))
-    return Networks(models, [np.concatenate(each)[order] for each in zip(*parts, strict=True)])
-
-
-def _outputs(model: TargetModel, data: CrystalDataModule, rows: NDArray[np.int64]) -> list[NDArray[np.float64]]:
-    predicted = predict([model], data.batches(rows, model.encoder.graph))
-    return [kind.as_table_outputs(predicted.at(place)) for place, kind in enumerate(model.types)]
+    whole = Prediction.joined(parts)
+    return Networks(models, Prediction(*(None if part is None else part[order] for part in whole)))  # type: ignore[arg-type]

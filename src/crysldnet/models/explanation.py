@@ -212,12 +212,14 @@ def _explain_hybrid(
     kind, stack = model.types[place], model.tabular.stacks[place]
     with torch.inference_mode():
         found, embedding = model.read(batch)
+        factors = model.factors(batch.to_crystals())
+    factor = 1.0 if factors is None else float(factors[0, place])
     output = 0 if label is None or kind.kind == "binary" else label
     sign = -1.0 if label == 0 and kind.kind == "binary" else 1.0
     n = int(batch.sizes[0])
     parts: list[tuple[float, Explanation]] = []
     if len(model.networks) and stack.weights[NETWORK] > 0:
-        parts.append((stack.weights[NETWORK], _networks_on_line(model, batch, place, label, mean)))
+        parts.append((stack.weights[NETWORK], _networks_on_line(model, batch, place, label, mean, factor)))
     weights = {name: stack.weights[name] for name in stack.models}
     if (tabular := sum(weights.values())) > 0:
         x = model.tabular.features(found, embedding)[0]
@@ -238,7 +240,7 @@ def _explain_hybrid(
         parts.append((tabular, Explanation(high + of_element.sum(), low, of_element, columns)))
     whole = added(parts)
     one = 1.0 if sign < 0 else 0.0  # the probability of the other of two classes
-    reference, prediction = (_physical(kind, one + end, label) for end in (whole.reference, whole.total))
+    reference, prediction = (_physical(kind, one + end, label) / factor for end in (whole.reference, whole.total))
     return whole.scaled(reference, prediction)
 
 
@@ -250,7 +252,7 @@ def _physical(kind: TargetType, line: float, label: int | None) -> float:
 
 
 def _networks_on_line(
-    model: HybridModel, batch: CrystalBatch, place: int, label: int | None, mean: Tensor | None
+    model: HybridModel, batch: CrystalBatch, place: int, label: int | None, mean: Tensor | None, factor: float
 ) -> Explanation:
     """Explain what the networks of a hybrid say together."""
     kind = model.types[place]
@@ -262,7 +264,7 @@ def _networks_on_line(
         return whole
     ends = []
     for value in (whole.reference, whole.total):
-        ends.append(float(kind.as_table_outputs(Estimate(torch.tensor([value], dtype=torch.float64)))[0, 0]))
+        ends.append(float(kind.as_table_outputs(Estimate(torch.tensor([value * factor], dtype=torch.float64)))[0, 0]))
     return whole.scaled(*ends)
 
 

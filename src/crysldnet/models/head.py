@@ -6,7 +6,6 @@ Shapes: ``B`` crystals, ``N`` atoms, ``D`` width of the encoder, ``T`` targets, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ from crysldnet.errors import DataError
 from crysldnet.graphs.batch import CrystalBatch
 from crysldnet.graphs.crystals import Crystals
 from crysldnet.models.descriptors import Descriptors
-from crysldnet.models.per import Per, factors_of
+from crysldnet.models.per import Per
 from crysldnet.models.predictor import Prediction, TargetModel
 from crysldnet.models.readout import ACTIVATIONS, AttentionPooling, mean_and_spread
 from crysldnet.models.references import fit_references
@@ -169,9 +168,11 @@ class PropertyModel(TargetModel):
         descriptors: Descriptors | None = None,
         per: Mapping[str, Per] | None = None,
     ) -> None:
-        super().__init__(encoder, targets, units, [Number() for _ in targets] if types is None else types, descriptors)
+        super().__init__(
+            encoder, targets, units, [Number() for _ in targets] if types is None else types, descriptors, per
+        )
         self.head = head
-        self.referenced, self.per = list(referenced), dict(per or {})
+        self.referenced = list(referenced)
         self.frozen = False
         self.cached: Callable[[CrystalBatch], Tensor] | None = None
         for name, kind in zip(targets, self.types, strict=True):
@@ -179,11 +180,9 @@ class PropertyModel(TargetModel):
                 raise ValueError(f"readout=sum adds up over atoms, which {name!r} as {kind.name!r} can't be")
             if name in self.referenced and not kind.grows:
                 raise ValueError(f"atomic_references: {name!r} is treated as {kind.name!r}, not as a number")
-            scalable = kind.classes is None and kind.bounds[1] == math.inf and kind.bounds[0] in (0, -math.inf)
-            if name in self.per and (head.readout == "sum" or name in self.referenced or not scalable):
+            if name in self.per and (head.readout == "sum" or name in self.referenced):
                 raise ValueError(
-                    f"target_per: {name!r} can't be learned per {self.per[name]} with head=sum, atomic_references, "
-                    "bounds other than 0, or as classes"
+                    f"target_per: {name!r} can't be learned per {self.per[name]} with head=sum or atomic_references"
                 )
         self.register_buffer("mean", torch.zeros(len(targets)))
         self.register_buffer("std", torch.ones(len(targets)))
@@ -228,7 +227,8 @@ class PropertyModel(TargetModel):
         """
         if self.typical is not None:
             assert crystals is not None
-            factors = factors_of(self.per, self.targets, self.units, crystals)
+            factors = self.factors(crystals)
+            assert factors is not None
             values = values * factors
             self.typical.copy_(torch.from_numpy(factors.mean(axis=0)))
         for place, (name, kind) in enumerate(zip(self.targets, self.types, strict=True)):
@@ -256,16 +256,11 @@ class PropertyModel(TargetModel):
         return self.std if self.typical is None else self.std / self.typical
 
     def _factors(self, batch: CrystalBatch) -> Tensor | None:
-        """Return [B, T] what values are multiplied by to be learned; None for nothing."""
-        if self.typical is None:
-            return None
-        return torch.from_numpy(factors_of(self.per, self.targets, self.units, batch.to_crystals())).to(self.mean)
+        found = self.factors(batch.to_crystals()) if self.per else None
+        return None if found is None else torch.from_numpy(found).to(self.mean)
 
     def _prediction(self, outputs: list[Tensor], center: Tensor, factors: Tensor | None) -> Prediction:
-        found = Prediction.of(self._estimates(outputs, center))
-        if factors is None:
-            return found
-        return found._replace(value=found.value / factors, std=None if found.std is None else found.std / factors)
+        return Prediction.of(self._estimates(outputs, center)).divided(factors)
 
     def _center(self, batch: CrystalBatch) -> Tensor:
         """Return what the normalised outputs are relative to, [B, T]."""

@@ -4,7 +4,8 @@ A tabular model reads descriptors of composition and geometry and, where the enc
 components of what all its layers say of a crystal. Each target has members of its own and weights between them.
 
 Shapes: ``B`` crystals, ``T`` targets, ``D`` features, ``C`` outputs of a target: one for a number or two classes, else
-one for each class. ``log`` targets are predicted and combined on their logarithms.
+one for each class. ``log`` targets are predicted and combined on their logarithms, those that are learned per
+something as they are learned.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from crysldnet.descriptors.composition import amounts_of
 from crysldnet.encoders.protocol import Encoder, features_of_layers
 from crysldnet.errors import DataError
 from crysldnet.graphs.batch import CrystalBatch
+from crysldnet.graphs.crystals import Crystals
 from crysldnet.models.descriptors import Descriptors
 from crysldnet.models.ensemble import predict_batch
 from crysldnet.models.head import PropertyModel
+from crysldnet.models.per import Per
 from crysldnet.models.predictor import Prediction, TargetModel
 from crysldnet.models.readout import mean_and_spread
 from crysldnet.models.targets import TargetType
@@ -122,6 +125,10 @@ class HybridModel(TargetModel):
         targets, units, types: as of every model.
         referenced: targets that tabular members learn relative to energies of the elements.
         descriptors: numbers of a crystal that are read beside its structure; None for none.
+        per: what targets are learned per, by name.
+
+    Raises:
+        ValueError: a target can't be learned per something.
 
     Attributes:
         references: [T, 119] energies of the elements, 0 for other targets.
@@ -141,8 +148,11 @@ class HybridModel(TargetModel):
         types: Sequence[TargetType],
         referenced: Sequence[str] = (),
         descriptors: Descriptors | None = None,
+        per: Mapping[str, Per] | None = None,
     ) -> None:
-        super().__init__(encoder, targets, units, types, descriptors)
+        super().__init__(encoder, targets, units, types, descriptors, per)
+        if both := sorted({*referenced} & {*self.per}):
+            raise ValueError(f"{both[0]!r} can't be in target_per and in atomic_references")
         self.networks = nn.ModuleList(networks)
         self.referenced = list(referenced)
         self.register_buffer("std", torch.ones(len(targets)))
@@ -161,16 +171,23 @@ class HybridModel(TargetModel):
     def predict(self, batch: CrystalBatch) -> Prediction:
         """Return values, their spread between the members, and probabilities where there are classes."""
         found, embedding = self.read(batch)
-        x = self.tabular.features(found, embedding)
-        amounts = amounts_of(batch.to_crystals())
+        x, crystals = self.tabular.features(found, embedding), batch.to_crystals()
+        amounts, factors = amounts_of(crystals), self.factors(crystals)
         baseline = amounts / amounts.sum(axis=1, keepdims=True) @ self.references.cpu().numpy().T
-        network = self.predict_networks(batch) if len(self.networks) else None
+        network = self.table_outputs(self.predict_networks(batch), crystals) if len(self.networks) else None
         estimates = []
         for place, (kind, stack) in enumerate(zip(self.types, self.tabular.stacks, strict=True)):
-            members = {} if network is None else {NETWORK: kind.as_table_outputs(network.at(place))}
+            members = {} if network is None else {NETWORK: network[place]}
             members |= {name: own + baseline[:, [place]] for name, own in stack.predict(x).items()}
             estimates.append(kind.from_table(*stack.combine(members)))
-        return Prediction.of(estimates).to(torch.float32).to(batch.positions.device)
+        whole = Prediction.of(estimates).divided(None if factors is None else torch.from_numpy(factors))
+        return whole.to(torch.float32).to(batch.positions.device)
+
+    def table_outputs(self, found: Prediction, crystals: Crystals) -> list[Floats]:
+        """Return [T] what stands for predictions of crystals among the outputs [B, C] of models on tables."""
+        factors = self.factors(crystals)
+        scaled = found if factors is None else found.divided(1 / torch.from_numpy(factors))
+        return [kind.as_table_outputs(scaled.at(place)) for place, kind in enumerate(self.types)]
 
     def predict_networks(self, batch: CrystalBatch) -> Prediction:
         """Return what the networks alone predict together."""

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.graphs.batch import CrystalBatch
+from crysldnet.graphs.crystals import Crystals
 from crysldnet.models.descriptors import Descriptors
+from crysldnet.models.per import Per, factors_of
 from crysldnet.models.targets import Estimate, Kind, TargetType, stack_probabilities
 
 
@@ -58,6 +62,13 @@ class Prediction(NamedTuple):
         """Move it to a device, or change its type."""
         return Prediction(*(None if part is None else part.to(place) for part in self))  # type: ignore[arg-type]
 
+    def divided(self, factors: Tensor | None) -> Prediction:
+        """Return it with values and standard deviations divided by factors [B, T]; None for 1."""
+        if factors is None:
+            return self
+        own = factors.to(self.value)
+        return self._replace(value=self.value / own, std=None if self.std is None else self.std / own)
+
 
 class TargetModel(nn.Module):
     """Base of the models that predict properties.
@@ -68,6 +79,7 @@ class TargetModel(nn.Module):
         types: [T] what kind of target each is.
         std: [T] standard deviations of the training targets.
         descriptors: numbers of a crystal that are read beside its structure; None for none.
+        per: what targets are learned per, by name; the others are learned as they stand.
     """
 
     std: Tensor
@@ -79,10 +91,17 @@ class TargetModel(nn.Module):
         units: list[str],
         types: Sequence[TargetType],
         descriptors: Descriptors | None = None,
+        per: Mapping[str, Per] | None = None,
     ) -> None:
         super().__init__()
-        self.descriptors = descriptors
+        self.descriptors, self.per = descriptors, dict(per or {})
         self.encoder, self.targets, self.units, self.types = encoder, targets, units, list(types)
+        for name, kind in zip(targets, self.types, strict=True):
+            scalable = kind.classes is None and kind.bounds[1] == math.inf and kind.bounds[0] in (0, -math.inf)
+            if name in self.per and not scalable:
+                raise ValueError(
+                    f"target_per: {name!r} can't be learned per {self.per[name]} as classes or with bounds other than 0"
+                )
 
     @property
     def kinds(self) -> list[Kind]:
@@ -93,6 +112,14 @@ class TargetModel(nn.Module):
     def classes(self) -> list[list[str] | None]:
         """Names of the classes of each target; None for a regression."""
         return [kind.classes for kind in self.types]
+
+    def factors(self, crystals: Crystals) -> NDArray[np.float64] | None:
+        """Return [B, T] what values are multiplied by to be learned; None where all are learned as they stand.
+
+        Raises:
+            DataError: a crystal has no area, where that is asked for.
+        """
+        return factors_of(self.per, self.targets, self.units, crystals) if self.per else None
 
     def forward(self, batch: CrystalBatch) -> Tensor:
         """Return [B, T] in physical units."""
