@@ -1,11 +1,12 @@
-"""All folds of matbench_jdft2d and matbench_phonons, from scratch and pretrained.
+"""All folds of matbench_jdft2d and matbench_phonons: from scratch, pretrained, and by models on tables.
 
 python -m experiments.matbench.run data=FOLDER [key=value …]
 python -m experiments.matbench.run pretrained=ENCODER [key=value …]
+python -m experiments.matbench.run arms=[frozen] [key=value …]
 
 The keys are those of config.yaml beside this file. Runs that are complete are not run again, so an interrupted study
-goes on where it stopped. What came out of each arm is kept in arms.json, and the table and the plot show both where
-they are there.
+goes on where it stopped. What came out of each arm is kept in arms.json, and the table and the plot show those
+that are there.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 import yaml
 
 from crysldnet.artifacts import model_file
-from crysldnet.artifacts.provenance import pretraining_overlap
+from crysldnet.artifacts.provenance import encoder_file, pretraining_overlap
 from crysldnet.config import choices, conf_folder
 from crysldnet.data.datasets import open_store
 from crysldnet.data.fingerprint import Fingerprints
@@ -31,8 +32,17 @@ from experiments import evidence
 HERE = Path(__file__).parent
 COMMAND = "python -m experiments.matbench.run data=FOLDER"
 TASKS = ("matbench_jdft2d", "matbench_phonons")
-ALGORITHMS = {"scratch": "CrysLDNet-scratch", "pretrained": "CrysLDNet"}
+ALGORITHMS = {"scratch": "CrysLDNet-scratch", "pretrained": "CrysLDNet", "frozen": "CrysLDNet-frozen"}
 """Arm to its name in a submission."""
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The arm of models on tables, see config.yaml."""
+
+    encoder: str
+    seeds: list[int]
+    recipes: list[str]
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class Settings:
     pretrained: str | None
     runs: str
     out: str | None
-    arms: list[Literal["scratch", "pretrained"]]
+    arms: list[Literal["scratch", "pretrained", "frozen"]]
     parallel: int
     seed: int
     encoder: str
@@ -52,10 +62,11 @@ class Settings:
     recipes: list[str]
     members: int
     finetuning: list[str]
+    frozen: Frozen
 
     def __post_init__(self) -> None:
-        if self.data is None and self.pretrained is None:
-            raise ValueError("give data=FOLDER to pretrain on, or pretrained=ENCODER")
+        if self.data is None and self.pretrained is None and set(self.arms) - {"frozen"}:
+            raise ValueError("give data=FOLDER to pretrain on, or pretrained=ENCODER, or arms=[frozen]")
 
 
 @dataclass(frozen=True)
@@ -91,34 +102,56 @@ class Study:
                 raise SystemExit(f"{encoder}: its pretraining set isn't free of the formulas of {task}: {counts}")
             print(f"{task}: none of {counts['pretraining_crystals']:,} pretraining crystals has one of its formulas")
 
-    def launch(self, arm: str, encoder: Path) -> dict[str, Any]:
-        """Run an arm with the same encoder configuration, recipes and seed as the other; return what is kept of it."""
+    def launch(self, arm: str, encoder: Path | None) -> dict[str, Any]:
+        """Run an arm; return what is kept of it. Scratch and pretrained share all settings but the weights."""
         settings = self.settings
+        if encoder is None:
+            frozen = settings.frozen
+            every = [self._scores(arm, f"{arm}_{seed}", frozen.encoder, frozen.recipes, seed) for seed in frozen.seeds]
+            more = {
+                "data": f"five folds, embedded crystals, recipe=frozen on {frozen.encoder}",
+                "seeds": frozen.seeds,
+                "of_seeds": {task: [mean_of(scores[task]) for scores in every] for task in TASKS},
+            }
+            return self._described(every[0], **more)
         own = f"pretrained={encoder}"
         if arm == "scratch":
             own = f"encoder={encoder_choice(model_file.read(encoder, 'encoder')[0]['encoder'], self.runs)}"
+        more_keys = [own, f"ensemble={settings.members}", "ensemble_by=folds", *settings.finetuning]
+        scores = self._scores(arm, arm, None, settings.recipes, settings.seed, *more_keys)
+        data = f"five folds, embedded crystals, ensembles of {settings.members}, {' '.join(settings.finetuning)}"
+        return self._described(scores, data=data, seeds=[settings.seed])
+
+    def _scores(
+        self, arm: str, name: str, encoder: str | None, recipes: list[str], seed: int, *keys: str
+    ) -> dict[str, Any]:
         summary = evidence.launch(
             self.runs,
             "matbench",
-            arm,
-            own,
+            name,
+            *([] if encoder is None else [f"pretrained={encoder}"]),
             f"algorithm={ALGORITHMS[arm]}",
             f"tasks={json.dumps(TASKS)}",
-            f"recipes={json.dumps(settings.recipes)}",
-            f"ensemble={settings.members}",
-            "ensemble_by=folds",
-            f"seed={settings.seed}",
-            f"parallel={settings.parallel}",
-            *settings.finetuning,
+            f"recipes={json.dumps(recipes)}",
+            f"seed={seed}",
+            f"parallel={self.settings.parallel}",
+            *keys,
         )
+        return {task: summary["tasks"][task]["scores"] for task in TASKS}
+
+    def _described(self, scores: dict[str, Any], **more: Any) -> dict[str, Any]:
         return {
             "commit": evidence.current_commit(HERE),
-            "data": f"five folds, embedded crystals, ensembles of {settings.members}, {' '.join(settings.finetuning)}",
-            "seed": settings.seed,
+            **more,
             "machine": evidence.describe_machine(),
             "date": date.today().isoformat(),
-            "scores": {task: summary["tasks"][task]["scores"] for task in TASKS},
+            "scores": scores,
         }
+
+
+def mean_of(scores: dict[str, Any]) -> float:
+    """Return the mean over the folds of the error of a task."""
+    return float(np.mean([fold["mae"] for fold in scores.values()]))
 
 
 def encoder_choice(config: dict[str, Any], folder: Path) -> str:
@@ -141,18 +174,20 @@ def records_of(arms: dict[str, dict[str, Any]]) -> list[evidence.Record]:
     """Return mean and spread over the folds, ranks, and the gain over the first arm fold by fold."""
     records = []
 
-    def record(task: str, arm: str, metric: str, values: list[float], unit: str) -> None:
+    def record(task: str, arm: str, metric: str, values: list[float], unit: str, ddof: int = 0) -> None:
         made = evidence.summarise(
             [float(np.mean(values))],
             name=f"{task}, {arm}",
             metric=metric,
             unit=unit,
-            seeds=[arms[arm]["seed"]],
+            seeds=arms[arm]["seeds"],
             data=f"{task}, {arms[arm]['data']}",
             command=COMMAND,
             commit=arms[arm]["commit"],
         )
-        spread = float(np.std(values)) if len(values) > 1 else None  # over the folds, as the leaderboard states it
+        spread = (
+            float(np.std(values)) if len(values) > 1 else None
+        )  # over the folds as the leaderboard states it, or seeds
         records.append(replace(made, spread=spread, machine=arms[arm]["machine"], date=arms[arm]["date"]))
 
     for task in TASKS:
@@ -161,6 +196,8 @@ def records_of(arms: dict[str, dict[str, Any]]) -> list[evidence.Record]:
             scores = scores_of(arm, task)
             folds = [scores.folds[fold]["mae"] for fold in sorted(scores.folds)]
             record(task, name, "MAE", folds, scores.unit)
+            if "of_seeds" in arm:
+                record(task, name, "MAE, over seeds", arm["of_seeds"][task], scores.unit, ddof=1)
             place = next(place for place in ranking(name, scores) if place.own)
             record(task, name, f"rank, beside {entries} entries", [place.rank], "1")
             if name != "scratch" and "scratch" in arms:
@@ -196,11 +233,15 @@ def main() -> None:
     study, out = Study(settings, Path(settings.runs).absolute()), Path(settings.out or HERE)
     for folder in (study.runs, out):
         folder.mkdir(parents=True, exist_ok=True)
-    encoder = study.pretrain() if settings.pretrained is None else Path(settings.pretrained).absolute()
-    study.audit(encoder)
+    encoder = None
+    if set(settings.arms) - {"frozen"}:
+        encoder = study.pretrain() if settings.pretrained is None else Path(settings.pretrained).absolute()
+        study.audit(encoder)
+    if "frozen" in settings.arms:
+        study.audit(encoder_file(settings.frozen.encoder))
     kept = out / "arms.json"
     for arm in settings.arms:
-        made = study.launch(arm, encoder)
+        made = study.launch(arm, None if arm == "frozen" else encoder)
         before = json.loads(kept.read_text()) if kept.exists() else {}  # the other may have ended meanwhile
         arms = {name: {**before, arm: made}[name] for name in ALGORITHMS if name in (arm, *before)}
         kept.write_text(json.dumps(arms, indent=1) + "\n")
