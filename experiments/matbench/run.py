@@ -185,9 +185,7 @@ def records_of(arms: dict[str, dict[str, Any]]) -> list[evidence.Record]:
             command=COMMAND,
             commit=arms[arm]["commit"],
         )
-        spread = (
-            float(np.std(values)) if len(values) > 1 else None
-        )  # over the folds as the leaderboard states it, or seeds
+        spread = float(np.std(values, ddof=ddof)) if len(values) > 1 else None  # the leaderboard's has ddof=0
         records.append(replace(made, spread=spread, machine=arms[arm]["machine"], date=arms[arm]["date"]))
 
     for task in TASKS:
