@@ -213,7 +213,7 @@ def test_an_ensemble_predicts_the_mean_and_records_its_spread(small: dict[str, l
     assert first["ci_upper"] - first["ci_lower"] == pytest.approx(2 * 1.959964 * first["std"], rel=1e-5)
 
 
-@pytest.mark.parametrize("better", ["epochs=15 head=attention optimizer.lr=0.01", ""])
+@pytest.mark.parametrize("better", ["epochs=15 head=attention optimizer.lr=0.01", "", "recipe=frozen"])
 def test_each_fold_takes_the_recipe_of_the_lowest_error_on_its_validation_part(
     small: dict[str, list[Any]], tmp_path: Path, better: str
 ) -> None:

@@ -14,8 +14,8 @@ from crysldnet.finetune.settings import EnsembleConfig
 BENCHMARK = "matbench_v0.1"
 FOLDS = 5
 RECIPE = (
-    "mode target_types target_per atomic_references epochs min_steps patience loss layer_decay gradient_clip_val data "
-    "head optimizer trainer"
+    "recipe networks mode target_types target_per atomic_references epochs min_steps patience loss layer_decay "
+    "gradient_clip_val data head optimizer trainer"
 ).split()
 """Keys that a recipe may set: how a model is trained, and nothing of what it is trained on or from."""
 
