@@ -22,6 +22,7 @@ from experiments import evidence
 
 HERE = Path(__file__).parent
 DIFFERENCE = "measured_minus_dft"
+LEARNED_DFT = "pretrained=trained_on_dft"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ class Settings:
     ridge: float
     encoder: str
     dft_training: list[str]
-    finetuning: list[str]
+    networks: list[str]
+    only: list[str] | None
+    ways: dict[str, list[str]]
 
 
 def formulas(store: CrystalStore) -> np.ndarray:
@@ -146,7 +149,6 @@ class Study:
             "finetune",
             name,
             "data=custom",
-            "trainer.precision=bf16-mixed",
             f"data.path={path}",
             f"data.targets=[{target}]",
             "data.split.by=column",
@@ -159,35 +161,34 @@ class Study:
         if not path.exists():
             self.write_dft(path)
         settings = self.settings
-        self.finetune("dft", path, settings.dft.target, f"encoder={settings.encoder}", *settings.dft_training)
+        bf16 = "trainer.precision=bf16-mixed"
+        own = ["recipe=network", "pretrained=none", f"encoder={settings.encoder}", bf16, *settings.dft_training]
+        self.finetune("dft", path, settings.dft.target, *own)
         return self.runs / "finetune" / "dft"
 
-    def errors(self, trained_on_dft: Path, share: float, seed: int) -> dict[str, float]:
-        """Return the test MAE of every way to use the measured values."""
+    def errors(self, chosen: dict[str, list[str]], share: float, seed: int) -> dict[str, float]:
+        """Return the test MAE of DFT, of its linear correction, and of the ways that were chosen."""
         path = self.runs / "data" / f"measured_{share:g}_{seed}.parquet"
         rows = self.write_measured(share, seed, path)
         results = {
             "DFT as it is": float(np.abs(self.dft - self.measured)[rows["test"]].mean()),
             "DFT, linear correction of each element": self.linear_correction(rows),
         }
-        scratch, trained = ("none", f"encoder={self.settings.encoder}"), (str(trained_on_dft),)
-        ways = {
-            "structure alone, from scratch": (self.settings.measured.target, *scratch),
-            "structure alone, trained on DFT first": (self.settings.measured.target, *trained),
-            "DFT, learned correction, from scratch": (DIFFERENCE, *scratch),
-            "DFT, learned correction, trained on DFT first": (DIFFERENCE, *trained),
-        }
-        for place, (title, (target, pretrained, *encoder)) in enumerate(ways.items()):
-            name = f"way{place}-{share:g}-seed{seed}"
-            own = [f"pretrained={pretrained}", *encoder, f"seed={seed}", *self.settings.finetuning]
-            results[title] = self.finetune(name, path, target, *own)["test/mae"]
+        for title, (learned, *way) in chosen.items():
+            name = f"way{[*self.settings.ways].index(title)}-{share:g}-seed{seed}"
+            target = self.settings.measured.target if learned == "measured" else DIFFERENCE
+            own = [f"pretrained={self.learn_dft()}" if word == LEARNED_DFT else word for word in way]
+            own += [f"encoder={self.settings.encoder}"] if "pretrained=none" in own else []
+            own += self.settings.networks if "recipe=network" in own else []
+            results[title] = self.finetune(name, path, target, f"seed={seed}", "baselines=false", *own)["test/mae"]
         return results
 
 
 def main() -> None:
     """Run everything; write results.json and the table."""
-    settings = evidence.settings(Settings, HERE, __doc__ or "", {"runs", "out", "seeds", "shares"})
+    settings = evidence.settings(Settings, HERE, __doc__ or "", {"runs", "out", "seeds", "shares", "only", "ways"})
     out = Path(settings.out or HERE)
+    kept = out / "results.json"
     study = Study.of(settings)
     (study.runs / "data").mkdir(parents=True, exist_ok=True)
     known = {
@@ -197,14 +198,21 @@ def main() -> None:
         "command": "python -m experiments.dft_correction.run data=FOLDER",
         "commit": evidence.current_commit(HERE),
     }
-    trained_on_dft = study.learn_dft()
+    for name, (learned, *_) in settings.ways.items():
+        if learned not in ("measured", "difference"):
+            raise SystemExit(f"ways: {name!r} begins with {learned!r}; put measured or difference there")
+    chosen = {name: way for name, way in settings.ways.items() if settings.only is None or name in settings.only}
+    before = {(r.name, r.metric): r for r in (evidence.read(kept) if kept.exists() else [])}
     records = []
     for share in settings.shares:
-        results = [study.errors(trained_on_dft, share, seed) for seed in settings.seeds]
+        results = [study.errors(chosen, share, seed) for seed in settings.seeds]
         metric = f"test MAE, {share:.0%} to learn from"
-        for title in results[0]:
-            errors = [result[title] for result in results]
-            records.append(evidence.summarise(errors, name=title, metric=metric, **known))
+        for title in [*results[0], *(title for title in settings.ways if title not in chosen)]:
+            if title in results[0]:
+                errors = [result[title] for result in results]
+                records.append(evidence.summarise(errors, name=title, metric=metric, **known))
+            elif (title, metric) in before:
+                records.append(before[title, metric])
     out.mkdir(parents=True, exist_ok=True)
     evidence.write(out, records)
 

@@ -100,9 +100,9 @@ def test_dft_correction(tmp_path, encoder):
         "measured.target=measured",
         "measured.dft=formation_energy_per_atom",
         f"dft_training={listed('epochs=2', 'min_steps=0')}",
-        f"finetuning={listed('epochs=2', 'min_steps=0')}",
+        f"networks={listed('epochs=2', 'min_steps=0')}",
     )
-    assert len(found) == 6
+    assert len(found) == 10
     metric = "test MAE, 50% to learn from"
     assert found["DFT as it is", metric].value == pytest.approx(0.1)
     assert found["DFT, linear correction of each element", metric].value < 0.05, "a constant is easy to learn"
