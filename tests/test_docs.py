@@ -452,7 +452,7 @@ def test_every_key_of_a_sweep_is_documented(name: str) -> None:
 
 def test_the_published_preset_has_every_switch_of_the_method_page() -> None:
     published, default = compose("pretrain", ["preset=published"]), compose("pretrain")
-    _, *rows = table_rows(section("docs/method.md", "## What differs from the published code"))
+    _, *rows = table_rows(section("docs/method.md", "## Differences from the published code"))
     assert len(rows) > 10
     for switch in (quoted(row[-1])[0] for row in rows):
         key, value = switch.split("=")
@@ -480,8 +480,8 @@ def string_constants(pattern: str) -> list[str]:
 @pytest.mark.parametrize(
     ("page", "title", "column", "code"),
     [
-        ("docs/data.md", "## What can't be used", -1, "*/**/*.py"),
-        ("docs/checkpoints.md", "## What is refused", -1, "artifacts/*.py"),
+        ("docs/data.md", "## Rejected input", -1, "*/**/*.py"),
+        ("docs/checkpoints.md", "## Rejected files", -1, "artifacts/*.py"),
     ],
 )
 def test_every_message_that_a_page_quotes_is_in_the_code(page: str, title: str, column: int, code: str) -> None:
@@ -518,7 +518,7 @@ def test_files_metrics_and_summary_of_a_run_are_on_its_page(started: Path) -> No
 def test_what_exported_files_say_of_themselves_is_on_their_page(started: Path) -> None:
     from crysldnet.artifacts import model_file
 
-    names = set(quoted(section("docs/checkpoints.md", "## What a file says of itself")))
+    names = set(quoted(section("docs/checkpoints.md", "## Metadata")))
     encoder, _ = model_file.read(started / "pretrain" / "begun" / "encoder.safetensors", "encoder")
     model, state = model_file.read(started / "finetune" / "begun" / "model.safetensors", "property_model")
     assert {*encoder, *model, *encoder["graph"], *encoder["provenance"]} <= names
@@ -537,8 +537,8 @@ def test_the_files_of_a_store_are_on_the_data_page(tmp_path: Path, capsys: pytes
     [
         ("import", "## Import", 9),
         ("describe", "## Describe", 3),
-        ("dedupe", "## Repeats and leakage", 4),
-        ("audit", "## Repeats and leakage", 5),
+        ("dedupe", "## Duplicates and leakage", 4),
+        ("audit", "## Duplicates and leakage", 5),
         ("download", "## Published data sets", 2),
     ],
 )
