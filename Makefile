@@ -37,9 +37,15 @@ on = $(filter-out 0 no No NO off Off OFF false False FALSE,$(1))
 single = $(subst ','\'',$(1))
 quoted = $(call single,$(subst |,\|,$(subst &,\&,$(subst \,\\,$(1)))))
 fill = -e 's|@$(1)@|$(call quoted,$(2))|g'
-# The script of a job, for a command and its arguments.
+empty :=
+# Options for sbatch as lines of the script, one for each word that begins with a dash.
+sbatch_lines = $(subst $(empty) -,\n\#SBATCH -,$(if $(strip $(SBATCH)), $(call quoted,$(strip $(SBATCH)))))
+# The folder of all runs from the root, since a job can be submitted anywhere.
+runs_folder = $(if $(filter /%,$(RUNS)),,$(CURDIR)/)$(RUNS)
+# The script of a job, for a command and its arguments. It runs in this folder, wherever it is submitted.
 slurm_script = sed $(call fill,NODES,$(NODES)) $(call fill,GPUS,$(GPUS)) $(call fill,CPUS,$(CPUS)) $(call fill,TIME,$(TIME)) \
-	$(call fill,RUNS,$(RUNS)) $(call fill,RUN,$(RUN)) $(call fill,COMMAND,$(1)) $(call fill,ARGS,$(2)) conf/slurm.sh
+	$(call fill,RUNS,$(RUNS)) $(call fill,RUN,$(RUN)) $(call fill,COMMAND,$(1)) $(call fill,ARGS,$(2)) \
+	$(call fill,LOGS,$(runs_folder)/slurm) $(call fill,ROOT,$(call single,$(CURDIR))) -e 's|@SBATCH@|$(sbatch_lines)|' conf/slurm.sh
 # Some of what SLURM or the shell would stumble over later, said now.
 said = { echo "$(1)" >&2; exit 2; }
 checked = for pair in 'GPUS=$(call single,$(GPUS))' 'NODES=$(call single,$(NODES))' 'CPUS=$(call single,$(CPUS))'; do \
@@ -87,8 +93,8 @@ pretrain: $(READY) ## pretrain an encoder on the embedded crystals (GPUS=, NODES
 finetune: $(READY) ## train a property model (ENCODER=name, path or none, GPUS=, ARGS=; SLURM=1 submits a job)
 	$(if $(call on,$(SLURM)),@$(call submit,finetune,$(FINETUNE)),$(RUN) crysldnet finetune $(FINETUNE))
 
-slurm-script: ## print the script that make pretrain SLURM=1 would submit (GPUS=, NODES=, TIME=, CPUS=, ARGS=)
-	@$(call checked,pretrain,$(PRETRAIN)); $(call slurm_script,pretrain,$(PRETRAIN))
+slurm-script: ## print the script that make pretrain SLURM=1 would submit, and make the folder of its log (SBATCH=, …)
+	@$(call checked,pretrain,$(PRETRAIN)); mkdir -p $(RUNS)/slurm && $(call slurm_script,pretrain,$(PRETRAIN))
 
 predict: $(READY) ## predict for CIF or POSCAR files (FILES="…", MODEL=, OUT=)
 	$(RUN) crysldnet predict model=$(MODEL) "files=$(FILES)" out=$(OUT) $(ARGS)

@@ -8,8 +8,10 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=USR1@120
-#SBATCH --output=@RUNS@/slurm/%j.log
-# The line above has to begin where the script is submitted; --signal without B: goes to the processes that srun starts.
+#SBATCH --output="@LOGS@/%j.log"@SBATCH@
+# SLURM makes no folder for the log. --signal without B: goes to the processes that srun starts.
+
+cd '@ROOT@' || exit
 
 name=slurm-$SLURM_JOB_ID
 folder=@RUNS@/@COMMAND@/$name

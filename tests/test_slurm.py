@@ -107,7 +107,35 @@ def test_a_script_has_what_was_asked_for_and_quotes_survive(tmp_path: Path) -> N
     values = compose("pretrain", arguments).values
     assert (values["trainer"]["devices"], values["trainer"]["num_nodes"]) == (8, 4)
     assert subprocess.run(["bash", "-n"], input=done.stdout, text=True).returncode == 0
-    assert not (tmp_path / "runs").exists()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["slurm"]
+
+
+def test_a_printed_script_can_be_submitted_by_hand_from_another_folder(tmp_path: Path) -> None:
+    """With sbatch's options as its own lines, and a folder for the log, which SLURM doesn't make."""
+    root, elsewhere, programs = tmp_path / "it's root", tmp_path / "elsewhere", tmp_path / "bin"
+    for folder in (root, elsewhere, programs):
+        folder.mkdir()
+    options = ["--partition=gpu", "-q", "high", "--comment='a|b & c'"]
+    printed = make(root, "slurm-script", f"SBATCH={' '.join(options)}")
+    assert printed.returncode == 0, printed.stderr
+    lines = printed.stdout.splitlines()
+    assert {"#SBATCH --partition=gpu", "#SBATCH -q high", "#SBATCH --comment='a|b & c'"} <= set(lines)
+    assert max(i for i, line in enumerate(lines) if line.startswith("#SBATCH")) < lines.index("") < 20
+    (elsewhere / "job.sh").write_text(printed.stdout)
+    (programs / "srun").write_text('#!/bin/bash\necho "in $PWD"; printf "%s\\n" "$@"\n')
+    (programs / "srun").chmod(0o755)
+    done = subprocess.run(
+        [str(PROGRAMS / "sbatch"), "job.sh"],
+        cwd=elsewhere,
+        env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "JOB": "7", "JOB_STATE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    log = (root / "runs/slurm/7.log").read_text()
+    assert f"in {root}" in log
+    assert "job 7, status 0" in log
+    assert "name=slurm-7" in log
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def run_command(command: str, settings: Mapping[str, Any]) -> Run:
     from crysldnet.training.run_folder import find_run
 
     words = arguments_of(command, dotted(command, settings))
-    values = compose(command, words).values
+    values = compose(command, [word for word in words if not word.startswith("data")]).values  # data may be files
     before = os.environ.get(RUN_NAME)
     with warnings.catch_warnings(), isolate_rng():
         cli.run([command, *words])
