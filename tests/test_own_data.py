@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
+import crysldnet
 from crysldnet import cli
 from crysldnet.data.datasets import EMBEDDED, open_store
 from crysldnet.data.targets import column_called
@@ -56,6 +58,19 @@ def test_a_folder_and_a_table_make_a_model_a_page_and_predictions(folder, capsys
         rows = list(csv.DictReader(file))
     assert {row["material_id"]: float(row["true"]) for row in rows}.items() <= VALUES.items()
     assert {row["unit"] for row in rows} == {"eV/atom"}
+
+
+def test_the_function_takes_the_same_files(folder):
+    settings = dict(word.split("=", 1) for word in SHORT)
+    run = crysldnet.finetune(
+        **{key.replace(".", "__"): yaml.safe_load(value) for key, value in settings.items()},
+        data="cifs",
+        data__table="werte.csv",
+        data__split={"fractions": [0.6, 0.2, 0.2]},
+    )
+    assert run.folder.parent == Path("runs/finetune")
+    assert run.metrics["test/mae"] > 0.0
+    assert (run.folder / "report.html").exists()
 
 
 def test_the_same_files_are_imported_once_and_other_ones_anew(folder, capsys):
