@@ -1,7 +1,8 @@
 """Energies of the elements: what a crystal's energy would be if each atom had a fixed one.
 
-E ≈ Σ_i E(Z_i) over the atoms of a crystal, or the mean over its atoms for an energy per atom, by least squares. The
-model then learns what the composition alone doesn't explain.
+E ≈ Σ_i E(Z_i) over the atoms of a crystal, or the mean over its atoms for an energy per atom. The model then learns
+what the composition alone doesn't explain. With few crystals of many elements least squares alone would fit noise, so
+energies are drawn to their mean by ridge regression, as strongly as leaving out one crystal at a time suggests.
 """
 
 from __future__ import annotations
@@ -14,13 +15,18 @@ from numpy.typing import NDArray
 from crysldnet.encoders.elements import N_SPECIES
 from crysldnet.graphs.crystals import Crystals
 
+RANK = 1e-10
+"""Singular values below this share of the largest are taken as zero."""
+PENALTIES = 10.0 ** np.arange(-10, 1.5, 0.5)
+"""Ridge penalties that are tried, over the square of the largest singular value."""
+
 
 @dataclass(frozen=True)
 class References:
     """Fitted energies.
 
     Attributes:
-        of_element: [119] by atomic number, the mean of the others for elements that no crystal has.
+        of_element: [119] by atomic number, the mean energy of an atom for elements that no crystal has.
         of_crystal: [n] what they give for each crystal.
     """
 
@@ -40,8 +46,23 @@ def fit_references(crystals: Crystals, values: NDArray[np.float64], *, total: bo
     np.add.at(composition, (crystals.crystal, crystals.numbers.astype(np.int64)), 1.0)
     if not total:
         composition /= crystals.sizes[:, None]
-    seen = composition.any(axis=0)
-    of_element = np.zeros(N_SPECIES)
-    of_element[seen] = np.linalg.lstsq(composition[:, seen], values, rcond=None)[0]
-    of_element[~seen] = of_element[seen].mean()
+    atoms = composition.sum(axis=1)
+    mean = float(values.sum() / atoms.sum())
+    of_element = mean + _ridge(composition, values - mean * atoms)
     return References(of_element, composition @ of_element)
+
+
+def _ridge(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return [D] ridge weights for x [n, D], of the penalty with the lowest leave-one-out error."""
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    kept = s > RANK * s[0]
+    u, s, vt = u[:, kept], s[kept], vt[kept]
+    along = u.T @ y
+    best = np.inf, np.zeros(x.shape[1])
+    for penalty in PENALTIES * s[0] ** 2:
+        shrunk = s**2 / (s**2 + penalty)
+        left = y - u @ (shrunk * along)
+        error = float(np.mean((left / np.maximum(1.0 - u**2 @ shrunk, RANK)) ** 2))
+        if error < best[0]:
+            best = error, vt.T @ (shrunk / s * along)
+    return best[1]
