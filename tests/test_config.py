@@ -246,6 +246,13 @@ def test_a_file_from_elsewhere_cannot_use_a_resolver_and_the_refusal_names_the_k
     assert compose("report", words).values["runs"] == words
 
 
+def test_a_file_from_elsewhere_cannot_name_a_plugin(tmp_path):
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("plugins: [evil]\n")
+    with pytest.raises(ConfigError, match=rf"{preset}: plugins run code; give them on the command line"):
+        compose("finetune", [f"preset={preset}"])
+
+
 def test_the_command_line_can_use_a_resolver(monkeypatch):
     monkeypatch.setenv("CRYSLDNET_FOLDER", "/scratch")
     assert compose("finetune", ["runs=${oc.env:CRYSLDNET_FOLDER}/runs"]).values["runs"] == "/scratch/runs"

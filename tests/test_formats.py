@@ -30,7 +30,8 @@ from crysldnet.data.datasets import EMBEDDED
 from crysldnet.data.schema import STRUCTURE_COLUMNS
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
-from crysldnet.readers import sources
+from crysldnet.readers import delimited, record_files, sources
+from crysldnet.tools.importer import columns
 from crysldnet.tools.importer.importer import ImportReport, import_crystals
 
 FORMATS = Path(__file__).parent / "formats"
@@ -422,6 +423,7 @@ def test_a_frame_whose_columns_are_not_what_it_claims_is_rejected_at_once(
         ("x.json", b'[{"a":', b" ", b"1}]"),
         ("x.jsonl", b"", b"\n", b""),
         ("x.extxyz", b"", b"\n", b""),
+        ("x.csv", b"id,cif\n", b"\n", b""),
     ],
 )
 def test_a_file_of_blanks_is_refused_before_much_of_it_is_read(
@@ -432,6 +434,43 @@ def test_a_file_of_blanks_is_refused_before_much_of_it_is_read(
     with pytest.raises(DataError, match=r"blanks in a row|empty lines in a row"):
         import_crystals(tmp_path / name, tmp_path / "s.store", workers=1)
     assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "pattern"),
+    [
+        ("x.json", json.dumps(dict.fromkeys(map(str, range(101)), 0)), "over 100 keys"),
+        ("x.json", json.dumps({"a": "a" * 3000, "b": "b" * 3000}), "before any record"),
+        ("x.csv", "id,cif\na," + "b" * 5000, "line 1: a line of over"),
+        ("x.csv", "id,cif" + "," * 5000, "a line of over"),
+        (
+            "x.jsonl",
+            "\n".join(json.dumps({"atoms": ATOMS, "id": f"{i}", f"p{i}": i}) for i in range(21)),
+            "over 20 prop",
+        ),
+    ],
+    ids=["keys", "head", "line", "header", "columns"],
+)
+def test_a_file_that_would_fill_the_memory_is_refused(
+    tmp_path: Path, name: str, text: str, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_files, "MOST_KEYS", 100)
+    monkeypatch.setattr(record_files, "LIMIT", 5000)
+    monkeypatch.setattr(delimited, "LONGEST_LINE", 5000)
+    monkeypatch.setattr(columns, "MOST_COLUMNS", 20)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=pattern):
+        import_crystals(tmp_path / name, tmp_path / "s.store", workers=1)
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_whole_number_beyond_every_decimal_is_read_as_an_infinite_one_is(tmp_path: Path) -> None:
+    values = ["1e400", "1" + "0" * 4000, str(1 - 2**1024), str(2**1023), str(2**63)]
+    rows = [f'{{"id": "{i}", "atoms": {json.dumps(ATOMS)}, "y": {value}}}' for i, value in enumerate(values)]
+    (tmp_path / "x.jsonl").write_text("\n".join(rows))
+    report, store = imported(tmp_path / "x.jsonl", tmp_path)
+    np.testing.assert_array_equal(store.numbers_of("y"), [np.nan] * 3 + [2.0**1023, 2.0**63])
+    assert report.unused == ("3 of 5 values of 'y' could not be used, first 'inf' in x.jsonl line 1",)
 
 
 def test_energies_of_ase_have_their_unit(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from crysldnet import cli, pretrain
 from crysldnet.artifacts import model_file
 from crysldnet.config import argument, compose
 from crysldnet.console import from_spreadsheet, spreadsheet_safe
+from crysldnet.data.datasets import EMBEDDED
 from crysldnet.html.page import facts, page, table
 from crysldnet.signals import RUN_NAME
 from crysldnet.tools.matbench import submission
@@ -103,6 +104,7 @@ def run(capsys: pytest.CaptureFixture[str], *line: str) -> None:
     assert cli.run(line) == 0
     printed = "".join(capsys.readouterr())
     assert not CONTROL.search(printed)
+    assert not re.search("^(error|import os)", printed, re.MULTILINE)
 
 
 def test_data_commands_write_texts_as_texts(crystals: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +114,20 @@ def test_data_commands_write_texts_as_texts(crystals: Path, capsys: pytest.Captu
     run(capsys, "data", "audit", "--train", "data.parquet", "--test", "data.parquet", "--out", "audit.csv")
     assert len(rows_of(Path("audit.csv"))) > 44
     run(capsys, "data", "import", "data.parquet", "--out", "made.store")
-    run(capsys, "data", "describe", "made.store")
+    for command in ("describe", "show"):
+        run(capsys, "data", command, "made.store")
+    run(capsys, "data", "dedupe", "data.parquet", "--out", "few.parquet", "--against", "data.parquet@val")
+    assert len(rows_of(Path("few.parquet.removed.csv"))) == 9
+
+
+def test_a_printed_configuration_steers_no_terminal_and_is_read_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = ALL.replace("${", "{")
+    assert cli.run(["finetune", argument("logger.notes", text), "logger=wandb", "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    assert not CONTROL.search(printed)
+    assert yaml.safe_load(printed)["logger"]["notes"] == text
 
 
 def test_a_model_of_hostile_targets_is_trained_drawn_reported_and_used(
@@ -137,6 +152,32 @@ def test_a_model_of_hostile_targets_is_trained_drawn_reported_and_used(
     assert len(rows_of(Path("p.csv"))) == 89
     run(capsys, "embed", "model=runs/finetune/a", "files=data.parquet", "out=e.csv")
     rows_of(Path("e.csv"))
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_what_is_refused_and_noted_of_a_file_is_one_line_of_a_terminal_and_a_cell_of_a_table(
+    crystals: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = text.replace("\x00", "")
+    monkeypatch.chdir(tmp_path)
+    name = f"\nerror: {text}".replace("/", "∕")[:80]
+    Path("cifs").mkdir()
+    Path(f"cifs/{name}.cif").write_text(text)
+    good = (EMBEDDED / "examples").glob("*.cif")
+    Path(f"cifs/{name}2.cif").write_text(next(good).read_text().replace("'x, y, z'", f"'{text.splitlines()[0]}'"))
+    Path("cifs/ok.cif").write_text(next(good).read_text())
+    with Path("t.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["id", text], ["ok", "1"], [name, text], [f"{name}3", f"2{text}"]])
+    run(capsys, "data", "import", "cifs", "--targets", "t.csv", "--out", "x.parquet")
+    rows_of(Path("x.parquet.rejects.csv"))
+    model = f"model={crystals}/runs/finetune/a"
+    for command in ("predict", "embed", "suggest", "explain"):
+        target = argument("target", ALL) if command in ("suggest", "explain") else "workers=1"
+        run(capsys, command, model, "files=cifs", f"out={command}.csv", target)
+        rows_of(Path(f"{command}.csv"))
+    rows_of(Path("predict.csv.refused.csv"))
+    run(capsys, "explain", model, "files=cifs", "out=e.html", argument("target", ALL))
+    is_safe_page(Path("e.html").read_text())
 
 
 def test_what_is_said_of_a_run_in_its_own_files_is_text_in_a_report(

@@ -612,6 +612,13 @@ def test_a_pipe_that_is_called_as_a_structure_file_is_rejected_and_not_waited_fo
     ]
 
 
+@pytest.mark.parametrize("suffix", [".json", ".jsonl.gz", ".csv", ".extxyz", ".db", ".parquet", ".zip", ".tgz"])
+def test_a_pipe_that_is_called_as_a_file_of_records_is_refused_and_not_waited_for(tmp_path: Path, suffix: str) -> None:
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    with pytest.raises(DataError, match=rf"pipe{suffix}: not a file that can be read"):
+        import_crystals(tmp_path / f"pipe{suffix}", tmp_path / "s.store")
+
+
 def test_a_script_from_standard_input_imports_with_workers(tmp_path: Path, folder: Path) -> None:
     script = (
         "from crysldnet.readers import workers, sources; workers.PATIENCE = 0; sources.PIECE = 1;"

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import re
+import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from crysldnet.data.datasets import EMBEDDED, open_store
 from crysldnet.data.targets import column_called
 from crysldnet.errors import ConfigError, CrysldnetError, DataError
 from crysldnet.inference.command import Account, named_files
+from crysldnet.readers import table_cells
 from crysldnet.tools.importer.importer import import_crystals
 from crysldnet.tools.importer.own_data import with_own_data
 from tiny import ENCODER, QUIET
@@ -182,6 +186,37 @@ def test_an_excel_table_is_read_and_its_other_sheets_are_named(folder):
     assert store.numbers_of("Ordnung").tolist() == [1, 2, 3, 4, 5, 6]
     assert store.numbers_of("Datum").tolist() == list(VALUES.values())
     assert any("further sheets of the table aren't read (first: notes)" in note for note in report.notes)
+
+
+def test_a_workbook_costs_what_it_holds_and_not_what_it_claims(folder, monkeypatch):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in (["Material", "gap (eV)"], *VALUES.items()):
+        book.active.append(row)
+    book.save("small.xlsx")
+    last = b'<row r="100000"><c r="A100000" t="n"><v>7</v></c></row></sheetData>'
+    with zipfile.ZipFile("small.xlsx") as small, zipfile.ZipFile("t.xlsx", "w") as large:
+        for name in small.namelist():
+            part = re.sub(rb'<dimension ref="[^"]*"', b'<dimension ref="A1:XFD1048576"', small.read(name))
+            large.writestr(name, part.replace(b"</sheetData>", last))
+    start = time.process_time()
+    report = import_crystals("cifs", "t.store", targets="t.xlsx", progress=False)
+    assert time.process_time() - start < 5
+    assert open_store("t.store").numbers_of("gap").tolist() == list(VALUES.values())
+    assert report.unused == ("1 of 7 rows of t.xlsx could not be used, first '7' in t.xlsx line 100000",)
+    monkeypatch.setattr(table_cells, "LARGEST", 1000)
+    (folder / "t.csv").write_text("id,gap\n" + "\n" * 1000)
+    for name in ("t.xlsx", "t.csv"):
+        with pytest.raises(DataError, match=rf"{name}: over .* MiB; import crystals with their properties as JSON"):
+            import_crystals("cifs", "u.store", targets=name, progress=False)
+
+
+def test_a_table_of_more_columns_than_an_import_takes_is_refused(folder):
+    (folder / "t.csv").write_text("id" + "".join(f",p{i}" for i in range(100_000)) + "\nx\n")
+    start = time.process_time()
+    with pytest.raises(DataError, match=r"t\.csv: it has 100,000 columns; an import takes 10,000 properties"):
+        import_crystals("cifs", "t.store", targets="t.csv", progress=False)
+    assert time.process_time() - start < 5
 
 
 def test_spreadsheets_that_are_not_read_are_named_as_what_they_are(folder, monkeypatch):

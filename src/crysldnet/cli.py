@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from crysldnet import __version__, signals
-from crysldnet.console import escaped, note
+from crysldnet.console import escaped, indented, note
 from crysldnet.errors import UNFINISHED, ConfigError, CrysldnetError, Interrupted
 from crysldnet.io import DISK_ERRORS, cannot_write
 from crysldnet.platforms import is_out_of_memory
@@ -107,7 +107,7 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
     module = importlib.import_module(module_name)
     settings = validate(composition, getattr(module, schema_name))
     if show:
-        print(to_yaml(composition.values), end="")
+        print(escaped(to_yaml(composition.values)), end="")
         return 0
     _quieten_libraries()
     if not composition.groups:
@@ -227,10 +227,10 @@ def main() -> None:
         if signals.started_by_the_first():
             status = 0  # the first process tells what became of all; Lightning kills it where another one fails
         else:
-            print(escaped(f"unfinished: {error}"), file=sys.stderr)
+            print(indented(f"unfinished: {error}"), file=sys.stderr)
             status = UNFINISHED
     except CrysldnetError as error:
-        print(escaped(f"error: {error}"), file=sys.stderr)
+        print(indented(f"error: {error}"), file=sys.stderr)
         status = USAGE_ERROR
     except KeyboardInterrupt:
         status = 130
@@ -246,7 +246,7 @@ def main() -> None:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        print(escaped(f"error: {cannot_write(error.filename or 'a file or the output', error)}"), file=sys.stderr)
+        print(indented(f"error: {cannot_write(error.filename or 'a file or the output', error)}"), file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = USAGE_ERROR
     sys.exit(status)

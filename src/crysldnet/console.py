@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.text import Text
 
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 _silent: ContextVar[tuple[str, ...]] = ContextVar("silent", default=())
 
@@ -32,6 +32,16 @@ def listed(names: Collection[str], most: int = SHOWN) -> str:
 def escaped(text: str) -> str:
     """Return a text with its control characters as escapes, so that a name in a file can't steer a terminal."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def indented(text: str) -> str:
+    """Return a message for a terminal; its further lines are indented, so that none of them looks like another one."""
+    return escaped(text).replace("\n", "\n  ")
+
+
+def lines_of(texts: Iterable[str]) -> str:
+    """Return texts for a terminal, each in a line of its own: a line break within one can't make it look like two."""
+    return "\n".join(escaped(text).replace("\n", r"\n") for text in texts)
 
 
 def drawable(text: str) -> str:
@@ -97,7 +107,7 @@ def _plain(text: str) -> Text:
     """Return a text that is shown as it is: brackets in it are no markup."""
     from rich.text import Text
 
-    return Text(escaped(text))
+    return Text(lines_of([text]))
 
 
 def note(text: str) -> None:
@@ -106,7 +116,7 @@ def note(text: str) -> None:
         return
     from rich.console import Console
 
-    Console(stderr=True).print(escaped(text), highlight=False, soft_wrap=True, markup=False, emoji=False)
+    Console(stderr=True).print(lines_of([text]), highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def suggest_next(command: str, make: str | None = None) -> None:

@@ -46,6 +46,8 @@ def read_yaml(path: Path, group: str = "") -> dict[Any, Any]:
         raise ConfigError(f"{path}: it must hold keys and values")
     if not path.resolve().is_relative_to(conf_folder().resolve()):
         refuse_resolvers(loaded, str(path), group)
+        if not group and loaded.get("plugins"):
+            raise ConfigError(f"{path}: plugins run code; give them on the command line, plugins=[…]", "plugins")
         return renamed(loaded, group)
     return loaded
 

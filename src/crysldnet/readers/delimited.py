@@ -7,17 +7,21 @@ import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from crysldnet.data.units import name_and_unit
 from crysldnet.errors import DataError
 from crysldnet.readers.compression import DAMAGED, inner_name, open_stream
 from crysldnet.readers.records import Entry
-from crysldnet.readers.structure_files import LIMIT, printable
+from crysldnet.readers.structure_files import LIMIT, MAX_EMPTY_LINES, printable
 from crysldnet.readers.table_cells import delimiter_of
 
 STRUCTURE_TITLES = ("cif", "structure")
+LONGEST_LINE = 16 * 2**20
+"""characters; the lines of a CIF within a cell are lines of the file"""
 
 
 class CsvRecords:
@@ -52,11 +56,12 @@ class CsvRecords:
         try:
             with open_stream(self._path) as stream:
                 text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-                first = text.readline(LIMIT)
+                lines = iter(partial(text.readline, LONGEST_LINE), "")
+                first = next(lines, "")
                 self.delimiter = delimiter_of(first)
-                reader = csv.reader(chain([first], text), delimiter=self.delimiter, strict=True)
+                reader = csv.reader(map(_short, chain([first], lines)), delimiter=self.delimiter, strict=True)
                 titles = [title.strip() for title in next(reader, [])]
-                yield titles, ((reader.line_num, cells) for cells in reader if any(cells))
+                yield titles, _filled(reader)
         except UnicodeDecodeError as error:
             raise DataError(f"{self._path}: not UTF-8; save the table as CSV in UTF-8") from error
         except csv.Error as error:
@@ -78,3 +83,21 @@ class CsvRecords:
                 else:
                     record = {name: cell for name, cell in zip(self._names, cells, strict=True) if name}
                     yield Entry(place, f"{self._stem}-{number}", record)
+
+
+def _short(line: str) -> str:
+    """Refuse a line that is no line of a table, before its cells fill the memory."""
+    if len(line) == LONGEST_LINE:
+        raise csv.Error(f"a line of over {LONGEST_LINE // 2**20} MiB")
+    return line
+
+
+def _filled(reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """Give the rows that aren't empty, each with its line number."""
+    last = 0
+    for cells in reader:
+        if any(cells):
+            last = reader.line_num
+            yield last, cells
+        elif reader.line_num - last > MAX_EMPTY_LINES:
+            raise csv.Error(f"over {MAX_EMPTY_LINES:,} empty lines in a row")

@@ -28,6 +28,8 @@ class Item(NamedTuple):
     key: str | None
     element: bool
     value: Any
+    size: int = 0
+    """characters that the value of a key takes"""
 
 
 def top_level(stream: BinaryIO) -> Iterator[Item]:
@@ -46,7 +48,7 @@ def top_level(stream: BinaryIO) -> Iterator[Item]:
                 window.next()
                 yield from (Item(key, True, value) for value in window.elements())
             else:
-                yield Item(key, False, window.value())
+                yield Item(key, False, window.value(), window.size)
     else:
         raise ValueError("it holds neither a list nor an object")
     if window.peek():
@@ -61,6 +63,8 @@ class _Window:
         self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
         self._raw_decode = json.JSONDecoder().raw_decode
         self._text, self._at, self._ended = "", 0, False
+        self.size = 0
+        """characters of the last value"""
 
     def _more(self) -> bool:
         """Read on; False at the end of the file."""
@@ -111,7 +115,7 @@ class _Window:
             # a number that ends where the window does may go on
             if end == len(self._text) and self._more():
                 continue
-            self._at = end
+            self.size, self._at = end - self._at, end
             return value
 
     def elements(self) -> Iterator[Any]:

@@ -55,10 +55,10 @@ class JsonReader(FileOfMany):
     def entries(self) -> Iterator[Entry]:
         """Give the records; an object's members are kept until they tell whether they are records by id."""
         head: dict[str, Any] = {}
-        by_id, records, found = False, 0, 0
+        by_id, records, found, kept = False, 0, 0, 0
         try:
             with open_stream(self._path) as stream:
-                for key, is_element, value in top_level(stream):
+                for key, is_element, value, size in top_level(stream):
                     members: dict[str | None, Any] = {None: value}
                     if is_element and isinstance(value, list):
                         if "columns" not in head:
@@ -71,6 +71,9 @@ class JsonReader(FileOfMany):
                     elif by_id:
                         continue
                     elif not is_element:
+                        kept += size
+                        if kept > LIMIT or len(head) == MOST_KEYS:
+                            raise ValueError(f"over {MOST_KEYS:,} keys or {LIMIT // 2**20} MiB before any record by id")
                         head[key or ""] = value
                         records += key not in _ENVELOPES and is_record(value)
                         by_id = records > 1 and not _is_one(head)
@@ -129,6 +132,8 @@ ROLES = (
 """Keys, besides those of :data:`PREFERRED`, that say what a structure is to its record."""
 MOST_STRUCTURES = 8
 """of one record"""
+MOST_KEYS = 100_000
+"""of an object that is no list of records by id; they are kept in memory"""
 _ENVELOPES = ("data", "meta", "metadata", "links", "jsonapi", "response", "result")
 """Keys of an object that are no ids."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, time
@@ -19,6 +20,8 @@ from crysldnet.readers.issues import ImportIssues
 from crysldnet.readers.structure_files import Structure
 
 PLACE = "__place"
+MOST_COLUMNS = 10_000
+"""properties of an import: every crystal has a place for each"""
 NOTE_NESTED = "columns hold neither numbers nor text and were left out"
 NOTE_TAKEN = "columns have a name that the schema needs and were left out"
 
@@ -182,6 +185,8 @@ def _plain(value: Any) -> Any:
         value = value.item()
     if isinstance(value, str):
         return value if value.strip() else None
+    if isinstance(value, int) and abs(value) > sys.float_info.max:  # as a decimal of this size is
+        return math.inf if value > 0 else -math.inf
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, (float, Decimal)):

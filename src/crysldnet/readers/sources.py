@@ -296,6 +296,8 @@ def _open_file(path: str | Path) -> Reader:
     suffix = suffix_of(Path(path))
     if suffix not in KINDS:
         raise DataError(f"{path}: not a file of crystals by its name; those read are {known_files()}")
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise DataError(f"{path}: not a file that can be read")
     return _open(KINDS[suffix], Path(path))
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 from crysldnet.errors import DataError
 
+LARGEST = 512 * 2**20
+"""bytes of a table, when unpacked"""
+_TOO_LARGE = f"over {LARGEST // 2**20} MiB; import crystals with their properties as JSON lines or Parquet"
 EXCEL = (".xlsx", ".xlsm")
 NO_TABLE = {
     ".xls": "an Excel file of before 2007",
@@ -56,7 +60,10 @@ def delimiter_of(text: str) -> str:
 
 def _of_text(path: Path) -> Cells:
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(LARGEST + 1)
+        if len(raw) > LARGEST:
+            raise DataError(f"{path}: {_TOO_LARGE}")
         text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except OSError as error:
         raise DataError(f"{path}: can't be opened ({error.strerror})") from error
@@ -93,10 +100,14 @@ def _of_excel(path: Path) -> Cells:
         ) from None
     try:
         with path.open("rb") as file:
+            if sum(member.file_size for member in zipfile.ZipFile(file).infolist()) > LARGEST:
+                raise DataError(f"{path}: {_TOO_LARGE}")
             book = load_workbook(file, read_only=True, data_only=True)
             sheets = {sheet.title: _rows_of(sheet) for sheet in book.worksheets}
     except OSError as error:
         raise DataError(f"{path}: can't be opened ({error.strerror})") from error
+    except DataError:
+        raise
     except Exception as error:  # openpyxl has no error of its own for most of what can be wrong
         raise DataError(f"{path}: not a readable Excel file ({str(error).splitlines()[0] or type(error)})") from error
     filled = [title for title, rows in sheets.items() if rows]
@@ -105,6 +116,7 @@ def _of_excel(path: Path) -> Cells:
 
 def _rows_of(sheet: object) -> list[tuple[int, list[str]]]:
     """Return line and cells of the rows that aren't empty, columns without title and values at the end left out."""
+    sheet.reset_dimensions()  # type: ignore[attr-defined]  # those that it claims would be filled with empty cells
     rows = [
         (line, [_text(value) for value in values])
         for line, values in enumerate(sheet.iter_rows(values_only=True), 1)  # type: ignore[attr-defined]

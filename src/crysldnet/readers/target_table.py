@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from crysldnet.console import listed
 from crysldnet.data.cells import MISSING_TEXT, CellError, has_decimal_comma, plain_numbers, read_numbers
 from crysldnet.data.schema import STRUCTURE_COLUMNS
 from crysldnet.data.units import name_and_unit
 from crysldnet.errors import DataError
 from crysldnet.readers.issues import ImportIssues
+from crysldnet.readers.rows import MOST_COLUMNS
 from crysldnet.readers.structure_files import material_ids, without_suffix
 from crysldnet.readers.table_cells import EXCEL, read_cells
 
@@ -154,12 +156,14 @@ def _checked_header(path: Path, header: list[str], id_column: str | None) -> int
     key = _named(header, id_column)
     if id_column is not None and key is None:
         close = get_close_matches(id_column, header, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"name one of {', '.join(map(repr, header))}"
+        hint = f"did you mean {close[0]!r}?" if close else f"name one of {listed([*map(repr, header)])}"
         raise DataError(f"{path}: no column {id_column!r} for the ids; {hint} (id_column)")
     title_of_ids = None if key is None else header[key]
     names = [name_and_unit(title)[0] for title in header if title and title != title_of_ids]
-    for name in names:
-        if names.count(name) > 1 or name in STRUCTURE_COLUMNS:
+    if len(names) > MOST_COLUMNS:
+        raise DataError(f"{path}: it has {len(names):,} columns; an import takes {MOST_COLUMNS:,} properties")
+    for name, count in Counter(names).items():
+        if count > 1 or name in STRUCTURE_COLUMNS:
             raise DataError(f"{path}: the column name {name!r} is taken or stands there twice; rename it")
     if title_of_ids is not None and header.count(title_of_ids) > 1:
         raise DataError(f"{path}: {title_of_ids!r} stands there twice; rename one")
@@ -200,7 +204,7 @@ def _matching(
     if named is None:
         raise DataError(
             f"{path}: no row belongs to a crystal: no column is called {', '.join(ID_COLUMNS)}, and none of "
-            f"{', '.join(map(repr, header))} holds ids, such as {example!r}; name it with id_column"
+            f"{listed([*map(repr, header)])} holds ids, such as {example!r}; name it with id_column"
         )
     first = next((cells[named] for _, cells in rows if named < len(cells)), "")
     raise DataError(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from crysldnet.console import csv_text, escaped
+from crysldnet.console import csv_text, lines_of
 from crysldnet.data.datasets import open_part
 from crysldnet.data.formulas import formulas_of
 from crysldnet.data.matching import matches
@@ -142,7 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
         for train in arguments.train
         for test in arguments.test
     ]
-    sys.stdout.write(escaped("\n".join(line for shared in found for line in _lines(shared))) + "\n")
+    sys.stdout.write(lines_of(line for shared in found for line in _lines(shared)) + "\n")
     if arguments.out:
         write_table(arguments.out, found)
         sys.stdout.write(f"every shared crystal: {arguments.out}\n")

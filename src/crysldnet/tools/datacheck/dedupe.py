@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from crysldnet.console import csv_text, escaped
+from crysldnet.console import csv_text, lines_of
 from crysldnet.data.datasets import open_part
 from crysldnet.data.decontamination import shared_rows
 from crysldnet.data.matching import duplicates
@@ -118,13 +118,13 @@ def run(arguments: argparse.Namespace) -> int:
         lines.append(f"{count:,} left out: {reason} as an earlier one")
     lines += [f"{r['crystals']:,} left out: {r['by']} also in {r['name']}" for r in records]
     if not len(left):
-        sys.stdout.write(escaped("\n".join([*lines, "no crystal is left, nothing written"])) + "\n")
+        sys.stdout.write(lines_of([*lines, "no crystal is left, nothing written"]) + "\n")
         return 1
     write_rows(store, left, arguments.out, overwrite=arguments.overwrite)
     listed = _write_removed(store, removed, Path(arguments.out))
     lines.append(f"{len(left):,} crystals written to {arguments.out}")
     lines += [f"what was left out: {listed}"] if listed is not None else []
-    sys.stdout.write(escaped("\n".join(lines)) + "\n")
+    sys.stdout.write(lines_of(lines) + "\n")
     return 0
 
 

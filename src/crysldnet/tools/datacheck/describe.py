@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from crysldnet.console import SHOWN, escaped
+from crysldnet.console import SHOWN, lines_of
 from crysldnet.data.datasets import open_part
 from crysldnet.data.elements import SYMBOLS
 from crysldnet.data.fingerprint import volumes_per_atom
@@ -245,7 +245,7 @@ def as_text(d: Description) -> str:
     lines += [f"            {s.id}: {s.reason}" for s in d.suspicious[:SHOWN]]
     lines += [f"            and {len(d.suspicious) - SHOWN:,} more"] if len(d.suspicious) > SHOWN else []
     lines += [f"  {key:<9} {text}" for key, text in d.about.items()]
-    return "\n".join(lines)
+    return lines_of(lines)
 
 
 def _bars(title: str, histogram: Histogram, *, whole: bool = False) -> list[str]:
@@ -282,7 +282,7 @@ def run(arguments: argparse.Namespace) -> int:
     from crysldnet.tools.datacheck.description_page import write_html, write_png
 
     description = describe(arguments.store, structures=not arguments.no_structures)
-    sys.stdout.write(escaped(as_text(description)) + "\n")
+    sys.stdout.write(as_text(description) + "\n")
     for out, write in ((arguments.html, write_html), (arguments.png, write_png)):
         if out is None:
             continue

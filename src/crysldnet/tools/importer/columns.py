@@ -22,7 +22,7 @@ from crysldnet.data.cells import (
 from crysldnet.data.schema import STRUCTURE_COLUMNS
 from crysldnet.errors import DataError
 from crysldnet.readers.issues import ImportIssues
-from crysldnet.readers.rows import PLACE, Piece, common_type
+from crysldnet.readers.rows import MOST_COLUMNS, PLACE, Piece, common_type
 
 _MISSING = pa.array(MISSING_TEXT)
 _ANY_MISSING = pa.array(sorted({*MISSING, *map(str.upper, MISSING), *map(str.capitalize, MISSING), "NaN"}))
@@ -59,6 +59,11 @@ class Columns:
             if name in STRUCTURE_COLUMNS or name == PLACE:
                 continue
             self.types.setdefault(name, []).append(column.type)
+            if len(self.types) > MOST_COLUMNS:
+                raise DataError(
+                    f"over {MOST_COLUMNS:,} properties, such as {name!r}: every crystal has a place for each; give "
+                    "records that have keys of their own the same ones"
+                )
             if not _holds_texts(column.type):
                 self._plain[name] += len(column) - column.null_count
                 continue

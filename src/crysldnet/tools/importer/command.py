@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from crysldnet.console import escaped
+from crysldnet.console import lines_of
 from crysldnet.data.datasets import open_part, open_store
 from crysldnet.data.elements import SYMBOLS
 from crysldnet.data.output import ParquetOutput
@@ -183,7 +183,7 @@ def _import(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         workers=arguments.workers,
     )
-    sys.stdout.write(escaped(f"{report}\n"))
+    sys.stdout.write(f"{report}\n")
     return 0 if report.kept else 1
 
 
@@ -224,7 +224,7 @@ def _show(arguments: argparse.Namespace) -> int:
     lines.append(f"  elements  {len(elements)}: {' '.join(elements)}")
     lines += [f"  {_describe(store, name)}" for name in store.column_names]
     lines += [f"  {key:<9} {store.metadata.get(key, 'not stated')}" for key in ("source", "licence", "citation")]
-    sys.stdout.write(escaped("\n".join(lines)) + "\n")
+    sys.stdout.write(lines_of(lines) + "\n")
     return 0
 
 

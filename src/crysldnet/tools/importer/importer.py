@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from crysldnet.console import lines_of
 from crysldnet.data.output import ParquetOutput
 from crysldnet.data.store_writer import StoreWriter
 from crysldnet.errors import DataError
@@ -59,7 +60,7 @@ class ImportReport:
             lines.append(f"what was rejected, and why: {self.report_path}")
         if self.notes_path is not None:
             lines.append(f"what was noted, and of which: {self.notes_path}")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return lines_of([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def import_crystals(

@@ -31,6 +31,7 @@ PYTHON = ("python", "python3", "${interpreter}")
 """Names of this interpreter in a command."""
 OWN_KEYS = ("name", "runs", "resume")
 """Keys of a run that the sweep sets itself."""
+PLUGINS = "plugins run code, so a sweep's file can't name them; crysldnet sweep plugins=[…] does"
 WANDB_KEYS = ("name", "description", "program", "project", "entity", "run_cap", "controller", "kind", "apiVersion")
 """Keys of a sweep file that W&B alone reads."""
 
@@ -203,8 +204,10 @@ def _parameters(config: Any) -> dict[str, Parameter]:
     for key, node in given.items():
         if not isinstance(key, str) or not re.fullmatch(r"\w[^=$]*", key) or not isinstance(node, dict) or not node:
             raise ValueError(f"parameter {key!r} must be a key of crysldnet with its value, values or range")
-        if key in OWN_KEYS:
+        if key.strip() in OWN_KEYS:
             raise ValueError(f"{key} is set by the sweep itself")
+        if key.strip() == "plugins":
+            raise ValueError(PLUGINS)
         if "parameters" in node:
             raise ValueError(f"nested parameter {key!r}; write its keys as {key}.KEY")
         parameters[key] = build_dataclass(Parameter, node, f"parameters.{key}")
@@ -220,7 +223,10 @@ def _command(words: Any, *, allowed: bool) -> tuple[list[str], str, list[str]]:
     texts = [str(word) for word in words if word != "${env}"] if isinstance(words, list) else []
     place = texts.index("crysldnet") if "crysldnet" in texts[:-1] else len(texts)
     launcher, command, arguments = texts[:place], "".join(texts[place + 1 : place + 2]), texts[place + 2 :]
-    own = [argument for argument in arguments if argument.partition("=")[0].strip().lstrip("-") in OWN_KEYS]
+    keys = [argument.partition("=")[0].strip().lstrip("-") for argument in arguments]
+    if "plugins" in keys:
+        raise ValueError(PLUGINS)
+    own = {*keys} & {*OWN_KEYS}
     if len(launcher) > 1 and launcher[-2] in PYTHON and launcher[-1] == "-m":
         launcher = launcher[:-2]
     if command not in SCHEMAS or own or [word for word in [*launcher, *arguments] if "${" in word] != [ARGUMENTS]:

@@ -58,7 +58,7 @@ def _mptrj(definition: PublishedSet, folder: Path, _: CrystalStore | None) -> It
     path = folder / definition.files[0].name
     try:
         with open_stream(path) as stream:
-            for material, _element, frames in top_level(stream):
+            for material, _element, frames, _ in top_level(stream):
                 for name, frame in frames.items():
                     yield Entry(f"{path.name} {material} {name}", name, {**frame, "material_id": name})
     except (*DAMAGED, AttributeError, TypeError, ValueError) as error:
@@ -68,7 +68,7 @@ def _mptrj(definition: PublishedSet, folder: Path, _: CrystalStore | None) -> It
 def _matbench(definition: PublishedSet, folder: Path, _: CrystalStore | None) -> Iterator[Entry]:
     """Read a task of Matbench; ids are numbered as Matbench does, ``mb-jdft2d-001``."""
     with open_stream(folder / definition.files[0].name) as stream:
-        rows = next((value for key, element, value in top_level(stream) if key == "index" and not element), ())
+        rows = next((value for key, element, value, _ in top_level(stream) if key == "index" and not element), ())
     stem, digits = definition.name.removeprefix("matbench_").replace("_", "-"), len(str(len(rows)))
     for place, entry in enumerate(_json(definition, folder), 1):
         yield _with(entry, {"material_id": f"mb-{stem}-{place:0{digits}d}"})
