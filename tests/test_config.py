@@ -246,6 +246,14 @@ def test_a_file_from_elsewhere_cannot_use_a_resolver_and_the_refusal_names_the_k
     assert compose("report", words).values["runs"] == words
 
 
+def test_names_that_are_not_utf8_are_files_to_read_and_nothing_that_is_saved():
+    name = "caf\udce9.cif"
+    assert compose("predict", [f"files={name}"]).values["files"] == name
+    assert compose("predict", [name, "b.cif"]).values["files"] == [name, "b.cif"]
+    with pytest.raises(ConfigError, match=r"runs=caf\\udce9\.cif: not UTF-8; rename"):
+        compose("finetune", [f"runs={name}"])
+
+
 def test_a_file_from_elsewhere_cannot_name_a_plugin(tmp_path):
     preset = tmp_path / "preset.yaml"
     preset.write_text("plugins: [evil]\n")

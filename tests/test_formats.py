@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tarfile
 import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -423,6 +425,7 @@ def test_a_frame_whose_columns_are_not_what_it_claims_is_rejected_at_once(
         ("x.json", b'[{"a":', b" ", b"1}]"),
         ("x.jsonl", b"", b"\n", b""),
         ("x.extxyz", b"", b"\n", b""),
+        ("x.extxyz", b"999999999\n", b"\n", b""),
         ("x.csv", b"id,cif\n", b"\n", b""),
     ],
 )
@@ -431,7 +434,7 @@ def test_a_file_of_blanks_is_refused_before_much_of_it_is_read(
 ) -> None:
     (tmp_path / name).write_bytes(head + blank * 40_000_000 + tail)
     start = time.process_time()
-    with pytest.raises(DataError, match=r"blanks in a row|empty lines in a row"):
+    with pytest.raises(DataError, match=r"blanks in a row|empty lines in a row|MiB of lines"):
         import_crystals(tmp_path / name, tmp_path / "s.store", workers=1)
     assert time.process_time() - start < 1
 
@@ -494,6 +497,22 @@ def test_what_only_calls_itself_a_database_is_refused(tmp_path: Path) -> None:
     for name in ("x.db", "y.db"):
         with pytest.raises(DataError, match=rf"{name}: (not an SQLite|ase can't read)"):
             import_crystals(tmp_path / name, tmp_path / "s.store")
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        "CREATE VIEW systems AS WITH RECURSIVE t(id) AS (SELECT 1 UNION ALL SELECT id + 1 FROM t) SELECT id FROM t",
+        "CREATE VIEW information AS WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n FROM t) SELECT n FROM t",
+        "CREATE VIRTUAL TABLE systems USING fts5(id)",
+    ],
+    ids=["rows", "version", "virtual"],
+)
+def test_a_database_of_rows_without_end_is_refused(tmp_path: Path, made: str) -> None:
+    with closing(sqlite3.connect(tmp_path / "x.db")) as database:
+        database.execute(made)
+    with pytest.raises(DataError, match=r"x\.db: '(systems|information)' in it is a view or a virtual table"):
+        import_crystals(tmp_path / "x.db", tmp_path / "s.store")
 
 
 def test_nothing_that_a_file_names_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

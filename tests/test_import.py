@@ -605,6 +605,14 @@ def test_a_file_whose_name_is_not_utf8_is_read(tmp_path: Path, name: bytes) -> N
         import_crystals(path, tmp_path / os.fsdecode(b"s\xe9.store"))
 
 
+def test_a_table_whose_name_is_not_utf8_is_read(tmp_path: Path, folder: Path) -> None:
+    table = tmp_path / os.fsdecode(b"caf\xe9.csv")
+    table.write_text("id,y\na,1\nb,many\nz,2\n")
+    report = import_crystals(folder, tmp_path / "s.store", targets=table)
+    places = [source for source, *_ in rejects(report)]
+    assert places == [r"caf\xe9.csv line 4", r"caf\xe9.csv line 3"]
+
+
 def test_a_pipe_that_is_called_as_a_structure_file_is_rejected_and_not_waited_for(tmp_path: Path, folder: Path) -> None:
     os.mkfifo(folder / "pipe.cif")
     assert rejects(import_crystals(folder, tmp_path / "s.store")) == [

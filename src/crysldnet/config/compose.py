@@ -33,7 +33,7 @@ from crysldnet.config.files import (
     read_yaml,
 )
 from crysldnet.config.own_data import with_paths
-from crysldnet.config.values import MISSING, changed, changed_plainly, literally, resolve
+from crysldnet.config.values import MISSING, changed, changed_plainly, literally, refuse_other_bytes, resolve
 from crysldnet.config.words import PLAIN_WORDS, split
 from crysldnet.console import note
 from crysldnet.errors import ConfigError
@@ -109,6 +109,8 @@ def compose(command: str | Path, arguments: Sequence[str] = (), saved: Path | No
     """
     split_pairs = split(arguments, keys_of(command), PLAIN_WORDS.get(str(command)), literally)
     pairs = with_paths([renamed_argument(*pair) for pair in split_pairs])
+    if command not in PLAIN_WORDS:
+        refuse_other_bytes(pairs)
     links: dict[str, str] = {}
     presets = tuple(value for key, value in pairs if key == "preset" and value not in ("null", ""))
     if saved is None:

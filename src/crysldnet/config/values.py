@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -37,11 +38,24 @@ def _parse(value: str) -> Any:
         parsed = OmegaConf.from_dotlist([f"value={value}"])
     except yaml.YAMLError:
         return value
+    except UnicodeEncodeError:  # names of files needn't be UTF-8; several of them are in JSON
+        return json.loads(value) if value.startswith("[") else value
     return OmegaConf.to_container(parsed, resolve=True)["value"]  # type: ignore[call-overload, index]
 
 
 _parse_plain = lru_cache(maxsize=1024)(_parse)
 """Of a text without a resolver, which always has the same value."""
+
+
+def refuse_other_bytes(pairs: Sequence[tuple[str, str]]) -> None:
+    """Refuse values that aren't UTF-8, for no configuration that is saved can hold them.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for key, value in pairs:
+        if (shown := value.encode(errors="backslashreplace").decode()) != value:
+            raise ConfigError(f"{key}={shown}: not UTF-8; rename the file or folder", key)
 
 
 def literally(value: Any) -> Any:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import io
 import re
+import sqlite3
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -54,11 +57,11 @@ def frames(stream: BinaryIO, name: str) -> Iterator[bytes]:
         lines, size = [first], 0
         for _ in range(int(first) + 1):
             line = stream.readline(LIMIT)
-            size += len(line)
+            size += sys.getsizeof(line)
             if not line:
                 break
             if size > LIMIT:
-                raise DataError(f"{name} line {line_number}: a frame of over {LIMIT // 2**20} MiB")
+                raise DataError(f"{name} line {line_number}: a frame of over {LIMIT // 2**20} MiB of lines")
             lines.append(line)
         line_number += len(lines) - 1
         last = line_number
@@ -110,6 +113,22 @@ def is_sqlite(path: Path) -> bool:
     """Return whether a file is an SQLite database by how it begins."""
     with path.open("rb") as file:
         return file.read(16) == b"SQLite format 3\0"
+
+
+def refuse_what_computes(path: Path) -> None:
+    """Refuse a database in SQLite that holds more than tables: a view could give rows without end.
+
+    Raises:
+        DataError: it does, or can't be read.
+    """
+    other = "SELECT name FROM sqlite_master WHERE type = 'view' OR sql LIKE 'CREATE VIRTUAL%'"
+    try:
+        with closing(sqlite3.connect(path)) as database:
+            found = database.execute(other).fetchone()
+    except sqlite3.Error as error:
+        raise DataError(f"{path}: ase can't read this database ({error})") from error
+    if found is not None:
+        raise DataError(f"{path}: {found[0]!r} in it is a view or a virtual table; only tables are read")
 
 
 def database_entries(path: Path, kind: str) -> Iterator[Entry]:

@@ -235,6 +235,8 @@ class DatabaseReader(FileOfMany):
         if kind == "db" and not ase_files.is_sqlite(path):
             raise DataError(f"{path}: not an SQLite database")
         ase_files.require_ase()
+        if kind == "db":
+            ase_files.refuse_what_computes(path)
         self._kind = kind
         self.total = ase_files.size_of(path, kind)
 

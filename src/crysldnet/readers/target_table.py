@@ -19,7 +19,7 @@ from crysldnet.data.units import name_and_unit
 from crysldnet.errors import DataError
 from crysldnet.readers.issues import ImportIssues
 from crysldnet.readers.rows import MOST_COLUMNS
-from crysldnet.readers.structure_files import material_ids, without_suffix
+from crysldnet.readers.structure_files import material_ids, printable, without_suffix
 from crysldnet.readers.table_cells import EXCEL, read_cells
 
 ID_COLUMNS = ("material_id", "id", "file", "filename", "name")
@@ -102,7 +102,7 @@ def read_targets(path: Path, ids: set[str], id_column: str | None, issues: Impor
             raise DataError(f"{path}: the uncertainties of {name!r} need the column name {twice!r}; rename it")
         columns |= read
         units |= dict.fromkeys(read, unit) if unit else {}
-    return Targets(path.name, columns, units, {material_id: row for row, material_id in enumerate(found)})
+    return Targets(printable(path.name), columns, units, {material_id: row for row, material_id in enumerate(found)})
 
 
 def _rows_by_id(
@@ -110,12 +110,13 @@ def _rows_by_id(
 ) -> dict[str, tuple[str, list[str]]]:
     """Return the place and cells of each crystal's row; rows that can't be told apart are all left out."""
     found: dict[str, list[tuple[str, list[str]]]] = defaultdict(list)
-    kind = f"rows of {path.name}"
+    table = printable(path.name)
+    kind = f"rows of {table}"
     issues.count(kind, len(rows))
     alike: dict[str, str] = {}
     reason = ""
     for line, cells in rows:
-        place = f"{path.name} line {line}"
+        place = f"{table} line {line}"
         written = cells[key].strip() if key < len(cells) else ""
         material_id = _id_of(written, ids)
         reason = ""
