@@ -1,6 +1,8 @@
 """Configuration: every file composes, every key is known, errors name key, file and mend."""
 
+import itertools
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,12 +13,14 @@ from crysldnet import build as build_module
 from crysldnet.build import TARGET, build, check
 from crysldnet.cli import COMMANDS, run
 from crysldnet.config import PRESETS, arguments_for, choices, compose, conf_folder, validate
-from crysldnet.errors import ConfigError
+from crysldnet.data.catalog import read_definition
+from crysldnet.errors import ConfigError, CrysldnetError
 from crysldnet.finetune import FinetuneConfig
 from crysldnet.graphs.spec import GraphSpec
 from crysldnet.inference.predict import PredictConfig
 from crysldnet.pretrain import PretrainConfig, build_model
 from crysldnet.tools.matbench.settings import recipe_arguments
+from crysldnet.tools.report.run_files import read_run
 
 GROUPS = ["data", "encoder", "objective", "denoiser", "head", "optimizer", "trainer", "strategy", "logger"]
 
@@ -244,6 +248,44 @@ def test_a_file_from_elsewhere_cannot_use_a_resolver_and_the_refusal_names_the_k
         recipe_arguments(f"'optimizer.lr={text}'")
     words = ["runs/a", f"runs/{text}"]
     assert compose("report", words).values["runs"] == words
+
+
+TOO_MUCH = [
+    "a: &a [x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefghi")),
+    "a: &a [*a]",
+    "a: " + "[" * 3000,
+    "a: " + "9" * 5000,
+    *("a: !!float x", "a: !!bool x", "a: !!timestamp x", "a: !!set {b}", "a: !!python/name:os.system"),
+]
+
+
+@pytest.mark.parametrize("text", TOO_MUCH, ids=["aliases", "itself", "deep", "long", *"fbtsp"])
+def test_yaml_that_is_made_to_fail_is_refused_in_a_sentence_wherever_it_is_read(tmp_path, text):
+    pytest.importorskip("optuna")
+    from crysldnet.tools.sweep import load_sweep
+
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    (tmp_path / "summary.json").write_text("{}")
+    start = time.process_time()
+    for read in (
+        lambda: compose("finetune", [f"preset={file}"]),
+        lambda: compose("finetune", [f"encoder={file}"]),
+        lambda: compose("finetune", ["resume=last"], file),
+        lambda: read_run(tmp_path),
+        lambda: load_sweep(str(file)),
+        lambda: read_definition(file),
+    ):
+        with pytest.raises(CrysldnetError):
+            read()
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+    "text", ["9" * 5000, "!!float x", "!!bool x", "!!timestamp x", "[" * 3000, "&a [*a]", "{<<: 1}"]
+)
+def test_what_is_no_yaml_on_the_command_line_is_text(text):
+    assert compose("finetune", [f"name={text}"]).values["name"] == text
 
 
 def test_names_that_are_not_utf8_are_files_to_read_and_nothing_that_is_saved():

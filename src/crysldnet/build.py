@@ -222,3 +222,39 @@ _Dumper.add_representer(
 def to_yaml(values: Mapping[str, Any]) -> str:
     """Return plain values as YAML, which is read as these very values."""
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+NO_YAML = (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError)
+"""What PyYAML raises for texts that aren't what they say, such as dates with a thirteenth month."""
+MOST_NODES = 100_000
+"""values of a YAML file, each counted as often as an alias repeats it"""
+
+
+def from_yaml(text: str) -> Any:
+    """Read plain values from YAML, in which a few aliases can't stand for more than fits into memory.
+
+    Raises:
+        yaml.YAMLError: it isn't YAML, or is too large.
+    """
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _nodes(node, {}) > MOST_NODES:
+            raise yaml.YAMLError(f"over {MOST_NODES:,} values")
+        return loader.construct_document(node)
+    except NO_YAML as error:
+        raise yaml.YAMLError(str(error)) from error
+    finally:
+        loader.dispose()
+
+
+def _nodes(node: yaml.Node, counted: dict[int, float]) -> float:
+    """Count the nodes of a document, those of an alias each time; endless for one within itself."""
+    if id(node) not in counted:
+        counted[id(node)] = float("inf")
+        inner = [] if isinstance(node, yaml.ScalarNode) else node.value
+        parts = [part for item in inner for part in (item if isinstance(item, tuple) else [item])]
+        counted[id(node)] = 1 + sum(_nodes(part, counted) for part in parts)
+    return counted[id(node)]

@@ -14,6 +14,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from crysldnet.build import NO_YAML, from_yaml
 from crysldnet.errors import ConfigError
 from crysldnet.io import conf_folder
 from crysldnet.renames import renamed
@@ -40,7 +41,7 @@ def read_yaml(path: Path, group: str = "") -> dict[Any, Any]:
     """Read a YAML file of keys, which are those of a group in messages; raises what :func:`load_yaml` does."""
     try:
         loaded = deepcopy(_parsed(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (OSError, OmegaConfBaseException, *NO_YAML) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: it must hold keys and values")
@@ -57,9 +58,7 @@ def _parsed(text: str) -> Any:
     return OmegaConf.to_container(OmegaConf.load(StringIO(text)))
 
 
-@lru_cache(maxsize=16)
-def _saved(text: str) -> Any:
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+_saved = lru_cache(maxsize=16)(from_yaml)
 
 
 def lay_over(base: dict[Any, Any], layer: Mapping[Any, Any]) -> None:

@@ -9,10 +9,10 @@ from copy import deepcopy
 from functools import lru_cache
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from crysldnet.build import NO_YAML
 from crysldnet.config.words import in_brackets
 from crysldnet.errors import ConfigError
 from crysldnet.renames import renamed_argument
@@ -36,10 +36,10 @@ def parse(value: str) -> Any:
 def _parse(value: str) -> Any:
     try:
         parsed = OmegaConf.from_dotlist([f"value={value}"])
-    except yaml.YAMLError:
-        return value
     except UnicodeEncodeError:  # names of files needn't be UTF-8; several of them are in JSON
         return json.loads(value) if value.startswith("[") else value
+    except NO_YAML:
+        return value
     return OmegaConf.to_container(parsed, resolve=True)["value"]  # type: ignore[call-overload, index]
 
 
@@ -75,7 +75,10 @@ def _value_of(key: str, text: str) -> Any:
 
 def changed(values: dict[str, Any], changes: Sequence[tuple[str, str]]) -> DictConfig:
     """Return values changed as the command line says, not resolved yet."""
-    merged = OmegaConf.create(values)
+    try:
+        merged = OmegaConf.create(values)
+    except OmegaConfBaseException as error:  # a date or a set, which YAML has too
+        raise ConfigError(f"{getattr(error, 'full_key', '')}: {str(error).splitlines()[0]}") from error
     for key, value in changes:
         try:
             OmegaConf.update(merged, key, literally(_value_of(key, value)), merge=False)

@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from crysldnet.build import from_yaml
 from crysldnet.errors import DataError
 from crysldnet.io import conf_folder
 
@@ -117,7 +118,7 @@ def read_definition(path: Path) -> PublishedSet:
         DataError: the file can't be read, or has an unknown key or a value of another type.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = from_yaml(path.read_text(encoding="utf-8"))
         if not isinstance(values, Mapping) or "name" in values:
             raise DataError(f"{path}: it must hold the keys of a published data set; its name is the file's")
         return PublishedSet.model_validate_json(json.dumps({"name": path.stem, **values}))

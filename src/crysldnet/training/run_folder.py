@@ -213,9 +213,12 @@ class RunFolder:
             return
         if owner is not None:
             raise ConfigError(f"{part}: {owner} is working in this folder; choose another name", "name")
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._lock.flush()
+        try:
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self._lock.flush()
+        except OSError as error:
+            raise ConfigError(f"can't write {part / '.lock'}: {error.strerror}", "runs") from error
 
     @property
     def _begun(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from crysldnet.build import from_yaml
 from crysldnet.errors import DataError
 from crysldnet.tools.report.predictions import Predictions, read_predictions
 from crysldnet.training.plots import Curves, read_curves
@@ -78,7 +79,7 @@ def read_run(path: Path) -> Run:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = from_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"{path}: not readable as YAML ({error}); bring it back, or train again") from error
     if not isinstance(config, dict):

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from crysldnet.build import from_yaml
 from crysldnet.config import argument, split_words
 from crysldnet.console import note
 from crysldnet.errors import ConfigError
@@ -60,7 +59,7 @@ def _keep_sweep(folder: RunFolder, sweep: Sweep, values: dict[str, Any]) -> None
         )
     whole = {**values, "sweep_config": sweep.config}
     path = folder.path / "config.yaml"
-    before = yaml.safe_load(path.read_text()) if path.exists() else whole
+    before = from_yaml(path.read_text()) if path.exists() else whole
     for key in ("backend", "args", "seed", "sweep_config"):
         if before.get(key) != whole[key]:
             raise ConfigError(f"{folder.path} was begun with another {key}; choose another name", key)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from crysldnet.build import build_dataclass
+from crysldnet.build import build_dataclass, from_yaml
 from crysldnet.config import argument, choices, compose, conf_folder, validate
 from crysldnet.errors import ConfigError
 from crysldnet.finetune import FinetuneConfig
@@ -176,7 +176,7 @@ def load_sweep(name: str, *, allow_command: bool = False) -> Sweep:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else conf_folder() / "sweep" / f"{name}.yaml"
     try:
-        config = yaml.safe_load(path.read_text())
+        config = from_yaml(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"sweep={name}: no such sweep; there are: {', '.join(choices('sweep'))}", "sweep") from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
