@@ -38,6 +38,8 @@ def _parse(value: str) -> Any:
         parsed = OmegaConf.from_dotlist([f"value={value}"])
     except UnicodeEncodeError:  # names of files needn't be UTF-8; several of them are in JSON
         return json.loads(value) if value.startswith("[") else value
+    except OmegaConfBaseException:
+        raise
     except NO_YAML:
         return value
     return OmegaConf.to_container(parsed, resolve=True)["value"]  # type: ignore[call-overload, index]
