@@ -1,1 +1,1 @@
-"""The package from Python: commands as functions, and estimators for scikit-learn."""
+"""The Python API: commands as functions, and scikit-learn estimators."""

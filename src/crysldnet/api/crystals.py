@@ -1,4 +1,4 @@
-"""Crystals and labels as Python users have them, in one table that training reads.
+"""Convert crystals and labels from Python objects to one table for training.
 
 Shapes: ``n`` crystals, ``T`` targets.
 """
@@ -27,24 +27,24 @@ from crysldnet.readers.stream import CrystalStream, StreamSettings
 from crysldnet.readers.structure_files import kind_of
 
 SPLIT = "split"
-"""Column that says which crystals train and which validate."""
+"""Column that assigns crystals to training or validation."""
 VALIDATED = 10
-"""Every tenth formula is validated on."""
+"""Every tenth formula is used for validation."""
 
 
 def is_path(structures: Any) -> bool:
-    """Return whether all structures are in one place: a file, a folder, a store, a pattern."""
+    """Return whether the structures are given as one path: a file, folder, store or pattern."""
     return isinstance(structures, str | os.PathLike)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Structures in the form that readers take.
+    """Structures in a form that the readers accept.
 
     Attributes:
         readable: what :class:`crysldnet.readers.stream.CrystalStream` reads.
-        index: [n] the place of each structure in it; None where it has the n structures in their order.
-        ids: [n] of the structures; None for those that the readers find.
+        index: [n] position of each structure in ``readable``; None if the order is the same.
+        ids: [n] ids of the structures; None to use those found by the readers.
     """
 
     readable: Any
@@ -56,7 +56,7 @@ class Source:
         """Return the source of structures.
 
         Raises:
-            DataError: a list of paths has one that isn't a file of one structure, so that rows could be mistaken.
+            DataError: a path in a list isn't a file with a single structure, so rows would be ambiguous.
         """
         if is_path(structures):
             return cls(structures)
@@ -81,16 +81,16 @@ class Source:
 
 
 def _labels_of(index: Any) -> list[str] | None:
-    """Return the labels of an index as ids, or None where two are alike."""
+    """Return the labels of an index as ids, or None if they aren't unique."""
     labels = [str(label) for label in index]
     return labels if len(set(labels)) == len(labels) else None
 
 
 def read(structures: Any, numbers: Sequence[str] = ()) -> tuple[Crystals, list[str], dict[str, NDArray[np.float64]]]:
-    """Return all crystals of a source, their ids, and the columns of numbers that are asked for.
+    """Return all crystals of a source, their ids, and the requested numeric columns.
 
     Raises:
-        DataError: a crystal can't be used, or lacks one of the numbers.
+        DataError: a crystal is invalid or lacks a requested number.
     """
     source = Source.of(structures)
     account = Refusals("raise")
@@ -116,14 +116,14 @@ def read(structures: Any, numbers: Sequence[str] = ()) -> tuple[Crystals, list[s
 
 @dataclass(frozen=True)
 class Labels:
-    """Values of targets.
+    """Target values.
 
     Attributes:
-        names: [T].
-        units: of the targets that state one.
-        values: [n, T] numbers, NaN where unknown; or of classes objects, None where unknown.
-        flat: the values came as one column, [n].
-        index: [n] labels of the rows; None where they have none.
+        names: [T] target names.
+        units: units of the targets that have one.
+        values: [n, T] numbers, NaN if unknown; for classes objects, None if unknown.
+        flat: the values were given as one column, [n].
+        index: [n] row labels, or None.
     """
 
     names: list[str]
@@ -134,10 +134,10 @@ class Labels:
 
     @classmethod
     def of(cls, y: Any, *, classes: bool) -> Labels:
-        """Read an array, a Series or a DataFrame; units stand in ``attrs`` or in the names, ``band_gap (eV)``.
+        """Read an array, a Series or a DataFrame; units are in ``attrs`` or in the names, ``band_gap (eV)``.
 
         Raises:
-            DataError: a value isn't a number, or two units are given.
+            DataError: a value isn't a number, or units conflict.
         """
         kind: type = object if classes else np.float64
         try:
@@ -168,7 +168,7 @@ class Labels:
         """Return [n, T] values in the order of the structures.
 
         Raises:
-            DataError: it isn't plain which value belongs to which structure.
+            DataError: values can't be matched to structures.
         """
         if is_path(structures):
             return self._by_id(ids)
@@ -207,7 +207,7 @@ def _titles(y: Any, count: int) -> list[str]:
 
 
 def _unit(y: Any, title: str) -> str:
-    """Return the unit of a target, empty where none is given."""
+    """Return the unit of a target, or an empty string."""
     name, unit = name_and_unit(title)
     given = getattr(y, "attrs", {}).get("units")
     other = given.get(title, given.get(name)) if isinstance(given, Mapping) else given
@@ -217,10 +217,10 @@ def _unit(y: Any, title: str) -> str:
 
 
 def write(structures: Any, labels: Labels, path: Path, seed: int, numbers: Sequence[str] = ()) -> None:
-    """Write crystals, labels and further columns of numbers as a Parquet file, a part of the formulas for validation.
+    """Write crystals, labels and extra numeric columns as Parquet, with some formulas for validation.
 
     Raises:
-        DataError: a crystal can't be used, or labels and structures don't correspond.
+        DataError: a crystal is invalid, or labels and structures don't match.
     """
     crystals, ids, beside = read(structures, numbers)
     values = labels.rows_of(structures, ids)
@@ -238,11 +238,11 @@ def _column(values: NDArray) -> list[Any] | NDArray:
 
 
 def label_text(value: Any) -> str:
-    """Return the name of a class; those of 1 and 1.0 are alike."""
+    """Return the name of a class; 1 and 1.0 have the same name."""
     return str(int(value)) if isinstance(value, float | np.floating) and value == int(value) else str(value)
 
 
 def known_classes(values: NDArray) -> Iterator[NDArray]:
-    """Give the classes of each target in their order."""
+    """Yield the sorted classes of each target."""
     for column in values.T:
         yield np.unique(np.array([value for value in column if value is not None]))

@@ -1,4 +1,4 @@
-"""Estimators for scikit-learn: they write a table, finetune on it as the command does, and keep the model's files."""
+"""Scikit-learn estimators that write a table, finetune on it like the command, and keep the model files."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from crysldnet.inference.results import Predictions
 from crysldnet.io import cannot_write, whole_file
 
 OWN = {"data", "data.path", "data.targets", "name", "resume", "runs", "seed", "trainer.progress_bar"}
-"""Keys that an estimator sets itself."""
+"""Keys that the estimator itself sets."""
 KEPT = ("summary.json", "model.safetensors", "calibration.safetensors", "member_*/model.safetensors")
-"""Files of a run that a model is loaded from."""
+"""Files of a run from which the model is loaded."""
 VALIDATION = [0.9, 0.1, 0.0]
-"""Shares of training, validation and test, where a store is split by formula."""
+"""Fractions of training, validation and test if a store is split by formula."""
 
 
 class _Finetuned(BaseEstimator):
-    """What regressor and classifier share; settings are attributes as their other parameters are."""
+    """Base class of regressor and classifier; settings are attributes like other parameters."""
 
     _classes = False
 
@@ -59,7 +59,7 @@ class _Finetuned(BaseEstimator):
             setattr(self, name, value)
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Return the parameters, among them the settings that were given."""
+        """Return the parameters, including the given settings."""
         named = super().get_params(deep)
         others = {name: value for name, value in vars(self).items() if name not in named}
         return named | {name: value for name, value in others.items() if name[0] != "_" and name[-1] != "_"}
@@ -73,15 +73,17 @@ class _Finetuned(BaseEstimator):
         """Train a model.
 
         Args:
-            X: n structures: pymatgen's ``Structure`` or ASE's ``Atoms``, paths of CIF or POSCAR files, a DataFrame with
-                a column of structures, whose index becomes their ids; or the path of a store, table or folder.
-            y: [n] or [n, T] values, NaN where unknown. A Series or DataFrame names the targets; their units stand in
-                the names, ``band_gap (eV)``, or in ``attrs["units"]``. Where X is a path, the index has the ids, or y
-                is the name of a column, or a list of names.
+            X: n structures: pymatgen ``Structure`` or ASE ``Atoms`` objects, paths of CIF or POSCAR files, a DataFrame
+                with
+                a column of structures, whose index provides the ids; or the path of a store, table or folder.
+            y: [n] or [n, T] values, NaN if unknown. A Series or DataFrame names the targets, with units in the names,
+                ``band_gap (eV)``, or in ``attrs["units"]``. If X is a path, the index has the ids, or y is a column
+                name
+                or a list of names.
 
         Raises:
-            DataError: a structure or a value can't be used.
-            ConfigError: a setting is unknown or not possible.
+            DataError: a structure or value is invalid.
+            ConfigError: a setting is unknown or invalid.
         """
         seed = self.random_state
         if not isinstance(seed, int | np.integer):
@@ -139,7 +141,7 @@ class _Finetuned(BaseEstimator):
 
     @property
     def predictor_(self) -> Predictor:
-        """The model with all that it says of crystals: ids, intervals, flags; see :class:`Predictor`."""
+        """The fitted model with ids, intervals and flags; see :class:`Predictor`."""
         check_is_fitted(self, "files_")
         if self._predictor is None:
             with tempfile.TemporaryDirectory(prefix="crysldnet-") as folder, isolate_rng():
@@ -152,7 +154,7 @@ class _Finetuned(BaseEstimator):
         return folder
 
     def save(self, path: Any) -> None:
-        """Write the model: a file where the name ends in .safetensors, else a folder; ``crysldnet.load`` reads both.
+        """Write the model to a file if the name ends in .safetensors, else to a folder; ``crysldnet.load`` reads both.
 
         Raises:
             ConfigError: an ensemble can't be one file.
@@ -179,7 +181,7 @@ class _Finetuned(BaseEstimator):
         return tags
 
     def _predict(self, X: Any, interval: float = 0.9) -> tuple[Predictions, Any]:
-        """Return predictions, and the place of each structure among them."""
+        """Return predictions and the position of each structure among them."""
         predictor = self.predictor_
         source = Source.of(X)
         return predictor.predict(source.readable, interval=interval), slice(
@@ -191,28 +193,29 @@ class _Finetuned(BaseEstimator):
 
 
 class CrystalRegressor(RegressorMixin, _Finetuned):
-    """Predict numbers of crystals.
+    """Regression on crystals.
 
     Args:
-        recipe: as in the configuration, which also has the default.
-        pretrained: the encoder to start from, likewise.
-        random_state: seed of initial weights, order and validation crystals; the same seed gives the same model.
-        verbose: show a progress bar, and notes on standard error.
-        settings: other keys of ``crysldnet finetune``, with ``__`` for the dot: ``epochs=20``, ``optimizer__lr=1e-3``.
+        recipe: training recipe; the default is that of the configuration.
+        pretrained: initial encoder; the default is that of the configuration.
+        random_state: seed of initial weights, data order and validation crystals; the same seed gives the same model.
+        verbose: show a progress bar and notes on standard error.
+        settings: other keys of ``crysldnet finetune``, with ``__`` in place of dots: ``epochs=20``,
+            ``optimizer__lr=1e-3``.
 
     Attributes:
-        predictor_: what :func:`crysldnet.load` gives.
-        metrics_: errors on the validation crystals, by name.
-        targets_, units_: [T].
+        predictor_: the object returned by :func:`crysldnet.load`.
+        metrics_: validation errors by name.
+        targets_, units_: [T] names and units.
     """
 
     def predict(self, X: Any, return_interval: bool = False, interval: float = 0.9) -> Any:
         """Return predictions [n] or [n, T].
 
         Args:
-            X: structures as :meth:`fit` takes them.
-            return_interval: return values, lower and upper ends.
-            interval: the share of true values that the interval is to hold, between 0 and 1.
+            X: structures as in :meth:`fit`.
+            return_interval: return values, lower and upper bounds.
+            interval: coverage of the interval, between 0 and 1.
         """
         found, rows = self._predict(X, interval)
         values = self._shaped(found.values)[rows]
@@ -221,17 +224,17 @@ class CrystalRegressor(RegressorMixin, _Finetuned):
         return values, self._shaped(found.low)[rows], self._shaped(found.high)[rows]
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Return R², of several targets the mean, over the values that are known."""
+        """Return R² over the known values, averaged over targets."""
         found, rows = self._predict(X)
         return _mean_score(r2_score, Labels.of(y, classes=False).values, found.values[rows], sample_weight)
 
 
 class CrystalClassifier(ClassifierMixin, _Finetuned):
-    """Predict classes of crystals; parameters as those of :class:`CrystalRegressor`.
+    """Classification of crystals; parameters as in :class:`CrystalRegressor`.
 
     Attributes:
-        classes_: the classes; of several targets a list of them.
-        predictor_, metrics_, targets_, units_: as there.
+        classes_: the classes, or a list of them for several targets.
+        predictor_, metrics_, targets_, units_: as in :class:`CrystalRegressor`.
     """
 
     _classes = True
@@ -239,11 +242,11 @@ class CrystalClassifier(ClassifierMixin, _Finetuned):
     def _keep_classes(self, classes: list[NDArray]) -> None:
         self.classes_ = classes[0] if self._flat else classes
         texts = [[label_text(value) for value in of_target.tolist()] for of_target in classes]
-        named = self.predictor_.members[0].classes  # in the order of their texts
+        named = self.predictor_.members[0].classes  # sorted as text
         self._codes = [[own.index(name) for name in names or []] for own, names in zip(texts, named, strict=True)]
 
     def predict(self, X: Any) -> NDArray:
-        """Return the likeliest classes [n] or [n, T]."""
+        """Return the most likely classes [n] or [n, T]."""
         found, rows = self._predict(X)
         classes = [self.classes_] if self._flat else self.classes_
         columns = [
@@ -253,14 +256,14 @@ class CrystalClassifier(ClassifierMixin, _Finetuned):
         return columns[0] if self._flat else np.stack([column.astype(object) for column in columns], axis=1)
 
     def predict_proba(self, X: Any) -> Any:
-        """Return probabilities [n, C] in the order of ``classes_``; of several targets a list of them."""
+        """Return probabilities [n, C] in the order of ``classes_``, or a list of them for several targets."""
         found, rows = self._predict(X)
         assert found.probabilities is not None
         of_targets = [found.probabilities[rows, place][:, np.argsort(codes)] for place, codes in enumerate(self._codes)]
         return of_targets[0] if self._flat else of_targets
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Return the accuracy, of several targets the mean, over the values that are known."""
+        """Return the accuracy over the known values, averaged over targets."""
         predicted = np.asarray(self.predict(X), object)
         true = Labels.of(y, classes=True).values
         return _mean_score(accuracy_score, true, predicted.reshape(true.shape), sample_weight)
@@ -287,14 +290,14 @@ def _mean_score(score: Any, true: NDArray, predicted: NDArray, weight: Any) -> f
 
 
 class CrystalTransformer(TransformerMixin, BaseEstimator):
-    """Turn crystals into features for other models of scikit-learn.
+    """Turn crystals into features for other scikit-learn models.
 
     Args:
-        pretrained: an encoder as :func:`crysldnet.load_encoder` takes it; by default that of the configuration.
-        layers_read: ``all`` gives mean and standard deviation over the atoms of every layer's features, ``last`` the
-            mean of the encoder's output.
-        descriptors: put the named descriptors of composition and geometry beside them; without an encoder
-            (``pretrained="none"``) they are the features.
+        pretrained: an encoder as in :func:`crysldnet.load_encoder`; the default is that of the configuration.
+        layers_read: ``all`` returns mean and standard deviation over the atoms of the features of every layer,
+            ``last`` the mean of the encoder output.
+        descriptors: append the named descriptors of composition and geometry; without an encoder
+            (``pretrained="none"``) these are the only features.
     """
 
     def __init__(
@@ -305,10 +308,10 @@ class CrystalTransformer(TransformerMixin, BaseEstimator):
         self.descriptors = descriptors
 
     def fit(self, X: Any, y: Any = None) -> Self:
-        """Load the encoder; nothing is learned.
+        """Load the encoder, without training.
 
         Raises:
-            ConfigError: there is neither an encoder nor descriptors.
+            ConfigError: neither an encoder nor descriptors are selected.
         """
         chosen = compose("finetune").values["pretrained"] if self.pretrained is None else self.pretrained
         if chosen == "none" and not self.descriptors:
@@ -317,10 +320,10 @@ class CrystalTransformer(TransformerMixin, BaseEstimator):
         return self
 
     def transform(self, X: Any) -> NDArray[np.float64]:
-        """Return features [n, D] of structures as :meth:`CrystalRegressor.fit` takes them.
+        """Return features [n, D] of structures as in :meth:`CrystalRegressor.fit`.
 
         Raises:
-            DataError: a crystal can't be used.
+            DataError: a crystal is invalid.
         """
         check_is_fitted(self, "encoder_")
         crystals, *_ = read(X)
@@ -335,6 +338,6 @@ class CrystalTransformer(TransformerMixin, BaseEstimator):
         return features.values
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray:
-        """Return [D] the names of the features, once crystals were transformed."""
+        """Return the [D] feature names after a transform."""
         check_is_fitted(self, "feature_names_")
         return np.array(self.feature_names_, object)

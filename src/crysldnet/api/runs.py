@@ -1,4 +1,4 @@
-"""Run a command from Python: keyword arguments in place of ``key=value``."""
+"""Run a command from Python with keyword arguments in place of ``key=value``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Run:
     """A complete run.
 
     Attributes:
-        folder: of the run.
+        folder: run folder.
         summary: the content of its ``summary.json``.
     """
 
@@ -33,14 +33,14 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, float | None]:
-        """The errors by name, such as ``test/mae/band_gap``; of pretraining after the stage, ``vae/val/loss``."""
+        """Metrics by name, such as ``test/mae/band_gap``; for pretraining with the stage, ``vae/val/loss``."""
         stages = {s: self.summary.get(s, {}) for s in ("vae", "diffusion")}
         own = {name: value for name, value in self.summary.items() if "/" in name}
         return own | {f"{stage}/{name}": value for stage, values in stages.items() for name, value in values.items()}
 
     @cached_property
     def model(self) -> Embedder | Predictor:
-        """The model, loaded on first use: a predictor, after pretraining an encoder."""
+        """The model, loaded on first use: a predictor, or after pretraining an encoder."""
         from crysldnet.inference import load, load_encoder
 
         return load_encoder(self.folder) if self.summary["command"] == "pretrain" else load(self.folder)
@@ -51,26 +51,26 @@ class Run:
 
 
 def finetune(**settings: Any) -> Run:
-    """Train a property model, as ``crysldnet finetune`` does.
+    """Train a property model, like ``crysldnet finetune``.
 
     Args:
-        settings: keys of the configuration with their values. ``__`` stands for the dot in a key, as in
+        settings: configuration keys and values. ``__`` replaces the dot in a key, as in
             ``data__path="my.store"``; a mapping sets several keys of a group, as in ``optimizer={"lr": 1e-3}``.
 
     Raises:
-        ConfigError: a key is unknown, or its value isn't possible.
-        DataError: the crystals can't be used.
+        ConfigError: a key is unknown or its value is invalid.
+        DataError: the crystals are invalid.
     """
     return run_command("finetune", settings)
 
 
 def pretrain(**settings: Any) -> Run:
-    """Pretrain an encoder, as ``crysldnet pretrain`` does; arguments and errors as those of :func:`finetune`."""
+    """Pretrain an encoder, like ``crysldnet pretrain``; arguments and errors as in :func:`finetune`."""
     return run_command("pretrain", settings)
 
 
 def run_command(command: str, settings: Mapping[str, Any]) -> Run:
-    """Run ``pretrain`` or ``finetune``; the random states and warning filters of the caller stay as they are."""
+    """Run ``pretrain`` or ``finetune`` without changing the caller's random states and warning filters."""
     from lightning.pytorch.utilities.seed import isolate_rng
 
     from crysldnet.signals import RUN_NAME
@@ -81,7 +81,7 @@ def run_command(command: str, settings: Mapping[str, Any]) -> Run:
     before = os.environ.get(RUN_NAME)
     with warnings.catch_warnings(), isolate_rng():
         cli.run([command, *words])
-    named = os.environ.get(RUN_NAME)  # left as it was where the run was complete already
+    named = os.environ.get(RUN_NAME)  # unchanged if the run was already complete
     if named is not None and named != before:
         folder: Path | None = Path(values["runs"]) / command / named.partition(":")[2]
     else:
@@ -91,7 +91,7 @@ def run_command(command: str, settings: Mapping[str, Any]) -> Run:
 
 
 def dotted(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return plain values by dotted key; a mapping for a group becomes the keys in it."""
+    """Return plain values by dotted key; mappings for groups are flattened."""
     groups = compose(command).groups
     found: dict[str, Any] = {}
     for name, value in settings.items():
@@ -104,14 +104,14 @@ def dotted(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(key: str, value: Any) -> Any:
-    """Return a value as YAML has it.
+    """Return a value as plain YAML.
 
     Raises:
-        ConfigError: it can't be one.
+        ConfigError: it has no plain form.
     """
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if hasattr(value, "tolist"):  # of NumPy
+    if hasattr(value, "tolist"):  # NumPy
         return value.tolist()
     if isinstance(value, Mapping):
         return {str(name): _plain(key, item) for name, item in value.items()}
@@ -123,7 +123,7 @@ def _plain(key: str, value: Any) -> Any:
 
 
 def arguments_of(command: str, values: Mapping[str, Any]) -> list[str]:
-    """Return the words of the command line that set these values."""
+    """Return the command-line words that set these values."""
     groups = compose(command).groups
     return [
         f"{key}=[{','.join(map(str, value))}]" if key in groups and isinstance(value, list) else argument(key, value)

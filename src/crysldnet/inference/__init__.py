@@ -1,4 +1,4 @@
-"""Models that are ready to use: predictions with uncertainty, and embeddings, for crystals of any source."""
+"""Ready-to-use models: predictions with uncertainty and embeddings for crystals from any source."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def choose_device(device: Device) -> torch.device:
     """Return the device to compute on.
 
     Raises:
-        DataError: there is no such device.
-        DeviceError: there is no GPU.
+        DataError: the device is unknown.
+        DeviceError: no GPU is available.
     """
     one_of(Device, "device", device)
     if device == "gpu" and not torch.cuda.is_available():
@@ -60,15 +60,15 @@ def choose_device(device: Device) -> torch.device:
 
 
 def load(path: str | os.PathLike[str], *, device: Device = "auto") -> Predictor:
-    """Load a finetuned model, or an ensemble.
+    """Load a finetuned model or an ensemble.
 
     Args:
-        path: the folder of a finetuning run, or a ``model.safetensors``.
-        device: ``auto`` takes a GPU where there is one.
+        path: folder of a finetuning run, or a ``model.safetensors``.
+        device: ``auto`` uses a GPU if available.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
-        DeviceError: there is no GPU.
+        CheckpointError: the model is missing or damaged.
+        DeviceError: no GPU is available.
     """
     chosen = choose_device(device)
     path = Path(path)
@@ -83,16 +83,16 @@ def load(path: str | os.PathLike[str], *, device: Device = "auto") -> Predictor:
 
 
 def load_encoder(path: str | os.PathLike[str], *, device: Device = "auto") -> Embedder:
-    """Load an encoder: a pretrained one, or that of a finetuned model.
+    """Load a pretrained encoder or that of a finetuned model.
 
     Args:
-        path: the folder of a run, an ``encoder.safetensors``, a ``model.safetensors``, or the name of an encoder that
-            ships with the package or was fetched.
-        device: as :func:`load` takes it.
+        path: run folder, ``encoder.safetensors``, ``model.safetensors``, or the name of an included or downloaded
+            encoder.
+        device: as in :func:`load`.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
-        DeviceError: there is no GPU.
+        CheckpointError: the encoder is missing or damaged.
+        DeviceError: no GPU is available.
     """
     chosen = choose_device(device)
     path = weights.find(os.fspath(path))

@@ -12,9 +12,9 @@ from crysldnet.data.output import FileOutput
 
 
 class ArraysOutput(FileOutput):
-    """An ``.npz`` with ``embedding`` [rows, D] float32, and the other columns of the table as arrays of their own.
+    """An ``.npz`` with ``embedding`` [rows, D] float32 and one array per other column of the table.
 
-    The embeddings go through a temporary file, so that memory holds the other columns alone.
+    Embeddings are buffered in a temporary file, so memory only holds the other columns.
     """
 
     def __init__(self, path: str) -> None:

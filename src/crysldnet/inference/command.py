@@ -1,4 +1,4 @@
-"""What the commands that go through many crystals share: the list of files, the progress and the account at the end."""
+"""Helpers for commands that process many crystals: list of files, progress, and final summary."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from crysldnet.readers.issues import ImportIssues
 from crysldnet.readers.stream import Chunk, Refused
 
 SHOWN = 20
-"""refused crystals that are printed; all are in the file"""
+"""rejected crystals to print; the file lists all"""
 
 
 class Account:
-    """Counts what was done and refused, and what was normalized on reading.
+    """Count processed and rejected crystals and what was normalized on reading.
 
     Args:
-        out: the output; what is refused is listed beside it.
-        done: what is done to a crystal, for the last line.
+        out: the output; rejected crystals are listed in a file next to it.
+        done: verb for the last line.
     """
 
     def __init__(self, out: str, done: str) -> None:
@@ -32,7 +32,7 @@ class Account:
         self.used = self.refused = 0
 
     def refuse(self, refused: Refused) -> None:
-        """Report a crystal that can't be used."""
+        """Report a rejected crystal."""
         self._issues.reject(*refused)
         self.refused += 1
         if self.refused <= SHOWN:
@@ -42,7 +42,9 @@ class Account:
 
     @contextmanager
     def progress(self, total: int | None) -> Iterator[Callable[[Chunk], None]]:
-        """Show progress with its rate where standard error is a terminal; the function takes each portion's account."""
+        """Show progress with its rate if standard error is a terminal; the returned function takes each portion's
+        counts.
+        """
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -64,22 +66,22 @@ class Account:
             yield advance
 
     def refuse_nothing_used(self) -> None:
-        """Stop where no crystal could be used, and list why beside what would be the output.
+        """Stop if no crystal was valid, and list the reasons next to the output.
 
         Raises:
-            DataError: so it is.
+            DataError: no crystal was valid.
         """
         if not self.used:
             raise DataError(f"none of the {self.refused} crystals could be used{self._reasons()}")
 
     def finish(self, notes: Iterable[str] = ()) -> None:
-        """List what was refused and noted beside the output, and say what was done."""
+        """List what was rejected and noted next to the output, and print a summary."""
         for noted in (*self._issues.notes, *notes):
             note(f"note: {noted}")
         note(f"{self.used:,} crystals {self._done}, {self.refused:,} refused: {self._out}{self._reasons()}")
 
     def _reasons(self) -> str:
-        """List what was refused and noted beside the output; return where, as the end of a line."""
+        """List what was rejected and noted next to the output; return the location, as the end of a line."""
         if self._out == "-":
             return ""
         out = Path(self._out)
@@ -92,10 +94,9 @@ class Account:
 
 
 def named_files(files: str | list[str], account: Account) -> str | list[str]:
-    """Return the files to read: as named, or several between commas, where each is there.
+    """Return the files to read: as named, or several separated by commas if each exists.
 
-    ``-`` stands for those that standard input lists, one a line. Those of the list that aren't there are refused; the
-    others are read.
+    ``-`` reads names from standard input, one per line. Missing files in that list are rejected; the others are read.
 
     Raises:
         DataError: the list is empty.
@@ -106,7 +107,7 @@ def named_files(files: str | list[str], account: Account) -> str | list[str]:
     if files != "-":
         return files
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # names needn't be UTF-8
+        sys.stdin.reconfigure(errors="surrogateescape")  # names may not be UTF-8
     listed = [line for line in (line.strip() for line in sys.stdin) if line]
     if not listed:
         raise DataError("files=-: standard input lists no file")
@@ -122,5 +123,5 @@ def named_files(files: str | list[str], account: Account) -> str | list[str]:
 
 
 def _is_there(name: str) -> bool:
-    """Return whether a name is that of a file or folder, of a data set, or of a split of one."""
+    """Return whether a name is a file, folder or data set, or a split of one."""
     return os.path.exists(os.path.expanduser(name)) or ":" in name or "@" in name

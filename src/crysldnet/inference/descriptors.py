@@ -1,4 +1,4 @@
-"""The numbers that a model with descriptors needs of each crystal, given beside the structures or standing in columns.
+"""Descriptors that a model needs for each crystal, given with the structures or read from columns.
 
 Shapes: ``B`` crystals, ``K`` descriptors.
 """
@@ -16,14 +16,14 @@ from crysldnet.models.descriptors import Descriptors
 from crysldnet.readers.stream import Chunk
 
 Given = Mapping[str, NDArray[np.float64]]
-"""By name [B] values, or one for all crystals []."""
+"""[B] values by name, or one for all crystals []."""
 
 
 def columns_needed(models: Iterable[Descriptors | None], given: Given) -> dict[str, str]:
-    """Return the columns that have to stand beside the crystals, with their units.
+    """Return the columns required in the input, with their units.
 
     Raises:
-        DataError: two models need one in different units.
+        DataError: two models require different units for one column.
     """
     found: dict[str, str] = {}
     for own in (own for own in models if own is not None):
@@ -34,14 +34,14 @@ def columns_needed(models: Iterable[Descriptors | None], given: Given) -> dict[s
 
 
 def given_descriptors(given: Any, names: Sequence[str]) -> Given:
-    """Return what was given, by name.
+    """Return the given descriptors by name.
 
     Args:
-        given: a data frame, a mapping from name to values or to one value for all, an array [B, K], or None.
-        names: of the K descriptors of the models.
+        given: data frame, mapping from name to values or to one value for all, array [B, K], or None.
+        names: of the models' K descriptors.
 
     Raises:
-        DataError: it has another name or shape, or a value that isn't finite.
+        DataError: a name or shape doesn't match, or a value isn't finite.
     """
     if given is None:
         return {}
@@ -65,11 +65,11 @@ def given_descriptors(given: Any, names: Sequence[str]) -> Given:
 
 
 def with_descriptors(stream: Iterable[Chunk], given: Given) -> Iterator[Chunk]:
-    """Give the portions with what was given in the order of the crystals as further columns.
+    """Yield the portions with the given descriptors, in the order of the crystals, as additional columns.
 
     Raises:
-        DataError: there aren't as many values as crystals, or a crystal before the last can't be used, so that it isn't
-            known which values belong to the others.
+        DataError: the number of values differs from the number of crystals, or a crystal before the last is invalid, so
+            values can't be matched.
     """
     lengths = {len(values) for values in given.values() if values.ndim}
     if len(lengths) > 1:

@@ -1,6 +1,6 @@
-"""Write an encoder's features of crystals or of their atoms.
+"""Write encoder features of crystals or atoms.
 
-Reads what ``crysldnet predict`` reads. The encoder is a pretrained one, or that of a finetuned model.
+The inputs are those of ``crysldnet predict``. The encoder is a pretrained one or that of a finetuned model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class EmbedConfig:
 
 
 def run(config: EmbedConfig, _values: dict[str, Any]) -> int:
-    """Embed; return the exit status: 0 unless nothing could be used."""
+    """Embed crystals; return the exit status: 0 unless no crystal was valid."""
     model = load_encoder(config.model, device=config.device)
     output: Output = ArraysOutput(config.out) if Path(config.out).suffix.lower() == ".npz" else open_table(config.out)
     account = Account(config.out, "embedded")

@@ -1,7 +1,7 @@
-"""Predict the properties of crystals with finetuned models.
+"""Predict properties of crystals with finetuned models.
 
 Reads files, folders, archives, tables and stores, and writes a table of predictions with standard deviations, conformal
-intervals and flags for crystals that are unlike the training set.
+intervals and out-of-distribution flags.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class PredictConfig:
 
 
 def run(config: PredictConfig, _values: dict[str, Any]) -> int:
-    """Predict; return the exit status: 0 unless nothing could be used.
+    """Predict; return the exit status: 0 unless no crystal was valid.
 
-    What can't be used is reported on standard error with the reason, and listed beside the output; the rest is
+    Rejected crystals are reported on standard error with the reason and listed next to the output; the rest is
     predicted.
     """
     names = [config.model] if isinstance(config.model, str) else config.model

@@ -1,4 +1,4 @@
-"""Predictors and embedders: models on their device, and what they give for crystals of any source.
+"""Predictors and embedders: models on a device, applied to crystals from any source.
 
 Shapes: ``B`` crystals, ``N`` atoms, ``T`` targets, ``C`` classes, ``D`` width of the encoder.
 """
@@ -35,13 +35,13 @@ LayersRead = Literal["all", "last"]
 
 
 class Embedder:
-    """An encoder that is ready to use.
+    """A ready-to-use encoder.
 
     Attributes:
-        encoder: on its device, in evaluation mode.
-        info: what its file says of it.
-        name: of its file or folder.
-        width: D.
+        encoder: the module, on its device and in evaluation mode.
+        info: metadata of its file.
+        name: its file or folder.
+        width: feature width D.
     """
 
     def __init__(self, encoder: Encoder, info: dict[str, Any], name: str, device: torch.device) -> None:
@@ -60,16 +60,16 @@ class Embedder:
         on_error: OnError = "raise",
         settings: StreamSettings | None = None,
     ) -> Embeddings:
-        """Return the encoder's features of atoms, or pooled over each crystal.
+        """Return encoder features of atoms or pooled over crystals.
 
         Args:
-            structures: as :meth:`Predictor.predict` takes them.
-            per: ``crystal`` for a row of each crystal, ``atom`` for one of each atom.
-            layers_read: ``all`` gives the features of every layer side by side, of crystals their mean and their
-                standard deviation over the atoms, [B, 2 · layers · D]; ``last`` those of the encoder's output, of
-                crystals their mean, [B, D].
-            on_error: as there.
-            settings: as there.
+            structures: as in :meth:`Predictor.predict`.
+            per: ``crystal`` for one row per crystal, ``atom`` for one row per atom.
+            layers_read: ``all`` returns the concatenated features of all layers, for crystals their mean and standard
+                deviation
+                over the atoms, [B, 2 · layers · D]; ``last`` the encoder output, for crystals its mean, [B, D].
+            on_error: as in :meth:`Predictor.predict`.
+            settings: as in :meth:`Predictor.predict`.
         """
         parts: list[Embeddings] = []
         account = Refusals(on_error)
@@ -81,13 +81,13 @@ class Embedder:
 
 
 class Predictor(Embedder):
-    """A finetuned model, or an ensemble of them, that is ready to use.
+    """A ready-to-use finetuned model or ensemble.
 
     Attributes:
-        members: the models; one where it is no ensemble.
-        knowledge: what the file says of errors and training set; None for a file of an earlier version.
-        labelled: sorted packed fingerprints of what it was trained or validated on; None where the file doesn't say.
-        targets, units: [T] of what is predicted.
+        members: the models; one if not an ensemble.
+        knowledge: stored calibration and training set statistics; None for files of earlier versions.
+        labelled: sorted packed fingerprints of training and validation crystals; None if not recorded.
+        targets, units: [T] names and units of the targets.
     """
 
     def __init__(
@@ -118,21 +118,23 @@ class Predictor(Embedder):
         on_error: OnError = "raise",
         settings: StreamSettings | None = None,
     ) -> Predictions:
-        """Predict.
+        """Predict properties.
 
         Args:
-            structures: pymatgen's ``Structure`` or ASE's ``Atoms``, one or many; a :class:`Crystals`; paths of files,
+            structures: pymatgen ``Structure`` or ASE ``Atoms`` objects, one or many; a :class:`Crystals`; paths of
+                files,
                 folders, archives or stores; or anything else that ``crysldnet data import`` reads.
-            interval: the share of true values that the interval is to hold, between 0 and 1.
-            descriptors: what a model with descriptors needs of the B crystals: a data frame or mapping from name to B
-                values, or to one for all; or an array [B, K]. Those that it lacks are read from columns beside the
-                crystals.
-            on_error: ``raise`` stops at the first crystal that can't be used, so that the answers are those of all
-                structures in their order; ``report`` leaves it out and lists it in ``refused``.
-            settings: of reading and batches.
+            interval: coverage of the interval, between 0 and 1.
+            descriptors: for a model with descriptors: a data frame or mapping from name to B values, or to one for all;
+                or
+                an array [B, K]. Missing ones are read from columns of the input.
+            on_error: ``raise`` stops at the first invalid crystal, so that results match the input order; ``report``
+                skips it
+                and lists it in ``refused``.
+            settings: for reading and batching.
 
         Raises:
-            DataError: there is nothing to predict, or a crystal can't be used.
+            DataError: there is nothing to predict, or a crystal is invalid.
         """
         parts: list[Predictions] = []
         account = Refusals(on_error)
@@ -146,12 +148,12 @@ class Predictor(Embedder):
 
     @property
     def descriptors(self) -> list[str]:
-        """Names of the K descriptors that it needs of each crystal; none for most models."""
+        """Names of the K descriptors that the model needs for each crystal; usually none."""
         own = self.members[0].descriptors
         return [] if own is None else own.names
 
     def other_units(self, stream: CrystalStream) -> list[str]:
-        """Return a note on each target that stands beside the crystals in another unit than it is predicted in."""
+        """Return a note on each target that the input has in a unit different from the prediction's."""
         units = zip(self.targets, self.units, strict=True)
         return [
             f"{name} is predicted in {unit or 'no unit'} and stands beside the crystals in {stream.units[name]}"
@@ -161,7 +163,7 @@ class Predictor(Embedder):
 
     @torch.inference_mode()
     def predict_portion(self, portion: Chunk, interval: float) -> Predictions:
-        """Predict crystals whose graphs are there, and the columns of the descriptors."""
+        """Predict crystals with their graphs and descriptor columns."""
         crystals, batch = portion.crystals, portion.batches[self.encoder.graph]
         beyond = None
         if (needed := self.members[0].descriptors) is not None:
@@ -215,12 +217,12 @@ class Predictor(Embedder):
         std: NDArray[np.float64],
         interval: float,
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        """Return standard deviation, lower and upper end of one target, NaN where they aren't known."""
+        """Return standard deviation and interval bounds of one target, NaN if unknown."""
         calibration = knowledge.calibration.targets[place]
         kind = self.members[0].types[place]
         if kind.classes is not None:
             return std, np.full_like(value, np.nan), np.full_like(value, np.nan)
-        value.clip(*kind.bounds, out=value)  # in single precision a bound is its neighbour
+        value.clip(*kind.bounds, out=value)  # in single precision a bound rounds to its neighbor
         low, high = calibration.interval(interval, value, std)
         low, high = low.clip(*kind.bounds), high.clip(*kind.bounds)  # values outside the bounds are impossible
         return std if np.isnan(calibration.scale) else calibration.std(std, value), low, high
@@ -245,7 +247,9 @@ class Predictor(Embedder):
 
 
 def check_for(models: Sequence[Predictor]) -> Check | None:
-    """Return what refuses crystals that one of the models can't predict: those without an area; None for nothing."""
+    """Return a check that rejects crystals that one of the models can't predict, those without an area; None if not
+    needed.
+    """
     per = [getattr(member, "per", {}) for model in models for member in model.members]
     if not any("area" in own.values() for own in per):
         return None
@@ -255,15 +259,15 @@ def check_for(models: Sequence[Predictor]) -> Check | None:
 def predict_stream(
     models: Sequence[Predictor], stream: Iterable[Chunk], interval: float
 ) -> Iterator[tuple[Chunk, list[Predictions]]]:
-    """Predict with several models while the crystals are read, each crystal once.
+    """Predict with several models while reading, so that each crystal is read once.
 
     Args:
-        models: that predict.
-        stream: with the graphs and the columns of descriptors that the models need.
-        interval: the share of true values that the interval is to hold, between 0 and 1.
+        models: the predictors.
+        stream: provides the graphs and descriptor columns that the models need.
+        interval: coverage of the interval, between 0 and 1.
 
     Returns:
-        Portions, and for each what every model says of it: nothing where it has no crystal that can be used.
+        Portions, each with the predictions of every model, none if the portion has no valid crystal.
 
     Raises:
         DataError: ``interval`` isn't between 0 and 1.
@@ -277,10 +281,10 @@ def predict_stream(
 def embed_stream(
     model: Embedder, stream: CrystalStream, per: Per, layers_read: LayersRead
 ) -> Iterator[tuple[Chunk, Embeddings | None]]:
-    """Embed crystals while they are read; None for a portion without a crystal that can be used.
+    """Embed crystals while reading; None for a portion without a valid crystal.
 
     Raises:
-        DataError: ``per`` or ``layers_read`` is neither.
+        DataError: ``per`` or ``layers_read`` is invalid.
     """
     one_of(Per, "per", per)
     one_of(LayersRead, "layers_read", layers_read)

@@ -1,4 +1,4 @@
-"""What was refused, where that is allowed, and what was normalized on reading."""
+"""Rejected crystals, if allowed, and notes on what was normalized on reading."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OnError = Literal["raise", "report"]
 
 
 class Refusals:
-    """What was refused, where that is allowed, and what was normalized on reading."""
+    """Rejected crystals, if allowed, and notes on what was normalized on reading."""
 
     def __init__(self, on_error: OnError) -> None:
         if on_error not in get_args(OnError):
@@ -22,10 +22,10 @@ class Refusals:
         self.refused: list[Refused] = []
 
     def take(self, portion: Chunk) -> None:
-        """Take the account of a portion.
+        """Add the rejections and notes of a portion.
 
         Raises:
-            DataError: something was refused, and that isn't allowed.
+            DataError: a crystal was rejected, and that isn't allowed.
         """
         if portion.refused and self._raise:
             raise DataError(f"{portion.refused[0].source}: {portion.refused[0].reason}")
@@ -35,5 +35,5 @@ class Refusals:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was normalized on reading."""
+        """Notes on what was normalized on reading."""
         return self._issues.notes

@@ -1,4 +1,4 @@
-"""What predicting and embedding give: arrays, and the same as a table.
+"""Results of predicting and embedding, as arrays and as tables.
 
 Shapes: ``B`` crystals, ``N`` atoms, ``T`` targets, ``C`` classes, ``D`` width of the encoder.
 """
@@ -27,20 +27,20 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Found(ABC):
-    """What was found of crystals, one after another, and what couldn't be used."""
+    """Results for a sequence of crystals, and the rejected ones."""
 
     PER_CRYSTAL: ClassVar[tuple[str, ...]]
-    """Fields that are lists with an entry for each crystal."""
+    """Fields that are lists with one entry per crystal."""
 
     refused: list[Refused] = field(default_factory=list)
     notes: tuple[str, ...] = ()
 
     @classmethod
     def joined(cls, parts: Sequence[Self], refused: list[Refused], notes: tuple[str, ...]) -> Self:
-        """Put parts one after another.
+        """Concatenate parts.
 
         Raises:
-            DataError: there is none.
+            DataError: the list is empty.
         """
         if not parts:
             reason = f": {refused[0].source}: {refused[0].reason}" if refused else ""
@@ -56,14 +56,14 @@ class Found(ABC):
 
     @abstractmethod
     def table(self) -> pa.Table:
-        """Return it as an Arrow table."""
+        """Return the results as an Arrow table."""
 
     def to_dict(self) -> dict[str, list[Any]]:
-        """Return the columns of the table as lists, None where there is no value."""
+        """Return the columns of the table as lists, with None for missing values."""
         return self.table().to_pydict()
 
     def to_pandas(self) -> Any:
-        """Return the table as a pandas data frame; pandas must be installed."""
+        """Return the table as a pandas data frame; requires pandas."""
         return self.table().to_pandas()
 
 
@@ -72,20 +72,22 @@ class Predictions(Found):
     """Predictions for B crystals.
 
     Attributes:
-        ids, sources, formulas: [B] of the crystals: id, file or row, reduced formula.
-        targets, units: [T].
-        classes: [T] names of the classes; None for a regression.
-        values: [B, T] in physical units; of a classification the number of the likeliest class.
-        std: [B, T] standard deviations, NaN where the model has none.
-        low, high: [B, T] ends of the conformal interval, NaN where there is none.
-        probabilities: [B, T, C] of the classes, NaN for regressions; None where nothing is classified.
-        unseen: [B] elements that the training set didn't have.
-        distance: [B] latent distance from the training set, NaN where it isn't known.
-        flags: [B] in what a crystal is unlike the training set: ``element``, ``distance``, ``size``; and ``cutoff``
-            where moving its atoms by 0.001 Å may change which neighbors the encoder sees, ``trained`` where the model
-            was trained or validated on it, ``descriptor`` where a descriptor is beyond those of the training set.
-        refused: crystals that can't be used, and why.
-        notes: what was normalized on reading, how often, and the first file or row.
+        ids, sources, formulas: [B] id, file or row, and reduced formula.
+        targets, units: [T] names and units.
+        classes: [T] class names; None for a regression.
+        values: [B, T] in physical units; for classification the index of the most likely class.
+        std: [B, T] standard deviations, NaN if the model has none.
+        low, high: [B, T] bounds of the conformal interval, NaN if unavailable.
+        probabilities: [B, T, C] class probabilities, NaN for regressions; None without classification.
+        unseen: [B] elements absent from the training set.
+        distance: [B] latent distance from the training set, NaN if unknown.
+        flags: [B] out-of-distribution flags ``element``, ``distance`` and ``size``; ``cutoff`` if moving atoms by 0.001
+            Å
+            may change the neighbors; ``trained`` if the model was trained or validated on the crystal; ``descriptor``
+            if
+            a descriptor is outside the training range.
+        refused: rejected crystals with reasons.
+        notes: what was normalized on reading, with the count and the first file or row.
     """
 
     PER_CRYSTAL = ("ids", "sources", "formulas", "unseen", "flags")
@@ -108,7 +110,7 @@ class Predictions(Found):
         return len(self.ids)
 
     def table(self) -> pa.Table:
-        """Return a table with a row for each crystal and target, those of a crystal one after another.
+        """Return a table with one row per crystal and target, grouped by crystal.
 
         Columns: ``id``, ``source``, ``formula``, ``target``, ``prediction``, ``unit``, ``std``, ``low``, ``high``,
         ``class``, ``probability`` (of that class), ``probabilities`` (JSON), ``unseen_elements``, ``distance``,
@@ -144,7 +146,7 @@ class Predictions(Found):
         )
 
     def _classes(self) -> tuple[list[str | None], list[float], list[str | None]]:
-        """Return the likeliest class, its probability and all probabilities as JSON, of each crystal and target."""
+        """Return the most likely class, its probability and all probabilities as JSON, per crystal and target."""
         found: list[tuple[str | None, float, str | None]] = []
         for row in range(len(self)):
             for place, names in enumerate(self.classes):
@@ -161,16 +163,16 @@ class Predictions(Found):
 
 @dataclass(frozen=True, kw_only=True)
 class Embeddings(Found):
-    """Features of B crystals, or of their N atoms one after another.
+    """Features of B crystals or of their N atoms.
 
     Attributes:
-        ids, sources, formulas: [B] of the crystals.
-        sizes: [B] atoms of each.
-        numbers: [N] their atomic numbers.
-        features: [B, D] means over the atoms, [B, 2 · layers · D] with their spread, or [N, D] of the atoms.
+        ids, sources, formulas: [B] as in :class:`Predictions`.
+        sizes: [B] number of atoms.
+        numbers: [N] atomic numbers.
+        features: [B, D] means over the atoms, [B, 2 · layers · D] with standard deviations, or [N, D] per atom.
         per: ``crystal`` or ``atom``.
-        refused: crystals that can't be used, and why.
-        notes: what was normalized on reading, how often, and the first file or row.
+        refused: rejected crystals with reasons.
+        notes: what was normalized on reading, with the count and the first file or row.
     """
 
     PER_CRYSTAL = ("ids", "sources", "formulas")
@@ -189,13 +191,13 @@ class Embeddings(Found):
     def of(
         cls, portion: Chunk, features: NDArray[np.float32], per: Literal["crystal", "atom"], *, spread: bool
     ) -> Embeddings:
-        """Return the embeddings of a portion whose atoms have these features [N, D].
+        """Return the embeddings of a portion from atom features [N, D].
 
         Args:
             portion: the crystals.
-            features: of their atoms.
-            per: ``crystal`` takes the mean over a crystal's atoms.
-            spread: beside the mean, the standard deviation over the atoms.
+            features: of the atoms.
+            per: ``crystal`` for the mean over the atoms, else ``atom``.
+            spread: also return the standard deviation over the atoms.
         """
         crystals = portion.crystals
         if per == "crystal":
@@ -213,7 +215,7 @@ class Embeddings(Found):
         )
 
     def table(self) -> pa.Table:
-        """Return a table with a row for each crystal or atom.
+        """Return a table with one row per crystal or atom.
 
         Columns: ``id``, ``source``, ``formula``, for atoms ``atom`` (from 0) and ``element``, and ``embedding``, D
         numbers.
