@@ -1,7 +1,7 @@
-"""Train a property model on labelled crystals, from a pretrained encoder or from scratch.
+"""Train a property model on labeled crystals, from a pretrained encoder or from scratch.
 
-Chooses the best epoch on the validation split and reads the test split once, at the end. Writes model.safetensors for
-``crysldnet predict`` and predictions_test.csv with the ids. With ensemble=N it trains N models that predict together.
+Selects the best epoch on the validation split and evaluates the test split once at the end. Writes model.safetensors
+for ``crysldnet predict`` and predictions_test.csv with the ids. With ensemble=N it trains an ensemble of N models.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def run(config: FinetuneConfig, values: dict[str, Any], choices: Mapping[str, An
 
     Args:
         config: the settings.
-        values: the same as plain values, to be saved with everything that the run writes.
-        choices: the files that they came from, by group.
+        values: the same as plain values, saved with the run's output.
+        choices: configuration files by group.
     """
     settings = checked_settings(config.trainer, config.strategy)
     check_recipe(config)
-    encoder, encoder_config, provenance = make_encoder(config)  # what is wrong stops here, before a folder is made
+    encoder, encoder_config, provenance = make_encoder(config)  # errors stop here, before a folder is created
     data = make_data(config, encoder)
     config = resolve(config, data)
     folds: list[Rows] = []

@@ -1,4 +1,4 @@
-"""What a model is compared with on its test crystals: a constant, and trees on descriptors, without a network.
+"""Baselines for a model on its test crystals: a constant, and trees on descriptors.
 
 Shapes: ``n`` test crystals, ``T`` targets, ``D`` descriptors.
 """
@@ -21,28 +21,28 @@ from crysldnet.training.baseline_table import baseline_header, baseline_rows
 from crysldnet.training.bootstrap import bootstrap
 
 MOST_CRYSTALS = 20_000
-"""Trees are left out where training and test crystals are more; they would take minutes."""
+"""Skip trees above this number of training and test crystals; they would take minutes."""
 MOST_COLUMNS = 10
-"""Likewise where there are more numbers and classes to predict; each takes seconds."""
+"""Skip trees above this number of outputs; each takes seconds."""
 RESAMPLES = 2000
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
 Baselines = dict[str, dict[str, Any]]
-"""By target, what :func:`compare_baselines` finds."""
+"""Results of :func:`compare` by target."""
 
 
 def fit_baselines(
     data: CrystalDataModule, types: Sequence[TargetType], train: Rows, test: Rows, *, total: bool
 ) -> dict[str, Floats]:
-    """Return [n, T] predictions of a constant and, where that doesn't take long, of trees.
+    """Return [n, T] predictions of a constant and, unless slow, of trees.
 
     Args:
         data: the crystals and their targets.
-        types: of the T targets.
-        train: rows of the store that they are fitted to.
-        test: the n rows.
-        total: the targets grow with the cell, so values of an atom are learned.
+        types: types of the T targets.
+        train: rows of the store to fit to.
+        test: the n rows to predict.
+        total: the targets are extensive, so values per atom are learned.
     """
     assert data.target_values is not None
     sizes = data.store.crystals.sizes
@@ -58,18 +58,18 @@ def fit_baselines(
 def compare(
     predicted: Mapping[str, Floats], data: CrystalDataModule, types: Sequence[TargetType], test: Rows
 ) -> Baselines:
-    """Compare predictions of the same crystals.
+    """Compare predictions for the same crystals.
 
     Args:
-        predicted: [n, T] by ``model`` and by baselines, of a class its place.
+        predicted: [n, T] predictions by ``model`` and baselines; class indices for classification.
         data: the crystals and their targets.
-        types: of the T targets.
-        test: the n rows.
+        types: types of the T targets.
+        test: the n predicted rows.
 
     Returns:
         For each target with a known true value ``measure`` (``mae`` or ``error_rate``), ``unit``, ``crystals``, and
-        for ``model``, ``constant`` and ``trees`` (where they were fitted) the ``error``, its 95 % ``interval``, and how
-        far it is above the model's, ``difference`` and ``difference_interval``; intervals are null for one crystal.
+        for ``model``, ``constant`` and ``trees`` (if fitted) the ``error``, its 95 % ``interval``, and its excess over
+        the model's, ``difference`` and ``difference_interval``; intervals are null for one crystal.
     """
     assert data.target_values is not None
     return {
@@ -83,7 +83,7 @@ def compare(
 
 
 def tabular_features(data: CrystalDataModule, rows: Rows) -> Floats:
-    """Return [n, D] what models without a network read of some rows: descriptors, and the columns of the user's own."""
+    """Return [n, D] inputs of tabular models for some rows: descriptors and the user's own columns."""
     computed = crystal_descriptors(data.store.crystals.take(rows)).values
     return computed if data.descriptor_values is None else np.hstack([computed, data.descriptor_values[rows]])
 
@@ -98,7 +98,7 @@ def _affordable(types: Sequence[TargetType], crystals: int) -> bool:
 
 
 def _constant(values: Floats, types: Sequence[TargetType]) -> Floats:
-    """Return [T] the best constant for the known values of each target."""
+    """Return the [T] best constant for the known values of each target."""
     return np.array(
         [kind.constant(own[~np.isnan(own)]) for own, kind in zip(values.T, types, strict=True)],
         np.float64,
@@ -106,7 +106,7 @@ def _constant(values: Floats, types: Sequence[TargetType]) -> Floats:
 
 
 def _trees(x: Floats, values: Floats, types: Sequence[TargetType]) -> Floats:
-    """Return [n, T] predictions of the last n rows of ``x`` by trees fitted to the first ones and their values."""
+    """Return [n, T] predictions for the last n rows of ``x`` by trees fitted to the first rows and their values."""
     found = np.empty((len(x) - len(values), len(types)))
     for place, kind in enumerate(types):
         known = np.flatnonzero(~np.isnan(values[:, place]))
@@ -138,7 +138,7 @@ def _of_target(predicted: Mapping[str, Floats], true: Floats, kind: TargetType) 
 
 
 def flat_metrics(baselines: Baselines, targets: Sequence[str]) -> dict[str, float]:
-    """Return the errors as metrics: ``test_trees/mae`` of one target, ``test_trees/mae/NAME`` of several."""
+    """Return the errors as metrics: ``test_trees/mae`` for one target, ``test_trees/mae/NAME`` for several."""
     return {
         f"test_{name}/{found['measure']}{f'/{target}' if len(targets) > 1 else ''}": found[name]["error"]
         for target, found in baselines.items()
@@ -148,7 +148,7 @@ def flat_metrics(baselines: Baselines, targets: Sequence[str]) -> dict[str, floa
 
 
 def print_baselines(baselines: Baselines) -> None:
-    """Print a table for each target, of many for the first."""
+    """Print a table for each target, up to a limit."""
     for target, found in islice(baselines.items(), SHOWN):
         title = f"{target}: {found['crystals']:,} test crystals"
         print_table(title, baseline_header(found), baseline_rows(found))

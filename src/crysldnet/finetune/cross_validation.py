@@ -1,7 +1,7 @@
-"""Cross-validation: every crystal is predicted by a model that was trained on other formulas.
+"""Cross-validation: every crystal is predicted by a model trained on other formulas.
 
-Each fold is an ordinary training, of one model or an ensemble, in ``fold_i`` of the run's folder. A last one, on all
-crystals, gives the model that is kept.
+Each fold is an ordinary training run, of one model or an ensemble, in ``fold_i`` of the run folder. A last one, on all
+crystals, gives the final model.
 
 Shapes: ``n`` crystals, ``T`` targets.
 """
@@ -29,14 +29,14 @@ from crysldnet.training.metrics import TargetMetrics
 
 @dataclass(frozen=True)
 class OutOfFold:
-    """How the models of all folds did on the crystals that they weren't trained on.
+    """Results of all folds on their held-out crystals.
 
     Attributes:
-        predictions: of every crystal.
-        fold: of every crystal, by its row.
-        scores: of each fold, ``test/mae`` … and ``test_crystals``.
-        metrics: the same of all crystals together.
-        compared: the errors with their intervals, beside those of baselines that were fitted to the same crystals.
+        predictions: out-of-fold prediction of every crystal.
+        fold: fold of every crystal, by row.
+        scores: ``test/mae`` … and ``test_crystals`` per fold.
+        metrics: the same over all crystals.
+        compared: errors with intervals, and those of baselines fitted to the same crystals.
     """
 
     predictions: Predictions
@@ -47,10 +47,10 @@ class OutOfFold:
 
 
 def divide(data: CrystalDataModule, config: FinetuneConfig) -> tuple[list[Rows], Rows]:
-    """Return the rows of each fold, and those of the training on all; none of the latter is for the test.
+    """Return the rows of each fold, and those of the final training on all crystals, which has no test rows.
 
-    All crystals of a reduced formula are in one fold. What isn't tested is divided in the same way into training and
-    validation, by the shares of ``data.split.fractions``.
+    All crystals of a reduced formula are in one fold. Crystals outside the test fold are divided into training and
+    validation in the same way, by ``data.split.fractions``.
 
     Raises:
         ConfigError: there are fewer formulas than folds, or ``data.exclude`` is set.
@@ -85,16 +85,16 @@ def cross_validate(
     folds: Sequence[Rows],
     device: str,
 ) -> OutOfFold:
-    """Train the folds that aren't there yet, one after another, and predict the crystals that each left out.
+    """Train the missing folds in sequence and predict the held-out crystals of each.
 
     Args:
         config: the settings.
         values: the same as plain values.
-        folder: fold i is kept in its ``fold_i``.
-        name: of the run, for loggers.
+        folder: fold i is saved in ``fold_i``.
+        name: run name for loggers.
         data: the crystals.
-        folds: the rows of each, as :func:`divide` gives them.
-        device: to predict on.
+        folds: rows of each fold from :func:`divide`.
+        device: device for predicting.
     """
     predictions: Predictions = {}
     fold_of: dict[int, int] = {}

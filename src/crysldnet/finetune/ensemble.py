@@ -1,4 +1,4 @@
-"""Train several models as one: with other seeds, or each with another part of the training crystals for validation."""
+"""Train an ensemble: models with different seeds, or each validated on a different part of the training crystals."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from crysldnet.training.trainer import TrainerSettings
 def member_rows(data: CrystalDataModule, config: EnsembleConfig) -> list[Rows]:
     """Return the rows of each member; the test rows are the same for all.
 
-    By folds, training and validation crystals are divided anew into as many parts as there are members, all crystals
-    of a reduced formula into the same one; each member validates on one and trains on the others.
+    With ``folds``, training and validation crystals are divided by reduced formula into as many parts as members; each
+    member validates on one part and trains on the others.
 
     Raises:
         ConfigError: there are fewer formulas than folds.
@@ -49,14 +49,14 @@ def member_rows(data: CrystalDataModule, config: EnsembleConfig) -> list[Rows]:
 def formula_parts(
     data: CrystalDataModule, rows: NDArray[np.int64], count: int, seed: Sequence[int], key: str
 ) -> NDArray[np.int64]:
-    """Return [n] in which of ``count`` parts each row is; all crystals of a reduced formula are in one.
+    """Assign each row to one of ``count`` parts, [n]; all crystals of a reduced formula are in one part.
 
     Args:
         data: the crystals.
-        rows: [n] of the store.
-        count: how many parts.
-        seed: of the division.
-        key: the setting that asks for it.
+        rows: [n] rows of the store.
+        count: number of parts.
+        seed: seed of the assignment.
+        key: the setting that requires it, for messages.
 
     Raises:
         ConfigError: there are fewer formulas than parts.
@@ -70,13 +70,13 @@ def formula_parts(
 def train_ensemble(
     config: EnsembleConfig, values: dict[str, Any], folder: Path, name: str, data: CrystalDataModule
 ) -> Finetuned:
-    """Train the members that aren't there yet, one after another, and evaluate them together.
+    """Train the missing members in sequence and evaluate the ensemble.
 
     Args:
         config: the settings.
         values: the same as plain values.
-        folder: member i is kept in its ``member_i``.
-        name: of the run, for loggers.
+        folder: member i is saved in ``member_i``.
+        name: run name for loggers.
         data: the crystals.
     """
     results, parts = [], member_rows(data, config)
@@ -96,9 +96,9 @@ def train_ensemble(
 def fit_models(
     config: EnsembleConfig, values: dict[str, Any], path: Path, data: CrystalDataModule, rows: Rows, name: str
 ) -> list[Path]:
-    """Train a model or an ensemble on some rows, as far as it isn't there yet; return the folder of each model.
+    """Train a missing model or ensemble on some rows; return the folder of each model.
 
-    Arguments as those of :func:`train_member`.
+    Arguments as in :func:`train_member`.
     """
     if config.ensemble == 1:
         train_member(config, values, path, data, rows, name)
@@ -119,10 +119,10 @@ def _calibrate(folder: Path, result: Finetuned, held_out: list[NDArray[np.int64]
 def train_member(
     config: EnsembleConfig, values: dict[str, Any], path: Path, data: CrystalDataModule, rows: Rows, name: str
 ) -> dict[str, Any]:
-    """Train a model on some rows in a folder, unless it is there already; return what its file says of it.
+    """Train a model on some rows in a folder unless it exists; return the metadata of its file.
 
     Raises:
-        ConfigError: the one that is there was trained on other crystals, or from another file.
+        ConfigError: the existing model was trained on other crystals or from another file.
     """
     split = path / "split.json"
     if split.exists():
@@ -144,7 +144,7 @@ def train_member(
 
 @rank_zero_only
 def describe(title: str, metrics: Mapping[str, float]) -> None:
-    """Print the metrics of a member or fold on one line."""
+    """Print the metrics of a member or fold in one line."""
     shown = ", ".join(
         f"{name} {value:.4g}" for name, value in metrics.items() if name.count("/") == 1 and "train" not in name
     )
@@ -152,7 +152,7 @@ def describe(title: str, metrics: Mapping[str, float]) -> None:
 
 
 def _together(folder: Path, infos: list[dict[str, Any]], data: CrystalDataModule, device: str) -> Finetuned:
-    """Evaluate the mean prediction on the test split; on validation the members' own figures are averaged."""
+    """Evaluate the mean prediction on the test split; the members' validation metrics are averaged."""
     loaded = [load_property_model(folder / f"member_{i}")[0].to(device) for i in range(len(infos))]
     model = loaded[0]
     scores = TargetMetrics(model.targets, model.types, sync_on_compute=False)

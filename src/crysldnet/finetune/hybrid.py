@@ -1,8 +1,8 @@
-"""Fit models on tables of features, alone or beside networks, and the weights by which they predict together.
+"""Fit tabular models, alone or combined with networks, and their ensemble weights.
 
-Training and validation crystals serve together. What is reported on validation are out-of-fold predictions, made by
-members and weights that weren't fitted to crystals of the same formula. They calibrate the model too, unless
-``data.calibration_fraction`` keeps crystals apart for that.
+Training and validation crystals are pooled. Validation results are out-of-fold predictions, from members and weights
+that weren't fitted to crystals of the same formula. They also calibrate the model, unless ``data.calibration_fraction``
+reserves crystals for that.
 
 Shapes: ``n`` crystals of training and validation, ``T`` targets.
 """
@@ -53,9 +53,9 @@ from crysldnet.training.metrics import TargetMetrics
 from crysldnet.training.trainer import TrainerSettings
 
 WORTH_IT = 0.01
-"""Relative gain for which networks, which take longer to predict, are kept."""
+"""Minimum relative gain for keeping networks, which slow down predictions."""
 FEWEST = 10
-"""Crystals with a value, of which folds can be made."""
+"""Minimum number of crystals with a value for building folds."""
 TITLES = {
     NETWORK: "networks",
     "extra_trees": "extremely randomized trees",
@@ -65,7 +65,7 @@ TITLES = {
 
 
 def check_recipe(config: TrainingConfig) -> None:
-    """Refuse what models on tables can't do.
+    """Reject settings that tabular models don't support.
 
     Raises:
         ConfigError: several processes, or a head that sums over atoms.
@@ -85,11 +85,11 @@ def check_recipe(config: TrainingConfig) -> None:
 
 @dataclass(frozen=True)
 class OutOfFold:
-    """Predictions of the n crystals by what wasn't fitted to their formulas.
+    """Out-of-fold predictions of the n crystals.
 
     Attributes:
-        predicted: of all targets, NaN where a value isn't known.
-        members: of each target, by name: its weight and its error (MAE, of classes the share that is wrong).
+        predicted: predictions of all targets, NaN where the true value is unknown.
+        members: per target and name, the weight and the error (MAE, or error rate for classes).
     """
 
     predicted: Prediction
@@ -103,7 +103,7 @@ def train_hybrid(
     data: CrystalDataModule | None = None,
     loggers: list[Logger] | None = None,
 ) -> Finetuned:
-    """Fit a hybrid, evaluate it, and write ``model.safetensors`` into the folder; arguments as those of ``train``."""
+    """Fit and evaluate a hybrid, and write ``model.safetensors`` to the folder; arguments as in ``train``."""
     pl.seed_everything(config.seed, workers=True, verbose=False)
     check_recipe(config)
     settings: TrainerSettings = build(config.trainer, "trainer")
@@ -157,7 +157,7 @@ def train_hybrid(
 
 
 def _pooled(config: TrainingConfig, encoder: Any, data: CrystalDataModule) -> CrystalDataModule:
-    """Return the same crystals with those of training and validation together."""
+    """Return the same crystals with training and validation pooled."""
     data.setup()
     pool = np.sort(np.concatenate([data.rows["train"], data.rows["val"]]))
     rows = {"train": pool, "val": np.empty(0, np.int64), "test": data.rows["test"]}
@@ -171,7 +171,7 @@ def _pooled(config: TrainingConfig, encoder: Any, data: CrystalDataModule) -> Cr
 
 @torch.inference_mode()
 def _fit(model: HybridModel, data: CrystalDataModule, networks: Networks, *, embeds: bool, seed: int) -> OutOfFold:
-    """Fit the tabular part of a model to the crystals, and return what all members predict of them out of fold."""
+    """Fit the tabular part of a model, and return the out-of-fold predictions of all members."""
     rows = data.rows["train"]
     read = [model.read(batch.to(model.std.device)) for batch in data.batches(rows, model.encoder.graph)]
     descriptors = stacked([part for part, _ in read])
@@ -203,7 +203,7 @@ def _fit(model: HybridModel, data: CrystalDataModule, networks: Networks, *, emb
 
 
 def _drop_networks_that_add_nothing(model: HybridModel, fits: list[FittedStack]) -> list[FittedStack]:
-    """Take the networks out of the model and the stacks unless they lower the error out of fold."""
+    """Remove the networks from the model and the stacks unless they lower the out-of-fold error."""
     alone = [fitted.without(NETWORK) for fitted in fits]
     with_them, without = (float(np.mean([fitted.error for fitted in own])) for own in (fits, alone))
     gain = 1 - with_them / without
@@ -249,7 +249,7 @@ def _fit_target(
     others: dict[str, NDArray[np.float64]],
     seed: int,
 ) -> FittedStack:
-    """Fit the stack of one target to the crystals that have a value of it."""
+    """Fit the stack of one target to the crystals with a value."""
     kind = model.types[place]
     y = kind.table_outputs(values)
     baseline = None
@@ -267,7 +267,7 @@ def _fit_target(
 
 
 def _spread_out(n: int, known: NDArray[np.int64], estimate: Estimate) -> Estimate:
-    """Return the estimates of known crystals among all n, NaN for the others."""
+    """Spread the estimates of known crystals over all n, with NaN for the others."""
 
     def whole(part: torch.Tensor | None) -> torch.Tensor | None:
         if part is None:
@@ -296,7 +296,7 @@ def _export(
     found: OutOfFold,
     folder: Path,
 ) -> None:
-    """Write the model with what is known of its errors; add to ``info`` what describes its parts."""
+    """Write the model with its error statistics; add the metadata of its parts to ``info``."""
     held_out: HeldOut
     if len(data.calibration_rows):
         held_out = held_out_errors([model], data, data.calibration_rows)

@@ -26,18 +26,17 @@ Mode = Literal["full", "frozen", "gradual_unfreezing"]
 class FinetuneModule(pl.LightningModule):
     """Train a :class:`PropertyModel`.
 
-    Logs ``train/loss`` (normalised units) and ``val/…``, ``test/…``: MAE, RMSE and R² in physical units of regressions,
-    accuracy and so on of classifications. The best epoch is the one of the lowest ``monitor``.
+    Logs ``train/loss`` (normalized units) and ``val/…``, ``test/…``: MAE, RMSE and R² in physical units for regression,
+    accuracy and so on for classification. The best epoch has the lowest ``monitor``.
 
     Args:
-        model: what is trained.
+        model: the model to train.
         optimizer: its optimizer.
-        loss: on normalised targets.
+        loss: loss on normalized targets.
         mode: ``frozen`` computes the features of a frozen encoder once; ``gradual_unfreezing`` trains the head first,
-            then one layer of the encoder more after another, the last layer first, until all are trained in the
-            second half.
-        layer_decay: factor of the learning rate from one layer to the one below.
-        entropies: [T] of the training classes, what the log loss of a classification is compared with.
+            then the encoder layer by layer from the output, and all layers in the second half.
+        layer_decay: factor of the learning rate from each layer to the one below.
+        entropies: [T] entropy of the training classes, the baseline of the log loss.
         fresh: the encoder isn't pretrained.
     """
 
@@ -60,11 +59,11 @@ class FinetuneModule(pl.LightningModule):
         if mode == "frozen":
             model.freeze_encoder()
         self.predictions: list[tuple[Tensor, Prediction]] = []
-        """Rows and predictions of the last test loop, of this rank."""
+        """Rows and predictions of the last test loop on this rank."""
 
     @property
     def monitor(self) -> str:
-        """The metric that chooses the best epoch."""
+        """The metric that selects the best epoch."""
         return f"val/{self.metrics.selection}"
 
     def configure_optimizers(self) -> Any:
@@ -75,7 +74,7 @@ class FinetuneModule(pl.LightningModule):
         return self.optimizer.build(self.model, steps, lambda name: self.layer_decay ** self.model.depth_of(name))
 
     def on_fit_start(self) -> None:
-        """Standardize what the head reads, and compute once what a frozen encoder will always give."""
+        """Standardize the head's input, and cache the features of a frozen encoder."""
         data: CrystalDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         standardize(self.model, data, self.device, fresh=self.fresh)
         if self.mode == "frozen":
@@ -83,18 +82,18 @@ class FinetuneModule(pl.LightningModule):
             data.graph = GraphSpec(k=1)  # the head needs no edges
 
     def _is_open(self, name: str) -> bool:
-        """Return whether a parameter of the model is trained in this epoch."""
+        """Return whether a parameter is trained in this epoch."""
         half = max((self.trainer.max_epochs or 1) / 2, 1e-9)
         return self.model.depth_of(name) <= int(self.trainer.current_epoch / half * self.model.n_depths)
 
     def on_train_epoch_start(self) -> None:
-        """Keep the parts that aren't trained yet without dropout and without statistics of batches."""
+        """Keep frozen parts in evaluation mode, without dropout or batch statistics updates."""
         if self.mode == "gradual_unfreezing":
             for name, part in self.model.encoder.named_modules():
                 part.training = self._is_open(f"encoder.{name}")
 
     def on_after_backward(self) -> None:
-        """Drop the gradients of the parts that aren't trained yet."""
+        """Drop the gradients of frozen parts."""
         if self.mode == "gradual_unfreezing":
             for name, parameter in self.model.named_parameters():
                 if not self._is_open(name):
@@ -139,7 +138,7 @@ class FinetuneModule(pl.LightningModule):
         self._log_metrics("val")
 
     def on_test_epoch_start(self) -> None:
-        """Forget earlier predictions."""
+        """Clear earlier predictions."""
         self.predictions = []
 
     def on_test_epoch_end(self) -> None:

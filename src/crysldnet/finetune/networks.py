@@ -1,6 +1,6 @@
-"""The networks of a hybrid: each is trained without another fold of the crystals, and predicts that one.
+"""The networks of a hybrid: each predicts the fold that it wasn't trained on.
 
-No network chooses its epoch: the fold that it didn't see shall judge it, so the weights of the last epoch are taken.
+Networks use the weights of the last epoch, because selecting the epoch on the held-out fold would bias its error.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ class Networks:
     """Trained networks.
 
     Attributes:
-        models: one for each fold.
-        out_of_fold: of the n crystals, each by the network that wasn't trained on its formula; None without networks.
+        models: one per fold.
+        out_of_fold: predictions of the n crystals, each by the network not trained on its formula; None without
+            networks.
     """
 
     models: list[PropertyModel]
@@ -41,14 +42,14 @@ class Networks:
 def train_networks(
     config: TrainingConfig, values: dict[str, Any], folder: Path, data: CrystalDataModule, device: torch.device
 ) -> Networks:
-    """Train the networks that aren't there yet, one after another.
+    """Train the missing networks in sequence.
 
     Args:
         config: the settings; the networks share ``min_steps``.
         values: the same as plain values.
-        folder: of the run; network i is kept in its ``network_i``.
+        folder: run folder; network i is saved in ``network_i``.
         data: its training rows are the n crystals.
-        device: to predict on.
+        device: device for predicting.
     """
     rows = data.rows["train"]
     groups = np.unique(formulas_of(data.store.crystals, rows), return_inverse=True)[1]

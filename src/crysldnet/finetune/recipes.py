@@ -1,4 +1,4 @@
-"""Train a property model by the recipe that is configured."""
+"""Train a property model with the configured recipe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from crysldnet.finetune.training import Finetuned, train_network
 
 Config = TypeVar("Config", bound=TrainingConfig)
 FEW = 1000
-"""Crystals up to which recipe=auto trains no network."""
+"""Up to this number of crystals, recipe=auto trains no network."""
 
 
 def train(
@@ -28,14 +28,14 @@ def train(
     data: CrystalDataModule | None = None,
     loggers: list[Logger] | None = None,
 ) -> Finetuned:
-    """Train a property model; write ``model.safetensors`` into the folder.
+    """Train a property model and write ``model.safetensors`` to the folder.
 
     Args:
         config: the settings.
         values: the same as plain values.
-        folder: of the run.
+        folder: run folder.
         data: the crystals, by default those of the configuration.
-        loggers: besides the CSV.
+        loggers: in addition to the CSV.
     """
     if config.recipe == "auto":
         data = make_data(config, make_encoder(config)[0]) if data is None else data
@@ -45,7 +45,7 @@ def train(
 
 
 def resolve(config: Config, data: CrystalDataModule) -> Config:
-    """Return the settings with the recipe that ``recipe=auto`` stands for: frozen for few crystals, else a network."""
+    """Replace ``recipe=auto``: frozen for few crystals, else a network."""
     if config.recipe != "auto":
         return config
     data.setup()

@@ -1,4 +1,4 @@
-"""What a finetuning leaves and prints: predictions of the test split, plots, summary, table."""
+"""Output of a finetuning run: test predictions, plots, summary and table."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def write_predictions(path: Path, rows: Iterable[Sequence[str]], *more: str) -> 
     """Write true values and predictions of test crystals as CSV.
 
     Args:
-        path: of the file.
-        rows: as :func:`prediction_row` makes them.
-        more: names of columns that stand behind those.
+        path: output file.
+        rows: rows from :func:`prediction_row`.
+        more: names of additional columns.
     """
     with replacing(path) as partial, partial.open("w", newline="") as file:
         header = ["material_id", "target", "true", "prediction", "unit", "std", "probability", *more]
@@ -40,15 +40,15 @@ def write_predictions(path: Path, rows: Iterable[Sequence[str]], *more: str) -> 
 def prediction_row(
     material_id: str, target: str, unit: str, labels: list[str] | None, true: float, predicted: Sequence[float]
 ) -> list[str]:
-    """Return what is written of one target of one crystal.
+    """Return the CSV row for one target of one crystal.
 
     Args:
-        material_id: of the crystal.
-        target: its name.
-        unit: of the values; empty where there is none.
-        labels: names of the classes, None for a number. A class is given by its place among them.
-        true: NaN where it isn't known.
-        predicted: value, standard deviation and probability of the predicted class, NaN where there is none.
+        material_id: id of the crystal.
+        target: target name.
+        unit: unit of the values, or empty.
+        labels: class names, None for a number. Classes are given by index.
+        true: true value, NaN if unknown.
+        predicted: value, standard deviation and probability of the predicted class, NaN if unavailable.
     """
     value, std, probability = predicted
     return [material_id, target, _cell(true, labels), _cell(value, labels), unit, _cell(std), _cell(probability)]
@@ -82,9 +82,9 @@ def _plot_parity(folder: Path, result: Finetuned) -> None:
 
 
 def baselines_of(result: Finetuned, config: FinetuneConfig) -> Baselines:
-    """Compare the errors of the test split with those of a constant and of trees; empty on other ranks than the first.
+    """Compare the test errors with those of a constant and of trees; empty on ranks other than the first.
 
-    They are fitted to the training crystals, of an ensemble by folds to those of all members.
+    Baselines are fitted to the training crystals, for an ensemble by folds to those of all members.
     """
     is_first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     if not (config.baselines and result.predictions and is_first):
@@ -108,11 +108,11 @@ def finish(
     """Write and print the result; the summary comes last.
 
     Args:
-        folder: of the run.
-        result: of the training; with ``folds`` its predictions are theirs.
+        folder: run folder.
+        result: training result; with ``folds`` it has their predictions.
         config: the settings.
-        baselines: what its errors are compared with.
-        folds: of a cross-validation.
+        baselines: errors of the baselines.
+        folds: cross-validation results.
     """
     members = [f"member_{i}" for i in range(config.ensemble)] if config.ensemble > 1 else []
     if result.predictions:

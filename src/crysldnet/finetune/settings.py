@@ -1,4 +1,4 @@
-"""The settings of finetuning, and what is made from them before training: encoder, data, kinds of targets."""
+"""Settings of finetuning, and the objects built from them before training: encoder, data, target types."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from crysldnet.models.targets import Classes, Loss, Named, Number, TargetType, m
 from crysldnet.training.strategies import SHARDED, name_of
 
 SMALLEST_SPREAD = 1e-30
-"""Standard deviation of training values; squares of smaller numbers are 0 in single precision."""
+"""Minimum standard deviation of training values; squares of smaller numbers underflow in single precision."""
 LEAST_RELATIVE_SPREAD = 1e-6
-"""The same over the largest value; single precision has seven digits."""
+"""Minimum standard deviation relative to the largest value; single precision has seven digits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How a property model is trained: the keys that all commands which do so share.
+    """Settings for training a property model, shared by all commands that do so.
 
-    Those with a value here are newer than some runs that may still be resumed.
+    Fields with a default are newer than some runs that can still be resumed.
     """
 
     plugins: list[str] = field(default_factory=list)
@@ -91,13 +91,13 @@ class TrainingConfig:
             )
 
     def passes(self, steps_per_epoch: int) -> int:
-        """Return how often an epoch goes through the training crystals, so that a run has ``min_steps`` steps."""
+        """Return how often an epoch repeats the training crystals so that a run has ``min_steps`` steps."""
         return max(1, -(-self.min_steps // (self.epochs * max(steps_per_epoch, 1))))
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnsembleConfig(TrainingConfig):
-    """How one model or an ensemble is trained."""
+    """Settings for training one model or an ensemble."""
 
     ensemble: int = 1
     ensemble_by: Literal["seeds", "folds"] = "seeds"
@@ -108,7 +108,7 @@ class EnsembleConfig(TrainingConfig):
             raise ValueError(f"ensemble must be 1 or more, not {self.ensemble}")
 
     def fitted_rows(self, rows: Rows) -> NDArray[np.int64]:
-        """Return the rows that weights are fitted to; members of an ensemble by folds share those of validation."""
+        """Return the rows to which weights are fitted; ensembles by folds include the validation rows."""
         shared = self.recipe != "network" or (self.ensemble > 1 and self.ensemble_by == "folds")
         return np.concatenate([rows["train"], rows["val"]]) if shared else rows["train"]
 
@@ -127,7 +127,7 @@ class FinetuneConfig(EnsembleConfig):
 
 
 def member_seed(seed: int, member: int) -> int:
-    """Return the seed of a member; ensembles of neighbouring seeds have no member in common."""
+    """Return the seed of a member; ensembles with adjacent seeds share no member."""
     return int(np.random.SeedSequence([seed, member]).generate_state(1)[0]) if member else seed
 
 
@@ -145,7 +145,7 @@ def make_encoder(config: TrainingConfig) -> tuple[Encoder, dict[str, Any], dict[
 
 
 def note_other_units(provenance: Mapping[str, Any], data: CrystalDataModule) -> None:
-    """Note a target whose unit isn't the one that the weights learned it in before."""
+    """Print a note if a target has a different unit than in earlier training of the weights."""
     for learned in provenance.get("labels", []):
         before = dict(zip(learned["targets"], learned.get("units") or [], strict=False))
         for name, unit in zip(data.targets, data.units, strict=True):
@@ -159,8 +159,8 @@ def make_data(config: TrainingConfig, encoder: Encoder, **parts: Any) -> Crystal
 
     Args:
         config: the settings.
-        encoder: it says which graph it needs.
-        parts: a store and rows in place of the path's.
+        encoder: defines the graph.
+        parts: store and rows to use in place of ``data.path``.
     """
     data: CrystalDataModule = build(
         config.data, "data", graph=encoder.graph, seed=config.seed, target_types=config.target_types, **parts
@@ -172,10 +172,10 @@ def make_data(config: TrainingConfig, encoder: Encoder, **parts: Any) -> Crystal
 
 
 def make_descriptors(data: CrystalDataModule) -> Descriptors | None:
-    """Return what a model reads beside the structures, fitted to the training crystals; None for nothing.
+    """Return the descriptors that a model reads, fitted to the training crystals; None without descriptors.
 
     Raises:
-        DataError: a descriptor has one value in all of them.
+        DataError: a descriptor is constant in the training crystals.
     """
     if data.descriptor_values is None:
         return None
@@ -185,11 +185,11 @@ def make_descriptors(data: CrystalDataModule) -> Descriptors | None:
 
 
 def make_types(config: TrainingConfig, data: CrystalDataModule) -> list[TargetType]:
-    """Return what kind of target each column is, having checked every value that is used.
+    """Return the type of each target after checking all used values.
 
     Raises:
         ConfigError: a setting names a target that isn't predicted.
-        DataError: a value can't be, or the training split has one class alone.
+        DataError: a value is invalid for its type, or the training split has a single class.
     """
     for key in ("target_types", "target_per", "atomic_references"):
         for name in getattr(config, key):
@@ -223,16 +223,17 @@ def make_types(config: TrainingConfig, data: CrystalDataModule) -> list[TargetTy
 
 
 def class_entropies(types: Sequence[TargetType], data: CrystalDataModule) -> list[float]:
-    """Return [T] the entropy of the training classes, 1 for numbers."""
+    """Return the [T] entropy of the training classes, 1 for numbers."""
     values = data.train_targets()
     return [kind.entropy(values[:, i]) for i, kind in enumerate(types)]
 
 
 def _refuse_nothing_to_learn(data: CrystalDataModule, place: int, kind: TargetType) -> None:
-    """Refuse a target that the training crystals don't show: no value, one value, or less than models can tell apart.
+    """Reject a target that can't be learned from the training crystals: no value, a single value, or too little
+    variation.
 
     Raises:
-        DataError: so it is.
+        DataError: the target can't be learned.
     """
     name, trained = data.targets[place], data.train_targets()[:, place]
     trained = trained[~np.isnan(trained)]

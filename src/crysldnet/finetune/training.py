@@ -1,4 +1,4 @@
-"""Train one network, choose its best epoch on validation, and read the test split once."""
+"""Train one network, select its best epoch on validation, and evaluate the test split once."""
 
 from __future__ import annotations
 
@@ -48,15 +48,16 @@ from crysldnet.training.trainer import TrainerSettings, make_trainer
 from crysldnet.training.wandb_run import publish
 
 PARTS = ("member_", "network_", "fold_")
-"""Beginnings of the names of folders of what a run is made of."""
+"""Prefixes of the folders of a run's parts."""
 Predictions = dict[int, list[list[float]]]
-"""Row in the store to value, standard deviation and probability of the predicted class of each target, NaN where there
-is none, for the test split."""
+"""Test predictions: row in the store to value, standard deviation and probability of the predicted class per target,
+NaN if unavailable.
+"""
 
 
 @dataclass(frozen=True)
 class Finetuned:
-    """A trained property model and how it did."""
+    """A trained property model and its results."""
 
     model: TargetModel
     info: dict[str, Any]
@@ -66,10 +67,10 @@ class Finetuned:
 
 
 def make_model(config: TrainingConfig, encoder: Any, data: CrystalDataModule, types: list[TargetType]) -> PropertyModel:
-    """Return the model before training, its normalisation fitted to the training rows.
+    """Return the untrained model with normalization fitted to the training rows.
 
     Raises:
-        ConfigError: head and targets don't go together.
+        ConfigError: head and targets are incompatible.
     """
     try:
         model = build_network(
@@ -99,7 +100,7 @@ def train_network(
     data: CrystalDataModule | None = None,
     loggers: list | None = None,
 ) -> Finetuned:
-    """Train a network; arguments as those of :func:`crysldnet.finetune.recipes.train`."""
+    """Train a network; arguments as in :func:`crysldnet.finetune.recipes.train`."""
     pl.seed_everything(config.seed, workers=True, verbose=False)
     settings: TrainerSettings = build(config.trainer, "trainer")
     encoder, encoder_config, provenance = make_encoder(config)
@@ -156,7 +157,7 @@ def train_network(
 def _owner(
     config: TrainingConfig, encoder: dict[str, Any], data: CrystalDataModule, types: list[TargetType]
 ) -> dict[str, Any]:
-    """Return what a checkpoint has to be resumed with."""
+    """Return the settings that a checkpoint must match to be resumed."""
     return {
         "command": "finetune",
         "model": {
@@ -174,11 +175,11 @@ def _owner(
 def _evaluated(
     trainer: pl.Trainer, module: FinetuneModule, data: CrystalDataModule, folder: Path, trained: dict[str, float]
 ) -> dict[str, float]:
-    """Return the training loss, and the metrics of the best epoch on validation and test."""
+    """Return the training loss, and validation and test metrics of the best epoch."""
     has_validation = len(data.rows["val"]) > 0
     best = _best(folder / "checkpoints", has_validation)
     metrics = {name: value for name, value in trained.items() if name == "train/loss"}
-    # The epoch of the best weights was logged when it ended.
+    # The validation of the best weights was already logged at the end of its epoch.
     for loop, rows, logged in (
         (trainer.validate, data.rows["val"], unlogged(trainer)),
         (trainer.test, data.rows["test"], contextlib.nullcontext()),
@@ -199,15 +200,15 @@ def train_part(
     rows: Rows,
     name: str,
 ) -> None:
-    """Train one of the models that a run is made of, in a folder of its own.
+    """Train one part of a run in its own folder.
 
     Args:
-        train: does so, as :func:`train_network`.
-        config, values: its settings.
-        path: its folder.
+        train: training function such as :func:`train_network`.
+        config, values: settings.
+        path: folder of the part.
         data: the crystals of the run.
-        rows: which of them it is trained, validated and tested on.
-        name: for loggers.
+        rows: training, validation and test rows.
+        name: name for loggers.
     """
     encoder, _, _ = make_encoder(config)
     own = make_data(config, encoder, store=data.store, rows=rows)
@@ -225,7 +226,7 @@ def describe_model(
     values: dict[str, Any],
     provenance: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return what a model's file says of it, but for its metrics."""
+    """Return the metadata of a model's file, except its metrics."""
     return {
         **model_file.encoder_info(model.encoder, values["encoder"], provenance),
         "head": config.head,
@@ -253,10 +254,10 @@ def write_model(
     data: CrystalDataModule,
     device: str,
 ) -> None:
-    """Write and calibrate a trained model; add to ``info`` how well it is calibrated."""
+    """Write and calibrate a trained model; add the calibration results to ``info``."""
     chosen_on = np.concatenate([data.rows["train"], data.rows["val"]])
     seen = seen_crystals(config.pretrained, data.store, chosen_on)
-    partial_file = file.with_name("uncalibrated.safetensors")  # under its own name a file is whole
+    partial_file = file.with_name("uncalibrated.safetensors")  # only complete files get the final name
     model_file.write(partial_file, "property_model", weights, info, seen)
     info["calibration"] = calibrate([partial_file], file, data, drawn=file.parent / "plots", device=device)
     partial_file.unlink()
@@ -293,7 +294,7 @@ def evaluate(
 
 
 def reported(scores: TargetMetrics, split: str) -> dict[str, float]:
-    """Return the metrics of a split that a person reads, without those that only choose the epoch."""
+    """Return the human-readable metrics of a split, without those only used to select the epoch."""
     found = {k: v for k, v in scores.compute().items() if k != "nll" and not k.startswith("normalised")}
     return {f"{split}/{name}": float(value) for name, value in found.items()}
 

@@ -1,4 +1,4 @@
-"""What a finetuning came to, in words, and what to type next."""
+"""Verbal summary of a finetuning run, and the suggested next command."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ CONSTANTS = {"mae": "the training mean", "error_rate": "the most frequent class"
 
 
 def verdict(baselines: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return a sentence for each target: the error on the test split against the constant and against trees.
+    """Return a sentence for each target that compares the test error with the constant and the trees.
 
-    A difference is called one where its 95 % interval doesn't hold 0.
+    A difference counts if its 95 % interval excludes 0.
 
     Args:
-        baselines: as :func:`crysldnet.finetune.baselines.compare` returns them.
+        baselines: as returned by :func:`crysldnet.finetune.baselines.compare`.
     """
     return [_sentence(target, found) for target, found in islice(baselines.items(), SHOWN)]
 

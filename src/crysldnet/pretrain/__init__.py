@@ -1,7 +1,7 @@
 """Pretrain an encoder without labels.
 
-Stage 1 trains a variational autoencoder, stage 2 diffusion in its latent space together with the encoder. Writes
-encoder.safetensors for finetuning, and prints what the model learned on the validation split.
+Stage 1 trains a variational autoencoder; stage 2 trains diffusion in its latent space together with the encoder. Writes
+encoder.safetensors for finetuning, and prints what the model learned, measured on the validation split.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Run both stages of pretraining, and export what they learned."""
+"""Run the stages of pretraining and export the results."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from crysldnet.training.trainer import TrainerSettings, checked_settings, make_t
 from crysldnet.training.wandb_run import begin_stage, publish
 
 MODEL_KEYS = ("encoder", "objective", "denoiser", "latent", "diffusion")
-"""What of the configuration a checkpoint has to be resumed with."""
+"""Configuration keys that a checkpoint must match to be resumed."""
 
 
 def run(config: PretrainConfig, values: dict[str, Any], choices: Mapping[str, Any] | None = None) -> int:
@@ -51,8 +51,8 @@ def run(config: PretrainConfig, values: dict[str, Any], choices: Mapping[str, An
 
     Args:
         config: the settings.
-        values: the same as plain values, to be saved with everything that the run writes.
-        choices: the files that they came from, by group.
+        values: the same as plain values, saved with the run's output.
+        choices: configuration files by group.
     """
     stages: list[Stage] = ["vae", "diffusion"] if config.stage == "both" else [config.stage]
     if config.init is not None and config.stage != "diffusion":
@@ -60,7 +60,7 @@ def run(config: PretrainConfig, values: dict[str, Any], choices: Mapping[str, An
     if config.init is None and config.stage == "diffusion":
         raise ConfigError("stage=diffusion needs init=PATH, the pretraining.safetensors of a first stage", "init")
     settings = checked_settings(config.trainer, config.strategy)
-    model = build_model(config, with_flow="diffusion" in stages)  # what is wrong stops here, before a folder is made
+    model = build_model(config, with_flow="diffusion" in stages)  # errors stop here, before a folder is created
     data = make_data(config, model)
     data.setup()
     data.steps_per_epoch(settings.world_size, settings.accumulate_grad_batches)
@@ -97,7 +97,7 @@ def run(config: PretrainConfig, values: dict[str, Any], choices: Mapping[str, An
 
 
 def make_data(config: PretrainConfig, model: PretrainingModel, seed: int | None = None) -> CrystalDataModule:
-    """Return the crystals, corrupted as the model's objective asks, with the seed of the run unless told another."""
+    """Return the crystals, corrupted by the model's objective, with the seed of the run unless another is given."""
     seen = model.reconstructs or model.needs_clean
     return build(
         config.data,
@@ -170,7 +170,7 @@ def _make_module(config: PretrainConfig, pace: StageSettings, model: Pretraining
 
 
 def _kept(metrics: dict[str, float]) -> dict[str, float]:
-    """Return the metrics that a stage's file keeps: those of the model."""
+    """Return the model metrics stored in a stage's file."""
     return {k: v for k, v in metrics.items() if k.startswith(("val/", "train/")) and k not in OF_THE_MACHINE}
 
 
@@ -188,7 +188,7 @@ def _provenance(data: CrystalDataModule, stage: Stage, values: dict[str, Any]) -
 
 @rank_zero_only
 def _draw(folder: Path, stage: Stage) -> None:
-    """Draw the learning curves of a stage that is complete, unless that is done."""
+    """Plot the learning curves of a finished stage, unless already done."""
     out = folder / "plots" / f"{stage}.png"
     if not out.exists():
         names = ["train/loss", *(f"val/{name}" for name, measure in MEASURES.items() if measure.plotted)]
@@ -196,7 +196,7 @@ def _draw(folder: Path, stage: Stage) -> None:
 
 
 def _seen(data: CrystalDataModule, previous: Path | None) -> NDArray[np.uint64]:
-    """Return what the encoder was trained on, in this stage and the one before it."""
+    """Return the training crystals of the encoder, in this stage and the previous one."""
     seen = Fingerprints.of(data.store, data.rows["train"]).packed()
     before = None if previous is None else model_file.read_pretraining_set(previous, "pretraining")
     return seen if before is None else np.union1d(before, seen)
@@ -209,7 +209,7 @@ def write_stage(
     info: dict[str, Any],
     seen: NDArray[np.uint64] | None = None,
 ) -> None:
-    """Write the encoder, and the whole model for a next stage."""
+    """Write the encoder, and the whole model for the next stage."""
     encoder = {k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")}
     kept = {k: v for k, v in weights.items() if not k.startswith("teacher.")}
     model_file.write(folder / "encoder.safetensors", "encoder", encoder, info, seen)
@@ -217,11 +217,13 @@ def write_stage(
 
 
 FRESH = ("flow.", "teacher.", "condition.")
-"""Prefixes of what a first stage may lack."""
+"""Prefixes of weights that a first stage may lack."""
 
 
 def load_stage(model: PretrainingModel, path: Path) -> None:
-    """Copy the weights of a finished first stage; what it lacks of latent diffusion and conditions stays fresh."""
+    """Load the weights of a finished first stage; weights of latent diffusion and conditions that it lacks stay
+    untrained.
+    """
     info, state = model_file.read(path, "pretraining")
     check_graph(model.encoder, info.get("graph", {}), path)
     fresh = {k: v for k, v in model.state_dict().items() if k.startswith(FRESH) and k not in state}

@@ -21,19 +21,19 @@ from crysldnet.training.strategies import SHARDED, name_of
 
 
 class PretrainModule(pl.LightningModule):
-    """Train a :class:`PretrainingModel`; the stage is the model's: with or without latent diffusion.
+    """Train a :class:`PretrainingModel`, with or without latent diffusion.
 
-    Logs ``train/…`` and, each epoch, ``val/…``: every loss term (``val/loss/…``), masked accuracy beside that of
-    always guessing the commonest species, errors of lattice (Å, degrees) and coordinates (Å) beside those of the
-    corrupted input, spread and effective rank of the encoder's output and of the latent mean.
+    Logs ``train/…`` and, each epoch, ``val/…``: every loss term (``val/loss/…``), masked accuracy and that of
+    always guessing the most common species, errors of lattice (Å, degrees) and coordinates (Å) and those of the
+    corrupted input, spread and effective rank of the encoder output and of the latent mean.
 
     Args:
-        model: what is trained.
+        model: the model to train.
         optimizer: its optimizer.
-        denoiser_lr: learning rate of the denoiser as a factor of the others'.
-        hold_encoder_epochs: epochs in which the denoiser alone is trained.
-        clip_apart: the gradient of the denoiser is clipped apart from the others'.
-        validate_in_train_mode: keep dropout and batch statistics on in validation, as the published code does.
+        denoiser_lr: learning rate of the denoiser relative to the others.
+        hold_encoder_epochs: initial epochs that train only the denoiser.
+        clip_apart: clip the gradient of the denoiser separately.
+        validate_in_train_mode: keep dropout and batch statistics on in validation, as in the published code.
     """
 
     def __init__(
@@ -64,12 +64,12 @@ class PretrainModule(pl.LightningModule):
         return self.optimizer.build(self.model, steps, lambda name: self.denoiser_lr if _of_denoiser(name) else 1.0)
 
     def _parts(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Return the parameters of the denoiser, and all others."""
+        """Return the parameters of the denoiser and all others."""
         named = list(self.model.named_parameters())
         return [p for name, p in named if _of_denoiser(name)], [p for name, p in named if not _of_denoiser(name)]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Hold everything but the denoiser in the first epochs, if so asked."""
+        """Freeze everything but the denoiser in the first epochs, if configured."""
         if self.trainer.current_epoch < self.hold_encoder_epochs:
             for parameter in self._parts()[1]:
                 parameter.grad = None
@@ -80,7 +80,7 @@ class PretrainModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm of all gradients together, or the denoiser's apart from the others'."""
+        """Clip the norm of all gradients together, or that of the denoiser separately."""
         sharded = name_of(self.trainer.strategy) in SHARDED
         if not self.clip_apart or sharded or self.model.flow is None or gradient_clip_val is None:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -120,26 +120,26 @@ class PretrainModule(pl.LightningModule):
         return loss
 
     def on_train_start(self) -> None:
-        """Know which steps a resumed run has behind it."""
+        """Record the steps that a resumed run has completed."""
         self._teacher_step = self.trainer.global_step
 
     def on_train_batch_end(self, outputs: Any, batch: CrystalBatch, batch_idx: int) -> None:
-        """Move the teacher, where there is one."""
-        if self.trainer.global_step != self._teacher_step:  # once an optimizer step, not once a batch
+        """Update the teacher, if any."""
+        if self.trainer.global_step != self._teacher_step:  # once per optimizer step, not per batch
             self._teacher_step = self.trainer.global_step
             self.model.update_teacher()
 
     def validation_step(self, batch: CrystalBatch, batch_idx: int) -> None:
-        """Collect measures."""
+        """Collect metrics."""
         self._step(batch, "val")
 
     def on_validation_model_eval(self) -> None:
-        """Switch to evaluation, or don't, as published."""
+        """Switch to evaluation mode, unless configured as published."""
         if not self.validate_in_train_mode:
             super().on_validation_model_eval()
 
     def on_validation_epoch_end(self) -> None:
-        """Log the measures of the whole split."""
+        """Log the metrics of the whole split."""
         values = {f"val/{name}": value for name, value in self.means.compute().items()}
         for title, statistics in (("features", self.feature_statistics), ("latent", self.latent_statistics)):
             values |= {f"val/{title}_{name}": value for name, value in statistics.compute().items()}

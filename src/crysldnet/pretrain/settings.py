@@ -1,4 +1,4 @@
-"""The settings of pretraining, and the model that they describe."""
+"""Settings of pretraining, and the model built from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Stage = Literal["vae", "diffusion"]
 
 @dataclass(frozen=True, kw_only=True)
 class StageSettings:
-    """Length and pace of a stage: the learning rate is ``optimizer.lr`` times ``lr_factor``."""
+    """Length and learning rate of a stage: the learning rate is ``optimizer.lr`` times ``lr_factor``."""
 
     epochs: int
     lr_factor: float
@@ -29,13 +29,13 @@ class StageSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionStageSettings(StageSettings):
-    """Those of the second stage; the keys with a value here are newer than some runs that may still be resumed.
+    """Settings of the second stage; fields with a default are newer than some runs that can still be resumed.
 
     Attributes:
-        denoiser_lr_factor: the denoiser's learning rate is ``optimizer.lr`` times this; that of the others if null.
-        hold_encoder_epochs: epochs at the start in which the denoiser alone is trained.
-        clip_apart: clip the gradient of the denoiser apart from the others'. Sharded strategies clip all together.
-        new_draws: other corruptions, noise and order of crystals than the first stage had in the same epochs.
+        denoiser_lr_factor: learning rate of the denoiser relative to ``optimizer.lr``; null for ``lr_factor``.
+        hold_encoder_epochs: initial epochs that train only the denoiser.
+        clip_apart: clip the gradient of the denoiser separately. Sharded strategies clip all gradients together.
+        new_draws: use different corruptions, noise and crystal order than the first stage.
     """
 
     denoiser_lr_factor: float | None = None
@@ -54,7 +54,7 @@ class DiffusionStageSettings(StageSettings):
 
     @property
     def denoiser_lr(self) -> float:
-        """The denoiser's learning rate as a factor of the others'."""
+        """Learning rate of the denoiser relative to the others."""
         return 1.0 if self.denoiser_lr_factor is None else self.denoiser_lr_factor / self.lr_factor
 
 
@@ -96,7 +96,7 @@ class PretrainConfig:
 
 
 def build_model(config: PretrainConfig, *, with_flow: bool) -> PretrainingModel:
-    """Build the model with fresh weights; those of the first stage don't depend on ``with_flow``."""
+    """Build the untrained model; the initial weights of the first stage don't depend on ``with_flow``."""
     torch.manual_seed(config.seed)
     encoder = build(config.encoder, "encoder")
     posterior = build(config.latent, "latent", width=encoder.width)
@@ -113,7 +113,7 @@ def build_model(config: PretrainConfig, *, with_flow: bool) -> PretrainingModel:
 
 
 def stage_seed(config: PretrainConfig, stage: Stage) -> int:
-    """Return the seed of a stage's corruptions, noise and order of crystals."""
+    """Return the seed for the corruptions, noise and crystal order of a stage."""
     if stage == "vae" or not config.stages.diffusion.new_draws:
         return config.seed
     return int(np.random.SeedSequence([config.seed, 2]).generate_state(1)[0])

@@ -1,4 +1,4 @@
-"""What a pretraining run learned, as a table and in words."""
+"""Results of a pretraining run, as a table and in words."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ Metrics = Mapping[str, float]
 
 
 KEPT = 0.5
-"""A second stage that leaves less than this share of the spread or the effective rank has collapsed in it."""
+"""A second stage that retains less than this fraction of the spread or effective rank has collapsed."""
 GAIN = 0.02
-"""An error this share below its baseline counts as learned."""
+"""An error at least this fraction below its baseline counts as learned."""
 
 
 def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe what was learned, against which baseline, and whether the run failed.
+    """Describe what was learned relative to which baseline, and whether the run failed.
 
     Args:
-        summary: of the run; the metrics of each stage under its name.
+        summary: run summary with the metrics of each stage under its name.
 
     Returns:
-        ``sentences``; ``failed``, whether the last stage learned something no better than its baseline, or the second
-        one collapsed; ``collapsed``, None where that can't be told.
+        ``sentences``; ``failed``, whether a metric of the last stage is no better than its baseline or the second stage
+        collapsed; ``collapsed``, None if undetermined.
     """
     stages = [stage for stage in ("vae", "diffusion") if stage in summary]
     last: Metrics = summary[stages[-1]]
@@ -51,7 +51,7 @@ def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shares(summary: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """Return spread and effective rank of the encoder's output after both stages."""
+    """Return spread and effective rank of the encoder output after both stages."""
     names = {"spread": "val/features_spread", "effective rank": "val/features_rank"}
     if not all(key in summary[stage] for stage in ("vae", "diffusion") for key in names.values()):
         return {}
@@ -59,7 +59,7 @@ def _shares(summary: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
 
 
 def print_result(summary: Mapping[str, Any], stages: Sequence[str], encoder: str) -> None:
-    """Print the table, the verdict, and where the encoder is."""
+    """Print the table, the verdict and the path of the encoder."""
     shown = [stage for stage in stages if stage in summary]
     table = []
     for measure in (known for known in MEASURES.values() if known.shown):
