@@ -1,4 +1,4 @@
-"""Averages of the weights along a run."""
+"""Averages of the weights during training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def moving_average(decay: float) -> WeightAveraging:
-    """Return an average of the weights whose decay grows up to ``decay``, so that a short run doesn't lag behind."""
+    """Return an exponential moving average whose decay is warmed up to ``decay``, so that short runs don't lag behind."""
 
     def average(averaged: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
         now = torch.as_tensor(updates, dtype=torch.float32)
@@ -19,10 +19,10 @@ def moving_average(decay: float) -> WeightAveraging:
 
 
 class AverageOfLast(WeightAveraging):
-    """Average the weights of the last steps, each counting alike, after Izmailov et al., arXiv 1803.05407.
+    """Average the weights over the last steps with equal weight (SWA; Izmailov et al., arXiv 1803.05407).
 
     Args:
-        share: of the steps that are averaged over; before them the average is the weights themselves.
+        share: last fraction of the steps, over which to average; before that, the average equals the weights.
     """
 
     def __init__(self, share: float) -> None:
@@ -30,7 +30,7 @@ class AverageOfLast(WeightAveraging):
         self.share, self.start = share, 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the first step that counts."""
+        """Find the first step to average."""
         epochs = trainer.max_epochs or 1
         steps = int(trainer.num_training_batches) // trainer.accumulate_grad_batches * epochs
         self.start = round((1.0 - self.share) * steps)

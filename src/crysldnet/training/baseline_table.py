@@ -1,4 +1,4 @@
-"""The table that compares a model with the mean and with trees, for the terminal and for reports."""
+"""Table that compares a model with the mean and with trees, for the terminal and reports."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ TITLES = {"model": "model", "trees": "trees on descriptors", "constant": "consta
 
 
 def baseline_header(found: Mapping[str, Any]) -> list[str]:
-    """Return the header of the table of a target."""
+    """Return the table header for a target."""
     measure = "MAE" if found["measure"] == "mae" else "error rate"
     unit = f" ({found['unit']})" if found["unit"] and measure == "MAE" else ""
     return ["", measure + unit, "95 % interval", "above the model", "95 % interval"]
 
 
 def baseline_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """Return the rows of the table of a target."""
+    """Return the table rows for a target."""
 
     def ends(interval: Sequence[float] | None, form: str) -> str:
         return "" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"

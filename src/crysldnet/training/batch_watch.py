@@ -1,4 +1,4 @@
-"""Which batch the memory ran out in, and what would have fit."""
+"""Track batch sizes to explain out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from crysldnet.graphs.batch import CrystalBatch
 
 
 class BatchWatch(Callback):
-    """Remember the size of the batch in work and of the largest one that fit, for the message when memory runs out."""
+    """Track the size of the current batch and of the largest one that fit, for out-of-memory messages."""
 
     def __init__(self) -> None:
         self._now: tuple[int, int, int] | None = None
@@ -21,17 +21,17 @@ class BatchWatch(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: CrystalBatch, batch_idx: int
     ) -> None:
-        """Note crystals, atoms and edges."""
+        """Record crystals, atoms and edges."""
         self._now = (batch.num_crystals, len(batch.numbers), batch.edge_index.shape[1])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: CrystalBatch, batch_idx: int
     ) -> None:
-        """Note that the batch fit."""
+        """Record that the batch fit."""
         self._fits = max(self._fits, len(batch.numbers))
 
     def error(self, accumulate: int) -> DeviceError:
-        """Return what to raise when memory ran out, with the size of a batch that would fit."""
+        """Return the out-of-memory error to raise, with a batch size that would fit."""
         if self._now is None:
             return DeviceError("out of memory before the first batch; free some, or choose a smaller encoder")
         crystals, atoms, edges = self._now

@@ -11,16 +11,16 @@ Floats = NDArray[np.float64]
 
 
 def bootstrap(errors: Floats, resamples: int, seed: int) -> tuple[Floats, Floats, Floats]:
-    """Return the ends of 95 % intervals of the mean errors and of their differences from the first row's.
+    """Return 95 % intervals of the mean errors and of their differences from the first row.
 
     Args:
-        errors: [R, n] of R models on the same n crystals, n ≥ 2.
-        resamples: how many.
-        seed: of the resamples.
+        errors: [R, n] errors of R models on the same n crystals, n ≥ 2.
+        resamples: number of resamples.
+        seed: seed of the resampling.
 
     Returns:
-        Low and high ends, [2 R] each: of the means, then of the differences; and [R] the share of resamples in which
-        the sign of the difference isn't the observed one.
+        Lower and upper bounds, [2 R] each: of the means, then of the differences; and [R] the fraction of resamples in
+        which the sign of the difference isn't the observed one.
     """
     from scipy import stats
 

@@ -1,4 +1,4 @@
-"""After training: measure what predictions are worth, and keep it with the model.
+"""Calibrate uncertainties after training and store the result with the model.
 
 Shapes: ``B`` crystals, ``T`` targets, ``M`` members of an ensemble.
 """
@@ -31,37 +31,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class UncertaintyInfo:
-    """What a model's file says beside its weights.
+    """Uncertainty data in a model file.
 
     Attributes:
-        calibration: of its errors.
-        training_set: what it was trained on.
+        calibration: calibration of the errors.
+        training_set: statistics of the training set.
     """
 
     calibration: Calibration
     training_set: TrainingSet
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what a file keeps, each with its prefix."""
+        """Return the tensors to store, with their prefixes."""
         parts = {"calibration.": self.calibration.tensors(), "training_set.": self.training_set.tensors()}
         return {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Errors on crystals that weren't trained on.
+    """Errors on held-out crystals.
 
     Attributes:
-        errors: [n, T] prediction less truth, of ``log`` targets of their logarithms; NaN where it isn't known and for
-            classes.
-        std: [n, T] likewise, as the model gave them, NaN for targets without; None where no target has one.
+        errors: [n, T] prediction minus truth, for ``log`` targets of the logarithms; NaN if unknown and for classes.
+        std: [n, T] raw standard deviations, NaN for targets without; None if no target has one.
     """
 
     errors: NDArray[np.float64]
     std: NDArray[np.float64] | None
 
     def of_target(self, place: int) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-        """Return errors [n] and standard deviations [n] of one target, None where it has none."""
+        """Return errors [n] and standard deviations [n] of one target, None if it has none."""
         std = None if self.std is None else self.std[:, place]
         return self.errors[:, place], None if std is None or np.isnan(std).all() else std
 
@@ -75,20 +74,21 @@ def calibrate(
     drawn: Path | None = None,
     device: str = "cpu",
 ) -> dict[str, dict[str, float]]:
-    """Calibrate a model that is written, or an ensemble, and keep the outcome in a file.
+    """Calibrate a saved model or ensemble and store the result in a file.
 
     Args:
         files: ``model.safetensors`` of the M members, one for a single model.
-        out: the file to write: the single model with all that is known of it, in the same folder, or
-            ``calibration.safetensors`` for an ensemble.
-        data: what it was trained on. Its calibration rows serve, and the training rows are remembered.
-        held_out: [M] the rows that each member wasn't trained on, where these aren't the same for all. Each of those
-            rows is then predicted by its member alone, so the spread between the members isn't calibrated.
-        drawn: the folder of plots, None for none.
-        device: to compute on.
+        out: output file: the single model with its calibration, in the same folder, or ``calibration.safetensors`` for
+            an ensemble.
+        data: training data. Its calibration rows are used, and statistics of the training rows are stored.
+        held_out: [M] held-out rows of each member, if they differ. Each row is then predicted only by its member, so
+            the
+            spread between members isn't calibrated.
+        drawn: folder for plots; None for none.
+        device: device for predicting.
 
     Returns:
-        For each regression what :func:`crysldnet.artifacts.calibration.check` finds.
+        Results of :func:`crysldnet.artifacts.calibration.check` for each regression target.
     """
     models = [model_file.load_property_model(file)[0].to(device) for file in files]
     if held_out is None:
@@ -112,13 +112,13 @@ def calibrate(
 def learn(
     model: TargetModel, data: CrystalDataModule, found: HeldOut, drawn: Path | None = None
 ) -> tuple[UncertaintyInfo, dict[str, dict[str, float]]]:
-    """Return what is known of a model's errors and training set, and how well it is calibrated.
+    """Return a model's uncertainty data and calibration results.
 
     Args:
         model: the model, or a member of the ensemble.
-        data: what it was trained on.
-        found: its errors on crystals that it wasn't trained on.
-        drawn: the folder of plots, None for none.
+        data: training data.
+        found: errors on held-out crystals.
+        drawn: folder for plots; None for none.
     """
     known = Calibration(
         [
@@ -135,7 +135,7 @@ def learn(
 
 
 def read_uncertainty_info(path: Path) -> UncertaintyInfo | None:
-    """Read what the file of a model or the folder of a run keeps; None where that is of an earlier version."""
+    """Read the uncertainty data of a model file or run folder; None for earlier versions."""
     kind: model_file.Kind = "property_model"
     if path.is_dir():
         own = path / "calibration.safetensors"
@@ -153,7 +153,7 @@ def read_uncertainty_info(path: Path) -> UncertaintyInfo | None:
 
 
 def held_out_errors(models: Sequence[TargetModel], data: CrystalDataModule, rows: NDArray[np.int64]) -> HeldOut:
-    """Return the errors of models that predict together on crystals that they weren't trained on."""
+    """Return the joint errors of models on held-out crystals."""
     assert data.target_values is not None
     value, std, _ = predict(models, data.batches(rows, models[0].encoder.graph)).to(torch.float64)
     return errors_of(models[0].types, value.numpy(), None if std is None else std.numpy(), data.target_values[rows])
@@ -162,7 +162,7 @@ def held_out_errors(models: Sequence[TargetModel], data: CrystalDataModule, rows
 def errors_of(
     types: Sequence[TargetType], value: NDArray[np.float64], std: NDArray[np.float64] | None, true: NDArray[np.float64]
 ) -> HeldOut:
-    """Return the errors of predictions [n, T] whose true values are NaN where unknown."""
+    """Return the errors of predictions [n, T], NaN if the true value is unknown."""
     errors, std = value - true, None if std is None else std.copy()
     for place, kind in enumerate(types):
         if kind.kind != "regression":

@@ -1,8 +1,8 @@
-"""The file that a run is resumed from: written whole, verified before it is read, of plain types alone.
+"""Checkpoint file: written atomically, verified before loading, with plain types only.
 
-It is what ``torch.save`` writes, a zip archive, with a comment of that archive behind it: a JSON text, the header, and
-the sha256 of all that comes before. The header says which command, stage and model the file belongs to and how far the
-run had come, so that a wrong file is refused before anything in it is loaded.
+It is a ``torch.save`` zip archive with an archive comment: a JSON header and the sha256 of everything before it. The
+header records command, stage, model and position in the run, so that a wrong file is rejected before anything is
+loaded.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ FORMAT_VERSION = 1
 LAST = "last.ckpt"
 BEST = "best.ckpt"
 HEADER = "crysldnet"
-"""Key under which a checkpoint holds what its header will say of the position in the run."""
+"""Checkpoint key for the position in the run, which goes into the header."""
 _DIGEST = 64
 _NO_COMMENT = b"\0\0"
 _LONG = 1000
-"""characters of a value that the header doesn't hold in full"""
+"""characters above which the header truncates a value"""
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint isn't what was written."""
+    """A checkpoint differs from what was written."""
 
 
 class CheckpointFile(CheckpointIO):
@@ -45,17 +45,17 @@ class CheckpointFile(CheckpointIO):
 
     Args:
         owner: command, stage and model that the files belong to, as plain values.
-        keep: how many of the last checkpoints to keep; the older ones are ``last-1.ckpt``, ``last-2.ckpt``, …
+        keep: number of recent checkpoints to keep; older ones are ``last-1.ckpt``, ``last-2.ckpt``, …
     """
 
     def __init__(self, owner: Mapping[str, Any], keep: int = 2) -> None:
         self.owner, self.keep = dict(owner), keep
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a checkpoint; its older namesakes move up.
+        """Write a checkpoint and rotate the earlier ones.
 
         Raises:
-            CheckpointError: it can't be written; the earlier ones are as they were.
+            CheckpointError: it can't be written; the earlier ones are unchanged.
         """
         path = Path(path)
         header = {"format_version": FORMAT_VERSION, "owner": _brief(self.owner), **checkpoint.get(HEADER, {})}
@@ -64,7 +64,7 @@ class CheckpointFile(CheckpointIO):
             with whole_file(path, before=lambda: self._move_up(path)) as file:
                 torch.save(checkpoint, file)
                 _seal(file, header)
-        except (OSError, RuntimeError) as error:  # torch's archive writer turns the former into the latter
+        except (OSError, RuntimeError) as error:  # torch's archive writer converts OSError to RuntimeError
             reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or error
             raise CheckpointError(
                 f"can't write {path}: {reason}; the checkpoints before it are intact, go on with resume=last"
@@ -112,14 +112,14 @@ class CheckpointFile(CheckpointIO):
             )
         theirs, ours = _brief(header.get("owner", {})), _brief(self.owner)
         for key in sorted(theirs.keys() | ours.keys()):
-            older = key.startswith("inputs.") and key not in theirs  # versions that didn't keep them
+            older = key.startswith("inputs.") and key not in theirs  # versions that didn't store them
             if theirs.get(key) != ours.get(key) and not older:
                 raise CheckpointError(
                     f"{path}: it belongs to another run: {key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
                 )
 
     def newest(self, folder: Path) -> tuple[Path, dict[str, Any]] | None:
-        """Return the newest good checkpoint of a folder and its header, or None where there is none yet.
+        """Return the newest good checkpoint of a folder and its header, or None if there is none yet.
 
         Raises:
             CheckpointError: the newest good one is of a newer format or of another model, or all are damaged.
@@ -147,15 +147,15 @@ class CheckpointFile(CheckpointIO):
 
 
 def check_best(folder: Path) -> Path | None:
-    """Return the checkpoint of the best epoch so far, verified, or None where there is none.
+    """Return the checkpoint of the best epoch so far, verified, or None if there is none.
 
     Raises:
-        CheckpointError: it is damaged; there is no other of that epoch.
+        CheckpointError: it is damaged and has no backup.
     """
     best = folder / BEST
     if not best.exists():
         return None
-    if best.is_dir():  # as DeepSpeed writes and reads them
+    if best.is_dir():  # DeepSpeed writes folders
         return best
     try:
         verify(best)
@@ -181,9 +181,9 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _brief(owner: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of all keys; of long ones, such as hundreds of targets, the beginning and the sha256.
+    """Return the values of all keys; long ones, such as hundreds of targets, are truncated with their sha256.
 
-    The comment of a zip archive ends at 64 KiB.
+    A zip archive comment is limited to 64 KiB.
     """
     found: dict[str, Any] = {}
     for key, value in _flat(json.loads(json.dumps(owner))).items():
@@ -198,7 +198,7 @@ def _brief(owner: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _seal(file: io.BufferedRandom, header: Mapping[str, Any]) -> None:
-    """Write header and digest as the comment of the zip archive that the file is so far."""
+    """Write header and digest as the comment of the zip archive."""
     text = json.dumps(header).encode()
     file.seek(-2, os.SEEK_END)
     assert file.read(2) == _NO_COMMENT
@@ -214,7 +214,7 @@ def verify(path: Path) -> dict[str, Any]:
     """Check every byte of a checkpoint and return its header.
 
     Raises:
-        DamagedError: it is empty, cut off or changed, or wasn't written by this package.
+        DamagedError: it is empty, truncated or changed, or wasn't written by this package.
     """
     try:
         with path.open("rb") as file:

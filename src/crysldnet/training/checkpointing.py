@@ -1,4 +1,4 @@
-"""When a run saves a checkpoint, when it stops, and from where it goes on."""
+"""When a run saves checkpoints, when it stops, and how it resumes."""
 
 from __future__ import annotations
 
@@ -23,38 +23,40 @@ from crysldnet.training.checkpoint_file import HEADER, LAST
 from crysldnet.training.strategies import SHARDED, name_of
 
 SIGNALS = (*signals.SIGNALS, signal.SIGINT)
-"""They stop a run at its next optimizer step."""
+"""Signals that stop a run at its next optimizer step."""
 AGREE_MS = 100
-"""Milliseconds between two times at which ranks agree, where steps are shorter."""
+"""Minimum milliseconds between synchronizations of the ranks if steps are shorter."""
 TIME_LIMIT = 1
-"""Among the reasons to stop, beside the numbers of signals."""
+"""Reason to stop, in addition to signal numbers."""
 
 
 @cache
 def started() -> float:
-    """Return when this process first asked, on the monotonic clock: the start of the run."""
+    """Return when this process first called this function, on the monotonic clock, as the start of the run."""
     return time.monotonic()
 
 
 class PreemptionCheckpoint(Checkpoint):
-    """Save a checkpoint every so often and before a stop, between two optimizer steps.
+    """Save checkpoints regularly and before stopping, between two optimizer steps.
 
-    A checkpoint is taken before the first batch of an optimizer step, when all that belongs to the step before it
-    (moving averages, the teacher, the row in ``metrics.csv``) is done, or at the end of an epoch, after its validation.
-    All ranks save and stop at the same step. They agree on it at the end of an epoch, and within one about every tenth
-    of a second: a step on a GPU takes milliseconds, too few for a message over the network before each.
+    A checkpoint is taken before the first batch of an optimizer step, when everything in
+    the previous step (moving averages, the teacher, the row in ``metrics.csv``) is complete, or at the end of an epoch,
+    after validation.
+    All ranks save and stop at the same step. They synchronize at the end of an epoch, and within one
+    about every tenth of a second: a GPU step takes milliseconds, too short for a network message before each.
 
     Args:
-        folder: of the checkpoints.
-        every_epochs: epochs between two checkpoints at their ends.
-        every_steps: optimizer steps between two checkpoints; None for none within an epoch.
-        every_minutes: minutes after which the next step saves one; None for none.
-        limit_minutes: minutes since the start of the process after which the run stops, but not before it has taken a
-            step, or it would never come to its end; None for no limit.
-        start: the checkpoint that the run goes on from and its header, where it is resumed.
+        folder: checkpoint folder.
+        every_epochs: epochs between end-of-epoch checkpoints.
+        every_steps: optimizer steps between checkpoints within an epoch; None for none.
+        every_minutes: minutes between checkpoints; None for none.
+        limit_minutes: minutes after the start of the process when the run stops; it takes at least one step, so that
+            restarted
+            runs eventually finish; None for no limit.
+        start: checkpoint to resume from and its header.
 
     Raises:
-        Interrupted: after the checkpoint, where a signal or the limit stops the run.
+        Interrupted: after the checkpoint, if a signal or the limit stops the run.
     """
 
     def __init__(
@@ -76,17 +78,17 @@ class PreemptionCheckpoint(Checkpoint):
         self._inside_epoch = False
         self._saved_at = time.monotonic()
         self._agreed = (0, time.monotonic())
-        """The optimizer step at which the ranks last agreed, and when."""
+        """Step and time of the last synchronization of the ranks."""
         self._agree_at = 0
         self._group: Any = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Have a way to agree with the other ranks without waiting for a GPU."""
+        """Set up communication with the other ranks that doesn't wait for a GPU."""
         if stage == "fit" and trainer.world_size > 1 and distributed.get_backend() != "gloo":
             self._group = distributed.new_group(backend="gloo")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen to signals in place of Lightning, which would exit without a checkpoint; at its end it undoes this."""
+        """Replace Lightning's signal handlers, which would exit without a checkpoint; restored at the end of training."""
         self._saved_at, self._began_at = time.monotonic(), trainer.global_step
         self._agreed, self._agree_at = (trainer.global_step, self._saved_at), trainer.global_step
         self._saved_step = None if self.start is None else trainer.global_step
@@ -95,12 +97,12 @@ class PreemptionCheckpoint(Checkpoint):
                 signal.signal(number, self._note_signal)
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._signal:  # a person who can't wait for the step's end
+        if number == signal.SIGINT and self._signal:  # second Ctrl-C: don't wait for the end of the step
             raise KeyboardInterrupt
         self._signal = number
 
     def stop_if_signalled(self, where: str, trainer: pl.Trainer | None = None) -> None:
-        """Raise ``Interrupted`` where a signal came, given the Trainer to any process, and nothing followed."""
+        """Raise ``Interrupted`` if a signal arrived, given the Trainer to any process, and hasn't been handled."""
         reason = self._signal if trainer is None else self._agree(trainer)[0]
         if reason not in (0, TIME_LIMIT):
             self._stop(reason, where)
@@ -108,7 +110,7 @@ class PreemptionCheckpoint(Checkpoint):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
-        """Save or stop before an optimizer step begins."""
+        """Save or stop before an optimizer step."""
         if batch_idx % trainer.accumulate_grad_batches:
             return
         reason, due = self._agree(trainer, now=False)
@@ -118,11 +120,11 @@ class PreemptionCheckpoint(Checkpoint):
         if reason and step in (
             self._saved_step,
             self._began_at,
-        ):  # else an unsaved epoch lies behind: stop a step later
+        ):  # otherwise an epoch is unsaved: stop one step later
             self._stop(reason, f"in epoch {trainer.current_epoch + 1}, after {batch_idx} batches (step {step})")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save, and stop if that was asked for."""
+        """Save, and stop if requested."""
         reason, due = self._agree(trainer)
         done = trainer.current_epoch + 1
         if reason or due or trainer.should_stop or done % self.every_epochs == 0 or done == trainer.max_epochs:
@@ -131,15 +133,15 @@ class PreemptionCheckpoint(Checkpoint):
             self._stop(reason, f"after epoch {trainer.current_epoch + 1} of {trainer.max_epochs}")
 
     def _agree(self, trainer: pl.Trainer, *, now: bool = True) -> tuple[int, bool]:
-        """Return why any rank wants to stop, 0 where none does, and whether a checkpoint is due.
+        """Return the reason to stop on any rank (0 for none) and whether a checkpoint is due.
 
         Args:
-            trainer: of this rank.
-            now: agree in any case; else only if it is time for it. Every rank then comes to the same answer.
+            trainer: Trainer of this rank.
+            now: synchronize in any case; otherwise only when due. All ranks get the same answer.
         """
         clock, step = time.monotonic(), trainer.global_step
         every, saved = self.every_steps, self._saved_step
-        due = every is not None and step > 0 and step % every == 0 and step != saved  # the same on all ranks
+        due = every is not None and step > 0 and step % every == 0 and step != saved  # identical on all ranks
         if trainer.world_size > 1 and not now and step < self._agree_at:
             return 0, due
         over = self.limit_minutes is not None and clock - started() >= 60.0 * self.limit_minutes
@@ -167,7 +169,7 @@ class PreemptionCheckpoint(Checkpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Let the best epoch's file be found where the run folder is now; Lightning forgets it where it moved."""
+        """Find the best epoch's file in the current run folder; Lightning loses it if the folder was moved."""
         for state in checkpoint.get("callbacks", {}).values():
             if not isinstance(state, dict) or "best_model_path" not in state:
                 continue
@@ -180,7 +182,7 @@ class PreemptionCheckpoint(Checkpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Say where the run stands, and put Lightning's counters to between two batches."""
+        """Record the position of the run, and set Lightning's counters to a point between two batches."""
         inside = self._inside_epoch
         progress = trainer.fit_loop.epoch_loop.batch_progress.current
         checkpoint[HEADER] = {
@@ -196,11 +198,11 @@ class PreemptionCheckpoint(Checkpoint):
             "finished": not inside and (trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs),
             "stopped_early": not inside and trainer.should_stop,
         }
-        # beside the header, which must fit the comment of a zip archive: many targets have hundreds of metrics
+        # outside the header, which must fit into a zip archive comment: many targets have hundreds of metrics
         checkpoint["metrics"] = {} if inside else {name: float(v) for name, v in trainer.callback_metrics.items()}
         if inside:
-            # The next batch has been fetched, but it isn't begun: it is fetched again on resume. Four equal counts
-            # are what Lightning's loop takes for "everything up to here is done".
+            # The next batch has been fetched but not started, and is fetched again on resume. For Lightning's loop,
+            # four equal counters mean that everything so far is complete.
             counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
             for part in ("total", "current"):
                 counts[part] = {**counts[part], "ready": counts[part]["completed"]}
@@ -208,11 +210,12 @@ class PreemptionCheckpoint(Checkpoint):
 
 
 def check_position(path: Path, header: Mapping[str, Any], trainer: pl.Trainer, steps_per_epoch: int) -> None:
-    """Check that a run can go on from a checkpoint with the processes it has now.
+    """Check that a run can resume from a checkpoint with its current processes.
 
     Raises:
-        CheckpointError: it stands inside an epoch, and the batches of that epoch were shared otherwise; an epoch would
-            have another number of steps; or the weights were, or would be, sharded otherwise.
+        CheckpointError: it is within an epoch whose batches were divided differently; an epoch would have a different
+            number
+            of steps; or weights are sharded differently.
     """
     before, strategy = header.get("strategy"), name_of(trainer.strategy)
     if before is not None and before != strategy and {before, strategy} & set(SHARDED):

@@ -1,4 +1,4 @@
-"""What is logged of every training besides its losses: norm of the gradient, throughput, memory."""
+"""Metrics logged for every training besides losses: gradient norm, throughput, memory."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from crysldnet.platforms import peak_memory_mb
 from crysldnet.training.nan_guard import gradient_norm
 
 OF_THE_MACHINE = ("train/atoms_per_s", "train/crystals_per_s", "train/memory_mb")
-"""Metrics that differ from one run to the next of the same seed."""
+"""Metrics that differ between runs with the same seed."""
 
 
 def device_memory_mb(device: torch.device) -> float:
-    """Return the most memory that was in use so far, in MiB: of the GPU, or of this process."""
+    """Return the peak memory use so far in MiB, of the GPU or of this process."""
     return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else peak_memory_mb()
 
 
 def log_losses(module: pl.LightningModule, batch_idx: int) -> None:
-    """Log ``module.step_losses``, those of a training batch, every ``log_every_n_steps`` steps and at an epoch's end.
+    """Log ``module.step_losses``, the losses of a training batch, every ``log_every_n_steps`` steps and at the end of
+    an epoch.
 
-    Lightning takes milliseconds for what is logged, and drops it in all other steps.
+    Logging through Lightning takes milliseconds, even in steps where it drops the values.
     """
     trainer = module.trainer
     due = (trainer.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
@@ -38,14 +39,14 @@ def log_losses(module: pl.LightningModule, batch_idx: int) -> None:
 
 
 class Diagnostics(Callback):
-    """Log, every ``trainer.log_every_n_steps`` optimizer steps, what says whether a training is healthy and fast.
+    """Log training health and speed every ``trainer.log_every_n_steps`` optimizer steps.
 
     - ``train/grad_norm``: before clipping.
-    - ``train/atoms_per_s``, ``train/crystals_per_s``: of all devices together, since it was last logged. Waiting for
-      data counts, validation doesn't.
+    - ``train/atoms_per_s``, ``train/crystals_per_s``: over all devices since the last log, including
+      waiting for data, excluding validation.
     - ``train/memory_mb``: MiB, the peak so far on the first device.
 
-    Between two of these steps nothing waits for the device.
+    Other steps don't synchronize with the device.
     """
 
     def __init__(self) -> None:
@@ -54,26 +55,26 @@ class Diagnostics(Callback):
         self._logged = -1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to count time; a run that is resumed inside an epoch doesn't start one."""
+        """Start timing; a run resumed within an epoch has no epoch start."""
         self._since = time.monotonic()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on counting time after a validation."""
+        """Continue timing after a validation."""
         self._since = time.monotonic()
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """Log the norm of the gradient; mixed precision has unscaled it by now."""
+        """Log the gradient norm; mixed precision has already unscaled it."""
         if (trainer.global_step + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         norm = gradient_norm(optimizer)
-        if isinstance(trainer.strategy, FSDPStrategy):  # each rank has the gradients of its own shard
+        if isinstance(trainer.strategy, FSDPStrategy):  # each rank has the gradients of its shard
             norm = trainer.strategy.reduce(norm.square().to(pl_module.device), reduce_op="sum").sqrt()
         pl_module.log("train/grad_norm", norm)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: CrystalBatch, batch_idx: int
     ) -> None:
-        """Count atoms, crystals and seconds, and log their ratios."""
+        """Count atoms, crystals and seconds, and log the rates."""
         now = time.monotonic()
         self._seconds += now - self._since
         self._since = now

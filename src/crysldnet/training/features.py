@@ -1,6 +1,6 @@
-"""What a head reads of many crystals: computed once where the encoder is frozen, and to standardize it.
+"""Inputs of a head for many crystals: cached for a frozen encoder, and used for standardization.
 
-Shapes: ``B`` crystals, ``N`` atoms of a batch, ``I`` numbers that the head reads of each crystal or atom.
+Shapes: ``B`` crystals, ``N`` atoms of a batch, ``I`` numbers that the head reads per crystal or atom.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from crysldnet.models.head import PropertyModel
 def read_batches(
     model: PropertyModel, data: CrystalDataModule, rows: NDArray[np.int64], device: torch.device
 ) -> Iterator[Tensor]:
-    """Give what the head reads of rows of the store, batch by batch."""
+    """Yield the head's inputs for rows of the store, batch by batch."""
     for batch in data.batches(rows, model.encoder.graph):
         yield model.head.read(model.encoder, batch.to(device))
 
 
 def standardize(model: PropertyModel, data: CrystalDataModule, device: torch.device, *, fresh: bool) -> None:
-    """Set mean and standard deviation of what the head reads from the training split, where it asks for that.
+    """Set mean and standard deviation of the head's inputs from the training split, if it needs them.
 
     Args:
         model: on its device.
-        data: what it is trained on.
-        device: of the model.
-        fresh: the encoder's batch statistics, if it has any, are still those of no data; each batch's own are used.
+        data: training data.
+        device: device of the model.
+        fresh: the encoder's running batch statistics, if any, are uninitialized, so use those of each batch.
     """
     if model.head.layers_read == "last" or bool(model.head.standardized):
         return
@@ -50,12 +50,12 @@ def standardize(model: PropertyModel, data: CrystalDataModule, device: torch.dev
 
 @dataclass(frozen=True)
 class ReadTable:
-    """What a head reads of some crystals, in memory: 4 I bytes a crystal or atom.
+    """Cached inputs of a head: 4 I bytes per crystal or atom.
 
     Attributes:
         values: [all crystals or atoms, I].
-        begin: [crystals of the store] where a crystal's values begin, −1 for crystals that aren't there.
-        per_crystal: whether a crystal has one row, else one an atom.
+        begin: [crystals of the store] first row of each crystal, −1 for crystals that aren't cached.
+        per_crystal: one row per crystal, else one per atom.
     """
 
     values: Tensor
@@ -64,7 +64,7 @@ class ReadTable:
 
     @classmethod
     def of(cls, model: PropertyModel, data: CrystalDataModule, device: torch.device) -> ReadTable:
-        """Compute it for all crystals of a data module, on a device."""
+        """Compute the inputs for all crystals of a data module on a device."""
         rows, single = np.concatenate(list(data.rows.values())), model.head.per_crystal
         sizes = np.ones_like(rows) if single else data.store.crystals.sizes[rows]
         begin = torch.full((len(data.store),), -1)
@@ -72,7 +72,7 @@ class ReadTable:
         return cls(torch.cat(list(read_batches(model, data, rows, device))), begin.to(device), single)
 
     def __call__(self, batch: CrystalBatch) -> Tensor:
-        """Return what the head reads of a batch."""
+        """Return the head's inputs for a batch."""
         first = self.begin[batch.rows]
         if self.per_crystal:
             return self.values.index_select(0, first)

@@ -1,4 +1,4 @@
-"""Train a stage to its end, or until something stops the run, and export what was learned."""
+"""Train a stage until it finishes or is stopped, and export the result."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ Metrics = dict[str, float]
 
 
 def total_steps(trainer: pl.Trainer) -> int:
-    """Return the optimizer steps of a whole run, counted by the sampler itself."""
+    """Return the optimizer steps of a whole run, as counted by the sampler."""
     data: CrystalDataModule = trainer.datamodule  # type: ignore[attr-defined]
     return data.steps_per_epoch(trainer.world_size, trainer.accumulate_grad_batches) * (trainer.max_epochs or 1)
 
 
 @rank_zero_only
 def announce(stage: str, trainer: pl.Trainer, model: nn.Module, data: CrystalDataModule) -> None:
-    """Print once what is about to run: crystals, parameters, devices, and what was left out."""
+    """Print the setup once: crystals, parameters, devices, and exclusions."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     device = f"{trainer.world_size} × {trainer.accelerator.__class__.__name__.removesuffix('Accelerator')}"
     note(
@@ -55,15 +55,15 @@ def fit_and_export(
     evaluate: Callable[[Metrics], Metrics],
     export: Callable[[Metrics, dict[str, Tensor]], None],
 ) -> Metrics:
-    """Train a module's ``model``, evaluate it and export it; return its metrics.
+    """Train, evaluate and export a module's ``model``; return its metrics.
 
     Args:
-        title: names the stage in messages.
-        trainer: made for this stage.
+        title: name of the stage in messages.
+        trainer: Trainer of this stage.
         module: has a ``model``.
         data: the crystals.
-        evaluate: given the last value of each metric of the training, returns those that are kept; on all ranks.
-        export: given these and the model's weights, gathered from all ranks, writes files; on the first rank alone.
+        evaluate: maps the last value of each training metric to the metrics to keep; runs on all ranks.
+        export: writes files from these metrics and the gathered model weights; runs on the first rank only.
 
     Raises:
         CheckpointError: a weight isn't finite.
@@ -77,7 +77,7 @@ def fit_and_export(
 
 @contextlib.contextmanager
 def unlogged(trainer: pl.Trainer) -> Iterator[None]:
-    """Log nothing of what the Trainer does within this context."""
+    """Disable logging by the Trainer within this context."""
     loggers = trainer.loggers
     trainer.loggers = []
     try:
@@ -87,7 +87,7 @@ def unlogged(trainer: pl.Trainer) -> Iterator[None]:
 
 
 def export_weights(title: str, trainer: pl.Trainer, export: Callable[[dict[str, Tensor]], None]) -> None:
-    """Gather a model's weights on all ranks and have the first one write them."""
+    """Gather a model's weights on all ranks and have the first rank write them."""
     whole = trainer.strategy.lightning_module_state_dict()
     refuse_diverged(whole, title)
     if trainer.is_global_zero:
@@ -96,7 +96,7 @@ def export_weights(title: str, trainer: pl.Trainer, export: Callable[[dict[str, 
 
 
 def _no_meeting(error: BaseException, nodes: int) -> str:
-    """Say why the processes of a run don't come together, and what mends it."""
+    """Return why the processes of a run can't connect, and the remedy."""
     reason = str(error).splitlines()[0].rstrip(".")
     if "in use" in reason:
         mend = f"set MASTER_PORT to a free one{', or leave it unset' if nodes == 1 else ''}"
@@ -107,13 +107,13 @@ def _no_meeting(error: BaseException, nodes: int) -> str:
 
 
 def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule) -> Metrics:
-    """Train to the end, from the checkpoint that the Trainer was made to resume; return the last value of each metric.
+    """Train to the end, from the checkpoint to resume if any; return the last value of each metric.
 
     Raises:
         Interrupted: the run was stopped before its last epoch.
-        CheckpointError: it can't go on from the checkpoint with the processes or the strategy that there are now.
-        DataError: a process that builds batches died.
-        DeviceError: the processes of the run can't meet, or memory ran out.
+        CheckpointError: the checkpoint is incompatible with the current processes or strategy.
+        DataError: a data loader process died.
+        DeviceError: the processes can't connect, or memory ran out.
     """
     path: Path | None = None
     header: dict[str, Any] = {"epoch": 0, "batch": 0, "finished": False}
@@ -122,7 +122,7 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule
     if preemption.start is not None:
         path, header = preemption.start
         check_position(path, header, trainer, steps)
-    # A run of fewer steps than log_every_n_steps has a training loss too.
+    # Runs shorter than log_every_n_steps also have a training loss.
     trainer.log_every_n_steps = min(trainer.log_every_n_steps, steps * (trainer.max_epochs or 1))  # type: ignore[attr-defined]
     data.start = (header["epoch"], header["batch"])
     at_end = header["epoch"] >= (trainer.max_epochs or 0)
@@ -137,19 +137,19 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule
         )
     if not stopped_early:
         preemption.stop_if_signalled("after training", trainer)
-    # The averaged weights are in the module now. The callback would swap them out again in a later validation, and
-    # load the unaveraged ones for a test.
+    # The module now has the averaged weights. In a later validation, the callback would swap them out again and load
+    # the original ones for a test.
     trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
     if path is None or not (header["finished"] and (stopped_early or at_end)):
         return {name: float(value) for name, value in trainer.callback_metrics.items()}
-    saved = torch.load(path, weights_only=True, map_location="cpu")  # of a stage that was trained to its end before
-    if stopped_early or name_of(trainer.strategy) not in SHARDED:  # else Lightning has given each rank its share
+    saved = torch.load(path, weights_only=True, map_location="cpu")  # of a stage that finished earlier
+    if stopped_early or name_of(trainer.strategy) not in SHARDED:  # otherwise Lightning has given each rank its shard
         module.load_state_dict(saved["state_dict"])
     return saved["metrics"] if "metrics" in saved else header["metrics"]
 
 
 def _of_a_worker(error: BaseException | None) -> str | None:
-    """Return what PyTorch says of a worker that died; its handler raises that in whatever code is running."""
+    """Return PyTorch's message about a dead worker; its handler raises it in whatever code is running."""
     while error is not None:
         if "DataLoader worker" in str(error):
             return str(error).splitlines()[0]
@@ -164,7 +164,7 @@ def _run(
     path: Path | None,
     preemption: PreemptionCheckpoint,
 ) -> None:
-    """Run the Trainer, and say what happened where its processes can't meet or a worker died."""
+    """Run the Trainer, and explain failures to connect and dead workers."""
     try:
         with contextlib.suppress(SystemExit):  # Lightning exits by itself on the second Ctrl-C
             trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
@@ -174,7 +174,7 @@ def _run(
             raise watch.error(trainer.accumulate_grad_batches) from error
         if trainer.world_size > 1 and of_a_collective(error) and not distributed.is_initialized():
             signals.children[:] = getattr(trainer.strategy.launcher, "procs", [])
-            signals.end_children()  # they would wait, and come to the meeting of the next run at that place
+            signals.end_children()  # otherwise they would wait and connect to the next run at this address
             raise DeviceError(_no_meeting(error, trainer.num_nodes)) from error
         died = _of_a_worker(error)
         if died is None:

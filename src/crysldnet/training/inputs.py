@@ -1,4 +1,4 @@
-"""What a run was begun with, by content: a run that is resumed must find the same."""
+"""Content of a run's inputs, which must be unchanged on resume."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from crysldnet.data.datamodule import CrystalDataModule
 
 INPUTS = "inputs.json"
-"""File of the run folder."""
+"""File name in the run folder."""
 
 
 def hashes_of(**files: str | None) -> dict[str, str]:
-    """Return the sha256 of each file that a key of the configuration names, where it names one."""
+    """Return the sha256 of each file named by a configuration key."""
     from crysldnet.artifacts.provenance import encoder_file
 
     paths = {key: encoder_file(name) for key, name in files.items()}
@@ -30,11 +30,11 @@ def hashes_of(**files: str | None) -> dict[str, str]:
 
 
 def inputs_of(data: CrystalDataModule, **files: str | None) -> dict[str, Any]:
-    """Return what decides the numbers of a run besides its settings and the ids of its crystals, as plain values.
+    """Return the inputs that determine a run besides settings and crystal ids, as plain values.
 
     Args:
         data: the crystals, set up.
-        files: by key, what the configuration names as the file to start from.
+        files: initial files named in the configuration, by key.
     """
     store = data.store
     targets = {
@@ -67,10 +67,10 @@ def _kind(type_: pa.DataType) -> str:
 
 
 def refuse_other_inputs(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on with other inputs than a run was begun with.
+    """Reject a resume with inputs that differ from the original ones.
 
     Raises:
-        ConfigError: naming the first that differs.
+        ConfigError: naming the first difference.
     """
     for name, then, found in _differences("", before, now):
         if name.startswith("files."):
@@ -88,7 +88,7 @@ def refuse_other_inputs(folder: Path, before: Mapping[str, Any], now: Mapping[st
 
 
 def _differences(name: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Give the innermost names whose values differ, and both values; what a version didn't keep doesn't count."""
+    """Yield the innermost keys whose values differ, with both values; keys missing in older versions are ignored."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in before if not name else {**before, **now}:
             yield from _differences(f"{name}.{key}" if name else key, before.get(key), now.get(key))

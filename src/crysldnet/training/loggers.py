@@ -1,4 +1,4 @@
-"""Where metrics go besides the run folder's CSV."""
+"""Loggers in addition to the run folder's CSV."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ from crysldnet.training.run_folder import code_version
 from crysldnet.training.wandb_run import WandbRun, with_epoch_from_one
 
 SERVICE_WAIT_S = 120
-"""How long W&B's own process may take to start; W&B's default is exceeded on a busy machine."""
+"""Timeout for starting W&B's own process; W&B's default is too short on a busy machine."""
 
 
 class MetricsFile(Logger):
-    """Write metrics to a CSV file, a row for each time that something is logged; epochs are counted from 1.
+    """Write metrics to a CSV file, one row per logging call; epochs are counted from 1.
 
-    A row is in the file at once. A new column means that the whole file is written anew and takes the old one's place,
-    so a run that is killed loses no row.
+    Rows are written immediately. A new column rewrites the whole file atomically, so a killed run loses no row.
 
     Args:
-        path: the file.
-        steps: of an earlier part of the run, the optimizer steps whose rows are kept.
+        path: output file.
+        steps: number of optimizer steps of the resumed run whose rows are kept.
     """
 
     def __init__(self, path: Path, steps: int = 0) -> None:
@@ -44,21 +43,21 @@ class MetricsFile(Logger):
 
     @property
     def name(self) -> str:
-        """Nothing: the run folder has a name."""
+        """Empty: the run folder has a name."""
         return ""
 
     @property
     def version(self) -> str:
-        """Nothing."""
+        """Empty."""
         return ""
 
     @property
     def save_dir(self) -> str:
-        """The run folder, or that of its stage."""
+        """The folder of the run or of its stage."""
         return str(self.path.parent)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: ``config.yaml`` has them."""
+        """Do nothing: ``config.yaml`` has them."""
 
     @rank_zero_only
     def _take_over(self, steps: int) -> None:
@@ -66,7 +65,7 @@ class MetricsFile(Logger):
             return
         kept = [row for row in self._rows() if int(row["step"]) < steps]
         epochs = [int(row["epoch"]) for row in kept if row.get("epoch", "").isdigit()]
-        if epochs and min(epochs) == 0:  # of an earlier version, which counted from 0
+        if epochs and min(epochs) == 0:  # an earlier version, which counted from 0
             kept = [{**row, "epoch": str(int(row["epoch"]) + 1) if row["epoch"] else ""} for row in kept]
         if kept:
             self._columns = list(kept[0])
@@ -75,7 +74,7 @@ class MetricsFile(Logger):
             self.path.unlink()
 
     def _rows(self) -> list[dict[str, str]]:
-        """Return what was written, less a last row that was cut off."""
+        """Return the rows written so far, without a truncated last row."""
         with self.path.open(newline="") as file:
             text = file.read()
         rows = list(csv_module.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
@@ -111,7 +110,7 @@ class MetricsFile(Logger):
 
 
 def _run_id(folder: Path) -> str:
-    """Return the W&B id of the run in a folder, a new one where it is new."""
+    """Return the W&B id stored in a run folder, or a new one."""
     file = folder / "wandb_id"
     if file.exists():
         return file.read_text().strip()
@@ -122,18 +121,18 @@ def _run_id(folder: Path) -> str:
 
 
 def describe_data(data: CrystalDataModule) -> dict[str, Any]:
-    """Return what a logger keeps of the data: its hash, and the units of its targets."""
+    """Return the data hash and target units for loggers."""
     return {"data_sha256": data.store.hash, "target_units": dict(zip(data.targets, data.units, strict=True))}
 
 
 def csv(*, folder: Part[Path], name: Part[str], config: Part[dict[str, Any]]) -> list[Logger]:
-    """Log to the run folder's ``metrics.csv`` alone, which every run writes."""
+    """Log only to the run folder's ``metrics.csv``, which every run writes."""
     del folder, name, config
     return []
 
 
 def _begin(logger: WandbRun, config: dict[str, Any]) -> None:
-    """Begin the run; where the environment names a W&B process that is gone, in one of this process's own."""
+    """Start the W&B run; if the environment names a W&B process that has exited, start one."""
     try:
         logger.log_hyperparams(config)
     except Exception as error:
@@ -155,16 +154,16 @@ def wandb(
     notes: str | None = None,
     mode: Literal["online", "offline", "disabled"] | None = None,
 ) -> list[Logger]:
-    """Log to Weights & Biases too, a run that is resumed under the id that ``wandb_id`` in its folder has.
+    """Also log to Weights & Biases; a resumed run uses the id in the ``wandb_id`` file of its folder.
 
     Args:
-        folder, name: of the run.
-        config: of the run, with whatever else is to be kept beside it; ``target_units`` are the units of the errors.
+        folder, name: run folder and name.
+        config: run configuration and further values to log; ``target_units`` are the units of the errors.
         project, entity, group, tags, notes: as in W&B.
-        mode: ``offline`` needs no account and no network (``wandb sync`` later); by default WANDB_MODE decides.
+        mode: ``offline`` needs no account and no network (``wandb sync`` later); default: WANDB_MODE.
 
     Raises:
-        ConfigError: wandb isn't installed, or can't begin a run.
+        ConfigError: wandb isn't installed or can't start a run.
     """
     try:
         import wandb as library

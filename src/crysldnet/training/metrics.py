@@ -1,4 +1,4 @@
-"""Metrics over a whole split, the same on any number of ranks.
+"""Metrics over a whole split, independent of the number of ranks.
 
 Shapes: ``B`` crystals, ``T`` targets, ``C`` classes.
 """
@@ -18,7 +18,7 @@ from crysldnet.models.targets import TargetType
 
 
 class Means(Metric):
-    """Weighted means of named quantities, each given as a sum and a count."""
+    """Weighted means of named quantities, each from a sum and a count."""
 
     full_state_update = False
     sums: Tensor
@@ -31,19 +31,19 @@ class Means(Metric):
         self.add_state("counts", torch.zeros(capacity, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, measures: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Add sums and counts; every call gives the same names."""
+        """Add sums and counts; every call must give the same names."""
         self.names = list(measures)
         for place, (total, count) in enumerate(measures.values()):
             self.sums[place] += total.detach()
             self.counts[place] += count
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the means; a quantity that was never counted is NaN."""
+        """Return the means; a quantity with zero count is NaN."""
         return {name: self.sums[i] / self.counts[i] for i, name in enumerate(self.names)}
 
 
 class RegressionErrors(Metric):
-    """MAE, RMSE and R² of each target in its own units, over the values that are known."""
+    """MAE, RMSE and R² of each target in its own units, over the known values."""
 
     full_state_update = False
     count: Tensor
@@ -59,7 +59,7 @@ class RegressionErrors(Metric):
             self.add_state(name, torch.zeros(len(targets), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, predicted: Tensor, true: Tensor) -> None:
-        """Add predictions [B, T] and true values [B, T], NaN where unknown."""
+        """Add predictions [B, T] and true values [B, T], NaN if unknown."""
         known = ~true.isnan()
         y = torch.where(known, true, 0.0).double()
         error = torch.where(known, predicted.detach().double() - true.double(), 0.0)
@@ -70,7 +70,7 @@ class RegressionErrors(Metric):
         self.total_squared += y.square().sum(0)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return ``mae``, ``rmse``, ``r2`` of one target, or ``mae/NAME`` … of several and the mean ``mae``."""
+        """Return ``mae``, ``rmse``, ``r2`` for one target, or ``mae/NAME`` … for several and the mean ``mae``."""
         count = torch.where(self.count > 0, self.count, torch.nan)
         scatter = self.total_squared - self.total.square() / count
         values = {
@@ -84,17 +84,17 @@ class RegressionErrors(Metric):
         return {**named, "mae": values["mae"].nanmean()}
 
     def mae(self) -> Tensor:
-        """Return the MAE of each target [T], NaN where no value is known."""
+        """Return the MAE of each target [T], NaN if no value is known."""
         return self.absolute / torch.where(self.count > 0, self.count, torch.nan)
 
 
 class ClassificationScores(Metric):
-    """Accuracy, F1, log loss and, of two classes, the area under the ROC curve from the probabilities themselves.
+    """Accuracy, F1, log loss and, for two classes, the area under the ROC curve of the probabilities.
 
-    With more than two classes F1 is the mean over the classes.
+    With more than two classes, F1 is averaged over classes.
 
     Args:
-        classes: C.
+        classes: number of classes C.
     """
 
     full_state_update = False
@@ -108,13 +108,13 @@ class ClassificationScores(Metric):
         self.add_state("true", [], dist_reduce_fx="cat")
 
     def update(self, probability: Tensor, true: Tensor) -> None:
-        """Add probabilities [B, C] and true classes [B], NaN where unknown."""
+        """Add probabilities [B, C] and true classes [B], NaN if unknown."""
         known = ~true.isnan()
         self.probability.append(probability[known].detach().float())
         self.true.append(true[known].long())
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the scores; NaN where no class is known, and an area of one class alone is NaN too."""
+        """Return the scores; NaN if no class is known. The area is NaN if only one class occurs."""
         probability, true = dim_zero_cat(self.probability), dim_zero_cat(self.true)
         names = ["accuracy", "f1", "log_loss"] + (["roc_auc"] if self.classes == 2 else [])
         if not len(true):
@@ -135,13 +135,13 @@ class ClassificationScores(Metric):
 
 
 class TargetMetrics(nn.Module):
-    """The metrics of all targets, regressions and classifications, and what chooses the best epoch.
+    """Metrics of all targets, and the value that selects the best epoch.
 
     Args:
         targets: names of the T targets.
-        types: their kinds.
-        entropies: [T] of the training classes of classifications; 1 by default.
-        sync_on_compute: put the shares of all ranks together; false where each rank has seen everything.
+        types: target types.
+        entropies: [T] entropy of the training classes; 1 by default.
+        sync_on_compute: combine all ranks; false if each rank has seen all data.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class TargetMetrics(nn.Module):
 
     @property
     def selection(self) -> str:
-        """Name of the value whose lowest chooses the best epoch."""
+        """Name of the value whose minimum selects the best epoch."""
         if self.spread:
             return "nll"
         if not self.scores:
@@ -181,9 +181,9 @@ class TargetMetrics(nn.Module):
         """Add predictions of B crystals.
 
         Args:
-            predicted: of the model.
-            true: [B, T] in physical units, NaN where unknown.
-            losses: [B, T] in normalised units, 0 where unknown.
+            predicted: predictions of the model.
+            true: [B, T] in physical units, NaN if unknown.
+            losses: [B, T] in normalized units, 0 if unknown.
             scale: [T] standard deviations of the targets.
         """
         self.likelihood.update({"nll": (losses.sum(), (~true.isnan()).sum())})
@@ -200,7 +200,9 @@ class TargetMetrics(nn.Module):
             score.update(predicted.probability[:, i, : score.classes], true[:, i])  # type: ignore[operator]
 
     def compute(self) -> dict[str, Tensor]:
-        """Return every metric, ``mae`` … of one target or ``mae/NAME`` … of several, and what chooses the epoch."""
+        """Return every metric, ``mae`` … for one target or ``mae/NAME`` … for several, and the value that selects the
+        epoch.
+        """
         values: dict[str, Tensor] = {}
         normalised: list[Tensor] = []
         if self.numbers:
@@ -224,6 +226,6 @@ class TargetMetrics(nn.Module):
         return values
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Reset all metrics."""
         for metric in (self.errors, self.normalised, self.likelihood, *self.scores.values()):
             metric.reset()  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Keep a loss or gradient that isn't finite away from the weights, and say where it came from."""
+"""Protect the weights from nonfinite losses and gradients, and report their origin."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ from crysldnet.errors import DivergedError
 from crysldnet.graphs.batch import CrystalBatch
 
 SHOWN = 5
-"""Ids in the message; the file has them all."""
+"""Ids shown in the message; the file has all of them."""
 
 
 class RefuseNonFinite(Callback):
-    """Skip an optimizer step whose loss or gradient isn't finite, and stop after too many of them.
+    """Skip optimizer steps with a nonfinite loss or gradient, and stop after too many of them.
 
-    Weights, moments of the optimizer and buffers (the statistics of batch normalisation) stay as they were before the
-    step. Each such step is written to ``nonfinite_steps.jsonl`` with what wasn't finite and the ids of the crystals.
-    The
-    losses and the norm of the whole gradient are looked at together, once an optimizer step, before it is taken: the
-    one time in a step at which the host waits for the device.
+    Weights, optimizer moments and buffers (batch normalization statistics) stay as they were before the step. Each
+    skipped
+    step is written to ``nonfinite_steps.jsonl`` with the nonfinite term and the crystal ids. Losses and the total
+    gradient
+    norm are checked together once per optimizer step, before it is taken: the only time in a step when the host waits
+    for
+    the device.
 
     Args:
-        folder: of the file.
-        limit: steps that may be skipped.
+        folder: folder of the file.
+        limit: maximum number of skipped steps.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -42,22 +44,22 @@ class RefuseNonFinite(Callback):
         self._before: list[Tensor] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many steps were skipped."""
+        """Return the number of skipped steps."""
         return {"skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restore the number of skipped steps."""
         self.skipped = state_dict["skipped"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the buffers, now that they are on their device."""
+        """Find the buffers on their device."""
         self._buffers = list(pl_module.buffers())
         self._before = [buffer.clone() for buffer in self._buffers]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: CrystalBatch, batch_idx: int
     ) -> None:
-        """Keep the buffers before a step's first batch."""
+        """Save the buffers before the first batch of a step."""
         self._batch = batch
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._seen = []
@@ -71,21 +73,21 @@ class RefuseNonFinite(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Skip the step where something isn't finite.
+        """Skip the step if something isn't finite.
 
         Raises:
-            DivergedError: that was one too many.
+            DivergedError: the limit is exceeded.
         """
         norm = gradient_norm(optimizer)
         values = [loss.float() for _, loss, _ in self._seen]
-        if getattr(trainer.precision_plugin, "scaler", None) is None:  # else looking for its scale, it skips by itself
+        if getattr(trainer.precision_plugin, "scaler", None) is None:  # otherwise the loss scaler skips the step itself
             values.append(norm.to(values[0].device))
         bad = (~torch.stack(values).isfinite()).any().float()
         if trainer.world_size > 1:
             bad = trainer.strategy.reduce(bad, reduce_op="sum")  # all ranks skip, or none
         if not bool(bad):
             return
-        optimizer.zero_grad(set_to_none=True)  # a parameter without gradient is left alone, and so are its moments
+        optimizer.zero_grad(set_to_none=True)  # the optimizer ignores parameters without gradient, and their moments
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._before)
         self.skipped += 1
@@ -100,7 +102,7 @@ class RefuseNonFinite(Callback):
         rank_zero_only(note)(f"{text}; skipped ({self.skipped} of at most {self.limit})")
 
     def _report(self, trainer: pl.Trainer, norm: float) -> str:
-        """Write what wasn't finite on any rank; return it as a line."""
+        """Write what wasn't finite on any rank; return it as one line."""
         store = trainer.datamodule.store  # type: ignore[attr-defined]
         found: list[dict[str, Any]] = []
         for batch, loss, terms in self._seen:
@@ -115,14 +117,14 @@ class RefuseNonFinite(Callback):
             shares: list[Any] = [None] * trainer.world_size
             distributed.all_gather_object(shares, found)
             found = [entry for share in shares for entry in share]
-        if any("the gradient's norm" not in entry["not_finite"] for entry in found):  # it follows from a loss
+        if any("the gradient's norm" not in entry["not_finite"] for entry in found):  # follows from a loss
             found = [entry for entry in found if "the gradient's norm" not in entry["not_finite"]]
         where = {"step": trainer.global_step, "epoch": trainer.current_epoch + 1}
         if trainer.is_global_zero:
             try:
                 with self.path.open("a") as file:
                     file.writelines(json.dumps({**where, **entry}) + "\n" for entry in found)
-            except OSError as error:  # what follows says it too
+            except OSError as error:  # the error below mentions this as well
                 note(f"can't write {self.path}: {error.strerror}")
         first = found[0]
         what = ", ".join(f"{name} is {value}" for name, value in first["not_finite"].items())
@@ -132,7 +134,7 @@ class RefuseNonFinite(Callback):
 
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
-    """Return the 2-norm of all gradients, a scalar on their device; of this rank's share where they are sharded."""
+    """Return the 2-norm of all gradients as a scalar on their device; with sharding, of this rank's shard."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

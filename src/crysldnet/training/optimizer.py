@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules as settings."""
+"""Optimizer and learning-rate schedule settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_DECAY_NAMES = ("bias", "bn", "norm")
 
 
 class _OneCycle(OneCycleLR):
-    """OneCycle that stays at its last value where more steps come than were planned."""
+    """OneCycle that stays at its final value if there are more steps than planned."""
 
     def step(self, epoch: int | None = None) -> None:
         if self.last_epoch + 1 < self.total_steps:
@@ -28,13 +28,13 @@ class AdamW:
     """AdamW with a schedule over all steps of the run.
 
     Attributes:
-        lr: the highest learning rate.
-        weight_decay: of matrices alone (``decay=matrices``), or of every parameter whose name contains none of
-            "bias", "bn", "norm", as the published code does (``decay=names``).
+        lr: peak learning rate.
+        weight_decay: applied to matrices only (``decay=matrices``), or of every parameter whose name contains none of
+            "bias", "bn", "norm", as in the published code (``decay=names``).
         schedule: ``onecycle`` (from lr/25 up to lr and down to lr/250,000, cosine), ``cosine`` or ``linear`` (up, then
             down to ``min_lr_ratio``), or ``constant``.
-        warmup: share of the steps on the way up.
-        min_lr_ratio: where ``cosine`` and ``linear`` end, as a share of lr.
+        warmup: fraction of the steps with rising learning rate.
+        min_lr_ratio: final learning rate of ``cosine`` and ``linear`` relative to lr.
     """
 
     lr: float
@@ -56,17 +56,17 @@ class AdamW:
             raise ValueError(f"lr must be over 0 and warmup at least 0 and below 1, not {self.lr} and {self.warmup}")
 
     def parameter_groups(self, module: nn.Module, factor_of: FactorOf = lambda _: 1.0) -> list[dict[str, Any]]:
-        """Return the trainable parameters: of each learning rate those that decay, and those that don't.
+        """Return the trainable parameters by learning rate, with and without weight decay.
 
         Args:
-            module: what is trained.
-            factor_of: the learning rate of a parameter, by its name, as a factor of ``lr``.
+            module: the module to train.
+            factor_of: learning rate of a named parameter relative to ``lr``.
         """
         groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 by_name = not any(word in name for word in NO_DECAY_NAMES)
-                matrix = getattr(parameter, "full_ndim", parameter.ndim) >= 2  # a sharded one may be flat
+                matrix = getattr(parameter, "full_ndim", parameter.ndim) >= 2  # sharded parameters may be flat
                 decays = by_name if self.decay == "names" else matrix
                 groups.setdefault((factor_of(name), decays), []).append(parameter)
         factors = sorted({factor for factor, _ in groups}, reverse=True)
@@ -77,11 +77,11 @@ class AdamW:
         ]
 
     def build(self, module: nn.Module, total_steps: int, factor_of: FactorOf = lambda _: 1.0) -> dict[str, Any]:
-        """Return what ``configure_optimizers`` returns; the schedule advances every optimizer step.
+        """Return the result for ``configure_optimizers``; the schedule advances every optimizer step.
 
         Args:
-            module: what is trained.
-            total_steps: of the run.
+            module: the module to train.
+            total_steps: total number of steps.
             factor_of: as in :meth:`parameter_groups`.
         """
         optimizer = torch.optim.AdamW(self.parameter_groups(module, factor_of), lr=self.lr)
@@ -92,7 +92,7 @@ class AdamW:
 
     def _schedule(self, optimizer: torch.optim.Optimizer, total: int) -> LRScheduler:
         if self.schedule == "onecycle" and total > 1:
-            # With very few steps a warm-up that rounds to none would divide by zero inside OneCycleLR.
+            # With very few steps, a warmup that rounds to zero would divide by zero in OneCycleLR.
             warmup = min(max(self.warmup, 1.5 / total), 0.9)
             highest = [group["lr"] for group in optimizer.param_groups]
             return _OneCycle(optimizer, max_lr=highest, total_steps=total, pct_start=warmup)

@@ -1,4 +1,4 @@
-"""Plots of a run, written into its ``plots/`` folder, and what other pages draw alike.
+"""Plots of a run, written to its ``plots/`` folder, and plotting helpers for reports.
 
 Shapes: ``n`` crystals.
 """
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 Curves = dict[str, tuple[list[float], list[float]]]
 """Name of a metric to epochs and values."""
 MANY = 2000
-"""With more points than these their density is drawn."""
+"""Above this number of points, plot their density."""
 
 
 def read_curves(metrics: Path) -> Curves:
-    """Return epochs and values of everything that a ``metrics.csv`` holds on validation, and of the training loss."""
+    """Return epochs and values of all validation metrics in a ``metrics.csv``, and of the training loss."""
     curves: Curves = {}
     with metrics.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("epoch")]
@@ -43,10 +43,11 @@ def read_curves(metrics: Path) -> Curves:
 
 
 def _counted_from_one(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Return the rows of a file with epochs from 1.
+    """Return the rows of a file with epochs counted from 1.
 
-    Files of earlier versions have them from 0, and after the last one a second validation of the best weights, a step
-    after the last: it is left out.
+    Earlier versions counted from 0 and logged another validation of the best weights one step after the last; that row
+    is
+    dropped.
     """
     if not rows or min(float(row["epoch"]) for row in rows) > 0:
         return rows
@@ -59,20 +60,20 @@ def _counted_from_one(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 def draw_curves(
     axis: Axes, name: str, runs: Mapping[str, Curves], colors: Sequence[str], *, legend: bool = True
 ) -> None:
-    """Draw a metric over the epochs, of one or several runs, with its baseline where there is one.
+    """Plot a metric against epochs for one or several runs, with its baseline if available.
 
     Args:
-        axis: to draw on.
-        name: of the metric.
-        runs: title of a run to its curves; those without the metric are left out.
-        colors: of the runs, taken in turn.
-        legend: name the runs where there are several.
+        axis: matplotlib axis.
+        name: metric name.
+        runs: run title to curves; runs without the metric are skipped.
+        colors: colors of the runs, cycled.
+        legend: label the runs if there are several.
     """
     for i, (label, curves) in enumerate(runs.items()):
         if name not in curves:
             continue
         epochs, values = _by_epoch(curves[name])
-        marker = "o" if len(epochs) == 1 else ""  # a line of one point isn't seen
+        marker = "o" if len(epochs) == 1 else ""  # a single point needs a marker
         color, title = colors[i % len(colors)], drawable(label) if len(runs) > 1 else None
         axis.plot(epochs, values, linewidth=1.5, marker=marker, markersize=4, color=color, label=title)
         if f"{name}_baseline" in curves:
@@ -86,7 +87,7 @@ def draw_curves(
 
 
 def _by_epoch(curve: tuple[list[float], list[float]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the mean of what was logged in each epoch; the training loss is logged several times in one."""
+    """Return the mean per epoch; the training loss is logged several times per epoch."""
     epochs, place = np.unique(np.array(curve[0]), return_inverse=True)
     return epochs, np.bincount(place, np.array(curve[1])) / np.bincount(place)
 
@@ -94,7 +95,7 @@ def _by_epoch(curve: tuple[list[float], list[float]]) -> tuple[NDArray[np.float6
 def draw_parity(
     axis: Axes, true: NDArray[np.float64], predicted: NDArray[np.float64], unit: str, color: str | None = None
 ) -> None:
-    """Draw predictions over true values, [n] each; the density of many."""
+    """Plot predictions against true values, [n] each; as a density if there are many."""
     low, high = float(min(true.min(), predicted.min())), float(max(true.max(), predicted.max()))
     axis.plot([low, high], [low, high], color="0.6", linewidth=1)
     if len(true) > MANY:
@@ -107,7 +108,7 @@ def draw_parity(
 
 
 def learning_curves(metrics: Path, out: Path, names: Sequence[str], title: str) -> None:
-    """Draw some metrics of a ``metrics.csv`` over the epochs, each in a panel of its own; those absent are left out."""
+    """Plot metrics of a ``metrics.csv`` against epochs, one panel each; missing metrics are skipped."""
     from matplotlib.figure import Figure
 
     curves = read_curves(metrics)
@@ -124,7 +125,7 @@ def learning_curves(metrics: Path, out: Path, names: Sequence[str], title: str) 
 
 
 def parity(true: NDArray[np.float64], predicted: NDArray[np.float64], out: Path, target: str, unit: str) -> None:
-    """Draw predictions over true values of one target, [n] each, with the MAE."""
+    """Plot predictions against true values of one target, [n] each, with the MAE."""
     from matplotlib.figure import Figure
 
     known = ~np.isnan(true)
@@ -141,7 +142,7 @@ def parity(true: NDArray[np.float64], predicted: NDArray[np.float64], out: Path,
 
 
 def reliability(errors: NDArray[np.float64], std: NDArray[np.float64] | None, folder: Path, target: str) -> None:
-    """Draw how many errors [n] lie inside intervals of every level, as ``reliability_TARGET.png``; nothing below 4."""
+    """Plot observed against nominal coverage for errors [n] as ``reliability_TARGET.png``; skipped below 4 errors."""
     from matplotlib.figure import Figure
 
     known = np.isfinite(errors)
@@ -170,6 +171,6 @@ def _save(figure: Figure, out: Path) -> None:
 
 
 def file_name(name: str) -> str:
-    """Return a name with nothing in it that a file's name can't have; the end of a long one becomes its hash."""
+    """Return a valid file name; the end of a long one is replaced by its hash."""
     safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
     return safe if len(safe) <= 60 else f"{safe[:50]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"

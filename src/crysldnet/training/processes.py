@@ -1,4 +1,4 @@
-"""Run commands in processes of their own, some at a time."""
+"""Run commands in parallel processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from crysldnet.training.run_folder import owner_of
 POLL_SECONDS = 0.05
 PROGRAM = [sys.executable, "-m", "crysldnet"]
 Environment = Mapping[str, str | None]
-"""What is added to this process's environment, or taken from it where it is None."""
+"""Variables to add to this process's environment, or to remove if None."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Job:
 
     Attributes:
         name: for messages.
-        command: its words.
-        log: file that its output is appended to.
+        command: command line.
+        log: file to which output is appended.
     """
 
     name: str
@@ -37,14 +37,14 @@ class Job:
 
 
 def own_command(*arguments: str) -> list[str]:
-    """Return the words of a ``crysldnet`` command, for the interpreter that runs this one."""
+    """Return the command line of a ``crysldnet`` command with the current interpreter."""
     return [*PROGRAM, *arguments]
 
 
 def places(count: int, device: str) -> list[dict[str, str]]:
-    """Return the environments of ``count`` processes that run beside each other.
+    """Return the environments of ``count`` concurrent processes.
 
-    On ``cuda`` each sees one GPU, taken in turn; on ``cpu`` each computes on one thread.
+    On ``cuda`` each sees one GPU, assigned in turn; on ``cpu`` each uses one thread.
     """
     if device == "cuda":
         gpus = visible_gpus()
@@ -54,7 +54,7 @@ def places(count: int, device: str) -> list[dict[str, str]]:
 
 
 def visible_gpus() -> list[str]:
-    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs available to this process, as in CUDA_VISIBLE_DEVICES."""
     import torch
 
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -64,16 +64,15 @@ def visible_gpus() -> list[str]:
 def run_jobs(
     jobs: Sequence[Job], environments: Sequence[Environment], ended: Callable[[Job, int], None] = lambda *_: None
 ) -> dict[str, int]:
-    """Run jobs to their ends, one at a time in each environment; return the exit status of each.
+    """Run jobs, one at a time in each environment; return their exit statuses.
 
     Args:
-        jobs: the commands, in the order in which they are begun. A job waits while another process works in the folder
-            of its log.
-        environments: what is added to this process's environment; as many jobs as there are run at the same time.
-        ended: called with each job that ends, and its status.
+        jobs: commands in starting order. A job waits while another process works in the folder of its log.
+        environments: additions to this process's environment; their number is that of concurrent jobs.
+        ended: called with each finished job and its status.
 
     Raises:
-        Interrupted: this process was told to stop; so were the jobs, and they have ended.
+        Interrupted: this process was interrupted; the jobs were stopped as well.
     """
     waiting, statuses = list(jobs), {}
     running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
@@ -97,7 +96,7 @@ def run_jobs(
 
 
 def is_free(folder: Path) -> bool:
-    """Return whether no other process works in a folder, such as one that ends because its parent was killed."""
+    """Return whether no other process works in a folder, such as one that is exiting because its parent was killed."""
     owner = owner_of(folder)
     if owner is not None:
         _note_once(f"{folder}: {owner} is working in this folder; waiting until it ends")
@@ -117,13 +116,13 @@ def _note_once(text: str) -> None:
 
 @cache
 def _held_open() -> int:
-    """Return a pipe that ends with this process, however that ends; the jobs have it as their standard input."""
+    """Return a pipe that closes when this process exits in any way; jobs have it as standard input."""
     return os.pipe()[0]
 
 
 def start(job: Job, environment: Environment) -> subprocess.Popen[bytes]:
-    """Start a job. A command of this package ends with this process, see ``signals.end_with_the_parent``."""
-    whole = {**os.environ, RUN_NAME: None, "WANDB_SERVICE": None, **environment}  # those are of this process's own run
+    """Start a job. Commands of this package exit with this process, see ``signals.end_with_the_parent``."""
+    whole = {**os.environ, RUN_NAME: None, "WANDB_SERVICE": None, **environment}  # of this process's own run
     whole[PARENT_HOLDS_STDIN] = "1"
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
@@ -137,7 +136,7 @@ def start(job: Job, environment: Environment) -> subprocess.Popen[bytes]:
 
 
 def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask processes to end, and wait until they have."""
+    """Stop processes and wait until they have exited."""
     for process in processes:
         process.terminate()
     for process in processes:

@@ -1,4 +1,4 @@
-"""What a person sees of a training as it goes on: one bar, or in a log a line now and then."""
+"""Training progress: one bar in a terminal, or occasional lines in a log."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from crysldnet.console import note
 
 SHOWN = ("val/mae", "val/accuracy", "val/loss")
-"""The first of these that was logged is shown; of several numbers ``val/mae`` is their mean."""
+"""Metrics to show, the first that was logged; with several targets ``val/mae`` is their mean."""
 LINES = 10
-"""In a log, a line is printed each time that this part of the training is done."""
+"""A log gets one line per this fraction of the training."""
 
 
 class RunProgress(Callback):
-    """Show the stage, the epoch, the last validation, and when the stage will end.
+    """Show the stage, the epoch, the last validation, and estimated end.
 
     Args:
-        stage: what is trained, as ``stage 1 of 2 (vae)``.
+        stage: name such as ``stage 1 of 2 (vae)``.
     """
 
     def __init__(self, stage: str) -> None:
@@ -34,7 +34,7 @@ class RunProgress(Callback):
         self._validated = ""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open the bar; a run that is resumed begins where it stopped."""
+        """Open the bar; a resumed run starts where it stopped."""
         if not trainer.is_global_zero:
             return
         self._begun, self._first = time.monotonic(), self._done(trainer)
@@ -54,7 +54,7 @@ class RunProgress(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move on."""
+        """Advance the bar."""
         if self._bar is not None:
             done = self._done(trainer)
             self._bar.update(
@@ -62,13 +62,13 @@ class RunProgress(Callback):
             )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the figure of the split."""
+        """Show the validation metric."""
         name = next((name for name in SHOWN if name in trainer.callback_metrics), None)
         if name is not None:
             self._validated = f", {name} {float(trainer.callback_metrics[name]):.4g}"
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print a line where no terminal shows the bar."""
+        """Print a line if no terminal shows the bar."""
         done, total = self._done(trainer), self._total(trainer)
         part = done * LINES // total
         if trainer.is_global_zero and self._bar is None and self._printed < part and done < total:
@@ -82,7 +82,7 @@ class RunProgress(Callback):
             self._bar = None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Close the bar, so that the message isn't drawn over."""
+        """Close the bar so that it doesn't overwrite the message."""
         self.on_train_end(trainer, pl_module)
 
     def _total(self, trainer: pl.Trainer) -> int:
@@ -95,7 +95,7 @@ class RunProgress(Callback):
         return f"{self.stage}: epoch {trainer.current_epoch + 1} of {trainer.max_epochs}{self._validated}"
 
     def _end(self, trainer: pl.Trainer) -> str:
-        """Return when the stage will end at the pace so far, empty before there is one."""
+        """Return the estimated end of the stage, or an empty string."""
         done = self._done(trainer)
         if done <= self._first:
             return ""

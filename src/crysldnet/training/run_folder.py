@@ -1,8 +1,8 @@
-"""The folder of a run: configuration, metrics, checkpoints, exported model, summary.
+"""Run folder: configuration, metrics, checkpoints, exported model, summary.
 
-``runs/<command>/<name>/`` is made when the run starts; ``summary.json`` is written last, so it marks a run that is
-complete. ``runs/<command>/latest`` points to the newest complete one. While a process works in a folder it holds a lock
-on ``.lock`` in it, which the system takes back when the process ends, however it ends.
+``runs/<command>/<name>/`` is created when the run starts; ``summary.json`` is written last and marks a complete run.
+``runs/<command>/latest`` points to the newest complete one. A process working in a folder holds a lock on its
+``.lock``, which the system releases when the process exits.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from crysldnet.training.checkpointing import started
 from crysldnet.training.inputs import INPUTS, refuse_other_inputs
 
 LATEST = "latest"
-"""The link to the newest complete run of a command."""
+"""Link to the newest complete run of a command."""
 
 
 def code_version() -> str:
-    """Return the version, with the commit where the package lies in a git working tree."""
+    """Return the version, with the commit if the package is in a git working tree."""
     tree = Path(__file__).parents[3]
-    if not (tree / ".git").exists():  # installed: a repository that happens to hold the environment isn't ours
+    if not (tree / ".git").exists():  # installed: ignore a repository that happens to contain the environment
         return __version__
     try:
         commit = subprocess.run(
@@ -53,7 +53,7 @@ def code_version() -> str:
 
 
 def _free_name(base: Path) -> str:
-    """Return the time, with a number where another run began in the same second."""
+    """Return the time, with a number appended if another run started in the same second."""
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     names = [now, *(f"{now}_{i}" for i in range(2, 100))]
     return next(name for name in names if not (base / name).exists())
@@ -65,15 +65,15 @@ def _runs(base: Path) -> list[Path]:
 
 
 def is_complete(run: Path) -> bool:
-    """Return whether a run ended well."""
+    """Return whether a run is complete."""
     return (run / "summary.json").exists()
 
 
 def check_name(name: str | None) -> None:
-    """Refuse a name that no run can have.
+    """Reject invalid run names.
 
     Raises:
-        ConfigError: it is empty, hidden, a path, or that of the link to the newest run.
+        ConfigError: it is empty, hidden, a path, or the name of the link to the newest run.
     """
     if name is None:
         return
@@ -88,10 +88,10 @@ def check_name(name: str | None) -> None:
 
 
 def find_run(root: str, command: str, name: str | None) -> Path | None:
-    """Return the folder that ``resume=last`` means.
+    """Return the folder for ``resume=last``.
 
-    It is the run of that name; without a name the newest that isn't complete, or the newest where all are complete.
-    None where there is no such run.
+    This is the run of that name; without a name, the newest incomplete run, or the newest if all are complete. None if
+    there is no such run.
     """
     check_name(name)
     base = Path(root) / command
@@ -104,9 +104,9 @@ def find_run(root: str, command: str, name: str | None) -> Path | None:
 
 
 def _given_name() -> str | None:
-    """Return the name that the first process gave to this one, where that started it.
+    """Return the run name passed on by the first process, if it started this one.
 
-    A name that was given to some other process, which started this one's rank 0 too, says nothing.
+    A name passed to another process, which also started this one's rank 0, is ignored.
     """
     name = os.environ.get(RUN_NAME, "").partition(":")[2]
     return name if _rank() and name and started_by_the_first() else None
@@ -120,7 +120,7 @@ def _agreed_name(base: Path) -> str:
     """Return a free name, the same on every rank.
 
     Raises:
-        ConfigError: the ranks were started by something that gives them no way to agree.
+        ConfigError: the launcher provides no way to agree on a name.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         from torch.distributed import TCPStore
@@ -136,7 +136,7 @@ def _agreed_name(base: Path) -> str:
 
 
 def _lock(file: TextIO) -> str | None:
-    """Lock a file for this process until it closes that; return which other process has done so instead."""
+    """Lock a file until this process closes it; return the other process that holds the lock, if any."""
     if lock(file):
         return None
     file.seek(0)
@@ -144,26 +144,26 @@ def _lock(file: TextIO) -> str | None:
 
 
 def owner_of(run: Path) -> str | None:
-    """Return which other process works in a run's folder; None where none does, as far as the file system knows."""
+    """Return the other process that works in a run folder; None if none is known."""
     with contextlib.suppress(OSError), (run / ".lock").open("r+") as file:
         return _lock(file)
     return None
 
 
 class RunFolder:
-    """Find or make the folder of a run.
+    """Find or create a run folder.
 
     Args:
         root: usually ``runs``.
         command: pretrain or finetune.
-        name: of the run; by default the name given by the process that started this one, the SLURM job, or the time.
-        resume: continue the run of that name, or without a name the newest one that isn't complete.
-        extend: also continue one that is complete: there is more for it to do now. Its summary stays until the new one.
-        part: the folder that this process works in, where others work in other parts of the run; by default all of it.
+        name: run name; by default that passed on by the parent process, the SLURM job, or the time.
+        resume: continue the run of that name, or without a name the newest incomplete one.
+        extend: also continue a complete run that has more to do now. Its summary stays until replaced.
+        part: subfolder for this process if others work on other parts of the run; by default the whole folder.
 
     Raises:
-        ConfigError: the name is taken, there is nothing to resume, another process works in the folder, or it can't be
-            written.
+        ConfigError: the name is taken, there is nothing to resume, another process uses the folder, or it isn't
+            writable.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class RunFolder:
             )
 
     def _take_lock(self, part: Path) -> None:
-        """Lock the folder for this process; workers that it forks don't hold the lock, so none outlives it."""
+        """Lock the folder for this process; forked workers don't hold the lock, so none outlives it."""
         try:
             owner = _lock(self._lock)
         except OSError:
@@ -226,24 +226,24 @@ class RunFolder:
 
     @property
     def complete(self) -> bool:
-        """Whether the run ended well."""
+        """Whether the run is complete."""
         return is_complete(self.path)
 
     @rank_zero_only
     def save_config(self, config: dict[str, Any], choices: Mapping[str, Any] | None = None) -> None:
-        """Write the resolved configuration, and the files that it came from, before the first step.
+        """Write the resolved configuration and its source files before the first step.
 
-        It is written last of what a run begins with: where it is there, the run has begun.
+        It is written last among the initial files, so its presence means that the run has started.
         """
         whole = {**({"defaults": dict(choices)} if choices else {}), **config}
         self._write("config.yaml", to_yaml(whole))
 
     @rank_zero_only
     def save_inputs(self, inputs: dict[str, Any]) -> None:
-        """Write what the run is begun with, by content, before the first step.
+        """Write the content of the inputs before the first step.
 
         Raises:
-            ConfigError: a run is resumed, and its inputs aren't those that it was begun with.
+            ConfigError: a resumed run has different inputs.
         """
         file = self.path / INPUTS
         if self._begun and file.exists():
@@ -252,10 +252,10 @@ class RunFolder:
 
     @rank_zero_only
     def save_split(self, text: str) -> None:
-        """Write which crystals were trained, validated and tested on, before the first step.
+        """Write the training, validation and test crystals before the first step.
 
         Raises:
-            ConfigError: a run is resumed, and they aren't those that it was begun with.
+            ConfigError: a resumed run has a different split.
         """
         file = self.path / "split.json"
         if self._begun and file.exists():

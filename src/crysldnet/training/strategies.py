@@ -1,4 +1,4 @@
-"""How a run is spread over devices, chosen by configuration; the modules don't know."""
+"""Distribution over devices, selected by configuration; modules don't depend on it."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ PRECISIONS: dict[str, tuple[str, ...]] = {
     "fsdp2": ("32-true", "bf16-mixed"),
     "deepspeed": ("32-true", *HALF),
 }
-"""What Lightning offers under each strategy."""
+"""Precisions that Lightning supports with each strategy."""
 
 
 SHARDED: tuple[Name, ...] = ("fsdp", "fsdp2", "deepspeed")
-"""Strategies under which a process holds a part of weights or optimizer state."""
+"""Strategies that shard weights or optimizer state."""
 STARTING = timedelta(minutes=10)
-"""How long processes wait for each other at least while they start."""
+"""Minimum timeout while processes start."""
 
 
 def auto() -> str:
-    """One device."""
+    """Use a single device."""
     return "auto"
 
 
 def ddp(*, find_unused_parameters: bool = False, static_graph: bool = False, timeout_minutes: float = 30.0) -> Strategy:
-    """Use one process a device, each with the whole model (DistributedDataParallel)."""
+    """Use one process per device, each with the whole model (DistributedDataParallel)."""
     return _patient(
         DDPStrategy, timeout_minutes, find_unused_parameters=find_unused_parameters, static_graph=static_graph
     )
@@ -64,7 +64,7 @@ def fsdp(
     cpu_offload: bool = False,
     timeout_minutes: float = 30.0,
 ) -> Strategy:
-    """Use one process a GPU, parameters, gradients and optimizer state sharded among them as one flat vector."""
+    """Use one process per GPU and shard parameters, gradients and optimizer state as one flat vector."""
     return _patient(
         FullyShardedFlat,
         timeout_minutes,
@@ -76,12 +76,12 @@ def fsdp(
 
 
 def fsdp2(*, timeout_minutes: float = 30.0) -> Strategy:
-    """Use one process a device, every layer's parameters sharded among them, tensor by tensor (``fully_shard``)."""
+    """Use one process per device and shard parameters, gradients and optimizer state layer by layer (``fully_shard``)."""
     return _patient(FullyShardedLayers, timeout_minutes, save_distributed_checkpoint=False)
 
 
 def deepspeed(*, stage: Literal[1, 2] = 2, offload_optimizer: bool = False, timeout_minutes: float = 30.0) -> Strategy:
-    """Use DeepSpeed's ZeRO: optimizer state sharded among the GPUs, in stage 2 the gradients too.
+    """Use DeepSpeed ZeRO: shard optimizer state over GPUs, in stage 2 also gradients.
 
     Raises:
         ConfigError: the package isn't installed.
@@ -97,12 +97,12 @@ def deepspeed(*, stage: Literal[1, 2] = 2, offload_optimizer: bool = False, time
         timeout_minutes,
         stage=stage,
         offload_optimizer=offload_optimizer,
-        logging_batch_size_per_gpu=1,  # of its log alone; it would look into the loader, which has no such number
+        logging_batch_size_per_gpu=1,  # for its log only; otherwise it looks for a number that the loader lacks
     )
 
 
 def _patient(kind: Callable[..., Strategy], timeout_minutes: float, **settings: Any) -> Strategy:
-    """Make a strategy; what its processes wait for while they start isn't bounded below ``STARTING``."""
+    """Create a strategy with a startup timeout of at least ``STARTING``."""
     if not timeout_minutes > 0:
         raise ValueError(f"timeout_minutes must be over 0, not {timeout_minutes}")
     timeout = timedelta(minutes=timeout_minutes)
@@ -112,9 +112,9 @@ def _patient(kind: Callable[..., Strategy], timeout_minutes: float, **settings: 
 
 
 class FullyShardedFlat(FSDPStrategy):
-    """FSDP that clips by the norm over all shards, and lets parameters remember their dimensions.
+    """FSDP that clips by the norm over all shards and keeps the dimensions of parameters.
 
-    Outside of the forward pass a sharded parameter is flat, so an optimizer couldn't tell a matrix from a bias.
+    Outside the forward pass, sharded parameters are flat, so an optimizer can't distinguish matrices from biases.
     """
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
@@ -122,11 +122,11 @@ class FullyShardedFlat(FSDPStrategy):
             parameter.full_ndim = parameter.ndim  # type: ignore[attr-defined]
         wrapped: Any = super()._setup_model(model)
         plugin: Any = self.precision_plugin
-        plugin.clip_grad_by_norm = lambda _, clip: wrapped.clip_grad_norm_(clip)  # Lightning's refuses
+        plugin.clip_grad_by_norm = lambda _, clip: wrapped.clip_grad_norm_(clip)  # Lightning's raises an error
         return wrapped
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint once it is verified and known to hold plain values alone; Lightning's would unpickle it."""
+        """Load a verified checkpoint of plain values; Lightning's own method would unpickle it."""
         if self.is_global_zero:
             self.checkpoint_io.load_checkpoint(checkpoint_path)
         self.barrier("checked")
@@ -134,10 +134,10 @@ class FullyShardedFlat(FSDPStrategy):
 
 
 class FullyShardedLayers(ModelParallelStrategy):
-    """FSDP2: ``fully_shard`` on every layer of encoder and denoiser and on what remains, by data alone."""
+    """FSDP2: ``fully_shard`` on every layer of encoder and denoiser and on the rest, data parallel only."""
 
     def setup_environment(self) -> None:
-        """Make a mesh of all devices, and give the module the hook that shards it."""
+        """Create a mesh of all devices, and set the module's sharding hook."""
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
         assert self.lightning_module is not None
@@ -146,7 +146,7 @@ class FullyShardedLayers(ModelParallelStrategy):
     def _shard(self) -> None:
         module = self.lightning_module
         assert module is not None
-        if not isinstance(module, FSDPModule):  # testing comes after training, with the same module
+        if not isinstance(module, FSDPModule):  # testing follows training with the same module
             shard(module, self.device_mesh["data_parallel"])
 
 
@@ -163,16 +163,16 @@ def shard(module: pl.LightningModule, mesh: Any) -> None:
 
 
 class FirstRanksBuffers(pl.Callback):
-    """Let all ranks begin a step with the first one's buffers, such as running statistics, as after a resume.
+    """Synchronize buffers such as running statistics from the first rank before each step, as after a resume.
 
-    DistributedDataParallel sends them before a forward pass, but not before the first one after validation; strategies
-    that shard never do. A teacher computes with them, so the others' would make another gradient.
+    DistributedDataParallel sends them before a forward pass, but not before the first one after validation; sharding
+    strategies never do. A teacher uses them, so different buffers would change the gradient.
     """
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
-        """Send the buffers, or have them sent by the forward pass that follows."""
+        """Send the buffers, or have the next forward pass send them."""
         if trainer.world_size == 1 or batch_idx % trainer.accumulate_grad_batches:
             return
         if isinstance(trainer.strategy.model, DistributedDataParallel):
@@ -183,7 +183,7 @@ class FirstRanksBuffers(pl.Callback):
 
 
 class Settings(Protocol):
-    """What a combination depends on, of the settings of the Trainer."""
+    """Trainer settings that determine which combinations are allowed."""
 
     @property
     def devices(self) -> int: ...
@@ -206,7 +206,7 @@ class Settings(Protocol):
 
 
 def name_of(strategy: Strategy | str) -> str:
-    """Return the name of the strategy that one is derived from; for another one of a plugin that of its class."""
+    """Return the name of the base strategy; for a plugin's own strategy, its class name."""
     kinds: tuple[tuple[str, type[Strategy]], ...] = (
         ("fsdp", FSDPStrategy),
         ("fsdp2", ModelParallelStrategy),
@@ -220,11 +220,11 @@ def name_of(strategy: Strategy | str) -> str:
 
 
 def refusals(name: str, settings: Settings, accelerator: Literal["cpu", "gpu"]) -> Iterator[ConfigError]:
-    """Say what can't be combined, each with the reason, the mend and the key."""
+    """Yield each unsupported combination with the reason, the remedy and the key."""
     processes = settings.devices * settings.num_nodes
     if name == "auto" and processes > 1:
         yield ConfigError(f"{processes} processes need strategy=ddp (or fsdp2), not auto", "strategy")
-    if name in ("fsdp", "deepspeed") and accelerator == "cpu":  # torch 2.13 crashes as it gathers fsdp's weights there
+    if name in ("fsdp", "deepspeed") and accelerator == "cpu":  # torch 2.13 crashes when gathering fsdp's weights there
         yield ConfigError(f"strategy={name} needs GPUs; on CPU use strategy=ddp or strategy=fsdp2", "strategy")
     if name == "ddp_static" and settings.accumulate_grad_batches > 1:
         yield ConfigError(
@@ -267,7 +267,7 @@ def refusals(name: str, settings: Settings, accelerator: Literal["cpu", "gpu"]) 
 
 
 def started_processes() -> tuple[int, str] | None:
-    """Return how many processes srun or torchrun started for this run, and how that is known; None for neither."""
+    """Return how many processes srun or torchrun started for this run and the source of that number; None if neither."""
     if TorchElasticEnvironment.detect():
         return int(os.environ["WORLD_SIZE"]), "torchrun"
     if "SLURM_NTASKS" in os.environ and SLURMEnvironment.job_name() not in ("bash", "interactive"):
@@ -276,21 +276,21 @@ def started_processes() -> tuple[int, str] | None:
 
 
 def environment() -> list[Any]:
-    """Return what Lightning is to know of the cluster: jobs of SLURM are requeued by their script, not from inside."""
+    """Return the cluster environment for Lightning: SLURM jobs are requeued by their script, not from inside."""
     started = started_processes()
     return [SLURMEnvironment(auto_requeue=False)] if started is not None and started[1] == "SLURM" else []
 
 
 def timeout_of(strategy: Strategy | str) -> timedelta:
-    """Return how long processes wait for each other."""
+    """Return the timeout between processes."""
     return getattr(strategy, "patience", STARTING)
 
 
 def check_combination(strategy: Strategy | str, settings: Settings, accelerator: Literal["cpu", "gpu"]) -> None:
-    """Check that settings go together, and that as many processes were started as they ask for.
+    """Check that settings are compatible and that the right number of processes was started.
 
     Raises:
-        ConfigError: with the reason and the mend.
+        ConfigError: with the reason and the remedy.
     """
     for refusal in refusals(name_of(strategy), settings, accelerator):
         raise refusal

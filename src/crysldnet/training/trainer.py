@@ -1,4 +1,4 @@
-"""The Lightning Trainer, made from settings."""
+"""Create the Lightning Trainer from settings."""
 
 from __future__ import annotations
 
@@ -45,40 +45,38 @@ from crysldnet.training.strategies import (
 )
 from crysldnet.training.watchdog import RankWatchdog
 
-TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of mallopt(3)
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # mallopt(3) options
 FIXED: dict[str, Any] = {"enable_model_summary": False, "use_distributed_sampler": False, "num_sanity_val_steps": 0}
-"""What every Trainer has in common."""
+"""Settings shared by all Trainers."""
 KEPT = 1 << 30
 """Bytes that may stay free at the top of the heap."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerSettings:
-    """Where and how a run is executed.
+    """Hardware, precision, checkpoints and limits of a run.
 
     Attributes:
-        accelerator: ``auto`` takes GPUs where there are any, else the CPU.
-        devices: number of devices a node.
+        accelerator: ``auto`` uses GPUs if available, else the CPU.
+        devices: number of devices per node.
         num_nodes: number of nodes.
         precision: as in Lightning: 32-true, bf16-mixed, 16-mixed, 64-true.
         compile: compile the encoder (torch.compile); the first steps take a minute or more.
-        activation_checkpointing: compute the encoder's layers again in the backward pass instead of keeping what they
-            computed: less memory, more time.
+        activation_checkpointing: recompute the encoder's layers in the backward pass: less memory, more time.
         accumulate_grad_batches: batches per optimizer step; ``data.batch_size`` is divided over them.
-        swa_fraction: average the weights of this last share of the steps (SWA), which validates and is exported; null
-            for none.
-        ema_decay: keep an exponential moving average of the weights, which validates and is exported; null for none.
-            It begins shorter: the decay of step n is at most (1 + n) / (10 + n).
-        deterministic: refuse operations that aren't reproducible on this device.
-        progress_bar: show one.
-        log_every_n_steps: steps between two logged training losses; a run of fewer steps logs its last one.
-        checkpoint_every_steps: optimizer steps between two checkpoints within an epoch; null for none. The end of every
-            epoch has one.
-        checkpoint_every_minutes: minutes after which the next step saves one; null for none.
-        keep_checkpoints: how many of the last checkpoints to keep.
-        time_limit_minutes: minutes since the start after which the run saves a checkpoint and stops as unfinished; null
-            for no limit.
-        max_nonfinite_steps: optimizer steps of a stage that may be skipped because their loss or gradient isn't finite.
+        swa_fraction: average the weights over this last fraction of the steps (SWA) for validation and export; null for
+            none.
+        ema_decay: exponential moving average of the weights for validation and export; null for none.
+            The decay is warmed up: min(decay, (1 + n) / (10 + n)).
+        deterministic: only allow operations that are reproducible on this device.
+        progress_bar: show a progress bar.
+        log_every_n_steps: steps between logged training losses; shorter runs log their last step.
+        checkpoint_every_steps: optimizer steps between checkpoints within an epoch, in addition to its end; null for
+            none.
+        checkpoint_every_minutes: minutes between checkpoints; null for none.
+        keep_checkpoints: number of recent checkpoints to keep.
+        time_limit_minutes: minutes after which the run saves a checkpoint and stops; null for no limit.
+        max_nonfinite_steps: maximum number of skipped steps per stage with nonfinite loss or gradient.
     """
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -116,16 +114,16 @@ class TrainerSettings:
             raise ValueError(f"max_nonfinite_steps must be 0 or more, not {self.max_nonfinite_steps}")
 
     def check(self, strategy: Strategy | str) -> None:
-        """Check that this machine and the strategy can do what is asked, before anything is written.
+        """Check that this machine and the strategy support the settings, before anything is written.
 
         Raises:
-            DeviceError: there are fewer devices than asked for.
-            ConfigError: settings don't go together, or another number of processes was started.
+            DeviceError: there are fewer devices than requested.
+            ConfigError: settings are incompatible, or a different number of processes was started.
         """
         check_combination(strategy, self, self.resolve_accelerator())
 
     def prepare(self, encoder: Encoder) -> None:
-        """Compile an encoder, or have it compute its layers again in the backward pass, as asked."""
+        """Compile an encoder or enable activation checkpointing, as configured."""
         if self.compile:
             encoder.compile_layers()
         if self.activation_checkpointing:
@@ -133,7 +131,7 @@ class TrainerSettings:
 
     @property
     def device(self) -> str:
-        """Where models predict after training."""
+        """Device for predictions after training."""
         return "cuda" if self.resolve_accelerator() == "gpu" else "cpu"
 
     @property
@@ -142,10 +140,10 @@ class TrainerSettings:
         return self.devices * self.num_nodes
 
     def resolve_accelerator(self) -> Literal["cpu", "gpu"]:
-        """Return what to run on.
+        """Return the accelerator to use.
 
         Raises:
-            DeviceError: there are fewer devices than asked for.
+            DeviceError: there are fewer devices than requested.
         """
         gpus = torch.cuda.device_count()
         if self.accelerator == "cpu" or (self.accelerator == "auto" and gpus == 0):
@@ -164,18 +162,18 @@ class TrainerSettings:
 
 
 def checked_settings(trainer: Mapping[str, Any], strategy: Mapping[str, Any]) -> TrainerSettings:
-    """Build the settings of a Trainer and check that this machine and the strategy can do what they ask."""
+    """Build the Trainer settings and check that this machine and the strategy support them."""
     settings: TrainerSettings = build(trainer, "trainer")
     settings.check(build(strategy, "strategy"))
     return settings
 
 
 class SeedEveryBatch(Callback):
-    """Seed torch before every batch from (seed, epoch, number of the batch in the epoch).
+    """Seed torch before every batch from (seed, epoch, batch index in the epoch).
 
-    Random numbers then don't depend on what was drawn before, so a resumed run draws the same ones as one that was
-    never interrupted, and a batch draws the same ones whichever rank it falls to. Validation batches draw the same
-    ones every epoch.
+    Random numbers then don't depend on earlier draws, so a resumed run draws the same ones as an uninterrupted run, and
+    a
+    batch draws the same ones on any rank. Validation batches draw the same ones every epoch.
     """
 
     def __init__(self, seed: int) -> None:
@@ -194,15 +192,16 @@ class SeedEveryBatch(Callback):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Seed by batch alone."""
+        """Seed by batch only."""
         self._seed(trainer, 0, batch_idx)
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep large blocks that are freed, for the next step needs them again.
+    """Let glibc keep large freed blocks for the next step.
 
-    By default it hands every block over some megabytes back to the system, and each step on a CPU spends a good part
-    of its time in having the pages of its activations zeroed. Elsewhere than on Linux with glibc this does nothing.
+    By default it returns every block over a few megabytes to the system, and each CPU step spends much of its time
+    zeroing
+    the pages of its activations. This has no effect except on Linux with glibc.
     """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL("libc.so.6")
@@ -226,24 +225,24 @@ def make_trainer(
     patience: int | None = None,
     stage: str = "training",
 ) -> pl.Trainer:
-    """Make the Trainer of one stage.
+    """Create the Trainer of one stage.
 
     Args:
         settings: devices, precision and so on.
-        strategy: how the run is spread over devices.
-        folder: gets ``metrics.csv`` and ``checkpoints/``.
-        epochs, seed: number of epochs, and the seed of every random number drawn in them.
-        gradient_clip_val: largest norm of the gradient; None for no clipping.
+        strategy: distribution over devices.
+        folder: folder for ``metrics.csv`` and ``checkpoints/``.
+        epochs, seed: number of epochs and random seed.
+        gradient_clip_val: maximum gradient norm; None for no clipping.
         owner: command, stage and model, as plain values, that the checkpoints belong to.
-        resume: go on from the last checkpoint, where there is one.
-        loggers: besides the CSV.
-        monitor: metric whose lowest value on validation chooses ``best.ckpt``; None keeps the last alone.
-        validate_every: epochs from one validation, and one checkpoint, to the next.
-        patience: validations without a lower value of ``monitor`` after which training stops; None for none.
-        stage: what the progress calls it.
+        resume: continue from the last checkpoint, if any.
+        loggers: in addition to the CSV.
+        monitor: metric whose lowest validation value selects ``best.ckpt``; None keeps only the last.
+        validate_every: epochs between validations and checkpoints.
+        patience: stop after this many validations without improvement of ``monitor``; None for never.
+        stage: name in the progress display.
 
     Raises:
-        CheckpointError: no checkpoint can be resumed from, the best one is damaged, or there is no place for them.
+        CheckpointError: no checkpoint is usable, the best one is damaged, or the folder can't be created.
     """
     if (accelerator := settings.resolve_accelerator()) == "cpu":
         keep_freed_memory()
@@ -292,7 +291,7 @@ def _free(checkpoints: Path) -> Path:
 
 
 def _newest(files: CheckpointFile, checkpoints: Path, *, with_best: bool) -> tuple[Path, dict[str, Any]] | None:
-    """Return the checkpoint to resume from and its header, having looked at that of the best epoch now, not later."""
+    """Return the checkpoint to resume from and its header, after verifying that of the best epoch."""
     start = files.newest(_free(checkpoints))
     if start is not None and with_best:
         check_best(checkpoints)
@@ -300,7 +299,7 @@ def _newest(files: CheckpointFile, checkpoints: Path, *, with_best: bool) -> tup
 
 
 def _keep_signal_handlers(trainer: pl.Trainer) -> None:
-    """Reinstall our signal handlers after Lightning's, which would make ranks wait outside of training."""
+    """Reinstall our signal handlers after Lightning's, which would make ranks wait outside training."""
     connector = trainer._signal_connector
     register = connector.register_signal_handlers
 
@@ -320,7 +319,7 @@ def _callbacks(
     patience: int | None,
     stage: str,
 ) -> list[Callback]:
-    """Return the callbacks of a stage, in the order in which they are called; what saves and stops comes after them."""
+    """Return the callbacks of a stage in calling order; those that save and stop come last."""
     callbacks: list[Callback] = [
         RefuseNonFinite(folder, settings.max_nonfinite_steps),
         SeedEveryBatch(seed),

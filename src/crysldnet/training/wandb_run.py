@@ -1,4 +1,4 @@
-"""A run on Weights & Biases: what its metrics mean, and the tables, plots and artifacts that it ends with."""
+"""Weights & Biases: metric definitions, tables, plots and artifacts of a run."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from crysldnet.measures import find
 Summary = Literal["min", "max", "mean", "last"]
 
 ARTIFACTS = {"encoder.safetensors": "encoder", "model.safetensors": "model", "predictions_test.csv": "predictions"}
-"""File of a run folder to the type and the collection of its artifact."""
+"""Run folder file to the type and collection of its artifact."""
 WORST = 20
 PLOTTED = 10_000
-"""Rows of a table; W&B draws no more in a chart."""
+"""Maximum rows of a table; W&B charts show no more."""
 
 
 def summary_of(metric: str) -> Summary:
-    """Return what of a metric is kept in the summary: its best value, where one is best.
+    """Return how a metric is summarized: its best value, if defined.
 
     Args:
         metric: as logged, ``val/mae`` or ``diffusion/val/masked_accuracy``.
@@ -38,36 +38,36 @@ def summary_of(metric: str) -> Summary:
 
 
 def unit_of(metric: str, targets: Mapping[str, str]) -> str:
-    """Return the unit of a metric, empty where it has none.
+    """Return the unit of a metric, or an empty string.
 
     Args:
         metric: as logged.
-        targets: units of the targets.
+        targets: target units.
     """
     measure, target = find(metric)
     return measure.unit_in(targets, target)
 
 
 def with_epoch_from_one(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what Lightning logs, with the epoch counted from 1, and none for tests, which come after the last one."""
+    """Return logged values with the epoch counted from 1; tests, which follow the last epoch, have none."""
     tested = any(name.startswith("test/") for name in metrics)
     counted = {name: value + 1 if name == "epoch" else value for name, value in metrics.items()}
     return {name: value for name, value in counted.items() if not (tested and name == "epoch")}
 
 
 class WandbRun(WandbLogger):
-    """Log to one W&B run; every metric is defined with its summary and its unit when it is first logged.
+    """Log to one W&B run; each metric is defined with its summary and unit when first logged.
 
     Args:
-        target_units: of the targets, in which their errors are.
-        settings: as for Lightning's logger.
+        target_units: units of the targets and their errors.
+        settings: settings of Lightning's logger.
     """
 
     LOGGER_JOIN_CHAR = "/"
 
     def __init__(self, *, target_units: Mapping[str, str], **settings: Any) -> None:
         super().__init__(**settings)
-        self._wandb_init.pop("anonymous", None)  # of which W&B would warn
+        self._wandb_init.pop("anonymous", None)  # W&B would warn about it
         self.target_units = target_units
         self.units: dict[str, str] = {}
         self._gone = False
@@ -75,7 +75,7 @@ class WandbRun(WandbLogger):
 
     @rank_zero_only
     def _close_another(self) -> None:
-        """Close a run that something before this one left open in this process; Lightning would log into it."""
+        """Close a run left open in this process; Lightning would log to it."""
         import wandb
 
         if wandb.run is not None:
@@ -84,23 +84,23 @@ class WandbRun(WandbLogger):
             wandb.finish()
 
     def begin_stage(self, stage: str) -> None:
-        """Put a stage's name before the names of what is logged from here on."""
+        """Prefix subsequent metric names with the stage."""
         self._prefix = stage
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log values at a step; where W&B's own process is gone, training goes on without it."""
+        """Log values at a step; if W&B's own process has exited, training continues without it."""
         if not self._gone:
             try:
                 self._log(metrics, step)
-            except ConnectionError as error:  # a signal to all processes ends it, and a run has to save first
+            except ConnectionError as error:  # a signal to all processes ends it, but the run must save first
                 self._detach()
                 note(f"W&B's process is gone ({error}); the rows that follow are in metrics.csv alone")
 
     def _detach(self) -> None:
-        """Leave a W&B run whose process is gone.
+        """Detach from a W&B run whose process has exited.
 
-        Its import hooks would otherwise raise in the next import of a package that they watch, such as scikit-learn.
+        Its import hooks would otherwise fail in the next import of a package they watch, such as scikit-learn.
         """
         import wandb
 
@@ -127,7 +127,7 @@ class WandbRun(WandbLogger):
 
     @rank_zero_only
     def publish(self, folder: Path, pretrained: Path | None) -> None:
-        """Log what a complete run left in its folder, and close the W&B run."""
+        """Log the output of a complete run, and close the W&B run."""
         import wandb
 
         if self._gone:
@@ -144,7 +144,7 @@ class WandbRun(WandbLogger):
 
     @rank_zero_only
     def publish_submission(self, folder: Path, submission: Path) -> None:
-        """Log the predictions of a benchmark's tasks and the submission made of them, and close the W&B run."""
+        """Log the predictions of benchmark tasks and the submission, and close the W&B run."""
         import wandb
 
         if self._gone:
@@ -169,7 +169,7 @@ class WandbRun(WandbLogger):
             if not self.experiment.offline and not self.experiment.disabled:
                 used = wandb.Artifact(start, start, metadata={"sha256": sha256})
                 used.add_file(str(pretrained), f"{start}.safetensors")
-                self.experiment.use_artifact(used)  # the same content is the same version, whoever logged it first
+                self.experiment.use_artifact(used)  # identical content is the same version, whoever logged it first
         models = [file_hash(path) for path in sorted(folder.glob("member_*/model.safetensors"))]
         if (folder / "model.safetensors").exists():
             made_from["predictions"] = {"model": file_hash(folder / "model.safetensors")}
@@ -193,9 +193,9 @@ class WandbRun(WandbLogger):
 
 
 def prediction_tables(path: Path) -> dict[str, Any]:
-    """Return all predictions, the worst of each target, and a parity plot of each target of numbers.
+    """Return all predictions, the worst of each target, and a parity plot for each regression target.
 
-    The worst are those farthest off, and of classes the wrong ones of which the model was surest.
+    The worst are the largest errors, for classes the most confident wrong predictions.
     """
     import wandb
 
@@ -207,7 +207,7 @@ def prediction_tables(path: Path) -> dict[str, Any]:
     wrong: list[list[Any]] = []
     for target in dict.fromkeys(row["target"] for row in rows):
         own = [row for row in rows if row["target"] == target]
-        if any(row["probability"] for row in own):  # of a class
+        if any(row["probability"] for row in own):  # classification
             missed = [row for row in own if row["true"] and row["true"] != row["prediction"]]
             surest = sorted(missed, key=lambda row: -float(row["probability"]))[:WORST]
             wrong += [[r["material_id"], target, r["true"], r["prediction"], float(r["probability"])] for r in surest]
@@ -229,20 +229,20 @@ def prediction_tables(path: Path) -> dict[str, Any]:
 
 
 def begin_stage(loggers: Iterable[Logger], stage: str) -> None:
-    """Tell the loggers which stage begins."""
+    """Tell the loggers that a stage starts."""
     for logger in loggers:
         if isinstance(logger, WandbRun):
             logger.begin_stage(stage)
 
 
 def publish_submission(loggers: Iterable[Logger], folder: Path, scores: Mapping[str, float], submission: Path) -> None:
-    """Log what a run of a benchmark came to.
+    """Log the results of a benchmark run.
 
     Args:
-        loggers: of the run.
-        folder: of the run.
-        scores: by TASK/NAME.
-        submission: its folder.
+        loggers: loggers of the run.
+        folder: run folder.
+        scores: scores by TASK/NAME.
+        submission: submission folder.
     """
     for logger in loggers:
         logger.log_metrics(dict(scores), 0)
@@ -251,12 +251,12 @@ def publish_submission(loggers: Iterable[Logger], folder: Path, scores: Mapping[
 
 
 def publish(loggers: Iterable[Logger], folder: Path, pretrained: Path | None = None) -> None:
-    """Log what a complete run left in its folder.
+    """Log the output of a complete run.
 
     Args:
-        loggers: of the run.
-        folder: of the run.
-        pretrained: the encoder that it began with, if any.
+        loggers: loggers of the run.
+        folder: run folder.
+        pretrained: initial encoder, if any.
     """
     for logger in loggers:
         if isinstance(logger, WandbRun):

@@ -1,8 +1,8 @@
-"""What the processes of a run know of each other: where they run, and whether every one is still alive.
+"""Monitor the processes of a run: where they run, and whether all are alive.
 
-Collectives wait for a rank that is gone or stuck, and their errors don't name it. So each process tells the key-value
-store where all of them met that it lives and how far it is, once a second from a thread of its own. The first rank
-watches the others, and they watch it. When one fails, dies or stays silent, all end with a message that names it.
+Collectives wait for a dead or stuck rank, and their errors don't name it. Each process therefore reports a heartbeat
+and its position to the shared key-value store once a second from its own thread. The first rank monitors the others,
+and they monitor it. If one fails, dies or stays silent, all exit with a message that names it.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from crysldnet.training.strategies import name_of
 
 BEAT_S = 1.0
 GONE_S = 5.0
-"""Silence that makes a rank the cause of a collective that failed already."""
+"""Silence after which a rank is considered the cause of a failed collective."""
 SEARCH_S = 12.0
-"""How long the cause of a collective that failed is looked for."""
+"""How long to search for the cause of a failed collective."""
 FAILURE = "failure"
 STOPPED = "stopped"
-"""TaskResult in place of a failure by a rank that was asked to stop: the others will stop too, and nothing is wrong."""
+"""Sent in place of a failure by a rank that was asked to stop: the others will stop too, without an error."""
 
 
 def topology(trainer: pl.Trainer, hosts: list[str]) -> str:
-    """Describe processes, hosts, strategy, precision and the share of a process in a step."""
+    """Describe processes, hosts, strategy, precision and the batch size per process."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     accumulate = trainer.accumulate_grad_batches
     share = data.share_of_a_step(trainer.world_size * accumulate)
@@ -52,29 +52,29 @@ def topology(trainer: pl.Trainer, hosts: list[str]) -> str:
 
 
 def of_a_collective(error: BaseException) -> bool:
-    """Return whether an error may follow from another process: gloo and NCCL raise such ones."""
+    """Return whether an error may be caused by another process, as raised by gloo and NCCL."""
     kinds = tuple(kind for kind in (getattr(dist, "DistError", None),) if kind is not None)
     text = str(error)
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text))
 
 
 class RankWatchdog(Callback):
-    """Print the topology once, and end every process of a run when one of them fails, dies or hangs.
+    """Print the topology once, and end all processes of a run if one fails, dies or hangs.
 
     Args:
-        timeout: how long a process may stay silent, or where it is.
+        timeout: how long a process may stay silent or make no progress.
     """
 
     def __init__(self, timeout: timedelta) -> None:
         self.timeout_s = self._silence_s = timeout.total_seconds()
         self._place, self._moved, self._answered, self._moves = "before its first batch", 0.0, 0.0, 0
         self._heard: dict[int, tuple[str, float, int, str]] = {}
-        """Of the ranks that are watched: the last heartbeat, when it came, how often the rank moved, and where to."""
+        """Monitored ranks: last heartbeat, its time, number of moves, and position."""
         self._children: list[Popen] = []
         self._watching, self._ending = threading.Event(), threading.Lock()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Meet the others and begin to watch."""
+        """Connect to the others and start monitoring."""
         if trainer.world_size == 1 or not dist.is_initialized():
             return
         self.rank = trainer.global_rank
@@ -101,7 +101,7 @@ class RankWatchdog(Callback):
             threading.Thread(target=task, daemon=True, name=f"ranks{task.__name__}").start()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Stop watching when all have come to the end."""
+        """Stop monitoring when all have finished."""
         if self._watching.is_set():
             dist.barrier()
             self._watching.clear()
@@ -112,33 +112,33 @@ class RankWatchdog(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note how far this rank is."""
+        """Record the position of this rank."""
         self._move(f"in the forward pass of batch {batch_idx}, epoch {trainer.current_epoch}")
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
-        """Note how far this rank is."""
+        """Record the position of this rank."""
         self._move(self._place.replace("forward", "backward"))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note how far this rank is."""
+        """Record the position of this rank."""
         self._move(f"after batch {batch_idx}, epoch {trainer.current_epoch}")
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Note how far this rank is."""
+        """Record the position of this rank."""
         self._move(f"in validation batch {batch_idx}, epoch {trainer.current_epoch}")
 
     def on_test_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Note how far this rank is."""
+        """Record the position of this rank."""
         self._move(f"in test batch {batch_idx}")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Tell the others of a failure, or give the watch time to find whose failure this one follows from."""
+        """Report a failure to the others, or give the watchdog time to find its cause."""
         if not self._watching.is_set():
             return
         if not isinstance(exception, Exception) or isinstance(exception, Interrupted):
@@ -148,17 +148,17 @@ class RankWatchdog(Callback):
             return
         if of_a_collective(exception):
             self._silence_s = min(self._silence_s, GONE_S)
-            time.sleep(SEARCH_S)  # where a cause is found, this process ends here
-            if self.rank == 0:  # which alone knows of all
+            time.sleep(SEARCH_S)  # if a cause is found, this process exits here
+            if self.rank == 0:  # only the first rank knows the state of all
                 _print(f"a collective failed, and every process still answers. {self._places()}")
         with suppress(RuntimeError):
             self._store.set(FAILURE, f"{self._names[self.rank]} failed: {type(exception).__name__}: {exception}")
         self._watching.clear()
-        time.sleep(3 * BEAT_S)  # the others read it before the store goes with this process
+        time.sleep(3 * BEAT_S)  # let the others read it before the store disappears with this process
         self._end_children()
 
     def _talk(self) -> None:
-        """Exchange heartbeats; where the first rank is stopped, a call never returns."""
+        """Exchange heartbeats; if the first rank is stopped, a call never returns."""
         beats = 0
         while self._watching.is_set():
             beats += 1
@@ -167,7 +167,7 @@ class RankWatchdog(Callback):
                 self._store.set(str(self.rank), f"{beats} {self._moves} {self._place}")
                 failure, *said = [b.decode() for b in self._store.multi_get([FAILURE, *map(str, ranks)])]
             except RuntimeError:
-                time.sleep(GONE_S)  # where all were asked to stop, this rank soon knows
+                time.sleep(GONE_S)  # if all were asked to stop, this rank will know soon
                 if self._watching.is_set():
                     self._end(f"{self._names[0]} is gone: it ended, or its machine or network did", told=True)
                 return
@@ -183,26 +183,26 @@ class RankWatchdog(Callback):
             time.sleep(BEAT_S)
 
     def _judge(self) -> None:
-        """End the run where a process died or was silent for too long."""
+        """End the run if a process died or was silent for too long."""
         while self._watching.is_set():
             time.sleep(BEAT_S)
             for i, child in enumerate(self._children):
                 status = child.poll()
                 if status not in (None, 0, UNFINISHED) and self._watching.is_set():
                     if status > 0:
-                        time.sleep(2 * BEAT_S)  # what it says of itself comes first
+                        time.sleep(2 * BEAT_S)  # its own report has priority
                     self._end(f"{self._names[self.rank + 1 + i]} ended with {_status(status)}")
             now = time.monotonic()
             for rank, (_, heard, _, place) in list(self._heard.items()):
                 silent = now - (self._answered if rank == 0 else heard)
                 if silent > self._silence_s and self._watching.is_set():
                     self._end(f"{self._names[rank]} hasn't answered for {silent:.0f} s; it was {place}", told=rank == 0)
-            patience = self.timeout_s + SEARCH_S + (0.0 if self.rank == 0 else GONE_S)  # the first rank knows of all
+            patience = self.timeout_s + SEARCH_S + (0.0 if self.rank == 0 else GONE_S)  # it knows all ranks
             if now - self._moved > patience and self._watching.is_set():
                 self._end(f"nothing moved for {now - self._moved:.0f} s. {self._places()}")
 
     def _places(self) -> str:
-        """Say where the processes are that this one knows of, first those that all others wait for."""
+        """Return the positions of the known processes, starting with those that all others wait for."""
         heard = {rank: (moves, place) for rank, (_, _, moves, place) in self._heard.items()}
         heard[self.rank] = (self._moves, self._place)
         groups: dict[tuple[int, str], list[int]] = {}
@@ -218,8 +218,8 @@ class RankWatchdog(Callback):
         return f"The others wait for {named}: {place}; {'; '.join(others)}"
 
     def _end(self, message: str, *, told: bool = False) -> NoReturn:
-        """End this process and its children; the first rank says why, or all where it is the cause."""
-        self._ending.acquire()  # never released: the process ends
+        """End this process and its children; the first rank prints the reason, or all if it is the cause."""
+        self._ending.acquire()  # never released: the process exits
         if self.rank == 0 or self._names[0] in message:
             _print(f"{message}; the run ends")
         if not told:
@@ -228,7 +228,7 @@ class RankWatchdog(Callback):
             time.sleep(3 * BEAT_S)
         self._end_children()
         if self._names[0] in message and f"process {os.getppid()} on {socket.gethostname()})" in self._names[0]:
-            os.kill(os.getppid(), signal.SIGKILL)  # the first rank started this one, and can't end by itself
+            os.kill(os.getppid(), signal.SIGKILL)  # the first rank started this one and can't exit by itself
         sys.stdout.flush()
         os._exit(1)
 
@@ -244,6 +244,6 @@ def _status(status: int) -> str:
 
 
 def _print(text: str) -> None:
-    """Write one line at once, so that lines of several processes don't mix."""
+    """Write one line at once so that lines of several processes don't mix."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
