@@ -1,1 +1,1 @@
-"""Crystal graph encoders: one file an encoder, behind one protocol."""
+"""Crystal graph encoders, one per file, with a common protocol."""

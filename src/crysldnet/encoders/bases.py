@@ -1,4 +1,4 @@
-"""Radial bases and spherical harmonics, none of them trained.
+"""Radial bases and spherical harmonics, all fixed.
 
 Shapes: ``E`` edges, ``n`` basis functions.
 """
@@ -15,7 +15,7 @@ NEGLIGIBLE = 1e-20
 
 
 def flushed_exp(x: Tensor) -> Tensor:
-    """Return exp(x), with 0 for what is below 1e-20.
+    """Return exp(x), with values below 1e-20 set to 0.
 
     Values near 1e-40 are subnormal, and processors take a hundred times as long to multiply them.
     """
@@ -38,8 +38,8 @@ class Basis(nn.Module):
 class ExponentialBasis(Basis):
     """exp(−γ (x − μ)²).
 
-    γ isn't squared in the published code of Matformer, ComFormer and PDDFormer, which makes the functions very
-    smooth; it is kept.
+    As in the published code of Matformer, ComFormer and PDDFormer, γ isn't squared, which makes the functions very
+    smooth.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class ExponentialBasis(Basis):
 class GaussianBasis(Basis):
     """exp(−sharpness (γ (x − μ))²).
 
-    Sharpness ½ makes the standard deviation equal to the spacing. CGCNN and PotNet have 1. In coGN the variance is
+    Sharpness ½ makes the standard deviation equal to the spacing. CGCNN and PotNet use 1. In coGN the variance is
     numerically the spacing, so that sharpness is half of the spacing.
     """
 
@@ -64,7 +64,7 @@ class GaussianBasis(Basis):
 
 
 class MultiquadricBasis(Basis):
-    """√(1 + (γ (x − μ))²), of PotNet's potentials."""
+    """√(1 + (γ (x − μ))²), for PotNet's potentials."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [P] to [P, n]."""
@@ -77,7 +77,7 @@ def cosine_cutoff(length: Tensor, radius: float) -> Tensor:
 
 
 class ExponentialNormalBasis(nn.Module):
-    """cutoff(d) · exp(−β (exp(−5 d / R) − μ)²), n centers μ evenly from exp(−R) to 1, of PhysNet and CartNet."""
+    """cutoff(d) · exp(−β (exp(−5 d / R) − μ)²), n centers μ evenly from exp(−R) to 1, as in PhysNet and CartNet."""
 
     def __init__(self, radius: float, n: int) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class ExponentialNormalBasis(nn.Module):
 
 
 def harmonics(unit: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Y₁ [..., 3] and Y₂ [..., 5] of unit vectors [..., 3], normalised so that |Y_l|² = 2l + 1."""
+    """Return Y₁ [..., 3] and Y₂ [..., 5] of unit vectors [..., 3], normalized so that |Y_l|² = 2l + 1."""
     x, y, z = unit.unbind(-1)
     root3 = math.sqrt(3.0)
     second = [root3 * x * z, root3 * x * y, y * y - 0.5 * (x * x + z * z), root3 * y * z, 0.5 * root3 * (z * z - x * x)]

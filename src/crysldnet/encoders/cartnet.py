@@ -10,11 +10,12 @@ Discovery, 2025 (arXiv 2501.18369).
     e_ij ← e_ij + s_ij
 
 r̂_ij points from the source to the target, in the frame in which the crystal is stored: **the features change when a
-crystal is rotated**. ``augment`` turns every crystal at random in training, so that this is learned approximately;
+crystal is rotated**. ``augment`` applies random rotations in training, so that invariance is learned approximately;
 ``invariant`` drops r̂, which makes the features invariant.
 
-``published``: no augmentation, as in the released runs on JARVIS and Materials Project, and the radial basis ends at
-5 Å whatever the radius. ``corrected``: augmentation is on, and the basis ends at the radius. An atom without neighbors
+``published``: no augmentation, as in the released runs on JARVIS and Materials Project, and the radial basis ends at 5
+Å for any
+radius. ``corrected``: augmentation is on, and the basis ends at the radius. An atom without neighbors
 within the radius has no edges. The published head is ``head=cartnet``.
 """
 
@@ -45,11 +46,11 @@ class CartNet(Encoder):
         layers: 4 as published.
         radius: of the graph in Å; 5 as published.
         n_basis: radial functions; 64 as published.
-        invariant: leave the directions out.
-        augment: turn every crystal at random in training; by default on in the corrected variant unless invariant.
-        variant: ``corrected`` or ``published``, see the module's text.
+        invariant: ignore edge directions.
+        augment: random rotations in training; by default on in the corrected variant unless invariant.
+        variant: ``corrected`` or ``published``, see the module docstring.
 
-    Symmetries: translation, order of atoms, choice of cell; rotation and reflection with ``invariant`` alone.
+    Symmetries: translation, order of atoms, choice of cell; rotation and reflection only with ``invariant``.
     Tests: ``tests/test_encoder_symmetry.py``.
     """
 
@@ -79,7 +80,7 @@ class CartNet(Encoder):
         self.convs = nn.ModuleList(GatedConv(width, update="silu") for _ in range(layers))
 
     def layer_features(self, batch: CrystalBatch) -> list[Tensor]:
-        """Return [N, width] of the species and after each layer."""
+        """Return [N, width] features of the species and after each layer."""
         source, target = batch.edge_index
         length = batch.edge_vec.norm(dim=-1)
         inputs = self.basis(length)

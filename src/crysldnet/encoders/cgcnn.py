@@ -7,9 +7,11 @@ Material Properties", Phys. Rev. Lett. 120, 145301 (2018).
     [y₁, y₂] = BN_E(W [x_i, x_j, e_ij] + b)
     x_i ← softplus(x_i + BN_V(Σ_j σ(y₁) ⊙ softplus(y₂)))
 
-``published``: exactly 12 edges an atom; ties are cut in the order of enumeration, and neighbors beyond 8 Å are replaced
+``published``: exactly 12 edges per atom; ties are cut in the order of enumeration, and neighbors beyond 8 Å are
+replaced
 by edges from the crystal's first atom at 9 Å, which still send messages. ``corrected`` keeps whole shells and adds
-nothing. PyG's ``CGConv`` is another function: no norm of the gate, no outer softplus. The published head is
+no edges. PyG's ``CGConv`` is a different function, without normalization of the gate or outer softplus. The published
+head is
 ``head=cgcnn``.
 """
 
@@ -39,7 +41,7 @@ class CGCNNConv(Factorised):
 
     Args:
         width: C.
-        edge_width: of the edge features.
+        edge_width: width of the edge features.
     """
 
     def __init__(self, width: int, edge_width: int) -> None:
@@ -67,9 +69,9 @@ class CGCNN(Encoder):
     Args:
         width: C; 64 as published.
         layers: 3 as published.
-        k: neighbors of an atom; 12 as published.
-        variant: ``corrected`` or ``published``, see the module's text.
-        tolerance: Å by which the distances of one shell may differ in the corrected variant.
+        k: neighbors per atom; 12 as published.
+        variant: ``corrected`` or ``published``, see the module docstring.
+        tolerance: Å, tolerance for distances within a shell in the corrected variant.
 
     Symmetries: translation, rotation, reflection; the corrected variant also order of atoms and choice of cell.
     Tests: ``tests/test_encoder_symmetry.py``.
@@ -95,7 +97,7 @@ class CGCNN(Encoder):
         self.convs = nn.ModuleList(CGCNNConv(width, CENTERS) for _ in range(layers))
 
     def layer_features(self, batch: CrystalBatch) -> list[Tensor]:
-        """Return [N, width] of the species and after each layer."""
+        """Return [N, width] features of the species and after each layer."""
         source, target = batch.edge_index
         x = self.species(batch.numbers)
         edge = self.basis(batch.edge_vec.norm(dim=-1))

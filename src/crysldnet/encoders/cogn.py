@@ -9,12 +9,12 @@ structures", Digital Discovery 3 (2024) 594–601 (arXiv 2302.14102); without th
     x_i ← x_i + SiLU(W Σ_j m_ij)
 
 Each atom receives from its 24 nearest neighbors and all that tie with the 24th; no reverse edges are added.
-Since messages end at each atom's own neighbors, equivalent atoms have equal features: with ``asymmetric_unit`` (as
-published) messages are computed for one atom of each equivalent set and its features stand for all of them.
+Messages end at each atom's own neighbors, so equivalent atoms have equal features: with ``asymmetric_unit`` (as
+published), messages are computed for one atom per equivalent set and shared by the others.
 
-``published``: asymmetric unit, and ties within 1e-9 Å. ``corrected``: all atoms, so that the tolerance of a symmetry
-search plays no part, and ties by tolerance.
-The published head is ``head=linear``; weights begin Glorot-uniform with zero biases.
+``published``: asymmetric unit, and ties within 1e-9 Å. ``corrected``: all atoms, independent of a symmetry search and
+its tolerance, and ties by tolerance.
+The published head is ``head=linear``; weights are initialized Glorot-uniform with zero biases.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from crysldnet.graphs.spec import GraphSpec
 
 CENTERS = 32
 SPACING = 0.25
-"""Å between centers; it is the variance too."""
+"""Å between centers, and also the variance."""
 
 
 class Block(Factorised):
@@ -74,9 +74,9 @@ class CoGN(Encoder):
         width: C; 128 as published.
         layers: blocks; 5 as published.
         k: nearest neighbors; 24 as published.
-        asymmetric_unit: compute one atom of each symmetry-equivalent set; on in the published variant by default.
-        variant: ``corrected`` or ``published``, see the module's text.
-        tolerance: Å by which the distances of one shell may differ in the corrected variant.
+        asymmetric_unit: compute one atom per symmetry-equivalent set; on in the published variant by default.
+        variant: ``corrected`` or ``published``, see the module docstring.
+        tolerance: Å, tolerance for distances within a shell in the corrected variant.
 
     Symmetries: translation, rotation, reflection, order of atoms, choice of cell.
     Tests: ``tests/test_encoder_symmetry.py``.
@@ -114,7 +114,7 @@ class CoGN(Encoder):
                 nn.init.zeros_(part.bias)
 
     def layer_features(self, batch: CrystalBatch) -> list[Tensor]:
-        """Return [N, width] of the species and after each layer."""
+        """Return [N, width] features of the species and after each layer."""
         source, target = batch.edge_index
         elements = self.node(torch.cat([self.species.weight, self.properties], dim=-1))
         x = elements.index_select(0, batch.numbers)

@@ -11,11 +11,11 @@ and, at an atom s, means over its edges to neighbors t (r̂ from s to t),
     o = mean [U₀(e)ᵀ s_t + U₁(e)ᵀ (V_t · Y₁) / √3 + U₂(e)ᵀ (T_t · Y₂) / √5] / √(n + 2v)
     x ← softplus(W softplus(BN_V(o))) + W x
 
-Each W_l(e), U_l(e) is a slice of one linear map F of u = softplus(W e): 5,120 numbers an edge. Factorised, W₀ᵀ h_t =
-Σ_k u_k (F_kᵀ h_t): the inner sum is done once an atom, and the outer one as a matrix product over the edges of an
-atom, laid out in slots.
+Each W_l(e), U_l(e) is a slice of one linear map F of u = softplus(W e): 5,120 numbers per edge. Factorized, W₀ᵀ h_t =
+Σ_k u_k (F_kᵀ h_t): the inner sum is computed once per atom, and the outer one as a matrix product over the edges of
+an atom, arranged in slots.
 
-Lengths of r_ij alone and invariant contractions reach the output, so mirror images aren't told apart. The released
+Only lengths of r_ij and invariant contractions reach the output, so mirror images aren't distinguished. The released
 default has n = 64, half the size of the paper's; n = 128 has 12.46 M parameters. ``published`` and ``corrected``
 differ in the graph as for iComFormer.
 """
@@ -38,7 +38,7 @@ from crysldnet.graphs.batch import CrystalBatch
 from crysldnet.graphs.spec import GraphSpec
 
 SLOTS = 32
-"""Edges in a row of the padded layout; k = 25 and its reverses mostly fit into one or two."""
+"""Edges per row of the padded layout; k = 25 and its reverse edges mostly fit into one or two."""
 
 
 class EdgeWeights(nn.Module):
@@ -80,7 +80,7 @@ class EquivariantBlock(Factorised):
 
     def forward(self, x: Tensor, edge: Tensor, batch: CrystalBatch) -> Tensor:
         """Map [N, C] with edge features [E, C] to [N, C]."""
-        # Here an edge hands the features of its target, its "neighbor", to its source.
+        # An edge passes the features of its target, its "neighbor", to its source.
         receiver, neighbor = batch.edge_index
         y1, y2 = harmonics(batch.edge_vec / batch.edge_vec.norm(dim=-1, keepdim=True))
         n, v = self.scalars, self.vectors
@@ -131,8 +131,8 @@ class EquivariantBlock(Factorised):
     ) -> list[Tensor]:
         """Return Σ_i F(u_e)[i, o] h[i] of each edge's neighbor, for each part (its first row in F, its outputs).
 
-        Σ_k u_k P[k, o] with P[k, o] = Σ_i F_k[i, o] h[i], once an atom. The edges of an atom lie in rows of slots, so
-        that the sum over k is one matrix product a row.
+        Σ_k u_k P[k, o] with P[k, o] = Σ_i F_k[i, o] h[i], once per atom. The edges of an atom are arranged in rows of
+        slots, so the sum over k is one matrix product per row.
         """
         assert batch.slots is not None
         assert batch.slot_atom is not None
@@ -153,7 +153,7 @@ class EquivariantBlock(Factorised):
 
 
 def edge_places(slots: Tensor, n_edges: int) -> Tensor:
-    """Return [E] the slot, counted through all rows, that each edge lies in."""
+    """Return [E] the slot of each edge, counted through all rows."""
     place = torch.arange(slots.numel(), device=slots.device)
     return torch.zeros(n_edges + 1, dtype=place.dtype, device=place.device).scatter(0, slots.flatten(), place)[:-1]
 
@@ -167,12 +167,12 @@ class EComFormer(Encoder):
         scalars, vectors: channels of the equivariant block; 64 and 8 as released, 128 and 8 in the paper's size.
         k: nearest neighbors; 25 as published.
         n_basis: radial functions; 256 as published.
-        lattice_edges: join atoms to their own images along the frame.
-        variant: ``corrected`` or ``published``, see the module's text.
-        tolerance: Å by which the distances of one shell, or lengths of lattice vectors, may differ when clean.
+        lattice_edges: connect atoms to their own images along the frame.
+        variant: ``corrected`` or ``published``, see the module docstring.
+        tolerance: Å, tolerance for distances within a shell and lattice vector lengths in the corrected variant.
 
-    Symmetries: translation, rotation, reflection, order of atoms; without lattice edges, which belong to the cell that
-    is given, the corrected variant also choice of cell. Tests: ``tests/test_encoder_symmetry.py``.
+    Symmetries: translation, rotation, reflection, order of atoms; without lattice edges, which depend on the
+    given cell, the corrected variant also choice of cell. Tests: ``tests/test_encoder_symmetry.py``.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class EComFormer(Encoder):
         return 1 if name.startswith("equivariant") else super().layer_of(name)
 
     def layer_features(self, batch: CrystalBatch) -> list[Tensor]:
-        """Return [N, width] of the species and after each layer."""
+        """Return [N, width] features of the species and after each layer."""
         source, target = batch.edge_index
         x = self.species(batch.numbers)
         edge = softplus(self.edge(self.basis(-0.75 / batch.edge_vec.norm(dim=-1))))

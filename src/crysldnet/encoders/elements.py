@@ -1,4 +1,4 @@
-"""What encoders know of an element before training.
+"""Element properties as initial features.
 
 Shapes: ``N`` atoms, ``C`` width. A masked atom has the atomic number 0.
 """
@@ -25,7 +25,7 @@ N_CGCNN = 92
 OXIDATION_SLOTS = 14
 N_PUBCHEM = 4 + OXIDATION_SLOTS
 MISSING = {"atomic_radius (pm)": 209.46, "electronegativity (Pauling)": 1.18, "ionization_energy (eV)": 8.0}
-"""What the published code of coGN puts where PubChem has no value."""
+"""Values that the published code of coGN uses where PubChem has none."""
 
 
 @cache
@@ -35,7 +35,7 @@ def _read(name: str) -> tuple[dict[str, str], ...]:
 
 
 def cgcnn_table() -> NDArray[np.float32]:
-    """Return [119, 92] binary features by atomic number, zero for masked; elements over 100 have the row of 100."""
+    """Return [119, 92] binary features by atomic number, zero for masked; elements above 100 use the row of 100."""
     rows = np.array([[float(bit) for bit in row["features"]] for row in _read("cgcnn_elements.csv")], np.float32)
     beyond = np.repeat(rows[-1:], N_SPECIES - 1 - len(rows), axis=0)
     return np.concatenate([np.zeros((1, N_CGCNN), np.float32), rows, beyond])
@@ -44,7 +44,7 @@ def cgcnn_table() -> NDArray[np.float32]:
 def pubchem_table() -> NDArray[np.float32]:
     """Return [119, 18] z-scores of mass, radius, electronegativity and ionization energy, and oxidation states.
 
-    A state s sets slot (s − 7) mod 14, as published; no two states of the table fall onto one slot.
+    A state s sets slot (s − 7) mod 14, as published; no two states in the table share a slot.
     """
     rows = _read("pubchem_elements.csv")
     columns = []
@@ -69,12 +69,12 @@ class ElementTable(nn.Linear):
         self.register_buffer("table", torch.from_numpy(cgcnn_table()), persistent=False)
 
     def forward(self, numbers: Tensor) -> Tensor:
-        """Map atomic numbers [N] to [N, C]; the map is applied once an element, not once an atom."""
+        """Map atomic numbers [N] to [N, C]; the map is applied once per element, not per atom."""
         return super().forward(self.table).index_select(0, numbers)
 
 
 class OneHotSpecies(nn.Linear):
-    """W onehot(Z) + b over 119 species, the masked one among them."""
+    """W onehot(Z) + b over 119 species, including the masked one."""
 
     def __init__(self, width: int) -> None:
         super().__init__(N_SPECIES, width)
@@ -85,10 +85,11 @@ class OneHotSpecies(nn.Linear):
 
 
 class ElementProperties(Encoder):
-    """Nothing learned: tabulated properties of each atom's element, standardized over the elements.
+    """Fixed features: tabulated properties of each atom's element, standardized over the elements.
 
-    It stands for an encoder where a model reads descriptors alone, so that compositions can still be compared
-    with those of the training set.
+    It replaces an encoder for models that only read descriptors, so that compositions can still be compared with those
+    of
+    the training set.
     """
 
     table: Tensor

@@ -4,21 +4,21 @@ K. Yan, C. Fu, X. Qian, X. Qian, S. Ji, "Complete and Efficient Graph Transforme
 Prediction", ICLR 2024 (arXiv 2403.11857).
 
 ComFormer convolutions on the k-nearest graph with edges along the frame v₁, v₂, v₃ of three short lattice vectors.
-After the first convolution the edges take up the angles ∠(v_m, r_ij):
+After the first convolution the edges include the angles ∠(v_m, r_ij):
 
     x⁰ = W t(Z),   e_ij = softplus(W RBF(−0.75 / r_ij)),   ℓ_m = the same of |v_m|
     ξ_m = W softplus(W RBF(cos ∠(v_m, r_ij)))
     K_m = MLP_k([W e_ij, W_k,m ℓ_m, ξ_m]),   M_m = MLP_m([W e_ij, W_v,m ℓ_m, ξ_m])
     e_ij ← softplus(e_ij + BN_E(Σ_m W(M_m ⊙ σ(BN((W e_ij) ⊙ K_m / √C)))))
 
-The frame is right-handed, so a mirror image has other features: this encoder tells enantiomers apart.
+The frame is right-handed, so a mirror image has different features: this encoder distinguishes enantiomers.
 
-``published``: equal lengths of lattice vectors and right angles are left to rounding, self-images count twice, and an
-embedding that is never used is there, frozen, so that sizes agree. ``corrected``: ties of the frame are broken by the
-integers of its vectors, within a tolerance, which makes the features invariant to rotation whatever the rounding. In
-both the frame belongs to the cell that is given: where lattice vectors tie in length (cubic, tetragonal, hexagonal),
-and in centred cells and supercells, another cell of the same crystal has other features. Reduce cells first if that
-matters.
+``published``: equal lattice vector lengths and right angles are resolved by rounding, self-images count twice, and an
+unused, frozen embedding is kept so that sizes agree. ``corrected``: ties of the frame are broken by the
+integers of its vectors, within a tolerance, which makes the features rotation-invariant regardless of rounding. In both
+variants the frame depends on the given cell: if lattice vectors have equal lengths (cubic, tetragonal, hexagonal),
+and for centered cells and supercells, another cell of the same crystal has different features. Reduce cells first if
+that matters.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class AngleLayer(Factorised):
             messages = self._plain(self.value, self.length_value, self.message_mlp, edge, lengths, angles, crystal)
         gate = self.query(edge) * keys / math.sqrt(edge.shape[1])
         gate = torch.sigmoid(self.gate_norm(gate.flatten(0, 1)).view_as(gate))
-        if self.factorised:  # a linear map can follow the sum, its bias three times
+        if self.factorised:  # a linear map can follow the sum, with three times its bias
             total = linear((messages * gate).sum(0), self.output.weight, 3.0 * self.output.bias)
         else:
             total = self.output(messages * gate).sum(0)
@@ -105,7 +105,9 @@ class AngleLayer(Factorised):
         angles: Tensor,
         crystal: Tensor,
     ) -> Tensor:
-        """Compute the same: lengths once a crystal, the edge once for all three, maps in a row multiplied first."""
+        """Compute the same: lengths once per crystal, the edge once for all three, and products of successive maps
+        precomputed.
+        """
         a, b, f = mlp.first.weight.chunk(3, dim=1)
         of_edge = linear(edge, a @ own.weight, mlp.first.bias + a @ own.bias)
         of_lengths = torch.stack([linear(of_length[m](lengths[m]), b) for m in range(3)])
@@ -114,15 +116,15 @@ class AngleLayer(Factorised):
 
 
 class IComFormer(Encoder):
-    """Encode atoms by ComFormer convolutions over edges that know their angles to a lattice frame.
+    """Encode atoms by ComFormer convolutions over edges with angles to a lattice frame.
 
     Args:
         width: C; 256 as published.
-        layers: convolutions; 4 as published (a variant of 3 is reported too).
+        layers: convolutions; 4 as published (the paper also reports 3).
         k: nearest neighbors; 25 as published.
         n_basis: radial and angular functions; 256 as published.
-        variant: ``corrected`` or ``published``, see the module's text.
-        tolerance: Å by which the distances of one shell, or lengths of lattice vectors, may differ when clean.
+        variant: ``corrected`` or ``published``, see the module docstring.
+        tolerance: Å, tolerance for distances within a shell and lattice vector lengths in the corrected variant.
 
     Symmetries: translation, rotation, order of atoms; not reflection, by design, and not choice of cell.
     Tests: ``tests/test_encoder_symmetry.py``.
@@ -165,7 +167,7 @@ class IComFormer(Encoder):
         return 1 if name.startswith("angle_layer") else super().layer_of(name)
 
     def layer_features(self, batch: CrystalBatch) -> list[Tensor]:
-        """Return [N, width] of the species and after each layer."""
+        """Return [N, width] features of the species and after each layer."""
         assert batch.frame is not None
         source, target = batch.edge_index
         crystal = batch.crystal.index_select(0, target)

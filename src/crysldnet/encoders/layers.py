@@ -1,11 +1,11 @@
-"""Layers that several encoders share.
+"""Layers shared by several encoders.
 
 Shapes: ``N`` atoms, ``E`` directed edges, ``C`` width. i is an edge's target, j its source.
 
-Published code applies linear maps to [x_i, x_j, e_ij], once an edge. With W = [A | B | F] the same is
-A x_i + B x_j + F e_ij: A and B are applied once an atom and gathered, and linear maps that follow each other without
-a nonlinearity in between are multiplied first. It is the same function of the same parameters, exact up to rounding,
-at a third to half of the work. Every layer has both ways; ``factorised`` chooses.
+Published code applies linear maps to [x_i, x_j, e_ij] once per edge. With W = [A | B | F] this equals
+A x_i + B x_j + F e_ij: A and B are applied once per atom and gathered, and successive linear maps without a
+nonlinearity in between are multiplied first. It is the same function of the same parameters, up to rounding, at a
+third to half of the cost. Every layer supports both; ``factorised`` selects.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from crysldnet.encoders.scatter import scatter
 
 
 class Factorised(nn.Module):
-    """Base of layers that can be computed as published or factorised."""
+    """Base of layers that can be computed as published or factorized."""
 
     factorised = True
-    """Whether maps are applied to atoms before they are gathered; the result is the same."""
+    """Apply maps to atoms before gathering; the result is the same."""
 
 
 def set_factorised(module: nn.Module, factorised: bool) -> None:
-    """Choose the way of every layer inside a module; for tests and benchmarks."""
+    """Set this mode for every layer in a module; for tests and benchmarks."""
     for part in module.modules():
         if isinstance(part, Factorised):
             part.factorised = factorised
 
 
 def unused_parameters(count: int) -> nn.Parameter:
-    """Return frozen parameters that nothing reads, where a released model has some, so that sizes agree."""
+    """Return unused frozen parameters that a released model has, so that sizes agree."""
     return nn.Parameter(torch.zeros(count), requires_grad=False)
 
 
@@ -60,7 +60,7 @@ class PairMLP(Factorised):
 def joint_hidden(
     mlps: tuple[PairMLP, PairMLP], x: Tensor, edge: Tensor, source: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the hidden layers [E, C] of two pair maps of the same input, all matrix products done together."""
+    """Return the hidden layers [E, C] of two pair maps of the same input, with combined matrix products."""
     parts = [mlp.first.weight.chunk(3, dim=1) for mlp in mlps]
     bias = torch.cat([mlp.first.bias for mlp in mlps])
     as_target = linear(x, torch.cat([a for a, _, _ in parts]), bias)
@@ -105,13 +105,13 @@ class GatedConv(Factorised):
 
 
 class ComFormerConv(Factorised):
-    """The convolution of ComFormer (Yan et al., ICLR 2024), which PDDFormer uses too.
+    """The convolution of ComFormer (Yan et al., ICLR 2024), also used by PDDFormer.
 
     With q, k, v and ε linear in the nodes and the edge,
         K_ij = MLP_k([k_i, k_j, ε_ij]),  M_ij = MLP_m([v_i, v_j, ε_ij]),
         g_ij = σ(BN_E(q_i ⊙ K_ij / √C)),
         h_i' = softplus(h_i + BN_V(W Σ_j M_ij ⊙ g_ij)).
-    The gate is one sigmoid a channel, not a softmax; the sum isn't normalised. BN_E runs over all edges of the batch.
+    The gate is one sigmoid per channel, not a softmax; the sum isn't normalized. BN_E runs over all edges of the batch.
     """
 
     def __init__(self, width: int) -> None:
@@ -141,7 +141,9 @@ class ComFormerConv(Factorised):
         return softplus(h + self.node_norm(self.output(total)))
 
     def _hidden(self, h: Tensor, edge: Tensor, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the hidden layers of both pair maps, key, value and edge maps multiplied into their first ones."""
+        """Return the hidden layers of both pair maps, with the key, value and edge maps multiplied into their first
+        layers.
+        """
         weights, biases = [], []
         for inner, mlp in ((self.key, self.key_mlp), (self.value, self.message_mlp)):
             a, b, f = mlp.first.weight.chunk(3, dim=1)

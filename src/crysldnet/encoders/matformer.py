@@ -3,8 +3,8 @@
 K. Yan, Y. Liu, Y. Lin, S. Ji, "Periodic Graph Transformers for Crystal Material Property Prediction", NeurIPS 2022
 (arXiv 2209.11807).
 
-The k-nearest graph with edges along a, b, c, a + b, a + c, b + c of the given cell. With four heads, each as wide as
-the layer,
+The k-nearest graph with edges along a, b, c, a + b, a + c, b + c of the given cell. With four heads, each of the
+layer's width,
 
     α_ij = [q_i, q_i, q_i] ⊙ [k_i, k_j, ε_ij] / √(3C)
     m_ij = LN(W₂(W₁ [v_i, v_j, ε_ij] ⊙ σ(LN(α_ij))))
@@ -13,9 +13,9 @@ the layer,
 There is no softmax. Norms, W₁ and W₂ are shared by the heads.
 
 ``published``: self-images count twice, ties are compared without tolerance, sparse crystals (a 12th neighbor beyond
-8 Å) get no lattice edges, and two parts that are never used are there, frozen, so that sizes agree. ``corrected``
-repairs these. Both depend on the cell that is given, through the lattice edges, unless ``lattice_edges`` is off;
-reduce cells first if that matters. Edges much longer than 8 Å have no radial feature and carry a constant.
+8 Å) get no lattice edges, and two unused, frozen parts are kept so that sizes agree. ``corrected`` fixes these.
+Both depend on the given cell through the lattice edges, unless ``lattice_edges`` is off; reduce cells first if that
+matters. Edges much longer than 8 Å have no radial feature and carry a constant.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from crysldnet.graphs.batch import CrystalBatch
 from crysldnet.graphs.spec import GraphSpec
 
 LONGEST = 8.0
-"""Å, the last center of the basis, and the radius in which the published code looks for neighbors first."""
+"""Å, the last center of the basis, and the radius in which the published code first searches for neighbors."""
 
 
 class MatformerConv(Factorised):
@@ -101,9 +101,9 @@ class Matformer(Encoder):
         heads: H; 4 as published.
         k: nearest neighbors; 12 as published.
         n_basis: radial functions; 128 as published.
-        lattice_edges: join atoms to their own images along the cell.
-        variant: ``corrected`` or ``published``, see the module's text.
-        tolerance: Å by which the distances of one shell may differ in the corrected variant.
+        lattice_edges: connect atoms to their own images along the cell.
+        variant: ``corrected`` or ``published``, see the module docstring.
+        tolerance: Å, tolerance for distances within a shell in the corrected variant.
 
     Symmetries: translation, rotation, reflection, order of atoms; without lattice edges the corrected variant also
     choice of cell. Tests: ``tests/test_encoder_symmetry.py``.
@@ -139,7 +139,7 @@ class Matformer(Encoder):
         self.unused = unused_parameters(97_792) if published else None
 
     def layer_features(self, batch: CrystalBatch) -> list[Tensor]:
-        """Return [N, width] of the species and after each layer."""
+        """Return [N, width] features of the species and after each layer."""
         source, target = batch.edge_index
         x = self.species(batch.numbers)
         edge = self.edge(self.basis(batch.edge_vec.norm(dim=-1)))

@@ -1,27 +1,28 @@
-"""Attention over padded neighbor slots: this project's own encoder, made for speed at equal error.
+"""Attention over padded neighbor slots: our own encoder, designed for speed at equal error.
 
-What published encoders spend their time on is matrices of the full width applied to every edge. Here such matrices are
-applied to atoms alone; an edge costs a narrow radial filter, additions, and its share of a weighted sum.
+Published encoders spend most of their time applying full-width matrices to every edge. Here such matrices are only
+applied to atoms; an edge costs a narrow radial filter, additions, and its share of a weighted sum.
 
     x⁰ = embedding(Z);   in each layer, with y = LN(x),
-    h_ij = SiLU(A y_i + B y_j + F φ(r_ij))                A, B once an atom; φ a narrow radial basis
+    h_ij = SiLU(A y_i + B y_j + F φ(r_ij))                A, B once per atom; φ a narrow radial basis
     w_ij = exp(clip(W h_ij))                              H heads for the messages, c channels for the angles
     m_i  = Σ_j w_ij h_ij / Σ_j w_ij                       head by head
     V_i  = Σ_j w_ij Y(r̂_ij) / Σ_j w_ij                    channel by channel; Y the harmonics of l = 1 and 2
     x_i ← x_i + W [m_i, |V_i,1|², |V_i,2|²];   x_i ← x_i + MLP(LN(x_i))
 
-The result is LN(x). |V_i,l|² = Σ_jk w_ij w_ik P_l(cos θ_jik), up to a constant, holds the angles between all pairs of
-neighbors at the price of a sum over neighbors. With learned weights these are the bond-order parameters of
-P. J. Steinhardt, D. R. Nelson, M. Ronchetti, Phys. Rev. B 28, 784 (1983). That weights are divided by their sum keeps
-them bounded; unbounded, they made validation errors a third worse.
+The result is LN(x). |V_i,l|² = Σ_jk w_ij w_ik P_l(cos θ_jik), up to a constant, contains the angles between all pairs
+of
+neighbors at the cost of a sum over neighbors. With learned weights these are the bond-order parameters of
+P. J. Steinhardt, D. R. Nelson, M. Ronchetti, Phys. Rev. B 28, 784 (1983). Dividing the weights by their sum keeps
+them bounded; unbounded, they increased validation errors by a third.
 
 With ``fade``, an edge longer than the distance d_k of its atom's k-th neighbor has its weights multiplied by
-u²(3 − 2u), u = 1 − (r − d_k) / fade, and edges longer than d_k + fade are left out. d_k is a continuous function of the
-positions, so the features are too. Without, features jump where the k-th neighbor and the next trade places.
+u²(3 − 2u), u = 1 − (r − d_k) / fade, and edges longer than d_k + fade are dropped. d_k is a continuous function of the
+positions, so the features are too. Without it, features jump when the k-th neighbor and the next change places.
 
-Edges lie in rows of K slots. An atom with more than K, for ties at its k-th shell are never cut, has several rows;
-sums are put together over its rows. No statistic runs over the batch, so a crystal's features don't depend on what
-else is in it, and padding changes nothing: compiled, the layers see a few bucketed shapes and aren't compiled again.
+Edges are stored in rows of K slots. Ties at the k-th shell are never cut, so an atom may have more than K edges and
+several rows, over which its sums are combined. There are no batch statistics, so a crystal's features don't depend on
+the rest of the batch, and padding has no effect: compiled layers see a few bucketed shapes and aren't recompiled.
 
 Shapes: ``N`` atoms, ``E`` edges, ``R`` rows, ``K`` slots, ``C`` width, ``M`` width of messages, ``H`` heads, ``c``
 channels.
@@ -44,9 +45,9 @@ from crysldnet.graphs.spec import GraphSpec
 LONGEST = 8.0
 """Å, the last center of the radial basis."""
 CLIP = 4.0
-"""Attention logits lie within ± this, so that their exponentials need no maximum taken off first."""
+"""Attention logits are clipped to ± this value, so their exponentials don't need a maximum subtracted."""
 N_HARMONICS = 8
-"""3 of l = 1 and 5 of l = 2."""
+"""3 for l = 1 and 5 for l = 2."""
 
 
 class Slots(NamedTuple):
@@ -54,10 +55,10 @@ class Slots(NamedTuple):
 
     Attributes:
         atom: [R] the atom of each row.
-        source: [R, K] the neighbor in each slot; any where it is empty.
-        filled: [R, K, 1] 1 where there is a neighbor, less where it fades, else 0.
+        source: [R, K] the neighbor in each slot; arbitrary if empty.
+        filled: [R, K, 1] weight of the neighbor: 1, less if it fades, 0 if empty.
         basis: [R, K, n] radial functions.
-        harmonics: [R, K, 8].
+        harmonics: [R, K, 8] spherical harmonics.
     """
 
     atom: Tensor
@@ -73,7 +74,7 @@ class NeighborLayer(nn.Module):
     Args:
         width: C.
         messages: M.
-        heads: H; the messages' channels are shared out among them.
+        heads: H; the message channels are divided among them.
         channels: c.
         n_basis: radial functions.
     """
@@ -103,7 +104,7 @@ class NeighborLayer(nn.Module):
     def _means(self, hidden: Tensor, weights: Tensor, slots: Slots, n_atoms: int) -> list[Tensor]:
         """Return the weighted means of messages [N, M], and |V|² of l = 1 and l = 2, [N, c] each."""
         attention, angular = weights.split([self.heads, self.channels], dim=-1)
-        # Every head weighs all channels and keeps its own: more products, but no tensor of [R, K, M] is copied.
+        # Every head weights all channels and keeps its own: more products, but no copy of a [R, K, M] tensor.
         messages = torch.bmm(attention.transpose(1, 2), hidden).unflatten(-1, (self.heads, -1))
         messages = messages.diagonal(dim1=1, dim2=2).transpose(1, 2).flatten(1)
         turned = torch.bmm(angular.transpose(1, 2), slots.harmonics.to(angular.dtype)).flatten(1)
@@ -122,14 +123,14 @@ class NeighborAttention(Encoder):
     Args:
         width: C.
         layers: number of layers.
-        messages: M, width of the messages; the features' own by default.
-        heads: H of the messages.
-        channels: c of the angular part.
+        messages: M, message width; the feature width by default.
+        heads: H message heads.
+        channels: c channels of the angular part.
         k: nearest neighbors.
-        slots: K; at k = 12 fourteen hold all ties of 95 % of atoms, the others take another row.
+        slots: K; at k = 12, fourteen slots hold all ties of 95 % of atoms; the others take another row.
         n_basis: radial functions.
-        tolerance: Å by which the distances of one shell may differ; not used with ``fade``.
-        fade: Å beyond the k-th distance over which an edge loses its weight; 0 cuts at once.
+        tolerance: Å, tolerance for distances within a shell; unused with ``fade``.
+        fade: Å beyond the k-th distance over which edges fade out; 0 for a sharp cutoff.
 
     Symmetries: translation, rotation, reflection, order of atoms, choice of cell.
     Tests: ``tests/test_encoder_symmetry.py``.
@@ -169,10 +170,10 @@ class NeighborAttention(Encoder):
         self._run = torch.compile(self._encode, dynamic=False)
 
     def layer_features(self, batch: CrystalBatch) -> list[Tensor]:
-        """Return [N, width] of the species and after each layer."""
+        """Return [N, width] features of the species and after each layer."""
         assert batch.slots is not None
         assert batch.slot_atom is not None
-        flat = batch.slots.flatten()  # an empty slot has the edge E, put behind the others: from atom 0, of no length
+        flat = batch.slots.flatten()  # an empty slot points to an extra last edge: from atom 0, of zero length
         vector = pad(batch.edge_vec, (0, 0, 0, 1)).index_select(0, flat).unflatten(0, batch.slots.shape)
         source = pad(batch.edge_index[0], (0, 1)).index_select(0, flat).unflatten(0, batch.slots.shape)
         cut = batch.cut.index_select(0, batch.slot_atom)
@@ -181,7 +182,7 @@ class NeighborAttention(Encoder):
         n, rows = batch.num_atoms, len(source)
         more_atoms, more_rows = bucket(n + 1) - n, bucket(rows) - rows
         numbers = pad(batch.numbers, (0, more_atoms))
-        atom = pad(batch.slot_atom, (0, more_rows), value=n)  # added rows belong to the first added atom
+        atom = pad(batch.slot_atom, (0, more_rows), value=n)  # padding rows belong to the first padding atom
         source, vector = pad(source, (0, 0, 0, more_rows)), pad(vector, (0, 0, 0, 0, 0, more_rows))
         cut = pad(cut, (0, more_rows))
         return [layer[:n] for layer in self._run(numbers, atom, source, vector, cut)]
@@ -204,12 +205,12 @@ class NeighborAttention(Encoder):
 
 
 def smooth_step(x: Tensor) -> Tensor:
-    """Rise from 0 at x ≤ 0 to 1 at x ≥ 1 without a kink, 3x² − 2x³."""
+    """Rise smoothly from 0 at x ≤ 0 to 1 at x ≥ 1, 3x² − 2x³."""
     x = x.clamp(0.0, 1.0)
     return x * x * (3.0 - 2.0 * x)
 
 
 def bucket(n: int) -> int:
-    """Round up to one of eight sizes an octave, so that batches of nearly equal size have few shapes."""
+    """Round up to one of eight sizes per octave, so that batches of similar size share shapes."""
     step = max(8, 1 << max(0, (n - 1).bit_length() - 4))
     return -(-n // step) * step

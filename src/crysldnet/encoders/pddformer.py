@@ -4,8 +4,8 @@ X. Shen et al., "PDDFormer: Pairwise Distance Distribution Graph Transformer for
 Prediction", IJCAI 2025 (arXiv 2408.12984), as used by S. Mukherjee et al., "Latent Diffusion Pretraining for Crystal
 Property Prediction" (arXiv 2606.00776).
 
-ComFormer convolutions on the k-nearest graph, mixed after each but the last with every atom's pairwise distance
-distribution: its 92 nearest distances and its weight Z_i / ΣZ.
+ComFormer convolutions on the k-nearest graph, mixed after each but the last with the pairwise distance
+distribution of every atom: its 92 nearest distances and its weight Z_i / ΣZ.
 
     h⁰ = W onehot(Z),   e_ij = softplus(W RBF(−0.75 / r_ij)),   a⁰ = W [weight, d_1 … d_92]
     h = Conv_l(h, e);   h, a = Mix_l(h, a)
@@ -13,11 +13,12 @@ distribution: its 92 nearest distances and its weight Z_i / ΣZ.
 Two variants:
 
 ``published`` has the quirks of the released code: self-image edges count twice, ties are compared without tolerance,
-and the weight is Z_i / ΣZ, which shrinks as the cell is repeated. ``corrected`` counts each neighbor once, keeps whole
+and the weight is Z_i / ΣZ, which decreases with repetitions of the cell. ``corrected`` counts each neighbor once, keeps
+whole
 shells by tolerance, and multiplies the weight by the number of atoms, so that features don't depend on the choice of
-cell. Masked atoms have the weight 0 and are left out of ΣZ in both. The clean weight divides by the atoms that are
-seen, n_seen · Z_i / ΣZ. The released loader drops neighbors closer than 0.15 Å; such crystals are refused on import
-here.
+cell. Masked atoms have the weight 0 and are left out of ΣZ in both. The corrected weight uses the number of unmasked
+atoms, n_seen · Z_i / ΣZ. The released loader drops neighbors closer than 0.15 Å; here such crystals are rejected on
+import.
 """
 
 from __future__ import annotations
@@ -68,11 +69,11 @@ class PDDFormer(Encoder):
         n_distances: length of the distance distribution; 92 as published.
         n_basis: radial functions; 256 as published.
         dropout: in the mixing blocks; 0.1 as published.
-        variant: ``corrected`` or ``published``, see the module's text.
-        tolerance: Å by which the distances of one shell may differ in the corrected variant.
+        variant: ``corrected`` or ``published``, see the module docstring.
+        tolerance: Å, tolerance for distances within a shell in the corrected variant.
 
     Symmetries: translation, rotation, reflection, order of atoms; the corrected variant also choice of cell. Only
-    distances enter, so mirror images aren't told apart. Tests: ``tests/test_symmetry.py``.
+    distances enter, so mirror images aren't distinguished. Tests: ``tests/test_symmetry.py``.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class PDDFormer(Encoder):
         return torch.cat([weight.unsqueeze(-1), batch.distances], dim=-1)
 
     def layer_features(self, batch: CrystalBatch) -> list[Tensor]:
-        """Return [N, width] of the species and after each layer."""
+        """Return [N, width] features of the species and after each layer."""
         source, target = batch.edge_index
         h = self.species(batch.numbers)
         edge = softplus(self.edge(self.basis(-0.75 / batch.edge_vec.norm(dim=-1))))

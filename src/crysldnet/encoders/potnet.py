@@ -3,15 +3,15 @@
 Y. Lin, K. Yan, Y. Luo, Y. Liu, X. Qian, S. Ji, "Efficient Approximations of Complete Interatomic Potentials for
 Crystal Property Prediction", ICML 2023 (arXiv 2306.10045).
 
-Two sets of edges in one list: the k-nearest graph, and every ordered pair of a crystal's atoms, an atom with itself
-among them, which carries the lattice sum S_ij of the pair's potential (:mod:`crysldnet.graphs.potentials`).
+Two sets of edges in one list: the k-nearest graph, and every ordered pair of a crystal's atoms, including an atom with
+itself, which carries the lattice sum S_ij of the pair potential (:mod:`crysldnet.graphs.potentials`).
 
     local     e_ij = SiLU(W RBF(−0.75 / r_ij))
     infinite  e_ij = BN(softplus(W multiquadrics(S_ij)))
     x_i ← ReLU(x_i + BN_V(Σ_j σ(BN_E(MLP_g([x_i, x_j, e_ij]))) ⊙ MLP_m([x_i, x_j, e_ij])))
 
 ``published``: the lattice sums of the released code (truncated, the Pauli term's decay depending on the volume),
-self-images twice, ties without tolerance. ``corrected`` repairs these. Neither is independent of the choice of cell: a
+self-images twice, ties without tolerance. ``corrected`` fixes these. Neither is independent of the choice of cell: a
 supercell has more pairs, each with a sum over a sparser lattice. The published head is ``head=potnet``.
 """
 
@@ -40,8 +40,8 @@ class PotNet(Encoder):
         k: nearest neighbors; 16 as published.
         n_basis: radial functions; 256 as published.
         n_potential_basis: functions of the potential; 64 as published.
-        variant: ``corrected`` or ``published``, see the module's text.
-        tolerance: Å by which the distances of one shell may differ in the corrected variant.
+        variant: ``corrected`` or ``published``, see the module docstring.
+        tolerance: Å, tolerance for distances within a shell in the corrected variant.
 
     Symmetries: translation, rotation, reflection, order of atoms; not choice of cell.
     Tests: ``tests/test_encoder_symmetry.py``.
@@ -77,7 +77,7 @@ class PotNet(Encoder):
         self.convs = nn.ModuleList(GatedConv(width, update="relu") for _ in range(layers))
 
     def layer_features(self, batch: CrystalBatch) -> list[Tensor]:
-        """Return [N, width] of the species and after each layer."""
+        """Return [N, width] features of the species and after each layer."""
         assert batch.pairs is not None
         assert batch.potential is not None
         local = silu(self.edge(self.basis(-0.75 / batch.edge_vec.norm(dim=-1))))

@@ -1,9 +1,9 @@
-"""What an encoder is.
+"""The encoder protocol.
 
-An encoder is an ``nn.Module`` whose keyword-only constructor takes plain values (they are its configuration), with
-``width``, ``graph`` and ``layer_features(batch)``, the features after each of its layers. Its features don't change
-under translation, rotation, choice of origin, and follow the order of the atoms. To add one: write the class in a file
-of its own, put its name on the list in ``build.py`` (or call ``allow``) and a YAML with its settings into
+An encoder is an ``nn.Module`` whose keyword-only constructor takes plain values (its configuration), with ``width``,
+``graph`` and ``layer_features(batch)``, the features after each of its layers. Its features are invariant to
+translation, rotation and choice of origin, and equivariant to permutation of atoms. To add one, write the class in its
+own file, put its name on the list in ``build.py`` (or call ``allow``) and a YAML with its settings into
 ``conf/encoder/``.
 """
 
@@ -26,9 +26,9 @@ class Encoder(nn.Module):
     """Base of all encoders.
 
     Attributes:
-        width: D, number of features of an atom.
-        graph: the graph it needs.
-        smooth: edges lose their weight before the graph is cut, so that features change continuously as atoms move.
+        width: D, number of features per atom.
+        graph: the required graph.
+        smooth: edges fade out before the cutoff, so that features change continuously as atoms move.
     """
 
     width: int
@@ -36,19 +36,19 @@ class Encoder(nn.Module):
     smooth: bool = False
 
     def compile_layers(self) -> None:
-        """Compile the encoder for speed, once for all sizes of batches; the results stay the same up to rounding."""
+        """Compile the encoder once for all batch sizes; results stay the same up to rounding."""
         self.compile(dynamic=True)
 
     @property
     def n_layers(self) -> int:
-        """Number of layers that follow one another: the length of the longest list of modules."""
+        """Number of successive layers: the length of the longest module list."""
         return max((len(part) for part in self.children() if isinstance(part, nn.ModuleList)), default=0)
 
     def layer_of(self, name: str) -> int:
-        """Return the layer that a parameter belongs to, by its name: 0 for what comes before the layers, then 1 … n.
+        """Return the layer of a named parameter: 0 before the layers, then 1 … n.
 
-        A member of a list of modules belongs to the layer of its place, and a part that was made after the lists to
-        the last one. An encoder where that isn't so says so itself.
+        A member of a module list belongs to the layer of its index, and a part created after the lists to the last one.
+        Encoders with a different structure override this.
         """
         parts = [part for part, _ in self.named_children()]
         lists = [part for part, module in self.named_children() if isinstance(module, nn.ModuleList)]
@@ -59,9 +59,9 @@ class Encoder(nn.Module):
         return self.n_layers if after else 0
 
     def checkpoint_layers(self) -> None:
-        """Compute every layer again in the backward pass in place of keeping its activations: less memory, more time.
+        """Recompute every layer in the backward pass instead of storing its activations: less memory, more time.
 
-        Losses and gradients stay the same, and batch statistics move once a step as before.
+        Losses and gradients stay the same, and batch statistics are updated once per step as before.
         """
         for layer in layers_of(self):
             layer.forward = partial(
@@ -70,9 +70,9 @@ class Encoder(nn.Module):
 
     @property
     def depth(self) -> int:
-        """Number of tensors in :meth:`layer_features`: the input and each layer, unless the encoder says otherwise.
+        """Number of tensors in :meth:`layer_features`: the input and each layer, unless overridden.
 
-        An encoder that defines ``forward`` alone has a depth of 1.
+        An encoder that only defines ``forward`` has a depth of 1.
         """
         return self.n_layers + 1 if type(self).forward is Encoder.forward else 1
 
@@ -93,12 +93,12 @@ class Encoder(nn.Module):
 
 
 def features_of_layers(encoder: Encoder, batch: CrystalBatch) -> list[Tensor]:
-    """Return the features [N, D] of every layer that an encoder shows, its output last."""
+    """Return the features [N, D] of every layer that an encoder provides, its output last."""
     return encoder(batch, every_layer=True) if encoder.depth > 1 else [encoder(batch)]
 
 
 def layers_of(module: nn.Module) -> list[nn.Module]:
-    """Return the layers of a module: what is in the module lists that it holds itself."""
+    """Return the layers of a module: the members of the module lists that it holds directly."""
     return [layer for child in module.children() if isinstance(child, nn.ModuleList) for layer in child]
 
 
@@ -108,7 +108,7 @@ def _contexts(layer: nn.Module) -> tuple[AbstractContextManager, AbstractContext
 
 @contextmanager
 def batch_statistics(module: nn.Module, *, own: bool) -> Iterator[None]:
-    """Evaluate a module, its batch normalization by each batch's own statistics if ``own``; nothing is changed."""
+    """Evaluate a module, with each batch's own batch normalization statistics if ``own``, without changing anything."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     for part in module.modules():
@@ -122,13 +122,13 @@ def batch_statistics(module: nn.Module, *, own: bool) -> Iterator[None]:
 
 
 def single_atom_statistics(module: nn.Module, batch: CrystalBatch) -> AbstractContextManager[None]:
-    """Normalize a batch of one atom by running statistics and without dropout: it has no variance of its own."""
+    """Normalize a batch of one atom by running statistics and without dropout; one atom has no variance."""
     return batch_statistics(module, own=False) if batch.num_atoms == 1 else nullcontext()
 
 
 @contextmanager
 def _still_statistics(layer: nn.Module) -> Iterator[None]:
-    """Keep the running statistics of batch normalisation as they are: they have seen this batch already."""
+    """Freeze the running statistics of batch normalization, which have already seen this batch."""
     norms = [part for part in layer.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:

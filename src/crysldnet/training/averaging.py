@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def moving_average(decay: float) -> WeightAveraging:
-    """Return an exponential moving average whose decay is warmed up to ``decay``, so that short runs don't lag behind."""
+    """Return an exponential moving average with a warmed-up decay, so that short runs don't lag behind."""
 
     def average(averaged: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
         now = torch.as_tensor(updates, dtype=torch.float32)

@@ -88,7 +88,7 @@ class PreemptionCheckpoint(Checkpoint):
             self._group = distributed.new_group(backend="gloo")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Replace Lightning's signal handlers, which would exit without a checkpoint; restored at the end of training."""
+        """Replace Lightning's signal handlers, which would exit without a checkpoint; restored at the end."""
         self._saved_at, self._began_at = time.monotonic(), trainer.global_step
         self._agreed, self._agree_at = (trainer.global_step, self._saved_at), trainer.global_step
         self._saved_step = None if self.start is None else trainer.global_step

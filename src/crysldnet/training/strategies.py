@@ -76,7 +76,7 @@ def fsdp(
 
 
 def fsdp2(*, timeout_minutes: float = 30.0) -> Strategy:
-    """Use one process per device and shard parameters, gradients and optimizer state layer by layer (``fully_shard``)."""
+    """Use one process per device; shard parameters, gradients and optimizer state by layer (``fully_shard``)."""
     return _patient(FullyShardedLayers, timeout_minutes, save_distributed_checkpoint=False)
 
 
@@ -267,7 +267,7 @@ def refusals(name: str, settings: Settings, accelerator: Literal["cpu", "gpu"]) 
 
 
 def started_processes() -> tuple[int, str] | None:
-    """Return how many processes srun or torchrun started for this run and the source of that number; None if neither."""
+    """Return the number of processes started by srun or torchrun and which of them; None if neither."""
     if TorchElasticEnvironment.detect():
         return int(os.environ["WORLD_SIZE"]), "torchrun"
     if "SLURM_NTASKS" in os.environ and SLURMEnvironment.job_name() not in ("bash", "interactive"):
