@@ -1,4 +1,4 @@
-"""Numbers of a crystal that a head reads beside its structure, such as the temperature of a measurement.
+"""Descriptors of a crystal that a head reads in addition to its structure, such as a measurement temperature.
 
 Shapes: ``B`` crystals, ``K`` descriptors.
 """
@@ -17,14 +17,14 @@ from crysldnet.graphs.batch import CrystalBatch
 
 
 class Descriptors(nn.Module):
-    """Names and units of the K descriptors, and what normalizes them.
+    """Names, units and normalization of the K descriptors.
 
     Args:
-        names: of the columns.
-        units: of each, empty where it isn't known.
+        names: column names.
+        units: units, empty if unknown.
 
     Attributes:
-        stats: [4, K] mean, standard deviation, least and largest value in the training split.
+        stats: [4, K] mean, standard deviation, minimum and maximum in the training split.
     """
 
     stats: Tensor
@@ -37,10 +37,10 @@ class Descriptors(nn.Module):
         self.register_buffer("stats", torch.ones(4, len(names)))
 
     def fit(self, values: NDArray[np.float64]) -> None:
-        """Take the statistics of the training values [n, K].
+        """Compute the statistics of the training values [n, K].
 
         Raises:
-            DataError: one has the same value for every crystal.
+            DataError: a descriptor is constant.
         """
         mean, std = values.mean(axis=0), values.std(axis=0)
         for name, center, spread in zip(self.names, mean, std, strict=True):
@@ -55,12 +55,12 @@ class Descriptors(nn.Module):
         """Return the normalized descriptors [B, K].
 
         Raises:
-            DataError: the batch has none.
+            DataError: the batch has no descriptors.
         """
         if batch.descriptors is None:
             raise DataError(f"the model needs {', '.join(self.names)} of each crystal (data.descriptors)")
         return (batch.descriptors - self.stats[0]) / self.stats[1]
 
     def beyond_training(self, values: Tensor) -> Tensor:
-        """Return [B] whether one of the descriptors [B, K] is outside the range of the training split."""
+        """Return [B] whether any descriptor [B, K] is outside the training range."""
         return ((values < self.stats[2]) | (values > self.stats[3])).any(dim=1)

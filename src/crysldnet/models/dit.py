@@ -1,8 +1,8 @@
 """The diffusion transformer that denoises the latents of a crystal.
 
-W. Peebles & S. Xie, "Scalable Diffusion Models with Transformers", ICCV 2023, with adaLN-Zero. One token an atom.
+W. Peebles & S. Xie, "Scalable Diffusion Models with Transformers", ICCV 2023, with adaLN-Zero. One token per atom.
 
-Shapes: ``B`` crystals, ``n`` atoms of the largest (the others padded), ``d`` width of the latent, ``C`` width.
+Shapes: ``B`` crystals, ``n`` atoms of the largest crystal (others are padded), ``d`` width of the latent, ``C`` width.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def sinusoids(x: Tensor, n: int, base: float) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the time."""
+    """Attention and MLP, each shifted, scaled and gated by the time embedding."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Block(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, u: Tensor, c: Tensor, padding: Tensor) -> Tensor:
-        """Map tokens [B, n, C] with conditions c [B, C]; ``padding`` [B, n] is true where there is no atom."""
+        """Map tokens [B, n, C] with conditions c [B, C]; ``padding`` [B, n] marks padding."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(silu(c)).unsqueeze(1).chunk(6, dim=-1)
         x = self.norm1(u) * (1 + scale1) + shift1
         u = u + gate1 * self.attention(x, x, x, key_padding_mask=padding, need_weights=False)[0]
@@ -51,10 +51,11 @@ class DiT(nn.Module):
         width: C; 768 as published.
         layers: 12 as published.
         heads: 12 as published.
-        positional: ``none`` makes it equivariant to the order of atoms; ``index`` adds the published sinusoids of
-            the atom's index, which make the result depend on that order.
-        time_scale: t is multiplied by this before its sinusoids; 1 as published, where most of them hardly change.
-        condition_dim: width of a condition, of atoms or crystals; 0 for none.
+        positional: ``none`` is equivariant to permutation of atoms; ``index`` adds the published sinusoids of the atom
+            index,
+            which make the result depend on the order.
+        time_scale: factor of t in the sinusoidal embedding; 1 as published, for which most sinusoids hardly change.
+        condition_dim: width of an atom or crystal condition; 0 for none.
     """
 
     def __init__(
@@ -103,8 +104,8 @@ class DiT(nn.Module):
         Args:
             z: [B, n, d] noisy latents.
             t: [B] times between 0 (noise) and 1 (data).
-            valid: [B, n] true where there is an atom.
-            condition: [B, n, condition_dim] of the atoms, or [B, condition_dim] of the crystals.
+            valid: [B, n] true for atoms, false for padding.
+            condition: [B, n, condition_dim] per atom, or [B, condition_dim] per crystal.
         """
         u = self.input(z)
         if self.positional == "index":

@@ -1,4 +1,4 @@
-"""Several models as one.
+"""Ensembles.
 
 Shapes: ``M`` members, ``B`` crystals, ``T`` targets, ``C`` classes.
 """
@@ -15,16 +15,18 @@ from crysldnet.models.targets import TargetType
 
 
 def combine(predictions: Sequence[Prediction], types: Sequence[TargetType]) -> Prediction:
-    """Return the mean of the members' predictions, and the spread between and within them.
+    """Return the mean of the members' predictions and their joint standard deviation.
 
     The standard deviation is that of the mixture of the members' distributions,
-    std² = mean(value² + std²) − mean(value)² (Lakshminarayanan et al., arXiv 1612.01474); members without one of their
-    own count as exact. Each kind of target says how values are combined. Probabilities are averaged, and the likeliest
-    class of the average is predicted.
+    std² = mean(value² + std²) − mean(value)² (Lakshminarayanan et al., arXiv 1612.01474); members without a standard
+    deviation
+    count as exact. The target type defines how values are combined. Probabilities are averaged, and the most likely
+    class
+    of the average is predicted.
 
     Args:
-        predictions: of the M members, for the same B crystals.
-        types: of the T targets.
+        predictions: predictions of the M members for the same B crystals.
+        types: types of the T targets.
 
     Returns:
         ``std`` [B, T] is NaN for classifications.
@@ -45,13 +47,13 @@ def combine(predictions: Sequence[Prediction], types: Sequence[TargetType]) -> P
 
 
 def predict_batch(models: Sequence[TargetModel], batch: CrystalBatch) -> Prediction:
-    """Return the prediction of one model, or the joint one of an ensemble, for a batch on its device."""
+    """Return the prediction of one model, or of an ensemble, for a batch on its device."""
     each = [model.predict(batch) for model in models]
     return combine(each, models[0].types) if len(each) > 1 else each[0]
 
 
 @torch.inference_mode()
 def predict(models: Sequence[TargetModel], batches: Iterable[CrystalBatch]) -> Prediction:
-    """Return the prediction for all crystals of some batches, on the CPU."""
+    """Return the predictions for all crystals of some batches, on the CPU."""
     parts = [predict_batch(models, batch.to(models[0].std.device)).to("cpu") for batch in batches]
     return Prediction.joined(parts) if parts else Prediction(torch.empty(0, len(models[0].targets)), None, None)

@@ -1,17 +1,19 @@
-"""Contributions of atoms and descriptors to a prediction, which add up to it.
+"""Additive contributions of atoms and descriptors to a prediction.
 
 A prediction is compared with the one for an average training crystal, the reference.
 
 Networks: integrated gradients (Sundararajan et al., arXiv 1703.01365) along the straight line from the mean features of
-the training atoms to those of the crystal, φ = (z − z⁰) ∫ ∂f/∂z(z⁰ + α (z − z⁰)) dα. The part of a mean over atoms
-belongs to each atom by its own distance from the reference, the part of a standard deviation by its squared distance
-from the mean. With the readouts ``atoms`` and ``sum`` this is what each atom adds to the output.
+the training atoms to those of the crystal, φ = (z − z⁰) ∫ ∂f/∂z(z⁰ + α (z − z⁰)) dα. The contribution
+of a mean over atoms is divided by each atom's difference from the reference, that of a standard deviation by its
+squared
+distance from the mean. With the readouts ``atoms`` and ``sum`` this is exactly what each atom adds to the output.
 
-Tabular members: Shapley values of the columns, each taken from the training mean to its value (Strumbelj and Kononenko,
-Knowl. Inf. Syst. 41, 647, 2014), over pairs of a random order and its reverse. The components of the embedding count
+Tabular members: Shapley values of the columns, each changed from the training mean to its value (Strumbelj and
+Kononenko,
+Knowl. Inf. Syst. 41, 647, 2014), over pairs of a random order and its reverse. The embedding components count
 as one column.
 
-Shapes: ``n`` atoms of the crystal, ``I`` what a head reads, ``K`` descriptors given beside the structure, ``D`` columns
+Shapes: ``n`` atoms of the crystal, ``I`` inputs of a head, ``K`` given descriptors, ``D`` columns
 of a tabular model, ``G`` groups of columns, ``Q`` points of the integral.
 """
 
@@ -38,20 +40,20 @@ Floats = NDArray[np.float64]
 POINTS = 48
 """Q."""
 PAIRS = 8
-"""Orders of the columns, each also reversed."""
+"""Random orders of the columns, each also reversed."""
 ENCODER = "encoder"
-"""Name of the embedding's components among the columns."""
+"""Name of the embedding components among the columns."""
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Contributions to one prediction; ``reference`` and all contributions add up to ``prediction``.
+    """Contributions to one prediction; ``reference`` and all contributions sum to ``prediction``.
 
     Attributes:
         prediction: in physical units, or the probability of the predicted class.
         reference: the same for the average training crystal.
         atoms: [n] contributions.
-        columns: contributions of descriptors by name; what the encoder adds to tabular members is called ``encoder``.
+        columns: contributions of descriptors by name; ``encoder`` is the embedding's contribution to tabular members.
         label: the predicted class; None for a number.
     """
 
@@ -67,7 +69,7 @@ class Explanation:
         return self.reference + float(self.atoms.sum()) + sum(self.columns.values())
 
     def scaled(self, reference: float, prediction: float) -> Explanation:
-        """Return the same shares of another difference, for a function of what was explained."""
+        """Return the contributions rescaled to another total, for a function of the explained value."""
         had = self.total - self.reference
         factor = (prediction - reference) / had if abs(had) > 1e-12 else 0.0
         columns = {name: factor * value for name, value in self.columns.items()}
@@ -75,7 +77,7 @@ class Explanation:
 
 
 def added(parts: Sequence[tuple[float, Explanation]]) -> Explanation:
-    """Return the weighted sum of explanations of one crystal."""
+    """Return the weighted sum of explanations of the same crystal."""
     columns: dict[str, float] = {}
     for weight, part in parts:
         for name, value in part.columns.items():
@@ -89,13 +91,13 @@ def explain(members: Sequence[TargetModel], batch: CrystalBatch, place: int, mea
     """Explain the prediction of one target of one crystal by a model, or by the mean of an ensemble.
 
     Args:
-        members: the models that predict together.
-        batch: of one crystal.
-        place: of the target.
-        mean: [D] features of the average training crystal, used where the head doesn't know what it reads in the mean.
+        members: members of the ensemble.
+        batch: a batch of one crystal.
+        place: index of the target.
+        mean: [D] features of the average training crystal, used if the head doesn't store its mean input.
 
     Raises:
-        DataError: the target is one of two parts, or the model can't be explained.
+        DataError: the target is a hurdle, or the model can't be explained.
     """
     kind = members[0].types[place]
     if not kind.additive:
@@ -123,7 +125,7 @@ def _explain_one(
 def _explain_network(
     model: PropertyModel, batch: CrystalBatch, place: int, label: int | None, mean: Tensor | None
 ) -> Explanation:
-    """Integrate the gradients of what the head reads, of the descriptors, and of the energies of the elements."""
+    """Integrate the gradients with respect to the head's input, the descriptors and the atomic references."""
     n, head = int(batch.sizes[0]), copy.deepcopy(model.head).double().eval()
     with torch.no_grad():
         read = head.read(model.encoder, batch).double()
@@ -169,7 +171,7 @@ def _explain_network(
 
 
 def _start(model: PropertyModel, read: Tensor, mean: Tensor | None) -> Tensor:
-    """Return what the head reads in the mean of the training set, in the shape of ``read``."""
+    """Return the mean training input of the head, in the shape of ``read``."""
     head = model.head
     if head.layers_read == "all":
         return head.center.double().expand_as(read)
@@ -177,7 +179,7 @@ def _start(model: PropertyModel, read: Tensor, mean: Tensor | None) -> Tensor:
 
 
 def _of_atoms(model: PropertyModel, batch: CrystalBatch, part: Tensor, read: Tensor, start: Tensor, n: int) -> Floats:
-    """Divide the contributions [1 or n, I] of what is read among the atoms."""
+    """Divide the contributions [1 or n, I] of the head's input among the atoms."""
     if not model.head.per_crystal:
         return part.sum(1).numpy()
     with torch.no_grad():
@@ -186,7 +188,7 @@ def _of_atoms(model: PropertyModel, batch: CrystalBatch, part: Tensor, read: Ten
         else:
             features = torch.cat(features_of_layers(model.encoder, batch), dim=1).double()
     width = features.shape[1]
-    away = features - start[0, :width]  # their mean is what moves the mean
+    away = features - start[0, :width]  # their mean moves the mean
     total = read[0, :width] - start[0, :width]
     per_feature = torch.where(total.abs() > 1e-12, part[0, :width] / total, 0.0)
     atoms = (away * per_feature).sum(1) / n
@@ -199,7 +201,7 @@ def _of_atoms(model: PropertyModel, batch: CrystalBatch, part: Tensor, read: Ten
 
 
 def _shares(values: NDArray[np.floating]) -> Floats:
-    """Return values over their sum, equal shares where it vanishes."""
+    """Return values over their sum, or equal fractions if it vanishes."""
     values = np.asarray(values, np.float64)
     total = values.sum()
     return values / total if abs(total) > 1e-12 else np.full(len(values), 1.0 / len(values))
@@ -208,7 +210,7 @@ def _shares(values: NDArray[np.floating]) -> Floats:
 def _explain_hybrid(
     model: HybridModel, batch: CrystalBatch, place: int, label: int | None, mean: Tensor | None
 ) -> Explanation:
-    """Add up the members by their weights, on the line where they are combined."""
+    """Sum the members by weight, on the scale on which they are combined."""
     kind, stack = model.types[place], model.tabular.stacks[place]
     with torch.inference_mode():
         found, embedding = model.read(batch)
@@ -235,17 +237,17 @@ def _explain_hybrid(
             return sign * sum(weights[name] / tabular * each[name][:, output] for name in weights)  # type: ignore[return-value]
 
         columns = dict(zip(names, shapley(value, x, start, groups).tolist(), strict=True))
-        of_element = model.references[place, batch.numbers].numpy() / n  # not in classes, which have no energies
+        of_element = model.references[place, batch.numbers].numpy() / n  # classes have no references
         low, high = value(np.stack([start, x]))
         parts.append((tabular, Explanation(high + of_element.sum(), low, of_element, columns)))
     whole = added(parts)
-    one = 1.0 if sign < 0 else 0.0  # the probability of the other of two classes
+    one = 1.0 if sign < 0 else 0.0  # probability of the other of two classes
     reference, prediction = (_physical(kind, one + end, label) / factor for end in (whole.reference, whole.total))
     return whole.scaled(reference, prediction)
 
 
 def _physical(kind: TargetType, line: float, label: int | None) -> float:
-    """Return what a value on the line of the members stands for: itself for a probability."""
+    """Return the physical value for a value on the members' scale; probabilities are unchanged."""
     if label is not None:
         return min(1.0, max(0.0, line))
     return float(kind.from_table(np.array([[line]]), np.zeros((1, 1))).value)
@@ -254,12 +256,12 @@ def _physical(kind: TargetType, line: float, label: int | None) -> float:
 def _networks_on_line(
     model: HybridModel, batch: CrystalBatch, place: int, label: int | None, mean: Tensor | None, factor: float
 ) -> Explanation:
-    """Explain what the networks of a hybrid say together."""
+    """Explain the joint prediction of a hybrid's networks."""
     kind = model.types[place]
     each = [_explain_network(network, batch, place, label, mean) for network in model.networks]  # type: ignore[arg-type]
     whole = added([(1 / len(each), one) for one in each])
     if label is not None:
-        if kind.kind == "binary" and label == 0:  # counted from the other class, as the tabular members are
+        if kind.kind == "binary" and label == 0:  # relative to the other class, like the tabular members
             return replace(whole, reference=whole.reference - 1.0, prediction=whole.prediction - 1.0)
         return whole
     ends = []
@@ -269,10 +271,10 @@ def _networks_on_line(
 
 
 def _training_mean(models: dict, width: int) -> Floats:
-    """Return [D] the columns of the average training crystal, which kernel ridge keeps.
+    """Return [D] the columns of the average training crystal, stored by kernel ridge.
 
     Raises:
-        DataError: there is no kernel ridge among the members.
+        DataError: the members include no kernel ridge.
     """
     for model in models.values():
         shift = getattr(model, "shift", None)
@@ -284,14 +286,14 @@ def _training_mean(models: dict, width: int) -> Floats:
 def shapley(
     value: Callable[[Floats], Floats], x: Floats, start: Floats, groups: Sequence[NDArray[np.int64]], seed: int = 0
 ) -> Floats:
-    """Return [G] contributions of groups of columns to f(x) − f(x⁰), which they add up to.
+    """Return [G] contributions of groups of columns, which sum to f(x) − f(x⁰).
 
     Args:
         value: f, maps [B, D] to [B].
         x: [D].
         start: [D] x⁰.
         groups: the columns of each group.
-        seed: of the orders in which they are changed.
+        seed: seed of the random orders.
     """
     rng, total = np.random.default_rng(seed), np.zeros(len(groups))
     for _ in range(PAIRS):

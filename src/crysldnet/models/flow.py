@@ -1,4 +1,4 @@
-"""Flow matching on the latents of a crystal's atoms.
+"""Flow matching on the atom latents of a crystal.
 
 Y. Lipman et al., "Flow Matching for Generative Modeling", ICLR 2023, with the straight path
 z_t = (1 − t) z_0 + t z_1 from noise z_0 to data z_1 and a denoiser that predicts z_1.
@@ -24,45 +24,48 @@ def _spread(time: Tensor) -> Tensor:
 
 
 def gaussian_guess(zt: Tensor, time: Tensor) -> Tensor:
-    """Return the mean of clean latents given noisy ones, where the clean ones are normal with unit variance."""
+    """Return the mean of clean latents given noisy ones, for standard normal clean latents."""
     return time / _spread(time).square() * zt
 
 
 class FlowOutput(NamedTuple):
-    """The diffusion loss, and what a person reads: sums and counts over crystals."""
+    """The diffusion loss and its metrics: sums and counts over crystals."""
 
     loss: Tensor
     measures: dict[str, tuple[Tensor, Tensor]]
 
 
 class LatentFlow(nn.Module):
-    """The latent diffusion model: its loss and its sampler.
+    """Latent diffusion model with loss and sampler.
 
     Args:
         denoiser: maps (z_t, t, valid, condition) to the clean latents.
         latent_dim: d.
-        target: what the denoiser has to predict. ``joint``: the encoder's own latent, gradient flowing through both
-            sides; ``joint_target_only``: the same, through the target alone; ``ema``: the latent of a slow average of
-            the encoder; ``frozen``: that of the encoder as it was when this stage began; ``clean``: that of the slow
-            average, which sees the crystal before it was corrupted.
-        condition: ``none`` diffuses the encoder's latents, so the loss depends on their distribution alone. ``atoms``
-            and ``crystal`` diffuse the teacher's, and the denoiser is told the encoder's features of each atom, or one
-            pooled vector of each crystal (mean and spread of all layers): the gradient reaches the encoder through
-            what the denoiser has to be told. Both need a teacher (``ema``, ``frozen`` or ``clean``).
-        noise: diffuse; without, the target is predicted from the condition alone.
-        skip: predict D = t / s² · z_t + (1 − t) / s · F with s² = (1 − t)² + t², F being the denoiser: it starts at
-            the optimum for Gaussian latents of unit variance, not at zero (after EDM, arXiv 2206.00364).
-        times: draw t uniformly, or as the logistic of a normal number (arXiv 2403.03206), within t_min and t_max.
+        target: what the denoiser predicts. ``joint``: the encoder's own latent, with gradients through both sides;
+            ``joint_target_only``: the same, with the gradient only through the target; ``ema``: the latent of a moving
+            average of the encoder; ``frozen``: that of the encoder at the start of this stage; ``clean``: that of the
+            moving average for the clean crystal.
+        condition: ``none`` diffuses the encoder's latents, so the loss depends only on their distribution. ``atoms``
+            and
+            ``crystal`` diffuse the teacher's latents and condition the denoiser on the encoder's features of each atom,
+            or on one pooled vector per crystal (mean and spread of all layers): the gradient reaches the encoder
+            through
+            the condition. Both need a teacher (``ema``, ``frozen`` or ``clean``).
+        noise: use diffusion; otherwise predict the target from the condition only.
+        skip: predict D = t / s² · z_t + (1 − t) / s · F with s² = (1 − t)² + t² and denoiser F, which starts at the
+            optimum for standard normal latents instead of at zero (after EDM, arXiv 2206.00364).
+        times: sample t uniformly, or as the logistic of a normal number (arXiv 2403.03206), within t_min and t_max.
         latent: diffuse ``posterior`` samples, or the encoder's ``features`` before the latent map, as published.
-        reconstruction: keep the first stage's loss beside the diffusion loss. Without it and with a joint target a
-            constant encoder is a global minimum, which is the published recipe.
-        weight: of the diffusion loss beside the others; 1 as published. Over uniform times the weighted error of an
-            uninformed denoiser without skip is about 19, so 1 lets it drown the reconstruction.
-        ema_decay: of the slow average, a step.
+        reconstruction: keep the first stage's loss in addition to the diffusion loss. Without it and with a joint
+            target,
+            as published, a constant encoder is a global minimum.
+        weight: weight of the diffusion loss; 1 as published. For uniform times the weighted error of an uninformed
+            denoiser without skip is about 19, so a weight of 1 dominates the reconstruction.
+        ema_decay: decay of the moving average per step.
         t_min, t_max: bounds of the times.
         min_gap: the loss is divided by max(1 − t, min_gap)². With 1 − t_max or less it is the loss of the velocity.
-        center_noise: subtract the mean of z_0 over the crystal's atoms (``atoms``), over the padded axis as the
-            published code does (``padded``), or not (``none``).
+        center_noise: subtract the mean of z_0 over the crystal's atoms (``atoms``), over the padded axis as in the
+            published code (``padded``), or not (``none``).
     """
 
     def __init__(
@@ -97,7 +100,7 @@ class LatentFlow(nn.Module):
 
     @property
     def has_teacher(self) -> bool:
-        """Whether the target isn't the encoder's own."""
+        """Whether the target comes from a teacher, not from the encoder itself."""
         return not self.target.startswith("joint")
 
     def _noise(self, like: Tensor, valid: Tensor) -> Tensor:
@@ -117,7 +120,7 @@ class LatentFlow(nn.Module):
         return torch.randn(n_crystals, dtype=like.dtype, device=like.device).sigmoid().clamp(self.t_min, self.t_max)
 
     def denoise(self, zt: Tensor, t: Tensor, valid: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Return the clean latents [B, n, d] of noisy ones, as the denoiser's ``forward`` takes them."""
+        """Return the clean latents [B, n, d] for noisy ones; arguments as in the denoiser's ``forward``."""
         found = self.denoiser(zt, t, valid) if condition is None else self.denoiser(zt, t, valid, condition)
         if not self.skip:
             return found
@@ -129,15 +132,15 @@ class LatentFlow(nn.Module):
     ) -> FlowOutput:
         """Return the loss, averaged over crystals: mean_atoms,channels ‖target − ẑ_1‖² / max(1 − t, min_gap)².
 
-        Its measures are the same error, and that of the guess that is best for Gaussian latents of unit variance.
+        The metrics are this error and that of the optimal prediction for standard normal latents.
 
         Args:
-            z: [N, d] clean latents z_1, that noise is added to.
-            target: [N, d] what the denoiser has to predict, z itself or a teacher's.
+            z: [N, d] clean latents z_1, to which noise is added.
+            target: [N, d] target of the denoiser, z itself or a teacher's latent.
             crystal: [N] the crystal of each atom.
-            sizes: [B] atoms of each crystal.
-            largest: their maximum, known without asking the device.
-            condition: [N, c] of the atoms or [B, c] of the crystals, where there is one.
+            sizes: [B] number of atoms.
+            largest: maximum of ``sizes``, to avoid synchronizing with the device.
+            condition: [N, c] per atom or [B, c] per crystal, if any.
         """
         first = sizes.cumsum(0) - sizes
         place = (
@@ -174,7 +177,7 @@ class LatentFlow(nn.Module):
 
     @torch.no_grad()
     def sample(self, sizes: Tensor, steps: int = 100) -> Tensor:
-        """Draw latents [N, d] of crystals with these numbers of atoms, by Euler steps of (ẑ_1 − z) / (1 − t)."""
+        """Sample latents [N, d] of crystals with these numbers of atoms, by Euler steps of (ẑ_1 − z) / (1 − t)."""
         n = int(sizes.max())
         parameter = next(self.denoiser.parameters())
         valid = torch.arange(n, device=parameter.device) < sizes.to(parameter.device).unsqueeze(1)

@@ -1,6 +1,6 @@
-"""From atom features to properties.
+"""Property heads: from atom features to properties.
 
-Shapes: ``B`` crystals, ``N`` atoms, ``D`` width of the encoder, ``T`` targets, ``O`` outputs of all of them together,
+Shapes: ``B`` crystals, ``N`` atoms, ``D`` width of the encoder, ``T`` targets, ``O`` total outputs,
 ``C`` classes, ``K`` descriptors.
 """
 
@@ -30,28 +30,28 @@ from crysldnet.models.targets import Estimate, Loss, Number, TargetType
 
 
 class PropertyHead(nn.Module):
-    """Readout over a crystal's atoms and an MLP.
+    """Readout over the atoms and MLP.
 
-    ``mean``: MLP(mean of the features), for properties of the material. ``attention``: MLP(weighted mean), likewise.
-    ``atoms``: mean of MLP(features) over the atoms, likewise. ``sum``: sum of MLP(features) over the atoms, for
-    properties that grow with the cell.
+    ``mean``: MLP(mean of the features), ``attention``: MLP(weighted mean), ``atoms``: mean of MLP(features) over the
+    atoms, all three for intensive properties. ``sum``: sum of MLP(features) over the atoms, for extensive properties.
 
     Args:
-        width: D of the encoder.
+        width: width D of the encoder.
         outputs: O.
         depth: L, the number of the encoder's layers that can be read.
-        descriptors: K, numbers of the crystal that the MLP reads beside the features.
+        descriptors: K, number of descriptors that the MLP reads in addition.
         readout: ``mean``, ``attention``, ``atoms`` or ``sum``.
-        layers_read: ``last`` reads the encoder's output. ``all`` reads every layer, side by side; ``mean`` then reads
-            the standard deviation over the atoms too. What is read is standardized by the training split.
-        hidden: width of the MLP; the encoder's by default.
+        layers_read: ``last`` reads the encoder output. ``all`` reads all layers, concatenated, with ``mean`` also their
+            standard
+            deviation over the atoms, standardized by the training split.
+        hidden: MLP width; the encoder width by default.
         layers: hidden layers.
-        dropout: after each hidden layer.
-        activation: after each hidden layer.
-        activate_first: before the first map too.
+        dropout: dropout after each hidden layer.
+        activation: activation after each hidden layer.
+        activate_first: activation before the first linear map.
 
     Attributes:
-        center, scale: [I] mean and standard deviation of what is read, where all layers are read.
+        center, scale: [I] mean and standard deviation of the input, if all layers are read.
         standardized: 1 once these have been set, else 0.
     """
 
@@ -93,11 +93,11 @@ class PropertyHead(nn.Module):
 
     @property
     def per_crystal(self) -> bool:
-        """Whether what is read is a vector of each crystal, not of each atom."""
+        """Whether the input is one vector per crystal, not per atom."""
         return self.readout == "mean"
 
     def read(self, encoder: Encoder, batch: CrystalBatch) -> Tensor:
-        """Return what the MLP is given, before it is standardized: [B, I] for ``mean``, else [N, I]."""
+        """Return the input of the MLP before standardization: [B, I] for ``mean``, else [N, I]."""
         if self.layers_read == "last":
             features = encoder(batch)
             return scatter(features, batch.crystal, batch.num_crystals, "mean") if self.per_crystal else features
@@ -107,13 +107,13 @@ class PropertyHead(nn.Module):
         return torch.cat(layers, dim=-1)
 
     def standardize(self, center: Tensor, scale: Tensor) -> None:
-        """Set mean and standard deviation [I] of what is read; a constant column keeps the scale 1."""
+        """Set mean and standard deviation [I] of the input; constant columns keep the scale 1."""
         self.center.copy_(center)
         self.scale.copy_(torch.where(scale > 1e-6 * scale.max(), scale, 1.0))
         self.standardized.fill_(1.0)
 
     def forward(self, read: Tensor, crystal: Tensor, n_crystals: int, descriptors: Tensor | None = None) -> Tensor:
-        """Map what :meth:`read` returns, and normalized descriptors [B, K], to [B, O], in normalized units."""
+        """Map the result of :meth:`read` and normalized descriptors [B, K] to [B, O] in normalized units."""
         if self.layers_read == "all":
             read = (read - self.center) / self.scale
         if self.attention is not None:
@@ -132,24 +132,24 @@ class PropertyHead(nn.Module):
 
 
 class PropertyModel(TargetModel):
-    """Encoder, head and the normalisation of the targets: predicts in physical units.
+    """Encoder, head and target normalization: predicts in physical units.
 
     Args:
-        encoder: fresh or pretrained.
-        head: with as many outputs as the kinds of targets need.
+        encoder: pretrained or untrained.
+        head: with the number of outputs required by the target types.
         targets: names of the T targets.
         units: their units.
-        types: what kind of target each is; plain numbers by default.
-        referenced: targets that are learned relative to energies of the elements, :meth:`fit_normalisation`.
-        descriptors: the K numbers of a crystal that the head reads too; None for none.
-        per: targets that are learned per area, volume or formula unit.
+        types: target types; plain numbers by default.
+        referenced: targets learned relative to atomic references, see :meth:`fit_normalisation`.
+        descriptors: the K descriptors that the head also reads; None for none.
+        per: targets learned per area, volume or formula unit.
 
     Attributes:
-        mean, std: [T] of the training targets; with the ``sum`` readout the mean is per atom.
-        references: [T, 119] energies of the elements, where there are referenced targets.
-        typical: [T] mean of what the values are multiplied by, where targets are learned per something.
+        mean, std: [T] statistics of the training targets; with the ``sum`` readout the mean is per atom.
+        references: [T, 119] atomic references, if any.
+        typical: [T] mean factor of the values, for targets learned per area, volume or formula unit.
         frozen: keep the encoder in evaluation mode, without dropout.
-        cached: gives what the head reads, in place of a frozen encoder in training; None for none.
+        cached: provides the head's input in place of a frozen encoder in training; None for none.
     """
 
     mean: Tensor
@@ -191,16 +191,16 @@ class PropertyModel(TargetModel):
 
     @property
     def n_depths(self) -> int:
-        """Number of parts that follow one another: head, the encoder's layers, and what comes before those."""
+        """Number of successive parts: head, encoder layers, and what precedes them."""
         return self.encoder.n_layers + 2
 
     def depth_of(self, name: str) -> int:
-        """Return how far below the output a parameter lies: 0 for the head, 1 for the encoder's last layer, …"""
+        """Return how far a parameter is below the output: 0 for the head, 1 for the encoder's last layer, …"""
         part, _, rest = name.partition(".")
         return 0 if part != "encoder" else 1 + self.encoder.n_layers - self.encoder.layer_of(rest)
 
     def freeze_encoder(self) -> None:
-        """Keep the encoder as it is: no gradients, no dropout, no statistics of batches."""
+        """Freeze the encoder: no gradients, dropout or batch statistics updates."""
         self.encoder.requires_grad_(False)
         self.frozen = True
         self.train(self.training)
@@ -215,12 +215,13 @@ class PropertyModel(TargetModel):
     def fit_normalisation(
         self, values: NDArray[np.float64], sizes: NDArray[np.int64], crystals: Crystals | None = None
     ) -> None:
-        """Set mean, standard deviation and element energies from the training rows, and nothing else.
+        """Set mean, standard deviation and atomic references from the training rows only.
 
         Args:
-            values: [n, T] in physical units, NaN where unknown.
-            sizes: [n] atoms of each crystal.
-            crystals: the n crystals; needed for referenced targets and those learned per something.
+            values: [n, T] in physical units, NaN if unknown.
+            sizes: [n] number of atoms.
+            crystals: the n crystals; needed for atomic references and for targets learned per area, volume or formula
+                unit.
 
         Raises:
             DataError: a target has no value in the training rows.
@@ -252,7 +253,7 @@ class PropertyModel(TargetModel):
 
     @property
     def error_scale(self) -> Tensor:
-        """[T] standard deviations of the training targets in the units in which they are predicted."""
+        """[T] standard deviations of the training targets in the units of the predictions."""
         return self.std if self.typical is None else self.std / self.typical
 
     def _factors(self, batch: CrystalBatch) -> Tensor | None:
@@ -263,7 +264,7 @@ class PropertyModel(TargetModel):
         return Prediction.of(self._estimates(outputs, center)).divided(factors)
 
     def _center(self, batch: CrystalBatch) -> Tensor:
-        """Return what the normalised outputs are relative to, [B, T]."""
+        """Return the zero of the normalized outputs, [B, T]."""
         total = self.head.readout == "sum"
         center = self.mean * batch.sizes.unsqueeze(1) if total else self.mean.expand(batch.num_crystals, -1)
         if self.references is None:
@@ -272,7 +273,7 @@ class PropertyModel(TargetModel):
         return center + scatter(energies, batch.crystal, batch.num_crystals, "sum" if total else "mean")
 
     def _outputs(self, batch: CrystalBatch) -> list[Tensor]:
-        """Return the head's outputs of each target, [B, O of the target]."""
+        """Return the head's outputs for each target, [B, O of the target]."""
         read = self.head.read(self.encoder, batch) if self.cached is None else self.cached(batch)
         beside = None if self.descriptors is None else self.descriptors(batch)
         whole = self.head(read, batch.crystal, batch.num_crystals, beside)
@@ -285,16 +286,16 @@ class PropertyModel(TargetModel):
         ]
 
     def predict(self, batch: CrystalBatch) -> Prediction:
-        """Return values, and standard deviations and probabilities where the targets have them."""
+        """Return values, and standard deviations and probabilities if available."""
         return self._prediction(self._outputs(batch), self._center(batch), self._factors(batch))
 
     def losses(self, batch: CrystalBatch, kind: Loss) -> tuple[Tensor, Prediction]:
-        """Return the loss of each value [B, T] in normalised units, 0 where unknown, and the predictions.
+        """Return the loss of each value [B, T] in normalized units, 0 if unknown, and the predictions.
 
         Args:
-            batch: with ``targets`` [B, T], NaN where unknown.
+            batch: with ``targets`` [B, T], NaN if unknown.
             kind: ``l1``, ``mse``, ``huber`` (δ = 1 standard deviation), or the negative log-likelihood of a ``laplace``
-                or ``gaussian`` distribution; classes have their cross-entropy.
+                or ``gaussian`` distribution; classes use cross-entropy.
         """
         assert batch.targets is not None
         outputs, center, factors = self._outputs(batch), self._center(batch), self._factors(batch)
@@ -309,7 +310,7 @@ class PropertyModel(TargetModel):
         return losses, self._prediction(outputs, center, factors)
 
     def loss(self, batch: CrystalBatch, kind: Loss) -> tuple[Tensor, Tensor]:
-        """Return the mean loss over the values that are known, and the predictions [B, T]; see :meth:`losses`."""
+        """Return the mean loss over the known values, and the predictions [B, T]; see :meth:`losses`."""
         assert batch.targets is not None
         losses, predicted = self.losses(batch, kind)
         return losses.sum() / (~batch.targets.isnan()).sum().clamp_min(1), predicted.value
@@ -326,7 +327,7 @@ def build_network(
     descriptors: Descriptors | None,
     per: Mapping[str, Per],
 ) -> PropertyModel:
-    """Build a model whose head is described by its configuration; arguments as those of :class:`PropertyModel`."""
+    """Build a model with a head from its configuration; arguments as in :class:`PropertyModel`."""
     count = 0 if descriptors is None else len(descriptors.names)
     sizes = {"width": encoder.width, "depth": encoder.depth, "descriptors": count}
     sizes["outputs"] = sum(kind.outputs for kind in types)

@@ -1,11 +1,11 @@
-"""Networks and models on tables of features that predict together.
+"""Ensembles of networks and tabular models.
 
-A tabular model reads descriptors of composition and geometry and, where the encoder was pretrained, the principal
-components of what all its layers say of a crystal. Each target has members of its own and weights between them.
+Tabular models read descriptors of composition and geometry and, with a pretrained encoder, the principal components of
+the features of all its layers. Each target has its own members and weights.
 
 Shapes: ``B`` crystals, ``T`` targets, ``D`` features, ``C`` outputs of a target: one for a number or two classes, else
-one for each class. ``log`` targets are predicted and combined on their logarithms, those that are learned per
-something as they are learned.
+one per class. ``log`` targets are predicted and combined on the logarithm, and targets learned per area, volume or
+formula unit on that scale.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ NETWORK = "network"
 
 @dataclass(frozen=True)
 class TabularPart:
-    """What the tabular members of a model are, beside the modules.
+    """The tabular members of a model.
 
     Attributes:
-        descriptors: names of the columns that are read, in this order.
-        projection: of the embedding, whose components follow the descriptors; None for none.
-        stacks: [T].
+        descriptors: names of the input columns, in this order.
+        projection: projection of the embedding, whose components follow the descriptors; None for none.
+        stacks: [T] one per target.
     """
 
     descriptors: tuple[str, ...]
@@ -58,10 +58,10 @@ class TabularPart:
     stacks: list[Stack]
 
     def features(self, found: Features, embedding: NDArray[np.floating] | None) -> Floats:
-        """Return [B, D] the columns that are read.
+        """Return [B, D] the input columns.
 
         Raises:
-            DataError: a descriptor isn't known to this version.
+            DataError: this version doesn't know a descriptor.
         """
         place = {name: i for i, name in enumerate(found.names)}
         if unknown := [name for name in self.descriptors if name not in place]:
@@ -72,10 +72,10 @@ class TabularPart:
         return np.concatenate([columns, self.projection(embedding)], axis=1)
 
     def check(self) -> None:
-        """Check that the members read the columns that there are, and give the same outputs.
+        """Check that the members read the existing columns and have consistent outputs.
 
         Raises:
-            DataError: naming the first that doesn't.
+            DataError: naming the first inconsistent member.
         """
         width = len(self.descriptors) + (0 if self.projection is None else self.projection.axes.shape[1])
         for place, stack in enumerate(self.stacks):
@@ -86,7 +86,7 @@ class TabularPart:
                     raise DataError(f"its part '{place}.{name}' doesn't fit {width} columns, or the other members")
 
     def to_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return what a file keeps: tensors by name, and plain values."""
+        """Return the content to store: tensors by name, and plain values."""
         arrays: dict[str, NDArray] = {}
         plain: dict[str, Any] = {"descriptors": list(self.descriptors), "projection": None, "targets": []}
         if self.projection is not None:
@@ -99,10 +99,10 @@ class TabularPart:
 
     @classmethod
     def from_file(cls, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> TabularPart:
-        """Return what :meth:`to_file` took apart.
+        """Return the inverse of :meth:`to_file`.
 
         Raises:
-            DataError: something is missing, or doesn't fit together.
+            DataError: something is missing or inconsistent.
         """
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         try:
@@ -120,19 +120,19 @@ class HybridModel(TargetModel):
     """Networks, tabular members, and the weights between them.
 
     Args:
-        encoder: what embeds crystals for the tabular members, and compares them with the training set.
-        networks: finetuned models that predict together as one member; none for tabular members alone.
-        targets, units, types: as of every model.
-        referenced: targets that tabular members learn relative to energies of the elements.
-        descriptors: numbers of a crystal that are read beside its structure; None for none.
-        per: what targets are learned per, by name.
+        encoder: embeds crystals for the tabular members and for the comparison with the training set.
+        networks: finetuned models that are one member together; empty for tabular members only.
+        targets, units, types: as for every model.
+        referenced: targets that tabular members learn relative to atomic references.
+        descriptors: descriptors to read in addition to the structure; None for none.
+        per: area, volume or formula unit by target name.
 
     Raises:
-        ValueError: a target can't be learned per something.
+        ValueError: a target type doesn't support ``per``.
 
     Attributes:
-        references: [T, 119] energies of the elements, 0 for other targets.
-        tabular: the tabular members; set once they are fitted.
+        references: [T, 119] atomic references, 0 for other targets.
+        tabular: the tabular members, after fitting.
     """
 
     references: Tensor
@@ -159,7 +159,7 @@ class HybridModel(TargetModel):
         self.register_buffer("references", torch.zeros(len(targets), 119, dtype=torch.float64))
 
     def read(self, batch: CrystalBatch) -> tuple[Features, NDArray[np.float32]]:
-        """Return descriptors, and the features of all layers pooled over each crystal, [B, 2 · layers · width]."""
+        """Return descriptors and the pooled features of all layers, [B, 2 · layers · width]."""
         layers = features_of_layers(self.encoder, batch)
         pooled = mean_and_spread(layers, batch.crystal, batch.num_crystals)
         found = crystal_descriptors(batch.to_crystals())
@@ -169,7 +169,7 @@ class HybridModel(TargetModel):
         return found, pooled.float().cpu().numpy()
 
     def predict(self, batch: CrystalBatch) -> Prediction:
-        """Return values, their spread between the members, and probabilities where there are classes."""
+        """Return values, their spread between members, and class probabilities if any."""
         found, embedding = self.read(batch)
         x, crystals = self.tabular.features(found, embedding), batch.to_crystals()
         amounts, factors = amounts_of(crystals), self.factors(crystals)
@@ -184,17 +184,17 @@ class HybridModel(TargetModel):
         return whole.to(torch.float32).to(batch.positions.device)
 
     def table_outputs(self, found: Prediction, crystals: Crystals) -> list[Floats]:
-        """Return [T] what stands for predictions of crystals among the outputs [B, C] of models on tables."""
+        """Return [T] the equivalents of predictions among the outputs [B, C] of tabular models."""
         factors = self.factors(crystals)
         scaled = found if factors is None else found.divided(1 / torch.from_numpy(factors))
         return [kind.as_table_outputs(scaled.at(place)) for place, kind in enumerate(self.types)]
 
     def predict_networks(self, batch: CrystalBatch) -> Prediction:
-        """Return what the networks alone predict together."""
+        """Return the joint prediction of the networks only."""
         return predict_batch(list(self.networks), batch)  # type: ignore[arg-type]
 
     def fit_scale(self, values: Floats) -> None:
-        """Set the standard deviations of the targets from training values [n, T], NaN where unknown."""
+        """Set the standard deviations of the targets from training values [n, T], NaN if unknown."""
         for place, kind in enumerate(self.types):
             known = values[~np.isnan(values[:, place]), place]
             spread = float(kind.table_outputs(known).std()) if kind.classes is None else 1.0

@@ -1,4 +1,4 @@
-"""The latent space of the variational autoencoder, and how to tell whether it collapsed.
+"""The latent space of the variational autoencoder, and diagnostics of its collapse.
 
 Shapes: ``N`` atoms, ``D`` width of the encoder, ``d`` width of the latent.
 """
@@ -19,7 +19,7 @@ LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 
 class Latent(NamedTuple):
-    """A diagonal Gaussian per atom and a sample of it."""
+    """A diagonal Gaussian per atom and a sample from it."""
 
     mean: Tensor
     """[N, d]."""
@@ -33,19 +33,22 @@ class Posterior(nn.Module):
     """q(z | crystal): one diagonal Gaussian per atom.
 
     Args:
-        width: D of the encoder.
-        latent_dim: d; 256 as published, 8 was found enough by ADiT.
-        kl_weight: of KL(q ‖ N(0, 1)), the mean over atoms of the sum over channels; 1e-5 as published.
-        log_variance_init: added to the log-variance that the map gives; 0 as published. A low one lets the decoder see
-            the mean from the first step.
+        width: width D of the encoder.
+        latent_dim: d; 256 as published, 8 was sufficient in ADiT.
+        kl_weight: weight of KL(q ‖ N(0, 1)), the mean over atoms of the sum over channels; 1e-5 as published.
+        log_variance_init: initial offset of the log-variance; 0 as published. A low value exposes the mean to the
+            decoder from the
+            first step.
         normalize: give each channel of the mean zero mean and unit variance (batch statistics in training, running
-            ones otherwise), so that the latent has a fixed scale and the encoder can't shrink it. Not as published.
+            ones otherwise), so that the latent has a fixed scale that the encoder can't shrink. Not as published.
         noise: standard deviation of the posterior, the same for every atom and channel; null to learn it, as
-            published. Learned, it falls to about 0.02, and the space is variational in name only.
-        covariance_weight: of Σ_{i≠j} C_ij² / d, C being the covariance of the channels over the atoms of a batch: it
-            keeps the effective rank (the covariance term of VICReg, arXiv 2105.04906).
-        agreement_weight: of the variance of each channel within a crystal, averaged over atoms and channels: it pulls
-            the atoms of a crystal together.
+            published. If learned, it falls to about 0.02, and the space is variational in name only.
+        covariance_weight: weight of Σ_{i≠j} C_ij² / d with the covariance C of the channels over the atoms of a batch,
+            which
+            preserves the effective rank (the covariance term of VICReg, arXiv 2105.04906).
+        agreement_weight: weight of the variance of each channel within a crystal, averaged over atoms and channels,
+            which
+            pulls the atoms of a crystal together.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class Posterior(nn.Module):
         self.norm = nn.BatchNorm1d(latent_dim, affine=False) if normalize else nn.Identity()
 
     def forward(self, features: Tensor) -> Latent:
-        """Map features [N, D] to a Gaussian per atom and draw from it."""
+        """Map features [N, D] to a Gaussian per atom and sample from it."""
         mean, log_variance = self.map(features).chunk(2, dim=-1)
         mean = self.norm(mean)
         if self.noise is None:
@@ -85,10 +88,10 @@ class Posterior(nn.Module):
         return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum(dim=-1).mean()
 
     def penalties(self, latent: Latent, crystal: Tensor, n_crystals: int) -> dict[str, Tensor]:
-        """Return the weighted penalties that are switched on.
+        """Return the enabled penalties, weighted.
 
         Args:
-            latent: of N atoms.
+            latent: latent of N atoms.
             crystal: [N] the crystal of each.
             n_crystals: B.
         """
@@ -107,9 +110,10 @@ class Posterior(nn.Module):
 class LatentStatistics(Metric):
     """Spread and effective rank of features over a whole split, summed over all ranks.
 
-    spread: the standard deviation per dimension, averaged. Effective rank: exp of the entropy of the covariance's
-    normalised eigenvalues (Roy & Vetterli 2007), between 1 and D. A collapse in scale shows in the spread while the
-    rank may rise; a collapse onto few directions shows in the rank.
+    spread: the mean standard deviation per dimension. Effective rank: exp of the entropy of the covariance's normalized
+    eigenvalues (Roy & Vetterli 2007), between 1 and D. A collapse in scale appears in the spread while the rank may
+    rise; a
+    collapse onto few directions appears in the rank.
     """
 
     full_state_update = False

@@ -1,9 +1,10 @@
-"""What the decoder reconstructs from the latents.
+"""Reconstruction objectives of the decoder.
 
 Shapes: ``B`` crystals, ``N`` atoms, ``E`` edges, ``d`` width of the latent.
 
-An objective says how crystals are corrupted (``corruption``) and, called with latents and the batch, returns its loss
-terms and the measures that a person reads: sums and counts, to be divided at the end of an epoch.
+An objective defines how crystals are corrupted (``corruption``) and, called with latents and the batch, returns its
+loss
+terms and metrics: sums and counts, to be divided at the end of an epoch.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Measures = dict[str, tuple[Tensor, Tensor]]
 
 
 class Reconstruction(NamedTuple):
-    """What an objective returns."""
+    """Result of an objective."""
 
     terms: dict[str, Tensor]
     """Weighted loss terms; their sum is the reconstruction loss."""
@@ -38,7 +39,7 @@ class Reconstruction(NamedTuple):
 
 
 def _mean_of(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum of [n] values and n, as a measure."""
+    """Return the sum and the number of [n] values, as a metric."""
     return values.detach().sum(), torch.tensor(float(len(values)), device=values.device)
 
 
@@ -47,7 +48,7 @@ def masked_species(logits: Tensor, undo: CorruptionTargets) -> tuple[Tensor, Mea
 
     Args:
         logits: [N, 119].
-        undo: the true species and the mask.
+        undo: true species and mask.
     """
     mask = undo.masked.to(logits.dtype)
     entropy = cross_entropy(logits, undo.numbers, reduction="none")
@@ -94,10 +95,10 @@ class Objective(nn.Module, ABC):
     """Base of all objectives.
 
     Attributes:
-        measures: what is known of the measures that it returns.
-        corruption: what the data module does to the crystals.
-        condition: ``crystal`` where the latents are to be told about the clean crystal, through one pooled vector.
-        condition_share: of the crystals that are told, in training.
+        measures: definitions of the returned metrics.
+        corruption: how the data module corrupts the crystals.
+        condition: ``crystal`` to condition the latents on one pooled vector of the clean crystal.
+        condition_share: fraction of conditioned crystals in training.
     """
 
     measures: ClassVar[tuple[Measure, ...]] = ()
@@ -111,28 +112,30 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, z: Tensor, batch: CrystalBatch) -> Reconstruction:
-        """Reconstruct from latents [N, d]; ``batch.undo`` holds what is to be found."""
+        """Reconstruct from latents [N, d]; ``batch.undo`` has the targets."""
 
 
 class Denoising(Objective):
-    """Predict masked species, and undo displacements and strain along the edges of the corrupted crystal.
+    """Predict masked species, displacements and strain along the edges of the corrupted crystal.
 
     With unit vectors r̂_ij and, from a pair map of (z_i, z_j, |r_ij|), scalars u_ij, s_ij, p_ij,
         displacement_i = mean_j u_ij r̂_ij,    strain = mean_ij (s_ij r̂_ij r̂_ijᵀ + p_ij 1),
-    which turn with the crystal, so that everything asked for can be known from the input. Losses are mean squared
-    errors in units of the corruption's standard deviation: the one of all crystals, or, where it is drawn from a
-    range, each crystal's own (at least the lower end), so that small displacements count as much as large ones.
+    which rotate with the crystal, so that the targets can be inferred from the input. Losses are mean squared errors in
+    units of the corruption's standard deviation: that of all crystals or, if it is sampled from a range, of each
+    crystal
+    (at least the lower bound), so that small displacements count as much as large ones.
 
     Args:
         latent_dim: d.
         hidden: width of the decoder.
-        corruption: how crystals are corrupted; without displacement or strain that term is left out, so masked
-            species alone is the same objective with both at 0.
-        species_weight, displacement_weight, strain_weight: of the three terms.
-        condition: ``crystal`` encodes the clean crystal too and adds a linear map of its pooled features (mean and
-            spread of all layers) to the latents: self-conditioned denoising. The gradient then asks the pooled vector
-            for what the corrupted crystal lacks. ``none`` leaves the latents alone.
-        condition_share: share of the crystals that are conditioned in training; the others are denoised as before.
+        corruption: how crystals are corrupted; a term without displacement or strain is left out, so both at 0 gives
+            the
+            objective with masked species only.
+        species_weight, displacement_weight, strain_weight: weights of the three terms.
+        condition: ``crystal`` also encodes the clean crystal and adds a linear map of its pooled features (mean and
+            spread of all layers) to the latents: self-conditioned denoising. The pooled vector then learns what the
+            corrupted crystal lacks. ``none`` leaves the latents unchanged.
+        condition_share: fraction of conditioned crystals in training; the others are denoised as before.
     """
 
     measures = MEASURES
@@ -187,7 +190,7 @@ class Denoising(Objective):
         return Reconstruction(terms, measures)
 
     def _unit(self, name: Literal["displacement", "strain"], levels: Tensor, owner: Tensor | None = None) -> Any:
-        """Return what errors are divided by: a number, or one of each crystal [B], or of each of its atoms."""
+        """Return the unit of the errors: a number, or one per crystal [B] or atom."""
         lowest = self.corruption.lowest(name)
         if lowest is None:
             return self.largest[name]
@@ -195,7 +198,7 @@ class Denoising(Objective):
         return unit if owner is None else unit.index_select(0, owner)
 
     def _squared_error(self, name: str, found: Tensor, true: Tensor, unit: Any) -> tuple[Tensor, Measures]:
-        """Return the weighted mean squared error in its units, and the measures of it and of leaving all as it is."""
+        """Return the weighted mean squared error in its units, and the metrics with and without denoising."""
         if isinstance(unit, Tensor):
             unit = unit.view(-1, *[1] * (true.ndim - 1))
         error = (found - true) / unit
@@ -206,7 +209,7 @@ class Denoising(Objective):
         return self.weights[name] * error.square().mean(), measures
 
     def undo_geometry(self, z: Tensor, batch: CrystalBatch) -> tuple[Tensor, Tensor]:
-        """Return the displacement [N, 3] in Å and the strain [B, 3, 3] found in the corrupted crystal."""
+        """Return the displacement [N, 3] in Å and the strain [B, 3, 3] predicted from the corrupted crystal."""
         source, target = batch.edge_index
         length = batch.edge_vec.norm(dim=-1, keepdim=True)
         unit = batch.edge_vec / length
@@ -221,14 +224,15 @@ class Denoising(Objective):
 
 
 class Published(Objective):
-    """Reconstruct masked species, absolute Cartesian coordinates and the lattice matrix, as the released code does.
+    """Reconstruct masked species, absolute Cartesian coordinates and the lattice matrix, as in the released code.
 
-    The last two change under rotation and translation while the latents don't: they can't be known from the input,
-    and their loss has a floor. The lattice target is transposed, as in the released code. L1 for both.
+    The last two change under rotation and translation while the latents don't: they can't be inferred from the input,
+    so
+    their loss has a floor. The lattice target is transposed, as in the released code. L1 for both.
 
     Args:
         latent_dim: d.
-        corruption: the mask.
+        corruption: masking only.
     """
 
     def __init__(self, *, latent_dim: Part[int], corruption: Corruption) -> None:

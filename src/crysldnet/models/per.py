@@ -1,7 +1,7 @@
-"""Targets that are learned per area, per volume or per formula unit, and predicted as they stand in the data.
+"""Targets learned per area, volume or formula unit; predictions keep the unit of the data.
 
-A value of an atom (its unit ends in ``/atom``) times the atoms of the cell, or a value of the cell, is divided by what
-the cell has of the basis. Predictions are turned back in the same way, so nothing is lost.
+A value per atom (unit ending in ``/atom``) times the number of atoms, or a value of the cell, is divided by the area,
+volume or number of formula units of the cell. Predictions are converted back exactly.
 
 Shapes: ``B`` crystals, ``T`` targets.
 """
@@ -24,17 +24,17 @@ Per = Literal["area", "volume", "formula_unit"]
 
 
 def bulk_of(crystals: Crystals) -> NDArray[np.bool_]:
-    """Return [B] which crystals have no vacuum, and so no area."""
+    """Return [B] whether a crystal has no vacuum, and therefore no area."""
     return ~slabs_of(crystals).is_slab
 
 
 def no_area(name: str) -> str:
-    """Return why a crystal can't be used for a value per area."""
+    """Return why a crystal without area is rejected."""
     return f"{name} has no gap of over {VACUUM:g} Å between planes of atoms: no slab, so it has no area (target_per)"
 
 
 def _basis(per: Per, crystals: Crystals) -> NDArray[np.float64]:
-    """Return [B] the area in Å², the volume in Å³, or the number of formula units of each cell."""
+    """Return [B] the area in Å², volume in Å³, or number of formula units of each cell."""
     if per == "volume":
         return np.abs(np.linalg.det(crystals.lattice))
     if per == "formula_unit":
@@ -49,10 +49,10 @@ def _basis(per: Per, crystals: Crystals) -> NDArray[np.float64]:
 def factors_of(
     per: Mapping[str, Per], targets: Sequence[str], units: Sequence[str], crystals: Crystals
 ) -> NDArray[np.float64]:
-    """Return [B, T] what values are multiplied by to be learned, 1 for targets that are learned as they are.
+    """Return [B, T] factors of the values for training, 1 for targets learned directly.
 
     Raises:
-        DataError: a crystal has no area, where that is asked for.
+        DataError: a required area is missing.
     """
     bases = {kind: _basis(kind, crystals) for kind in dict.fromkeys(per[name] for name in targets if name in per)}
     found = np.ones((len(crystals), len(targets)))

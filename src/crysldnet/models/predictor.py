@@ -1,4 +1,4 @@
-"""What every model of properties offers: an encoder, targets of some kinds, and predictions in physical units.
+"""Base of all property models: an encoder, typed targets, and predictions in physical units.
 
 Shapes: ``B`` crystals, ``T`` targets, ``C`` classes.
 """
@@ -27,12 +27,14 @@ class Prediction(NamedTuple):
     """Predictions of B crystals.
 
     Attributes:
-        value: [B, T] in physical units; of a classification the number of the likeliest class, see
+        value: [B, T] in physical units; for classification the index of the most likely class, see
             ``TargetModel.classes``.
-        std: [B, T] standard deviations that the model itself predicts, in physical units, NaN for targets without one;
-            None where no target has one.
-        probability: [B, T, C] of the classes, C being the largest number of classes; 0 beyond a target's own classes,
-            NaN for regressions; None where there is no classification.
+        std: [B, T] standard deviations predicted by the model, in physical units, NaN for targets without one; None if
+            no
+            target has one.
+        probability: [B, T, C] class probabilities for the largest number of classes C; 0 beyond a target's own classes,
+            NaN
+            for regressions; None without classification.
     """
 
     value: Tensor
@@ -41,7 +43,7 @@ class Prediction(NamedTuple):
 
     @classmethod
     def of(cls, estimates: Sequence[Estimate]) -> Prediction:
-        """Put the estimates of T targets side by side."""
+        """Stack the estimates of T targets."""
         value = torch.stack([e.value for e in estimates], dim=1)
         unknown = torch.full_like(value[:, 0], math.nan)
         spread = any(e.std is not None for e in estimates)
@@ -49,21 +51,21 @@ class Prediction(NamedTuple):
         return cls(value, std, stack_probabilities(estimates, value))
 
     def at(self, place: int) -> Estimate:
-        """Return the prediction of the target at a place."""
+        """Return the prediction of the target at an index."""
         return Estimate(*(None if part is None else part[:, place] for part in self))  # type: ignore[arg-type]
 
     @classmethod
     def joined(cls, parts: Sequence[Prediction]) -> Prediction:
-        """Put the predictions of several batches one after another."""
+        """Concatenate the predictions of several batches."""
         columns = zip(*parts, strict=True)
         return cls(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
 
     def to(self, place: torch.device | torch.dtype | str) -> Prediction:
-        """Move it to a device, or change its type."""
+        """Move to a device or change the type."""
         return Prediction(*(None if part is None else part.to(place) for part in self))  # type: ignore[arg-type]
 
     def divided(self, factors: Tensor | None) -> Prediction:
-        """Return it with values and standard deviations divided by factors [B, T]; None for 1."""
+        """Return the prediction with values and standard deviations divided by factors [B, T]; None for 1."""
         if factors is None:
             return self
         own = factors.to(self.value)
@@ -71,15 +73,15 @@ class Prediction(NamedTuple):
 
 
 class TargetModel(nn.Module):
-    """Base of the models that predict properties.
+    """Base of property models.
 
     Attributes:
-        encoder: it says which graph a batch needs, and its features say how unlike the training set a crystal is.
-        targets, units: [T].
-        types: [T] what kind of target each is.
+        encoder: defines the graph, and its features measure the distance from the training set.
+        targets, units: [T] names and units.
+        types: [T] target types.
         std: [T] standard deviations of the training targets.
-        descriptors: numbers of a crystal that are read beside its structure; None for none.
-        per: what targets are learned per, by name; the others are learned as they stand.
+        descriptors: descriptors to read in addition to the structure; None for none.
+        per: area, volume or formula unit by target name; other targets are learned directly.
     """
 
     std: Tensor
@@ -105,19 +107,19 @@ class TargetModel(nn.Module):
 
     @property
     def kinds(self) -> list[Kind]:
-        """Of each target: ``regression``, ``binary`` or ``multiclass``."""
+        """Kind of each target: ``regression``, ``binary`` or ``multiclass``."""
         return [kind.kind for kind in self.types]
 
     @property
     def classes(self) -> list[list[str] | None]:
-        """Names of the classes of each target; None for a regression."""
+        """Class names of each target; None for a regression."""
         return [kind.classes for kind in self.types]
 
     def factors(self, crystals: Crystals) -> NDArray[np.float64] | None:
-        """Return [B, T] what values are multiplied by to be learned; None where all are learned as they stand.
+        """Return [B, T] factors of the values for training; None if all are learned directly.
 
         Raises:
-            DataError: a crystal has no area, where that is asked for.
+            DataError: a required area is missing.
         """
         return factors_of(self.per, self.targets, self.units, crystals) if self.per else None
 
@@ -127,4 +129,4 @@ class TargetModel(nn.Module):
 
     @abstractmethod
     def predict(self, batch: CrystalBatch) -> Prediction:
-        """Return values, and standard deviations and probabilities where the targets have them."""
+        """Return values, and standard deviations and probabilities if available."""

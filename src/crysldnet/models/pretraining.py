@@ -1,4 +1,4 @@
-"""The model that is pretrained: encoder, latent space, objective and, in the second stage, latent diffusion.
+"""The pretraining model: encoder, latent space, objective and, in the second stage, latent diffusion.
 
 Shapes: ``N`` atoms, ``D`` width of the encoder, ``d`` width of the latent.
 """
@@ -37,26 +37,26 @@ register(
 
 
 class PretrainingOutput(NamedTuple):
-    """One step's result."""
+    """Result of one step."""
 
     terms: dict[str, Tensor]
     """Weighted loss terms; the loss is their sum."""
     measures: Measures
     features: Tensor
-    """[N, D] the encoder's output."""
+    """[N, D] encoder output."""
     latent: Latent
 
 
 class PretrainingModel(nn.Module):
-    """A variational autoencoder of crystals, with latent diffusion where ``flow`` is given.
+    """A variational autoencoder of crystals, with latent diffusion if ``flow`` is given.
 
     Stage 1 (no flow): reconstruction + KL. Stage 2 (flow): the same, unless ``flow.reconstruction`` is off, plus the
     diffusion loss; encoder and denoiser are trained together.
 
     Args:
-        encoder: the encoder to be pretrained.
+        encoder: the encoder to pretrain.
         posterior: its latent space.
-        objective: what is reconstructed.
+        objective: the reconstruction objective.
         flow: the latent diffusion model.
     """
 
@@ -88,18 +88,18 @@ class PretrainingModel(nn.Module):
 
     @property
     def needs_clean(self) -> bool:
-        """Whether batches must hold the crystals before they were corrupted, too."""
+        """Whether batches must also hold the clean crystals."""
         return self.condition is not None or (self.flow is not None and self.flow.target == "clean")
 
     def start_teacher(self) -> None:
-        """Set the teacher to the encoder as it is now."""
+        """Set the teacher to the current encoder."""
         if self.teacher is not None:
             self.teacher["encoder"].load_state_dict(self.encoder.state_dict())
             self.teacher["posterior"].load_state_dict(self.posterior.state_dict())
 
     @torch.no_grad()
     def update_teacher(self) -> None:
-        """Move the teacher towards the encoder by one step."""
+        """Update the teacher toward the encoder by one step."""
         if self.teacher is None or self.flow is None or self.flow.ema_decay == 1.0:
             return
         for name, module in (("encoder", self.encoder), ("posterior", self.posterior)):
@@ -111,7 +111,7 @@ class PretrainingModel(nn.Module):
                     slow.copy_(online[key])
 
     def forward(self, batch: CrystalBatch) -> PretrainingOutput:
-        """Return the loss terms and measures of a batch."""
+        """Return the loss terms and metrics of a batch."""
         every_layer = self.flow is not None and self.flow.condition == "crystal"
         layers = features_of_layers(self.encoder, batch) if every_layer else [self.encoder(batch)]
         features = layers[-1]
@@ -131,9 +131,9 @@ class PretrainingModel(nn.Module):
         return PretrainingOutput(terms, measures, features, latent)
 
     def _reconstruct(self, z: Tensor, batch: CrystalBatch) -> Reconstruction:
-        """Reconstruct from latents [N, d], told of the clean crystal where the objective asks for that.
+        """Reconstruct from latents [N, d], conditioned on the clean crystal if the objective requires it.
 
-        In evaluation the measures are those without being told, and those with it under names of their own.
+        In evaluation, the metrics are unconditioned, and conditioned ones have separate names.
         """
         if self.condition is None:
             return self.objective(z, batch)

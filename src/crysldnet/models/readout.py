@@ -1,4 +1,4 @@
-"""From the features of atoms to those of a crystal.
+"""Readouts: from atom features to crystal features.
 
 Shapes: ``B`` crystals, ``N`` atoms, ``D`` features.
 """
@@ -30,9 +30,9 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 class AttentionPooling(nn.Module):
-    """Weighted mean over a crystal's atoms, Σ_i softmax(w·h_i) h_i, with weights that are learned.
+    """Weighted mean over the atoms, Σ_i softmax(w·h_i) h_i, with learned weights.
 
-    It begins as the mean. Like the mean it doesn't change when the cell is repeated.
+    It starts as the mean and, like the mean, doesn't change when the cell is repeated.
 
     Args:
         width: D.
@@ -64,4 +64,4 @@ def mean_and_spread(layers: Sequence[Tensor], crystal: Tensor, n_crystals: int) 
 
 
 SMALLEST_VARIANCE = 1e-6
-"""Keeps the gradient of a standard deviation finite where all atoms of a crystal are alike."""
+"""Keeps the gradient of a standard deviation finite if all atoms of a crystal are alike."""

@@ -1,8 +1,8 @@
-"""Energies of the elements: what a crystal's energy would be if each atom had a fixed one.
+"""Atomic references: a fixed energy per element that explains composition.
 
-E ≈ Σ_i E(Z_i) over the atoms of a crystal, or the mean over its atoms for an energy per atom. The model then learns
-what the composition alone doesn't explain. With few crystals of many elements least squares alone would fit noise, so
-energies are drawn to their mean by ridge regression, as strongly as leaving out one crystal at a time suggests.
+E ≈ Σ_i E(Z_i) over the atoms of a crystal, or the mean for an energy per atom. The model then learns the remainder.
+With few crystals of many elements, plain least squares would fit noise, so energies are shrunk toward their mean by
+ridge regression with a leave-one-out penalty.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from crysldnet.encoders.elements import N_SPECIES
 from crysldnet.graphs.crystals import Crystals
 
 RANK = 1e-10
-"""Singular values below this share of the largest are taken as zero."""
+"""Singular values below this fraction of the largest are treated as zero."""
 PENALTIES = 10.0 ** np.arange(-10, 1.5, 0.5)
-"""Ridge penalties that are tried, over the square of the largest singular value."""
+"""Candidate ridge penalties, relative to the square of the largest singular value."""
 
 
 @dataclass(frozen=True)
 class References:
-    """Fitted energies.
+    """Fitted atomic references.
 
     Attributes:
-        of_element: [119] by atomic number, the mean energy of an atom for elements that no crystal has.
-        of_crystal: [n] what they give for each crystal.
+        of_element: [119] by atomic number; elements absent from the crystals get the mean.
+        of_crystal: [n] their sum or mean for each crystal.
     """
 
     of_element: NDArray[np.float64]
@@ -35,12 +35,12 @@ class References:
 
 
 def fit_references(crystals: Crystals, values: NDArray[np.float64], *, total: bool) -> References:
-    """Fit energies of the elements.
+    """Fit atomic references.
 
     Args:
         crystals: n crystals.
         values: [n] their energies, all known.
-        total: of the whole cell, else per atom.
+        total: energies of the whole cell, else per atom.
     """
     composition = np.zeros((len(crystals), N_SPECIES))
     np.add.at(composition, (crystals.crystal, crystals.numbers.astype(np.int64)), 1.0)
@@ -53,7 +53,7 @@ def fit_references(crystals: Crystals, values: NDArray[np.float64], *, total: bo
 
 
 def _ridge(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return [D] ridge weights for x [n, D], of the penalty with the lowest leave-one-out error."""
+    """Return [D] ridge weights for x [n, D] with the penalty of the lowest leave-one-out error."""
     u, s, vt = np.linalg.svd(x, full_matrices=False)
     kept = s > RANK * s[0]
     u, s, vt = u[:, kept], s[kept], vt[kept]

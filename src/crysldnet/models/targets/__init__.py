@@ -1,4 +1,4 @@
-"""Kinds of properties: numbers and classes, and those that plugins define."""
+"""Target types: numbers and classes, including those defined by plugins."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ __all__ = [
 ]
 
 Named = str | list[float | None]
-"""How a configuration names a kind: by a word, or a bounded number by its two bounds."""
+"""A type in configuration: a name, or two bounds for a bounded number."""
 
 
 def find_type(name: str) -> type[TargetType]:
-    """Return the kind of target of a name.
+    """Return the target type of a name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the name is unknown.
     """
     if name not in TYPES:
         known = sorted({*TYPES, "non_negative"} - {Bounded.name})
@@ -56,10 +56,10 @@ def find_type(name: str) -> type[TargetType]:
 
 
 def make_number(named: Named, spread: Spread | None) -> Number:
-    """Make the kind of number that a configuration names.
+    """Create a number type from configuration.
 
     Raises:
-        ValueError: there is no such kind, it isn't a number, or the bounds aren't two.
+        ValueError: the type is unknown or isn't a number, or there aren't two bounds.
     """
     if named == "non_negative":
         named = [0.0, None]
@@ -74,10 +74,10 @@ def make_number(named: Named, spread: Spread | None) -> Number:
 
 
 def make_target(description: Mapping[str, Any]) -> TargetType:
-    """Make a kind of target from what it says of itself.
+    """Create a target type from its description.
 
     Raises:
-        ValueError: there is no such kind, or its classes have no names of their own.
+        ValueError: the type is unknown, or its class names aren't unique.
     """
     values = dict(description)
     kind = values.pop("type")

@@ -1,8 +1,8 @@
-"""What every kind of property defines: how outputs become predictions, what they are trained on, how errors count.
+"""Interface of target types: how outputs become predictions, what they are trained on, and how errors are measured.
 
-Shapes: ``n`` values, ``B`` crystals, ``M`` models, ``O`` outputs of one target, ``C`` outputs for models on tables.
+Shapes: ``n`` values, ``B`` crystals, ``M`` models, ``O`` outputs of one target, ``C`` outputs for tabular models.
 
-``center`` and ``scale`` are mean and standard deviation of the training targets as ``on_line`` gives them.
+``center`` and ``scale`` are mean and standard deviation of the training targets on the scale of ``on_line``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Kind = Literal["regression", "binary", "multiclass"]
 Floats = NDArray[np.float64]
 
 TYPES: dict[str, type[TargetType]] = {}
-"""Every kind of target by its name, those of plugins too."""
+"""All target types by name, including those of plugins."""
 
 
 class Estimate(NamedTuple):
@@ -34,20 +34,20 @@ class Estimate(NamedTuple):
 
 
 class TargetType(ABC):
-    """A kind of target. A class with a ``name`` can be chosen in ``target_types``; a plugin may define one."""
+    """A target type. A class with a ``name`` can be selected in ``target_types``; plugins can define more."""
 
     name: ClassVar[str]
     kind: Kind = "regression"
     measure: ClassVar[str] = "mae"
-    """The error that models are compared by."""
+    """The error used to compare models."""
     grows: ClassVar[bool] = False
-    """Whether it can be a sum over atoms."""
+    """Whether it can be extensive, a sum over atoms."""
     additive: ClassVar[bool] = True
-    """Whether contributions of atoms and descriptors can add up to it."""
+    """Whether contributions of atoms and descriptors can sum to it."""
     relative: ClassVar[bool] = False
-    """Whether errors and intervals are those of the logarithm."""
+    """Whether errors and intervals refer to the logarithm."""
     spread: Spread | None = None
-    """The distribution whose scale is predicted too; None for none."""
+    """Distribution with a predicted scale; None for none."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -56,54 +56,54 @@ class TargetType(ABC):
 
     @property
     def classes(self) -> list[str] | None:
-        """Names of the classes; None for a number."""
+        """Class names; None for a number."""
         return None
 
     @property
     @abstractmethod
     def outputs(self) -> int:
-        """O."""
+        """Number of outputs O."""
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The least and the largest value there can be."""
+        """Minimum and maximum possible value."""
         return -math.inf, math.inf
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Return what :func:`crysldnet.models.targets.make_target` makes this from."""
+        """Return the description for :func:`crysldnet.models.targets.make_target`."""
 
     @abstractmethod
     def wrong(self, values: Floats) -> tuple[NDArray[np.bool_], str]:
-        """Return which values this can't be trained on, and what is asked of them."""
+        """Return which values are invalid for training, and the requirement."""
 
     @abstractmethod
     def on_line(self, values: Floats) -> Floats:
-        """Return what center and scale are taken of, NaN where a value doesn't count."""
+        """Return the values from which center and scale are computed, NaN to ignore a value."""
 
     @abstractmethod
     def coordinate(self, values: Tensor) -> Tensor:
-        """Return where values lie on the line on which errors are compared with the scale."""
+        """Return the values on the scale on which errors are measured."""
 
     @abstractmethod
     def loss(self, output: Tensor, true: Tensor, center: Tensor, scale: Tensor, kind: Loss) -> Tensor:
-        """Return the loss [B], in normalised units, of outputs [B, O] where the true values [B] are known."""
+        """Return the loss [B] in normalized units for outputs [B, O] and known true values [B]."""
 
     @abstractmethod
     def estimate(self, output: Tensor, center: Tensor, scale: Tensor) -> Estimate:
-        """Return the prediction that outputs [B, O] stand for."""
+        """Return the prediction for outputs [B, O]."""
 
     def entropy(self, values: Floats) -> float:
-        """Return what the log loss of classes is compared with; 1 for numbers."""
+        """Return the baseline of the log loss for classes; 1 for numbers."""
         return 1.0
 
     @abstractmethod
     def combine(self, values: Tensor) -> Tensor:
-        """Return the joint prediction [B] of the values [M, B] that models predict."""
+        """Return the joint prediction [B] of values [M, B] from several models."""
 
     @abstractmethod
     def constant(self, values: Floats) -> float:
-        """Return the best constant prediction after known values [n]."""
+        """Return the best constant prediction for known values [n]."""
 
     @abstractmethod
     def errors(self, predicted: Floats, true: Floats) -> Floats:
@@ -111,19 +111,19 @@ class TargetType(ABC):
 
     @abstractmethod
     def table_outputs(self, values: NDArray[np.floating]) -> Floats:
-        """Return what models on tables are fitted to, [n, C], for true values [n]."""
+        """Return the training targets [n, C] of tabular models for true values [n]."""
 
     @abstractmethod
     def as_table_outputs(self, found: Estimate) -> Floats:
-        """Return what stands for a prediction [B] among the outputs [B, C] of models on tables."""
+        """Return the equivalent of a prediction [B] among the outputs [B, C] of tabular models."""
 
     @abstractmethod
     def from_table(self, outputs: Floats, spread: Floats) -> Estimate:
-        """Return the prediction that outputs [B, C] of models on tables stand for, ``spread`` [B, C] its deviation."""
+        """Return the prediction for outputs [B, C] of tabular models with standard deviation ``spread`` [B, C]."""
 
 
 def stack_probabilities(estimates: Sequence[Estimate], like: Tensor) -> Tensor | None:
-    """Return probabilities [B, T, C] for the largest C; 0 beyond a target's classes, NaN where it has none."""
+    """Return probabilities [B, T, C] for the largest C; 0 beyond a target's classes, NaN without classes."""
     widths = [0 if e.probability is None else e.probability.shape[1] for e in estimates]
     if not any(widths):
         return None

@@ -1,9 +1,9 @@
-"""Properties that are numbers: plain, bounded, on a logarithmic scale, or zero for many crystals.
+"""Numeric targets: plain, bounded, logarithmic, or with many zeros.
 
 Shapes as in :mod:`crysldnet.models.targets.base`.
 
-A number may have one output more, the logarithm of the scale of its own error (``spread``); the loss is then the
-negative log-likelihood of a Laplace or normal distribution (Nix and Weigend 1994; Kendall and Gal, arXiv 1703.04977).
+A number may have one additional output, the logarithm of its error scale (``spread``); the loss is then the negative
+log-likelihood of a Laplace or normal distribution (Nix and Weigend 1994; Kendall and Gal, arXiv 1703.04977).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from crysldnet.models.targets.base import Estimate, Floats, Loss, Spread, Target
 
 ERRORS: dict[str, Callable[..., Tensor]] = {"l1": l1_loss, "mse": mse_loss, "huber": huber_loss}
 LARGEST_EXPONENT = 80.0
-"""Logarithms are cut there, so that a wild prediction stays finite in single precision."""
+"""Logarithms are clipped here so that extreme predictions stay finite in single precision."""
 LOG_SCALES = (-6.0, 4.0)
 """Bounds of a predicted log scale, in units of the target's standard deviation."""
 
@@ -33,7 +33,7 @@ class Number(TargetType):
     """Any number, trained as (value − center) / scale.
 
     Attributes:
-        spread: the distribution whose scale is predicted too; None for none.
+        spread: distribution with a predicted scale; None for none.
     """
 
     name: ClassVar[str] = "regression"
@@ -42,27 +42,27 @@ class Number(TargetType):
 
     @property
     def outputs(self) -> int:
-        """O."""
+        """Number of outputs O."""
         return 1 + (self.spread is not None)
 
     def describe(self) -> dict[str, Any]:
-        """Return what :func:`make_target` makes this from."""
+        """Return the description for :func:`make_target`."""
         return {"type": self.name, **asdict(self)}
 
     def wrong(self, values: Floats) -> tuple[NDArray[np.bool_], str]:
-        """Return which values this can't be trained on, and what is asked of them."""
+        """Return which values are invalid for training, and the requirement."""
         low, high = self.bounds
         said = f"{low:g} or more" if high == math.inf else f"{high:g} or less" if low == -math.inf else ""
-        single = values.astype(np.float32)  # columns in single precision hold the bound's neighbour
+        single = values.astype(np.float32)  # single precision columns hold the bound's neighbor
         wrong = (single < np.float32(low)) | (single > np.float32(high))
         return wrong, said or f"from {low:g} to {high:g}"
 
     def on_line(self, values: Floats) -> Floats:
-        """Return the values, transformed as :meth:`coordinate` does it."""
+        """Return the values transformed by :meth:`coordinate`."""
         return self.coordinate(torch.from_numpy(values)).numpy()
 
     def coordinate(self, values: Tensor) -> Tensor:
-        """Return the values; a kind with another line overrides this, :meth:`from_line` and :meth:`slope`."""
+        """Return the values; a type on another scale overrides this, :meth:`from_line` and :meth:`slope`."""
         return values
 
     def from_line(self, line: Tensor) -> Tensor:
@@ -70,11 +70,11 @@ class Number(TargetType):
         return line
 
     def slope(self, values: Tensor) -> Tensor | float:
-        """Return how fast values change along the line, for standard deviations."""
+        """Return the derivative of values with respect to the coordinate, for standard deviations."""
         return 1.0
 
     def loss(self, output: Tensor, true: Tensor, center: Tensor, scale: Tensor, kind: Loss) -> Tensor:
-        """Return the loss [B], in normalised units, of outputs [B, O] where the true values [B] are known."""
+        """Return the loss [B] in normalized units for outputs [B, O] and known true values [B]."""
         return self._error(output, (self.coordinate(true) - center) / scale, kind)
 
     def _error(self, output: Tensor, wanted: Tensor, kind: Loss) -> Tensor:
@@ -90,7 +90,7 @@ class Number(TargetType):
         return -0.5 * (residual * (-log_scale).exp()).square() - log_scale - 0.5 * math.log(2.0 * math.pi)
 
     def estimate(self, output: Tensor, center: Tensor, scale: Tensor) -> Estimate:
-        """Return the prediction that outputs [B, O] stand for."""
+        """Return the prediction for outputs [B, O]."""
         value, std = self.from_line(output[:, 0] * scale + center), self._std(output, scale)
         return Estimate(value, None if std is None else std * self.slope(value))
 
@@ -113,25 +113,25 @@ class Number(TargetType):
         return np.abs(predicted - true)
 
     def table_outputs(self, values: NDArray[np.floating]) -> Floats:
-        """Return the values on the line."""
+        """Return the values on the trained scale."""
         return self.coordinate(torch.from_numpy(np.asarray(values, np.float64))).numpy()[:, None]
 
     def as_table_outputs(self, found: Estimate) -> Floats:
-        """Return the predicted values on the line."""
+        """Return the predicted values on the trained scale."""
         return self.coordinate(found.value.double().cpu()).numpy()[:, None]
 
     def from_table(self, outputs: Floats, spread: Floats) -> Estimate:
-        """Return the values, cut at the bounds."""
+        """Return the values, clipped at the bounds."""
         value = self.from_line(torch.from_numpy(outputs[:, 0])).clamp(*self.bounds)
         return Estimate(value, torch.from_numpy(spread[:, 0]) * self.slope(value))
 
 
 @dataclass(frozen=True)
 class Bounded(Number):
-    """A number that is never below a bound, or over one.
+    """A number with a lower or upper bound.
 
-    Predictions beyond a bound are cut. Where the true value lies on it a prediction beyond it costs nothing, so that
-    one model can learn values that are exactly there, such as zeros.
+    Predictions are clipped at the bounds. If the true value equals a bound, predictions beyond it add no loss, so that
+    exact values such as zeros can be learned.
 
     Attributes:
         low, high: the bounds; None for none.
@@ -149,11 +149,11 @@ class Bounded(Number):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The least and the largest value there can be."""
+        """Minimum and maximum possible value."""
         return -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
 
     def describe(self) -> dict[str, Any]:
-        """Return what :func:`make_target` makes this from."""
+        """Return the description for :func:`make_target`."""
         if (self.low, self.high) == (0.0, None):
             return {"type": "non_negative", "spread": self.spread}
         return super().describe()
@@ -165,15 +165,15 @@ class Bounded(Number):
         return self._error(output, torch.where(beyond, found, wanted), kind)
 
     def estimate(self, output: Tensor, center: Tensor, scale: Tensor) -> Estimate:
-        """Return the number, cut at the bounds."""
+        """Return the number, clipped at the bounds."""
         value, std, _ = super().estimate(output, center, scale)
         return Estimate(value.clamp(*self.bounds), std)
 
 
 class Log(Number):
-    """A number over 0, trained on its natural logarithm, so that relative errors count.
+    """A positive number, trained on its natural logarithm, so that relative errors count.
 
-    The prediction is exp of the predicted logarithm: the median. Its standard deviation is to first order.
+    The prediction is exp of the predicted logarithm: the median. Its standard deviation is first-order.
     """
 
     name = "log"
@@ -203,11 +203,12 @@ class Log(Number):
 
 
 class Hurdle(Number):
-    """A number that is exactly 0 for many and over 0 for the others, such as a band gap.
+    """A number that is exactly 0 for many crystals and positive for others, such as a band gap.
 
-    The first output is the logit of p, the probability of a value over 0, the others are a number trained on the
-    values over 0 alone. The prediction is gated: 0 where p < ½, else the number. The absolute error is smallest at the
-    median, and that is 0 where p < ½; p times the number would give metals a gap.
+    The first output is the logit of p, the probability of a positive value; the others are a number trained on positive
+    values only. The prediction is gated: 0 if p < ½, else the number. The median minimizes the absolute error, and it
+    is 0
+    if p < ½; p times the number would give metals a gap.
     """
 
     name = "hurdle"
@@ -216,7 +217,7 @@ class Hurdle(Number):
 
     @property
     def outputs(self) -> int:
-        """O."""
+        """Number of outputs O."""
         return 1 + super().outputs
 
     @property
@@ -225,11 +226,11 @@ class Hurdle(Number):
         return 0.0, math.inf
 
     def on_line(self, values: Floats) -> Floats:
-        """Return the values over 0, if there are any."""
+        """Return the positive values, if any."""
         return np.where(values > 0, values, np.nan) if (values > 0).any() else values
 
     def loss(self, output: Tensor, true: Tensor, center: Tensor, scale: Tensor, kind: Loss) -> Tensor:
-        """Return cross-entropy of the first part [B], and the error of the second where the true value is over 0."""
+        """Return the cross-entropy of the first part [B], plus the error of the second for positive values."""
         over = true > 0
         first = binary_cross_entropy_with_logits(output[:, 0], over.to(output.dtype), reduction="none")
         second = self._error(output[:, 1:], (true - center) / scale, kind)
@@ -246,6 +247,6 @@ class Hurdle(Number):
         return Estimate(gated, (p * (std.square() + value.square()) - (p * value).square()).clamp_min(0.0).sqrt())
 
     def combine(self, values: Tensor) -> Tensor:
-        """Return 0 where most models say 0, else the mean of those that don't."""
+        """Return 0 if most models predict 0, else the mean of the others."""
         over = (values != 0).sum(0)
         return torch.where(2 * over >= len(values), values.sum(0) / over.clamp_min(1), 0.0)
