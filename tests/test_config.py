@@ -1,6 +1,7 @@
 """Configuration: every file composes, every key is known, errors name key, file and mend."""
 
 import itertools
+import subprocess
 import sys
 import time
 from importlib.util import find_spec
@@ -406,3 +407,18 @@ def test_what_needs_no_resolver_is_composed_as_omegaconf_does(command, more, mon
     slowly = compose(command, [*words, *more])
     assert quickly == slowly
     assert repr(quickly.values) == repr(slowly.values)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["finetune", "--help"], ["matbench", "-h"], ["finetune", "lr=1e-3"], ["predict", "fils=a.cif"]]
+)
+def test_help_and_unknown_keys_come_without_importing_torch(arguments: list[str]) -> None:
+    program = (
+        "import sys; from crysldnet.cli import run; from crysldnet.errors import ConfigError\n"
+        "try:\n    run(sys.argv[1:])\nexcept ConfigError as error:\n    print(error)\n"
+        "print({'torch', 'numba', 'pyarrow'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "set()"
+    assert len(lines) > 20 if arguments[1] in ("--help", "-h") else "unknown key; did you mean" in lines[0]

@@ -109,7 +109,8 @@ def _join(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
 
 
-def _suggest(key: str, known: list[str], *, listed: bool = True) -> str:
+def suggest(key: str, known: list[str], *, listed: bool = True) -> str:
+    """Return the known key that is most like an unknown one, or all."""
     close = get_close_matches(key, known, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}?"
@@ -128,7 +129,7 @@ def target_of(node: Mapping[str, Any], where: str) -> str:
     if name not in ALLOWED and not _is_of_plugin(name):
         raise ConfigError(
             f"{_join(where, TARGET)}: {name!r} is not on the list of what configuration may build; "
-            f"{_suggest(name, sorted(ALLOWED), listed=False)}; a class of your own needs plugins=[its module]",
+            f"{suggest(name, sorted(ALLOWED), listed=False)}; a class of your own needs plugins=[its module]",
             where,
         )
     return name
@@ -151,7 +152,7 @@ def _check_signature(described: tuple, node: Mapping[str, Any], where: str) -> N
             continue
         path = _join(where, key)
         if key not in plain:
-            raise ConfigError(f"{path}: unknown key; {_suggest(key, plain)}", path)
+            raise ConfigError(f"{path}: unknown key; {suggest(key, plain)}", path)
         _check_value(value, hints[key], path)
     for name in plain:
         if name not in node and parameters[name].default is inspect.Parameter.empty:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import io
 import json
 import logging
@@ -80,16 +82,25 @@ def usage() -> str:
 
 def _run_command(name: str, arguments: Sequence[str]) -> int:
     from crysldnet import plugins
-    from crysldnet.config import compose, help_text, pin_files, refuse_changed, refuse_unused, to_yaml, validate
+    from crysldnet.config import (
+        compose,
+        help_text,
+        pin_files,
+        refuse_changed,
+        refuse_unknown,
+        refuse_unused,
+        to_yaml,
+        validate,
+    )
 
     module_name, schema_name, _ = COMMANDS[name]
     if "--help" in arguments or "-h" in arguments:
-        module = importlib.import_module(module_name)
-        print(help_text(name, (module.__doc__ or "").strip()))
+        print(help_text(name, _docstring(module_name)))
         return 0
     show = "--print-config" in arguments
     arguments, own = with_own_data(name, [a for a in arguments if a != "--print-config"])
     composition = compose(name, arguments)
+    refuse_unknown(name, composition)
     if composition.groups and composition.values.get("resume") == "last":
         from crysldnet.training.run_folder import find_run, is_complete
 
@@ -118,11 +129,17 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
     return status
 
 
+def _docstring(module: str) -> str:
+    """Return the docstring of a module without importing it, which takes seconds."""
+    origin = importlib.util.find_spec(module).origin  # type: ignore[union-attr]
+    return (ast.get_docstring(ast.parse(Path(origin).read_text(encoding="utf-8"))) or "").strip()  # type: ignore[arg-type]
+
+
 def with_own_data(command: str, arguments: Sequence[str]) -> tuple[list[str], bool]:
     """Return the arguments of a training with a store in place of a user's files, and whether they named any."""
     from crysldnet.config.words import TRAINS
 
-    if command not in TRAINS:
+    if command not in TRAINS or not any("=" not in word or word.startswith("data") for word in arguments):
         return list(arguments), False
     return importlib.import_module("crysldnet.tools.importer.own_data").with_own_data(command, arguments)
 

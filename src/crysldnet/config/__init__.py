@@ -2,7 +2,7 @@
 
 from crysldnet.build import to_yaml
 from crysldnet.config.arguments import argument, arguments_for, split_words
-from crysldnet.config.compose import PRESETS, Composition, compose, refuse_unused, validate
+from crysldnet.config.compose import PRESETS, Composition, compose, refuse_unknown, refuse_unused, validate
 from crysldnet.config.files import choices, load_yaml, read_saved
 from crysldnet.config.help import help_text
 from crysldnet.config.resume import pin_files, refuse_changed
@@ -21,6 +21,7 @@ __all__ = [
     "pin_files",
     "read_saved",
     "refuse_changed",
+    "refuse_unknown",
     "refuse_unused",
     "split_words",
     "to_yaml",

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from crysldnet.build import TARGET, build_dataclass, check
+from crysldnet.build import TARGET, build_dataclass, check, suggest
 from crysldnet.config.files import (
     CHOICES,
     choices,
@@ -219,6 +219,22 @@ def _merge_saved(
     return merged, {**recorded, **named}, origin
 
 
+def refuse_unknown(command: str, composition: Composition) -> None:
+    """Refuse keys of the command line that the command doesn't have, before its modules are imported.
+
+    Raises:
+        ConfigError: with the key and a suggestion.
+    """
+    known = [key for key in read_yaml(root_of(command)) if key != CHOICES]
+    known += composition.groups
+    for key in composition.given:
+        if key.split(".")[0] not in known:
+            raise ConfigError(
+                f"{_unknown(key, composition) or f'{key}: unknown key; {suggest(key, known)}'} (set {COMMAND_LINE})",
+                key,
+            )
+
+
 def validate(composition: Composition, schema: type) -> Any:
     """Check every key and type; return the command's settings as an instance of its dataclass.
 
@@ -236,9 +252,9 @@ def validate(composition: Composition, schema: type) -> Any:
     except ConfigError as error:
         where = composition.where(error.key)
         text = str(error)
-        if "unknown key" in text and (elsewhere := _same_leaf(error.key, composition.origin)):
-            text = f"{error.key}: unknown key; did you mean {' or '.join(elsewhere)}?"
-        elif "unknown key" not in text and missing:
+        if "unknown key" in text:
+            text = _unknown(error.key, composition) or text
+        elif missing:
             raise _needed(missing[0], composition) from None
         raise ConfigError(f"{text}{f' (set {where})' if where else ''}", error.key) from None
     if missing:
@@ -273,12 +289,13 @@ OTHER_WORDS = {
 """Words that users of other programs know, and the last part of the key that is meant."""
 
 
-def _same_leaf(key: str, origin: Mapping[str, str]) -> list[str]:
-    """Return the keys elsewhere in a configuration that end like an unknown one, the least nested first."""
+def _unknown(key: str, composition: Composition) -> str:
+    """Return a message that names keys elsewhere that end like an unknown one; empty where there are none."""
     leaf = key.rpartition(".")[2]
     leaves = {leaf, OTHER_WORDS.get(leaf, leaf)}
-    found = [k for k, source in origin.items() if source != COMMAND_LINE and k != key and k.split(".")[-1] in leaves]
-    return sorted(found, key=lambda k: (k.count("."), k))[:3]
+    others = (k for k, source in composition.origin.items() if source != COMMAND_LINE and k != key)
+    found = sorted((k for k in others if k.split(".")[-1] in leaves), key=lambda k: (k.count("."), k))[:3]
+    return f"{key}: unknown key; did you mean {' or '.join(found)}?" if found else ""
 
 
 def refuse_unused(composition: Composition) -> None:
