@@ -30,11 +30,11 @@ _PLACES = {
     "load": "inference",
     "load_encoder": "inference",
 }
-"""Name to the module that has it. It is imported on first use, so that ``import crysldnet`` stays light."""
+"""Module of each public name, imported on first use so that ``import crysldnet`` stays fast."""
 
 
 class CommandModule(ModuleType):
-    """A module of a command that can be called: ``crysldnet.finetune(epochs=5)``."""
+    """A callable command module: ``crysldnet.finetune(epochs=5)``."""
 
     def __call__(self, **settings: Any) -> Run:
         """Run the command; see :func:`crysldnet.api.runs.finetune`."""

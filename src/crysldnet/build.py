@@ -1,8 +1,8 @@
-"""Build objects from plain configuration: allow-listed classes only, every key known and of its type.
+"""Build objects from plain configuration: allow-listed classes only, with validated keys and types.
 
-A node is a mapping with ``_target_``, the name of a class or function on the list below. Its other keys are that
-signature's keyword arguments, so the signature is the schema. Arguments that aren't plain values (modules, data sets),
-or that are annotated as ``Part``, come from code; configuration can't set them.
+A node is a mapping with ``_target_``, the name of a class or function on the list below. Its other keys are keyword
+arguments of its signature, which is the schema. Arguments that aren't plain values (modules, data sets), or that are
+annotated as ``Part``, are set by code; configuration can't set them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TARGET = "_target_"
 
 T = TypeVar("T")
 Part = Annotated[T, "passed by code, not by configuration"]
-"""Marks an argument of a plain type that follows from other settings, such as the width of an encoder."""
+"""Marks a plain argument that follows from other settings, such as the width of an encoder."""
 
 ALLOWED = {
     "crysldnet.data.datamodule.CrystalDataModule",
@@ -56,13 +56,13 @@ ALLOWED = {
     "crysldnet.training.loggers.csv",
     "crysldnet.training.loggers.wandb",
 }
-"""Everything of this package that configuration may instantiate."""
+"""All classes and functions of this package that configuration may instantiate."""
 PLUGINS: set[str] = set()
-"""Modules of users whose own classes and functions it may instantiate too; see :mod:`crysldnet.plugins`."""
+"""User modules whose own classes and functions may also be instantiated; see :mod:`crysldnet.plugins`."""
 
 
 def _is_of_plugin(name: str) -> bool:
-    """Return whether a name is that of a class or function which a plugin defines itself."""
+    """Return whether a name is a class or function defined in a plugin."""
     module, _, attribute = name.rpartition(".")
     if not any(f"{module}.".startswith(f"{plugin}.") for plugin in PLUGINS):
         return False
@@ -87,7 +87,7 @@ def _describe(function: Callable[..., Any]) -> tuple[Callable[..., Any], dict[st
 
 
 def is_plain(annotation: Any) -> bool:
-    """Return whether configuration can hold a value of this type."""
+    """Return whether configuration can contain a value of this type."""
     if annotation in (bool, int, float, str, type(None), Any):
         return True
     origin = get_origin(annotation)
@@ -121,7 +121,7 @@ def target_of(node: Mapping[str, Any], where: str) -> str:
     """Return a node's target.
 
     Raises:
-        ConfigError: it has none, or one that isn't on the list.
+        ConfigError: it is missing or isn't allowed.
     """
     name = node.get(TARGET)
     if not isinstance(name, str):
@@ -179,9 +179,9 @@ def build(node: Mapping[str, Any], where: str = "", *, kind: type | None = None,
 
     Args:
         node: a mapping with ``_target_`` and plain values.
-        where: the node's path in the configuration, for messages.
-        kind: the class that the target must be of; None for any.
-        parts: what the configuration can't hold.
+        where: path of the node in the configuration, for messages.
+        kind: required class of the target; None for any.
+        parts: arguments that configuration can't contain.
     """
     if kind is not None:
         target = _signature(target_of(node, where))[0]
@@ -199,19 +199,19 @@ def _call(function: Callable[..., Any], hints: dict[str, Any], values: dict, whe
             values[key] = _call(nested, _describe(nested)[2], dict(value), _join(where, key), {})
     try:
         return function(**values, **parts)
-    except (ValueError, RuntimeError) as error:  # torch raises the latter for sizes that no tensor has
+    except (ValueError, RuntimeError) as error:  # torch raises the latter for invalid sizes
         raise ConfigError(f"{where}: {error}" if where else str(error), where) from error
 
 
 def build_dataclass(kind: type, values: Mapping[str, Any], where: str) -> Any:
-    """Check plain values against a dataclass and make one."""
+    """Validate plain values against a dataclass and create an instance."""
     described = _describe(kind)
     _check_signature(described, values, where)
     return _call(kind, described[2], dict(values), where, {})
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes texts that YAML would change, such as those with other line breaks, in quotes and with escapes."""
+    """Quotes and escapes text that YAML would change, such as unusual line breaks."""
 
 
 _Dumper.add_representer(
@@ -221,21 +221,21 @@ _Dumper.add_representer(
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
-    """Return plain values as YAML, which is read as these very values."""
+    """Return plain values as YAML that reproduces them exactly."""
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 NO_YAML = (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError)
-"""What PyYAML raises for texts that aren't what they say, such as dates with a thirteenth month."""
+"""Errors that PyYAML raises for invalid content, such as dates with a thirteenth month."""
 MOST_NODES = 100_000
 """values of a YAML file, each counted as often as an alias repeats it"""
 
 
 def from_yaml(text: str) -> Any:
-    """Read plain values from YAML, in which a few aliases can't stand for more than fits into memory.
+    """Read plain values from YAML, with a limit on the memory that aliases can expand to.
 
     Raises:
-        yaml.YAMLError: it isn't YAML, or is too large.
+        yaml.YAMLError: it is invalid or too large.
     """
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
     try:
@@ -252,7 +252,7 @@ def from_yaml(text: str) -> Any:
 
 
 def _nodes(node: yaml.Node, counted: dict[int, float]) -> float:
-    """Count the nodes of a document, those of an alias each time; endless for one within itself."""
+    """Count the nodes of a document, with aliases expanded; infinite for recursive ones."""
     if id(node) not in counted:
         counted[id(node)] = float("inf")
         inner = [] if isinstance(node, yaml.ScalarNode) else node.value

@@ -40,22 +40,22 @@ COMMANDS = {
     "sweep": ("crysldnet.tools.sweep", "SweepCommandConfig", "run a W&B sweep configuration on this machine"),
     "report": ("crysldnet.tools.report", "ReportConfig", "write a page about finished runs, and compare them"),
 }
-"""Command to the module that runs it, its configuration and a line of help."""
+"""Commands with module, configuration class and help line."""
 
 FLAGGED = {
     "data": ("crysldnet.tools.importer.command", "import, describe, compare and download crystals"),
     "weights": ("crysldnet.tools.hub", "list, fetch and share pretrained encoders"),
 }
-"""Commands that take flags, to the module whose ``main`` runs them and a line of help."""
+"""Commands with flags: module whose ``main`` runs them, and help line."""
 
 PARTS = {
     ("matbench", "validate"): "crysldnet.tools.matbench.validation",
     ("matbench", "fold"): "crysldnet.tools.matbench.parallel",
 }
-"""Commands of two words to the module whose ``main`` runs them."""
+"""Two-word commands and the module whose ``main`` runs them."""
 
 RESUMABLE = ("pretrain", "finetune", "matbench", "sweep")
-"""Commands that end as unfinished where a signal stops them."""
+"""Commands that exit as unfinished when stopped by a signal."""
 
 USAGE_ERROR = 2
 
@@ -136,7 +136,7 @@ def _docstring(module: str) -> str:
 
 
 def with_own_data(command: str, arguments: Sequence[str]) -> tuple[list[str], bool]:
-    """Return the arguments of a training with a store in place of a user's files, and whether they named any."""
+    """Return the arguments of a training run with a store in place of the user's files, and whether there were any."""
     from crysldnet.config.words import TRAINS
 
     if command not in TRAINS or not any("=" not in word or word.startswith("data") for word in arguments):
@@ -145,7 +145,7 @@ def with_own_data(command: str, arguments: Sequence[str]) -> tuple[list[str], bo
 
 
 def _write_page(values: dict[str, Any]) -> None:
-    """Write a page about the run that has just ended into its folder."""
+    """Write a report about a finished run to its folder."""
     folder = Path(values["runs"]) / "finetune" / os.environ[signals.RUN_NAME].partition(":")[2]
     run(["report", str(folder), f"out={folder / 'report.html'}"])
 
@@ -154,7 +154,7 @@ def _has_more_to_do(run: Path, composition: Composition, changed: set[str]) -> b
     """Return whether a complete run of Matbench lacks requested folds, or whether submission metadata changed.
 
     Raises:
-        ConfigError: then it would lose folds that it has.
+        ConfigError: existing folds would be lost.
     """
     from crysldnet.tools.matbench.settings import FOLDS
 
@@ -170,7 +170,7 @@ def _has_more_to_do(run: Path, composition: Composition, changed: set[str]) -> b
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command line and return its exit status; errors of the input are raised."""
+    """Run a command line and return its exit status; user errors are raised."""
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         print(usage())
         return 0
@@ -196,39 +196,39 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _quieten_libraries() -> None:
-    """Keep Lightning's notices that a user can do nothing about off the screen; its warnings stay."""
+    """Hide Lightning notices that users can't act on; its warnings stay."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric.strategies.launchers").setLevel(logging.INFO)  # names a rank that ended
+    logging.getLogger("lightning.fabric.strategies.launchers").setLevel(logging.INFO)  # names a rank that exited
     for message in (
         ".*LeafSpec.*",
         ".*does not have many workers.*",
         ".*exists and is not empty.*",
         ".*smaller than the logging interval.*",
         ".*Total length of `list` across ranks is zero.*",
-        ".*dataloader is not resumable.*",  # the sampler begins where the run stopped
-        r".*module\(s\) in eval mode.*",  # a frozen encoder, or one that isn't trained yet
-        ".*sync_dist.*",  # metrics are summed over ranks by torchmetrics already
+        ".*dataloader is not resumable.*",  # the sampler resumes where the run stopped
+        r".*module\(s\) in eval mode.*",  # a frozen or not yet trained encoder
+        ".*sync_dist.*",  # torchmetrics already sums metrics over ranks
     ):
         warnings.filterwarnings("ignore", message)
 
 
 def _leave_pandas_out() -> None:
-    """Keep pyarrow from importing pandas, which takes longer than predicting some files; others still can."""
+    """Keep pyarrow from importing pandas, which takes longer than predicting some files; other imports still work."""
     import pyarrow
 
     if "pandas" not in sys.modules:
         with warnings.catch_warnings(action="ignore"):
             sys.modules["pandas"] = SimpleNamespace(__version__="0")  # type: ignore[assignment]
-            pyarrow.array([])  # looks for pandas this once, and does without one that is too old
+            pyarrow.array([])  # looks for pandas only once, and ignores a version that is too old
             del sys.modules["pandas"]
 
 
 def main() -> None:
-    """Run ``sys.argv``; print errors of the input without a traceback, and exit with a status that tells the truth."""
+    """Run ``sys.argv``; print user errors without a traceback, and exit with the right status."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files needn't be UTF-8, nor the terminal
+            stream.reconfigure(errors="backslashreplace")  # file names may not be UTF-8, nor the terminal
     try:
         if len(sys.argv) > 1 and sys.argv[1] in RESUMABLE and sys.argv[2:3] != ["validate"]:
             signals.install_handlers()
@@ -242,7 +242,7 @@ def main() -> None:
         signals.ignore()
         signals.end_children()
         if signals.started_by_the_first():
-            status = 0  # the first process tells what became of all; Lightning kills it where another one fails
+            status = 0  # the first process reports the result of all; Lightning kills it if another fails
         else:
             print(indented(f"unfinished: {error}"), file=sys.stderr)
             status = UNFINISHED
@@ -251,7 +251,7 @@ def main() -> None:
         status = USAGE_ERROR
     except KeyboardInterrupt:
         status = 130
-    except BrokenPipeError:  # the reader of our output went away, as in `crysldnet … | head`
+    except BrokenPipeError:  # the reader of our output exited, as in `crysldnet … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except (MemoryError, RuntimeError) as error:

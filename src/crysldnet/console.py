@@ -1,4 +1,4 @@
-"""What a run prints, and how texts that come from files are shown in terminals, drawings and spreadsheets."""
+"""Output of a run, and escaping of text from files for terminals, figures and spreadsheets."""
 
 from __future__ import annotations
 
@@ -20,40 +20,41 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u20
 _silent: ContextVar[tuple[str, ...]] = ContextVar("silent", default=())
 
 SHOWN = 20
-"""Of hundreds of targets or rows, how many are shown in tables, plots and pages."""
+"""Maximum number of targets or rows in tables, plots and pages."""
 
 
 def listed(names: Collection[str], most: int = SHOWN) -> str:
-    """Return names with commas between them; of many, the first and how many more there are."""
+    """Return names separated by commas; of many, the first and the number of others."""
     more = len(names) - most
     return ", ".join(islice(names, most)) + (f" and {more:,} more" if more > 0 else "")
 
 
 def escaped(text: str) -> str:
-    """Return a text with its control characters as escapes, so that a name in a file can't steer a terminal."""
+    """Return text with control characters escaped, so that a file name can't control a terminal."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def indented(text: str) -> str:
-    """Return a message for a terminal; its further lines are indented, so that none of them looks like another one."""
+    """Return a message for a terminal with further lines indented, so that none looks like a separate message."""
     return escaped(text).replace("\n", "\n  ")
 
 
 def lines_of(texts: Iterable[str]) -> str:
-    """Return texts for a terminal, each in a line of its own: a line break within one can't make it look like two."""
+    """Return texts for a terminal, one per line, with line breaks escaped."""
     return "\n".join(escaped(text).replace("\n", r"\n") for text in texts)
 
 
 def drawable(text: str) -> str:
-    """Return what matplotlib draws as this text in one line: its dollars begin no formula."""
+    """Return text for matplotlib on one line, with dollar signs escaped."""
     return escaped(text).replace("\n", r"\n").replace("\t", " ").replace("$", r"\$")
 
 
 def spreadsheet_safe(value: object) -> object:
-    """Return a value for a cell of a CSV: a text that a spreadsheet would take for a formula has ``'`` before it.
+    """Return a value for a CSV cell: text that a spreadsheet would interpret as a formula gets a leading ``'``.
 
-    Those are texts that begin with ``=``, ``+``, ``-``, ``@``, a tab or a carriage return (OWASP, CSV injection) and
-    aren't numbers, also behind a ``'`` of their own.
+    This applies to text that starts with ``=``, ``+``, ``-``, ``@``, a tab or a carriage return (OWASP, CSV injection)
+    and
+    isn't a number, also after existing ``'``.
     """
     text = value.lstrip("'") if isinstance(value, str) else ""
     if text[:1] not in ("=", "+", "-", "@", "\t", "\r") or not text:
@@ -66,7 +67,7 @@ def spreadsheet_safe(value: object) -> object:
 
 
 def csv_text(rows: Iterable[Iterable[object]]) -> str:
-    """Return rows of a CSV whose cells :func:`spreadsheet_safe` has made; a line break within a cell is in quotes."""
+    """Return CSV rows with cells from :func:`spreadsheet_safe`; line breaks within cells are quoted."""
     lines: list[str] = []
     writer = csv.writer(SimpleNamespace(write=lambda line: lines.append(f"{line[:-2]}\n")))
     writer.writerows(map(spreadsheet_safe, row) for row in rows)
@@ -74,13 +75,13 @@ def csv_text(rows: Iterable[Iterable[object]]) -> str:
 
 
 def from_spreadsheet(cell: str) -> str:
-    """Return the text of a cell that :func:`spreadsheet_safe` made."""
+    """Return the inverse of :func:`spreadsheet_safe`."""
     return cell[1:] if cell.startswith("'") and spreadsheet_safe(cell[1:]) == cell else cell
 
 
 @contextmanager
 def silenced(*kinds: str) -> Iterator[None]:
-    """Print nothing of these kinds, ``tables`` or ``notes``, within this context."""
+    """Suppress ``tables`` or ``notes`` within this context."""
     before = _silent.set(kinds)
     try:
         yield
@@ -104,7 +105,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def _plain(text: str) -> Text:
-    """Return a text that is shown as it is: brackets in it are no markup."""
+    """Return text shown literally, without markup."""
     from rich.text import Text
 
     return Text(lines_of([text]))
@@ -120,5 +121,5 @@ def note(text: str) -> None:
 
 
 def suggest_next(command: str, make: str | None = None) -> None:
-    """Print the command to type next, in the form of those who use ``make`` where this one came from it."""
+    """Print the suggested next command, as a ``make`` command if this one was started by make."""
     note(f"next: {make if make is not None and 'MAKELEVEL' in os.environ else command}")

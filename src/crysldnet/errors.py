@@ -1,19 +1,19 @@
-"""The errors that a user can cause: each says what is wrong, where, and how to mend it."""
+"""User errors: each states what is wrong, where, and the remedy."""
 
 UNFINISHED = 75
-"""Exit status of a run that was stopped before its end and can be resumed (EX_TEMPFAIL)."""
+"""Exit status of an interrupted run that can be resumed (EX_TEMPFAIL)."""
 
 
 class CrysldnetError(Exception):
-    """Base of every error that is the input's fault; the command line prints it without a traceback."""
+    """Base of all user errors; the command line prints them without a traceback."""
 
 
 class ConfigError(CrysldnetError):
-    """A key, type or value of the configuration is wrong.
+    """A key, type or value of the configuration is invalid.
 
     Args:
         message: what is wrong.
-        key: the dotted path of the key, so that the file it came from can be named.
+        key: dotted path of the key, to name the file that set it.
     """
 
     def __init__(self, message: str, key: str = "") -> None:
@@ -22,7 +22,7 @@ class ConfigError(CrysldnetError):
 
 
 class DataError(CrysldnetError):
-    """A crystal, table or store can't be used."""
+    """A crystal, table or store is invalid."""
 
 
 class CheckpointError(CrysldnetError):
@@ -30,11 +30,11 @@ class CheckpointError(CrysldnetError):
 
 
 class DeviceError(CrysldnetError):
-    """The machine doesn't have the devices that were asked for."""
+    """The machine lacks the requested devices."""
 
 
 class Interrupted(CrysldnetError):
-    """A run was stopped before its end; it can be resumed."""
+    """A run was interrupted and can be resumed."""
 
 
 class DivergedError(CrysldnetError):

@@ -1,4 +1,4 @@
-"""Files that appear under their names once they are whole, disk errors in words, the folder of the configuration."""
+"""Atomic file writing, disk errors as messages, and the configuration folder."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from pathlib import Path
 from crysldnet.errors import DataError
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM}
-"""Of a disk: full, over the quota, read-only, a too large file, broken, forbidden."""
+"""Disk errors: full, over quota, read-only, file too large, I/O error, forbidden."""
 
 
 def conf_folder() -> Path:
-    """Return the folder of the configuration: inside the installed package, or of the working tree."""
+    """Return the configuration folder: inside the installed package, or of the working tree."""
     package = Path(__file__).parent
     inside = package / "conf"
     return inside if inside.is_dir() else package.parents[1] / "conf"
 
 
 def cannot_write(path: str | os.PathLike[str], error: OSError) -> DataError:
-    """Return the error that says that a file can't be written, and why."""
+    """Return the error for a file that can't be written, with the reason."""
     return DataError(f"{os.fspath(path)}: can't be written ({os.strerror(error.errno) if error.errno else error})")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a name to write a file under; it takes its own when it is whole, and goes where writing fails.
+    """Yield a temporary name for writing a file, which is renamed when complete and removed on failure.
 
     Raises:
         DataError: it can't be written.
@@ -47,9 +47,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(path: Path, before: Callable[[], object] = lambda: None) -> Iterator[BufferedRandom]:
-    """Open a file for writing that takes its name once it is whole and on the disk; ``before`` is called just then.
+    """Open a file for writing that is renamed once complete and flushed to disk, after calling ``before``.
 
-    Where writing fails, what stood under the name before stays.
+    On failure, the previous file remains.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -67,13 +67,13 @@ def whole_file(path: Path, before: Callable[[], object] = lambda: None) -> Itera
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that is whole or not there."""
+    """Write a text file atomically."""
     with whole_file(path) as file:
         file.write(text.encode())
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system can."""
+    """Flush the names in a folder to disk, if supported."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

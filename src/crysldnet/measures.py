@@ -1,6 +1,6 @@
-"""What is known of each measure: its title, its unit, which direction is better, and what it is compared with.
+"""Definition of every metric: title, unit, better direction, and baseline.
 
-An objective lists its own in ``measures``; a plugin that logs others calls :func:`register`.
+An objective lists its own in ``measures``; plugins that log others call :func:`register`.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Measure:
-    """A quantity that is logged.
+    """A logged quantity.
 
     Attributes:
-        name: as it is logged, without stage, split and target.
-        title: for a person; the name by default.
-        unit: empty for none.
-        of_target: it is in the unit of the target.
-        better: which direction is; None where neither is.
-        summary: what of a run is kept where neither direction is better.
-        baseline: what ``NAME_baseline`` stands for; empty where there is none.
-        form: how a value is printed.
-        learned: what a verdict on pretraining calls it; empty where it is left out of that.
-        shown: it stands in the table that pretraining ends with.
-        plotted: it has a panel in the plot of pretraining.
+        name: logged name without stage, split and target.
+        title: display title; by default the name.
+        unit: unit, or empty.
+        of_target: whether it is in the unit of the target.
+        better: better direction; None if neither.
+        summary: summary statistic if neither direction is better.
+        baseline: meaning of ``NAME_baseline``; empty if none.
+        form: print format.
+        learned: name in the pretraining verdict; empty to leave it out.
+        shown: whether it is in the table after pretraining.
+        plotted: whether it has a panel in the pretraining plot.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Measure:
         return f"{self.title or self.name}{f' ({self.unit})' if self.unit else ''}"
 
     def unit_in(self, targets: Mapping[str, str], target: str = "") -> str:
-        """Return the unit, given those of the targets, for one of them or for all together."""
+        """Return the unit, given those of the targets, for one target or all together."""
         if not self.of_target:
             return self.unit
         if target:
@@ -60,19 +60,20 @@ class Measure:
 
 
 MEASURES: dict[str, Measure] = {}
-"""By name, in the order in which tables show them."""
+"""Metrics by name, in table order."""
 
 
 def register(*measures: Measure) -> None:
-    """Make measures known."""
+    """Register metrics."""
     MEASURES.update({measure.name: measure for measure in measures})
 
 
 def find(metric: str) -> tuple[Measure, str]:
-    """Return the measure of a logged metric, such as ``vae/val/mae/band_gap``, and its target; empty where it has none.
+    """Return the definition of a logged metric, such as ``vae/val/mae/band_gap``, and its target, or an empty string.
 
-    An unknown name has a measure without unit and title: of the training and the validation less is better, of anything
-    else neither. A baseline has the unit of its measure.
+    An unknown name has no unit or title: for training and validation less is better, for anything else neither. A
+    baseline
+    has the unit of its metric.
     """
     parts = re.sub(rf"^({'|'.join(STAGES)})/", "", metric).split("/")
     if parts[0] not in SPLITS:

@@ -1,6 +1,6 @@
-"""What differs from one machine to another: devices, memory, locks, users.
+"""Platform differences: devices, memory, locks, users.
 
-Nothing else in the package imports modules that only POSIX systems have.
+Only this module imports POSIX-only modules.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TextIO
 
 _OF_THE_CPU = ("can't allocate memory", "not enough memory: you tried to allocate")
-"""What torch's allocator for CPUs says."""
+"""Messages of torch's CPU allocator."""
 
 
 def no_gpu() -> str:
-    """Return why there is no GPU to compute on, as far as torch knows."""
+    """Return why no GPU is available, as far as torch can tell."""
     import torch
 
     if torch.version.cuda is None and torch.version.hip is None:
@@ -27,15 +27,15 @@ def no_gpu() -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out, of a GPU or of the machine."""
-    named = type(error).__name__ == "OutOfMemoryError"  # torch's, which needn't be imported for this
+    """Return whether an error means out of memory, on a GPU or the host."""
+    named = type(error).__name__ == "OutOfMemoryError"  # torch's error, without importing torch
     return isinstance(error, MemoryError) or named or any(text in str(error) for text in _OF_THE_CPU)
 
 
 def peak_memory_mb() -> float:
-    """Return the most memory that this process has used so far, in MiB; NaN where the system doesn't tell.
+    """Return the peak memory of this process so far in MiB; NaN if unavailable.
 
-    Linux counts what the parent used before it started this process into ``getrusage``, so that isn't asked there.
+    On Linux, ``getrusage`` includes memory used by the parent before the start, so it isn't used.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -50,10 +50,10 @@ def peak_memory_mb() -> float:
 
 
 def lock(file: TextIO) -> bool:
-    """Lock a file for this process until it closes that; return False where another process has done so.
+    """Lock a file until this process closes it; return False if another process holds the lock.
 
     Raises:
-        OSError: the file system, or on Windows the system, has no such locks.
+        OSError: the file system, or Windows, has no such locks.
     """
     try:
         import fcntl
@@ -69,7 +69,7 @@ def lock(file: TextIO) -> bool:
 
 
 def is_own(folder: Path) -> bool:
-    """Return whether a folder is this user's, and nobody else can write to it; False where the system doesn't tell."""
+    """Return whether a folder belongs to this user and isn't writable by others; False if unknown."""
     if not hasattr(os, "getuid"):
         return False
     about = folder.lstat()

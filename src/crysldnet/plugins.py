@@ -1,9 +1,10 @@
-"""Modules of your own whose classes a configuration may name: encoders, objectives, heads, strategies, data modules.
+"""User modules whose classes a configuration may use: encoders, objectives, heads, strategies, data modules.
 
-``plugins=[my_encoder]`` on the command line imports ``my_encoder``, which lies in the working folder or is installed.
-The environment hands it on to the processes that a command starts. An installed package can name its modules in the
-entry-point group ``crysldnet.plugins`` instead. A model file never loads a plugin: it is refused unless the user has
-loaded the one that it needs.
+``plugins=[my_encoder]`` on the command line imports ``my_encoder`` from the working folder or the environment. Child
+processes get it through an environment variable. An installed package can instead register its modules in the
+entry-point group ``crysldnet.plugins``. A model file never loads a plugin: it is rejected unless the user has loaded
+the
+required one.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from crysldnet import build
 from crysldnet.errors import ConfigError
 
 GROUP = "crysldnet.plugins"
-"""Of entry points."""
+"""Entry-point group."""
 VARIABLE = "CRYSLDNET_PLUGINS"
-"""Names the plugins of the process that started this one, separated by commas."""
+"""Environment variable with the plugins of the parent process, separated by commas."""
 
 
 def load(names: Iterable[str] = ()) -> None:
-    """Import plugins, and those of the environment and of installed packages; what is loaded stays so.
+    """Import plugins, including those of the environment and of installed packages.
 
     Raises:
         ConfigError: a module can't be imported.

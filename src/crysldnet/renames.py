@@ -1,4 +1,4 @@
-"""Keys and values of earlier versions, which files and command lines may still have; a note says the new name once."""
+"""Keys and values of earlier versions in files and on command lines; a note states the new name once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEYS = {
     "stages.diffusion.gradient_clip": "stages.diffusion.gradient_clip_val",
     "element_references": "atomic_references",
 }
-"""Dotted key to its name now; what lies below it follows. One that ends in a dot holds others, and is no value."""
+"""Old dotted key to new name; nested keys follow. A key that ends in a dot is a group without a value."""
 TARGET_TYPES = {"number": "regression", "two_part": "hurdle", "classes": "classification"}
 VALUES = {
     "target_types.*": TARGET_TYPES,
@@ -35,13 +35,13 @@ VALUES = {
     "defaults.strategy": {"single": "auto"},
     "strategy._target_": {"crysldnet.training.strategies.single": "crysldnet.training.strategies.auto"},
 }
-"""Pattern of a dotted key to its values of earlier versions, and their names now."""
+"""Pattern of a dotted key to its old values and their new names."""
 
 _noted: set[str] = set()
 
 
 def new_key(key: str) -> str:
-    """Return the name that a dotted key has now."""
+    """Return the current name of a dotted key."""
     for old, new in KEYS.items():
         if key == old or key.startswith(f"{old.rstrip('.')}."):
             key = new + key[len(old) :]
@@ -49,7 +49,7 @@ def new_key(key: str) -> str:
 
 
 def new_value(key: str, value: Any) -> Any:
-    """Return a value, or what lies below it, with the names that a key's values have now."""
+    """Return a value, or nested values, with the current names of the key's values."""
     if isinstance(value, Mapping):
         return {name: new_value(f"{key}.{name}", item) for name, item in value.items()}
     if isinstance(value, list):
@@ -62,12 +62,12 @@ def new_value(key: str, value: Any) -> Any:
 
 
 def renamed(values: Mapping[Any, Any], prefix: str = "", *, quiet: bool = False) -> dict[Any, Any]:
-    """Return nested plain values with the names of now.
+    """Return nested plain values with current names.
 
     Args:
-        values: of a file.
-        prefix: dotted key that they lie under.
-        quiet: write no note.
+        values: content of a file.
+        prefix: dotted key of the parent.
+        quiet: print no note.
     """
     found: dict[Any, Any] = {}
     for name, value in values.items():
@@ -87,7 +87,7 @@ def renamed(values: Mapping[Any, Any], prefix: str = "", *, quiet: bool = False)
 
 
 def renamed_argument(key: str, value: Any) -> tuple[str, Any]:
-    """Return a key of the command line and its value with the names of now."""
+    """Return a command-line key and value with current names."""
     now, other = new_key(key), new_value(new_key(key), value)
     tell(key, now)
     if other != value:
@@ -96,7 +96,7 @@ def renamed_argument(key: str, value: Any) -> tuple[str, Any]:
 
 
 def tell(old: str, new: str) -> None:
-    """Note a new name, once."""
+    """Print a note about a new name once."""
     if old != new and old not in _noted:
         _noted.add(old)
         note(f"{old} is called {new} now; the old name still works")

@@ -1,7 +1,8 @@
-"""Signals that ask a command to stop, and that it can be resumed from.
+"""Signals that stop a command so that it can be resumed.
 
-A command handles them at once: :class:`Stopped` is raised where it stands, and it ends as unfinished. Training, and
-processes that wait for others of their own, only note them and look between two steps.
+By default they raise :class:`Stopped` immediately, and the command exits as unfinished. Training, and processes that
+wait
+for child processes, only record them and check between steps.
 """
 
 from __future__ import annotations
@@ -20,33 +21,33 @@ from types import FrameType
 from crysldnet.errors import UNFINISHED, Interrupted
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
-"""Those of schedulers, where the system has them."""
+"""Signals sent by schedulers, if supported by the system."""
 DEBOUNCE_S = 10.0
-"""How long nothing is raised after a signal: a group of processes gets it more than once, and an end takes time."""
+"""No exception is raised within this time after a signal: process groups get it repeatedly, and exiting takes time."""
 
 STUCK_S = 5.0
-"""How long a signal may wait for Python to handle it; in a collective that waits for another process it never does."""
+"""How long a signal may wait for Python to handle it; in a blocked collective it never does."""
 ORPHAN_S = 20.0
-"""How long a process outlives the one that started it: time to find and to say what became of that one."""
+"""How long a process outlives its parent, to determine and report its fate."""
 RUN_NAME = "CRYSLDNET_RUN_NAME"
-"""Carries the first process's id and the run's name, as ID:NAME, to the processes that it starts."""
+"""Passes the first process's id and the run name to child processes, as ID:NAME."""
 
 PARENT_HOLDS_STDIN = "CRYSLDNET_PARENT_HOLDS_STDIN"
-"""Set where standard input is a pipe that ends with the process which started this one."""
+"""Set if standard input is a pipe that closes with the parent process."""
 
 children: list[Popen] = []
-"""Ranks that this process started; they end with it where it is stopped."""
+"""Ranks started by this process, which are stopped with it."""
 _last = -DEBOUNCE_S
 _installed = False
 _raised = threading.Event()
 
 
 class Stopped(BaseException):
-    """A signal asked the command to stop. No library takes it for an error of its own."""
+    """A signal asked the command to stop. Libraries don't catch this exception."""
 
 
 def install_handlers() -> None:
-    """Raise :class:`Stopped` where a signal comes from now on."""
+    """Raise :class:`Stopped` on signals from now on."""
     global _installed
     if not _installed:
         arrived, noticed = socket.socketpair()
@@ -72,7 +73,7 @@ def _raise(number: int, _: FrameType | None) -> None:
 
 
 def _end_where_stuck(arrived: socket.socket, _: socket.socket) -> None:
-    """End the process where the main thread, waiting outside Python, can't handle a signal."""
+    """End the process if the main thread is blocked outside Python and can't handle a signal."""
     while number := arrived.recv(1)[0]:
         if number not in SIGNALS or signal.getsignal(number) is not _raise:
             continue
@@ -85,14 +86,14 @@ def _end_where_stuck(arrived: socket.socket, _: socket.socket) -> None:
 
 
 def started_by_the_first() -> bool:
-    """Return whether Lightning started this process from the first one, which tells the exit status of all."""
+    """Return whether Lightning started this process from the first one, which reports the exit status of all."""
     return os.environ.get(RUN_NAME, "").partition(":")[0] == str(os.getppid())
 
 
 def end_with_the_first() -> None:
     """Exit when the launcher exits; otherwise this rank would wait forever in a collective.
 
-    Lightning numbers the processes that it starts; another one may go on by itself.
+    Lightning numbers the processes that it starts; other processes may continue.
     """
     if started_by_the_first() and os.environ.get("LOCAL_RANK", "0") != "0":
         threading.Thread(target=_end_soon_after, args=(os.getppid(),), daemon=True, name="orphan").start()
@@ -108,9 +109,10 @@ def _end_soon_after(first: int) -> None:
 
 
 def end_with_the_parent() -> None:
-    """Take the end of the process that started this one for SIGTERM, where it has said that it wants that.
+    """Treat the exit of the parent as SIGTERM, if the parent requested this.
 
-    However it ends, the system closes its end of the pipe that is standard input here; nothing is read from that.
+    When the parent exits in any way, the system closes its end of the pipe on standard input, which is otherwise
+    unused.
     """
     if os.environ.pop(PARENT_HOLDS_STDIN, None) is not None:
         pipe, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
@@ -127,7 +129,7 @@ def _stop_at_the_end_of(pipe: int) -> None:
 
 
 def end_children() -> None:
-    """End the ranks that this process started, for they would wait for it."""
+    """Stop the ranks started by this process, which would otherwise wait for it."""
     for child in children:
         child.terminate()
     for child in children:
@@ -138,18 +140,18 @@ def end_children() -> None:
 
 
 def mark_signal() -> None:
-    """Take what comes in the next seconds for the signal that is being followed already."""
+    """Treat signals in the next seconds as repeats of the one being handled."""
     global _last
     _last = time.monotonic()
 
 
 def recently_signalled() -> bool:
-    """Return whether a signal came so short a time ago that the command is still about to end."""
+    """Return whether a signal arrived so recently that the command is still exiting."""
     return time.monotonic() - _last < DEBOUNCE_S
 
 
 def ignore() -> None:
-    """Let no signal change the exit status any more, to the very end of the process."""
+    """Keep signals from changing the exit status during process exit."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -160,14 +162,14 @@ def _message(number: int) -> str:
 
 
 def leave_to_parent(_: int = 0) -> None:
-    """Let this process outlive a signal to the whole group, for the parent needs it until its step is done.
+    """Let this process survive a signal to the whole group, because the parent needs it until its step is done.
 
-    The parent itself can still end it by SIGTERM. Called with the number of a DataLoader's worker as it begins.
+    The parent can still stop it with SIGTERM. Called with the index of a DataLoader worker at its start.
     """
     for number in (*SIGNALS, signal.SIGINT):
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # elsewhere than on Linux nothing says who sent a signal
+    if hasattr(signal, "sigwaitinfo"):  # only Linux reports the sender of a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_the_parent, daemon=True, name="stopping").start()
 
@@ -180,10 +182,10 @@ def _end_with_the_parent() -> None:
 
 @contextmanager
 def noted() -> Iterator[Callable[[], None]]:
-    """Give a function that raises ``Interrupted`` where a signal came meanwhile; at the end it is called.
+    """Yield a function that raises ``Interrupted`` if a signal arrived meanwhile; it is also called at the end.
 
-    Raising where the signal arrives could lose a process that has just been started. Elsewhere than in the main thread
-    the signals' effects stay as they are.
+    Raising when the signal arrives could lose a newly started process. Outside the main thread, signal handling is
+    unchanged.
     """
     numbers: list[int] = []
 

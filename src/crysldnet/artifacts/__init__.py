@@ -1,1 +1,1 @@
-"""Files that training leaves for later use: weights with their description, provenance, calibration."""
+"""Files written by training for later use: weights with metadata, provenance, calibration."""

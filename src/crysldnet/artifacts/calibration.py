@@ -1,11 +1,12 @@
-"""How far predictions are from the truth: conformal intervals, calibrated standard deviations, and how to check both.
+"""Uncertainty of predictions: conformal intervals, calibrated standard deviations, and checks of both.
 
 Shapes: ``n`` calibration crystals, ``B`` crystals, ``T`` targets.
 
-Split conformal prediction (Vovk, Gammerman and Shafer 2005; Lei et al., JASA 113, 2018): the scores of crystals that
-weren't trained on are ``|y − ŷ| / σ``, or ``|y − ŷ|`` where the model has no σ. With q the ⌈(n + 1) · level⌉-th
-smallest of them, ``ŷ ± q · σ`` holds the true value of a new crystal with at least that probability, whatever the model
-and the distribution, as long as the new crystal and those of the calibration could be exchanged.
+Split conformal prediction (Vovk, Gammerman and Shafer 2005; Lei et al., JASA 113, 2018): the scores of held-out
+crystals
+are ``|y − ŷ| / σ``, or ``|y − ŷ|`` if the model has no σ. With the ⌈(n + 1) · level⌉-th smallest score q, ``ŷ ± q · σ``
+contains the true value of a new crystal with at least that probability, for any model and distribution, provided that
+new and calibration crystals are exchangeable.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LEVELS = (0.5, 0.8, 0.95)
-"""Of the intervals whose coverage is reported."""
+"""Levels of the intervals whose coverage is reported."""
 ENOUGH = 40
-"""calibration crystals, from which on standard deviations decide the widths of intervals"""
+"""number of calibration crystals above which standard deviations set the interval widths"""
 SMALLEST_STD = 1e-12
-"""In units of the largest one; a standard deviation of 0 would make an infinite score."""
+"""Relative to the largest one; a standard deviation of 0 would make an infinite score."""
 
 Floats = NDArray[np.float64]
 
@@ -35,11 +36,11 @@ Floats = NDArray[np.float64]
 def conformal_quantile(scores: Floats, level: float) -> float:
     """Return the half-width, in units of the score, that covers a new score with probability ``level`` or more.
 
-    Infinite where there are too few scores: fewer than ``level / (1 − level)``.
+    Infinite with fewer than ``level / (1 − level)`` scores.
 
     Args:
-        scores: [n] of crystals that weren't trained on.
-        level: between 0 and 1.
+        scores: [n] scores of held-out crystals.
+        level: coverage between 0 and 1.
     """
     rank = math.ceil(round((len(scores) + 1) * level, 9))
     if rank > len(scores):
@@ -48,12 +49,12 @@ def conformal_quantile(scores: Floats, level: float) -> float:
 
 
 def reliability(errors: Floats, std: Floats, expected: Floats) -> Floats:
-    """Return how many errors lie inside the central intervals of normal distributions, for each expected share.
+    """Return the fraction of errors inside central normal intervals for each expected fraction.
 
     Args:
         errors: [n] differences from the truth.
-        std: [n] standard deviations; where one is 0, an error of 0 alone lies inside.
-        expected: shares between 0 and 1, exclusive.
+        std: [n] standard deviations; for 0, only an error of 0 counts as inside.
+        expected: fractions between 0 and 1, exclusive.
     """
     widths = np.array([NormalDist().inv_cdf((1 + share) / 2) for share in expected])
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -69,18 +70,19 @@ def miscalibration_area(errors: Floats, std: Floats) -> float:
 
 @dataclass(frozen=True)
 class TargetCalibration:
-    """What is known of the errors of one target.
+    """Error statistics of one target.
 
     A model's standard deviation σ becomes ``scale · √(σ² + floor²)``: without a floor, the few crystals on which an
-    ensemble happens to agree would decide the scale.
+    ensemble happens to agree would determine the scale.
 
     Attributes:
-        scores: [n] ascending, of the calibration crystals; empty where there is none.
-        scale: NaN where the model has no standard deviations.
-        floor: in the target's unit.
-        normalised: whether the scores are errors over √(σ² + floor²), not plain ones.
-        relative: whether errors and standard deviations are those of the value's natural logarithm, so that intervals
-            reach as many times below a value as above it.
+        scores: [n] ascending scores of the calibration crystals; may be empty.
+        scale: factor on standard deviations, NaN if the model has none.
+        floor: minimum in the target's unit.
+        normalised: whether the scores are errors divided by √(σ² + floor²).
+        relative: whether errors and standard deviations refer to the natural logarithm, so that intervals reach the
+            same
+            factor above and below a value.
     """
 
     scores: Floats
@@ -91,10 +93,11 @@ class TargetCalibration:
 
     @classmethod
     def of(cls, errors: Floats, std: Floats | None, *, relative: bool = False) -> TargetCalibration:
-        """Fit to the errors [n] of the calibration crystals, and their standard deviations [n] if there are any.
+        """Fit to the errors [n] of the calibration crystals, and their standard deviations [n] if available.
 
-        From 40 crystals on, one half, chosen at random, decides the floor and the other gives the scores, since what is
-        fitted to crystals can't be scored on them. With fewer the scores are plain errors.
+        From 40 crystals on, a random half fits the floor and the other half provides the scores, because fitted
+        crystals can't
+        be scored. With fewer, scores are plain errors.
         """
         errors, std = _known(errors, std)
         if std is None or not len(errors):
@@ -109,29 +112,29 @@ class TargetCalibration:
         return cls(np.sort(scores[scored]), scale, floor, normalised, relative)
 
     def std(self, std: Floats, value: Floats) -> Floats:
-        """Return standard deviations [B] of predicted values [B] that agree with the calibration crystals' errors."""
+        """Return calibrated standard deviations [B] for predicted values [B]."""
         unit = value if self.relative else np.ones_like(value)
         return unit * np.hypot(_positive(std / unit), self.floor) * self.scale
 
     def interval(self, level: float, value: Floats, std: Floats) -> tuple[Floats, Floats]:
-        """Return lower and upper end of the conformal interval of each of B crystals, NaN where n is too small.
+        """Return lower and upper bounds of the conformal intervals of B crystals, NaN if n is too small.
 
         Args:
-            level: between 0 and 1.
-            value: [B] predicted.
-            std: [B] of the model, as it gave them, NaN where it gave none.
+            level: coverage between 0 and 1.
+            value: [B] predicted values.
+            std: [B] raw standard deviations, NaN if unavailable.
         """
         half = self.half_width(level, std / value if self.relative else std, len(value))
         half = np.where(np.isfinite(half), half, np.nan)
         return (value * np.exp(-half), value * np.exp(half)) if self.relative else (value - half, value + half)
 
     def half_width(self, level: float, std: Floats | None, count: int) -> Floats:
-        """Return half the width of the conformal interval of each of ``count`` crystals, infinite where n is too small.
+        """Return half the width of the conformal intervals of ``count`` crystals, infinite if n is too small.
 
         Args:
-            level: between 0 and 1.
-            std: [B] of the model, as it gave them; needed where there were some in the calibration.
-            count: B.
+            level: coverage between 0 and 1.
+            std: [B] raw standard deviations; required if used in the calibration.
+            count: number of crystals B.
         """
         width = conformal_quantile(self.scores, level)
         if not self.normalised:
@@ -141,7 +144,7 @@ class TargetCalibration:
 
 
 def _fit_floor(errors: Floats, std: Floats) -> float:
-    """Return the floor of the largest likelihood of normal errors; the scale follows from it."""
+    """Return the floor that maximizes the likelihood of normal errors; the scale follows from it."""
     typical = float(np.sqrt(np.mean(std**2)))
     floors = [0.0, *(typical * np.geomspace(1e-3, 1e3, 61))]
     spreads = [np.hypot(std, floor) for floor in floors]
@@ -151,13 +154,13 @@ def _fit_floor(errors: Floats, std: Floats) -> float:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calibration of every target, [T]; those that are classes have no scores."""
+    """The calibration of every target, [T]; classes have no scores."""
 
     targets: list[TargetCalibration]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what a file keeps."""
-        import torch  # here alone, for a report needs the rest without it
+        """Return the tensors to store."""
+        import torch  # imported here because reports need the rest without torch
 
         scores = {f"scores.{place}": torch.from_numpy(target.scores) for place, target in enumerate(self.targets)}
         numbers = [
@@ -167,10 +170,10 @@ class Calibration:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Calibration:
-        """Return what a file kept.
+        """Return the calibration from stored tensors.
 
         Raises:
-            ValueError: a tensor is missing or has values that it can't have.
+            ValueError: a tensor is missing or has invalid values.
         """
         spread = tensors.get("spread")
         if spread is None or spread.ndim != 2 or spread.shape[1] not in (3, 4):  # 3 in earlier files: all absolute
@@ -190,21 +193,21 @@ class Calibration:
 
 
 def check(errors: Floats, std: Floats | None, levels: Sequence[float] = LEVELS, rounds: int = 20) -> dict[str, float]:
-    """Check a calibration on the crystals that it would be made of.
+    """Check a calibration on its own crystals by repeated halving.
 
-    Each round calibrates on one half, chosen at random, and looks at the other half.
+    Each round calibrates on a random half and evaluates the other half.
 
     Args:
-        errors: [n], NaN where unknown.
-        std: [n], or None.
-        levels: of the intervals.
-        rounds: halvings.
+        errors: [n] errors, NaN if unknown.
+        std: [n] standard deviations, or None.
+        levels: levels of the intervals.
+        rounds: number of halvings.
 
     Returns:
-        ``crystals``: n. ``coverage_50`` and so on: shares of true values inside the conformal intervals. Where there
-        are standard deviations, ``std_scale``, the factor on them, and ``miscalibration_area`` and
-        ``miscalibration_area_scaled``, of those that the model gave and after scaling. Means over the rounds;
-        ``crystals`` alone where n is below 4.
+        ``crystals``: n. ``coverage_50`` and so on: fraction of true values inside the conformal intervals. With
+        standard deviations also ``std_scale``, their factor, and ``miscalibration_area`` and
+        ``miscalibration_area_scaled``, before and after scaling. Means over the rounds; only ``crystals`` if n is below
+        4.
     """
     errors, std = _known(errors, std)
     about = {"crystals": float(len(errors))}
@@ -222,12 +225,11 @@ def check(errors: Floats, std: Floats | None, levels: Sequence[float] = LEVELS, 
 
 
 def curves_of(errors: Floats, std: Floats | None, levels: Sequence[float] | Floats, rounds: int) -> dict[str, Floats]:
-    """Return the shares of errors inside intervals of some levels: what a reliability plot shows.
+    """Return the fractions of errors inside intervals of some levels, for a reliability plot.
 
     Returns:
-        ``conformal``: of conformal intervals; ``model`` and ``scaled``: of normal distributions with the standard
-        deviations that the model gave, and with scaled ones. What is fitted is fitted to one half and seen on the
-        other.
+        ``conformal``: for conformal intervals; ``model`` and ``scaled``: for normal distributions with raw and scaled
+        standard deviations. Parameters are fitted on one half and evaluated on the other.
     """
     errors, std = _known(errors, std)
     n, levels = len(errors), np.asarray(levels)

@@ -1,8 +1,9 @@
-"""Files that outlive a run: the encoder checkpoint and the property model.
+"""Files that outlive a run: encoder and property model.
 
-Both are safetensors: weights, and in the metadata one JSON text with the plain configuration, the format version and
-the provenance, and the sha256 of every tensor and of that text. Nothing is unpickled. Reading is strict: a missing,
-surplus or misshapen tensor, other graph settings, a newer format or a changed byte is an error that says which.
+Both are safetensors with weights and a metadata text in JSON: plain configuration, format version and provenance, and
+the
+sha256 of every tensor and of that text. Nothing is unpickled. Reading is strict: a missing, extra or misshapen tensor,
+different graph settings, a newer format or a changed byte is an error that names it.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ from crysldnet.models.hybrid import NETWORK, HybridModel, TabularPart
 from crysldnet.models.predictor import TargetModel
 
 FORMAT_VERSION = 4
-"""What is read. Since 2, property models keep more than weights. Since 3, the pretraining set is packed. Since 4, a
-property model may have tabular members. A file has the lowest version that describes it."""
+"""Newest readable version. Since 2, property models store more than weights. Since 3, the pretraining set is packed.
+Since
+4, a property model may have tabular members. A file has the lowest version that describes it.
+"""
 Kind = Literal["encoder", "pretraining", "property_model", "calibration"]
 PREFIX = "pretraining_set."
-"""Of the tensors that aren't weights, but say which crystals a model has seen, with labels or without."""
+"""Prefix of tensors that aren't weights but identify the crystals a model has seen, with or without labels."""
 TABULAR = "tabular."
 EXTRAS = (PREFIX, TABULAR, "training_set.", "calibration.")
 """Prefixes of all tensors that aren't weights."""
@@ -44,13 +47,13 @@ EXTRAS = (PREFIX, TABULAR, "training_set.", "calibration.")
 
 def _digest(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-    if tensor.numel():  # an empty tensor has no bytes to look at
+    if tensor.numel():  # an empty tensor has no bytes to check
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def refuse_diverged(state: Mapping[str, Tensor], what: str) -> None:
-    """Refuse weights that aren't finite.
+    """Reject nonfinite weights.
 
     Raises:
         CheckpointError: naming the first such tensor.
@@ -70,15 +73,15 @@ def write(
     info: Mapping[str, Any],
     pretraining_set: NDArray[np.uint64] | None = None,
 ) -> None:
-    """Write weights and what is known of them; the file appears whole or not at all.
+    """Write weights and metadata to a file atomically.
 
     Args:
-        path: the file, usually ``*.safetensors``.
-        kind: what it is.
-        state: the weights, and what else is kept with one of the prefixes in ``EXTRAS``.
-        info: plain values.
-        pretraining_set: packed fingerprints of the crystals that it has seen: those of an encoder's pretraining, and
-            those that a property model was trained and chosen on besides.
+        path: output file, usually ``*.safetensors``.
+        kind: kind of the file.
+        state: weights, and other tensors with a prefix in ``EXTRAS``.
+        info: metadata as plain values.
+        pretraining_set: packed fingerprints of the crystals that it has seen: in pretraining, and for a property model
+            also in training and validation.
     """
     version = 1 if kind in ("encoder", "pretraining") else 2
     if pretraining_set is not None:
@@ -100,10 +103,10 @@ def write(
 
 
 def read(path: str | os.PathLike[str], kind: Kind) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read and verify a file; return its information and its weights, those of 16 bits as float32.
+    """Read and verify a file; return metadata and weights, with 16-bit weights as float32.
 
     Raises:
-        CheckpointError: there is no such file, or it is damaged, of another kind or of a newer format.
+        CheckpointError: it is missing, damaged, of another kind or of a newer format.
     """
     info, tensors = _read_all(path, kind)
     weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(EXTRAS)}
@@ -115,10 +118,10 @@ def _widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_half_precision(source: Path, out: Path) -> None:
-    """Write an encoder's file anew with weights of 16 bits, half as large.
+    """Rewrite an encoder file with 16-bit weights, at half the size.
 
     Raises:
-        CheckpointError: the source isn't an encoder's file, or a weight is too large for 16 bits.
+        CheckpointError: the source isn't an encoder's file, or a weight overflows 16 bits.
     """
     info, tensors = _read_all(source, "encoder")
     state = {name: tensor for name, tensor in tensors.items() if not name.startswith(EXTRAS)}
@@ -129,7 +132,7 @@ def write_half_precision(source: Path, out: Path) -> None:
 
 
 def kind_of(path: str | os.PathLike[str]) -> str | None:
-    """Return the kind that a file says it is, without reading its tensors; None where it says nothing."""
+    """Return the kind stated in a file without reading its tensors; None if missing."""
     try:
         with safe_open(path, framework="pt") as file:
             return json.loads((file.metadata() or {}).get("crysldnet", "{}")).get("kind")
@@ -138,14 +141,14 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
 
 
 def read_extra(path: str | os.PathLike[str], kind: Kind, prefix: str) -> dict[str, Tensor]:
-    """Read the tensors of one prefix, without it; none where the file has none, as those of earlier versions."""
+    """Read the tensors with a prefix, which is removed; empty for files of earlier versions without them."""
     _, tensors = _read_all(path, kind)
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     return found if prefix == PREFIX else _widened(found)
 
 
 def read_pretraining_set(path: str | os.PathLike[str], kind: Kind = "encoder") -> NDArray[np.uint64] | None:
-    """Read packed fingerprints of what an encoder, or a property model, has seen; None where its file doesn't say."""
+    """Read packed fingerprints of the crystals that an encoder or property model has seen; None if not recorded."""
     tensors = read_extra(path, kind, PREFIX)
     if not tensors:
         return None
@@ -154,7 +157,7 @@ def read_pretraining_set(path: str | os.PathLike[str], kind: Kind = "encoder") -
     if found == {"packed": (torch.int64, count)}:
         return tensors["packed"].numpy().view(np.uint64)
     hashes, geometry = (torch.int64, count), (torch.float16, [*count, 1 + len(RANKS)])
-    if found != {"ids": hashes, "formulas": hashes, "geometry": geometry}:  # of formats 1 and 2
+    if found != {"ids": hashes, "formulas": hashes, "geometry": geometry}:  # formats 1 and 2
         raise CheckpointError(f"{path}: its pretraining set can't be used ({', '.join(sorted(found))})")
     return Fingerprints(**{name: tensor.numpy() for name, tensor in tensors.items()}).packed()
 
@@ -189,12 +192,12 @@ def _read_all(path: str | os.PathLike[str], kind: Kind) -> tuple[dict[str, Any],
 
 
 def encoder_info(encoder: Encoder, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an encoder's file says of it."""
+    """Return the metadata of an encoder file."""
     return {"encoder": dict(config), "graph": asdict(encoder.graph), "provenance": dict(provenance)}
 
 
 def load_encoder(path: str | os.PathLike[str]) -> tuple[Encoder, dict[str, Any]]:
-    """Load a pretrained encoder, or that of a finetuned model, and what its file says of it."""
+    """Load a pretrained encoder, or that of a finetuned model, and its metadata."""
     finetuned = kind_of(path) == "property_model"
     info, state = read(path, "property_model" if finetuned else "encoder")
     if finetuned:
@@ -204,7 +207,7 @@ def load_encoder(path: str | os.PathLike[str]) -> tuple[Encoder, dict[str, Any]]
 
 
 def load_property_model(path: str | os.PathLike[str]) -> tuple[TargetModel, dict[str, Any]]:
-    """Load a finetuned model, and what its file says of it; a run folder stands for its ``model.safetensors``.
+    """Load a finetuned model and its metadata; a run folder stands for its ``model.safetensors``.
 
     Raises:
         CheckpointError: it can't be read, or the folder holds an ensemble.
@@ -237,13 +240,13 @@ def _load_tabular(model: HybridModel, info: ModelInfo, path: Path) -> None:
 
 
 def load_property_models(path: str | os.PathLike[str]) -> list[tuple[TargetModel, dict[str, Any]]]:
-    """Load all members of an ensemble, or the one model of another run folder or file.
+    """Load all members of an ensemble, or the model of another run folder or file.
 
     An ensemble is a run folder whose ``summary.json`` lists its ``members``: folders in it, each with a
     ``model.safetensors``.
 
     Raises:
-        CheckpointError: one of them can't be read, or they don't predict the same.
+        CheckpointError: one can't be read, or their targets differ.
     """
     loaded = [load_property_model(file) for file in model_files(Path(path))]
     first = loaded[0][1]
@@ -254,13 +257,13 @@ def load_property_models(path: str | os.PathLike[str]) -> list[tuple[TargetModel
 
 
 def model_files(path: Path) -> list[Path]:
-    """Return the files of an ensemble's members, or of the one model of another run folder or file."""
+    """Return the files of an ensemble's members, or of the model of another run folder or file."""
     folders = _members(path) or ([path] if path.is_dir() else [])
     return [folder / "model.safetensors" for folder in folders] or [path]
 
 
 def _members(folder: Path) -> list[Path]:
-    """Return the folders of an ensemble's members; none where this is no ensemble."""
+    """Return the folders of an ensemble's members; empty if this is no ensemble."""
     try:
         summary = json.loads((folder / "summary.json").read_text())
         return [folder / Path(name).name for name in summary.get("members", [])]

@@ -1,6 +1,6 @@
-"""What a property model was trained on, kept beside its weights, so that crystals unlike it can be told.
+"""Statistics of the training set stored with a property model, to detect out-of-distribution crystals.
 
-Shapes: ``B`` crystals, ``N`` atoms, ``D`` width of the encoder, ``R`` crystals of the training set that are remembered.
+Shapes: ``B`` crystals, ``N`` atoms, ``D`` width of the encoder, ``R`` stored crystals of the training set.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from crysldnet.graphs.batch import CrystalBatch
 from crysldnet.graphs.crystals import Crystals
 
 REMEMBERED = 1024
-"""R at most."""
+"""Maximum R."""
 NEIGHBORS = 5
 FAR = 0.99
-"""Share of the training crystals that are nearer than what is flagged as far."""
+"""Fraction of training crystals below the distance flagged as far."""
 
 
 class Features:
-    """Catches what an encoder returns while a model predicts, so that it isn't computed twice."""
+    """Captures the encoder output during prediction, so that it isn't computed twice."""
 
     last: Tensor | None = None
 
@@ -39,7 +39,7 @@ class Features:
 
 @contextmanager
 def catch_features(encoder: nn.Module) -> Iterator[Features]:
-    """Catch the features of every batch that goes through an encoder."""
+    """Capture the features of every batch that passes through an encoder."""
     caught = Features()
 
     def keep(_module: nn.Module, _inputs: object, output: Tensor | list[Tensor]) -> None:
@@ -54,18 +54,19 @@ def catch_features(encoder: nn.Module) -> Iterator[Features]:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """A summary of the training crystals.
+    """Statistics of the training crystals.
 
-    The latent distance of a crystal is the mean distance of its feature (the mean over its atoms) from those of the 5
-    nearest training crystals, in units of the median of that same distance within the training set. Each dimension is
-    divided by its standard deviation first. Distances are taken to at most 1,024 training crystals, chosen at random.
+    The latent distance of a crystal is the mean distance of its feature (the mean over its atoms) from the 5 nearest
+    training crystals, in units of the median of this distance within the training set. Each dimension is first divided
+    by
+    its standard deviation. At most 1,024 randomly chosen training crystals are used.
 
     Attributes:
-        elements: [119] in how many training crystals each element is.
-        largest: atoms of the largest training crystal.
-        features: [R, D] of some of them, in units of ``scale``.
+        elements: [119] number of training crystals that contain each element.
+        largest: number of atoms of the largest training crystal.
+        features: [R, D] features of some of them, in units of ``scale``.
         scale: [D] standard deviation of their features.
-        distances: [R] ascending, of each of those to the others, not yet in units of their median.
+        distances: [R] ascending distances between them, not in units of the median.
     """
 
     elements: Tensor
@@ -76,11 +77,11 @@ class TrainingSet:
 
     @classmethod
     def of(cls, crystals: Crystals, features: Tensor) -> TrainingSet:
-        """Summarise training crystals.
+        """Compute the statistics of training crystals.
 
         Args:
-            crystals: all of them.
-            features: [R, D] of some of them, chosen at random.
+            crystals: all training crystals.
+            features: [R, D] features of a random subset.
         """
         pairs = np.unique(np.stack([crystals.crystal, crystals.numbers.astype(np.int64)]), axis=1)
         counts = np.bincount(pairs[1], minlength=len(SYMBOLS))
@@ -93,15 +94,15 @@ class TrainingSet:
         return cls(torch.from_numpy(counts), largest, features, scale, distances)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what a file keeps."""
+        """Return the tensors to store."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> TrainingSet:
-        """Return what a file kept.
+        """Return the statistics from stored tensors.
 
         Raises:
-            ValueError: a tensor is missing, or they don't fit each other.
+            ValueError: a tensor is missing or inconsistent.
         """
         if lacks := {field.name for field in fields(cls)} ^ tensors.keys():
             raise ValueError(f"training_set isn't complete ({', '.join(sorted(lacks))})")
@@ -122,23 +123,23 @@ class TrainingSet:
         return median if 0 < median < float("inf") else 1.0
 
     def distance(self, features: Tensor) -> NDArray[np.float64]:
-        """Return the latent distance [B] of crystals with these features [B, D]."""
+        """Return the latent distance [B] of crystals from their features [B, D]."""
         apart = _apart(features.cpu() / self.scale, self.features)
         return _nearest(apart).double().numpy() / self._unit
 
     @property
     def far(self) -> float:
-        """The latent distance that 99 % of the training crystals don't reach."""
+        """The latent distance below which 99 % of the training crystals lie."""
         finite = self.distances[self.distances.isfinite()]
         return float(finite.quantile(FAR)) / self._unit if len(finite) else float("inf")
 
     def unseen(self, numbers: NDArray[np.uint8]) -> list[str]:
-        """Return the elements among atomic numbers that no training crystal has."""
+        """Return the elements that no training crystal contains."""
         return [SYMBOLS[z] for z in np.unique(numbers).tolist() if not int(self.elements[z])]
 
 
 def _apart(one: Tensor, other: Tensor) -> Tensor:
-    """Return all distances, by differences: by products of matrices they would depend on the size of the batch."""
+    """Return all distances from differences; via matrix products they would depend on the batch size."""
     return torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist")
 
 

@@ -1,7 +1,7 @@
-"""What the crystals that a model is tested on have in common with those that it has seen before.
+"""Overlap between test crystals and the crystals that a model has seen before.
 
-An encoder's file says which crystals it was pretrained on, a finetuned model's says besides which ones chose its
-weights: training and validation crystals of every finetuning since.
+An encoder file records its pretraining crystals; a finetuned model also records the training and validation crystals of
+every finetuning since.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from crysldnet.errors import CheckpointError
 
 
 def encoder_file(pretrained: str | None) -> Path | None:
-    """Return the file of a pretrained encoder or a finetuned model; None where training is from scratch.
+    """Return the file of a pretrained encoder or finetuned model; None when training from scratch.
 
-    The folder of their run may stand for it, and so may the name of an encoder that ships with the package.
+    It may be given as its run folder or as the name of an included encoder.
 
     Raises:
-        CheckpointError: there is none, or it is the folder of an ensemble.
+        CheckpointError: it is missing, or is the folder of an ensemble.
     """
     if pretrained in (None, "none"):
         return None
@@ -40,15 +40,16 @@ def encoder_file(pretrained: str | None) -> Path | None:
 
 
 def _seen_by(path: Path) -> NDArray[np.uint64] | None:
-    """Read which crystals an encoder or a finetuned model has seen; None where its file doesn't say."""
+    """Read which crystals an encoder or finetuned model has seen; None if not recorded."""
     finetuned = model_file.kind_of(path) == "property_model"
     return model_file.read_pretraining_set(path, "property_model" if finetuned else "encoder")
 
 
 def seen_crystals(pretrained: str | None, store: CrystalStore, rows: NDArray[np.int64]) -> NDArray[np.uint64] | None:
-    """Return what a model has seen that starts from ``pretrained`` and learns from some rows of a store, these first.
+    """Return the crystals seen by a model that starts from ``pretrained`` and is trained on some rows of a store, these
+    first.
 
-    None where the file that it starts from doesn't say what that has seen.
+    None if the initial file doesn't record its crystals.
     """
     path = encoder_file(pretrained)
     before = None if path is None else _seen_by(path)
@@ -59,7 +60,9 @@ def seen_crystals(pretrained: str | None, store: CrystalStore, rows: NDArray[np.
 
 
 def labelled_crystals(files: Sequence[Path]) -> NDArray[np.uint64] | None:
-    """Return what finetuned models were trained or validated on, in ascending order; None where a file doesn't say."""
+    """Return sorted fingerprints of the training and validation crystals of finetuned models; None if one isn't
+    recorded.
+    """
     found: list[NDArray[np.uint64]] = []
     for file in files:
         info, seen = model_file.read(file, "property_model")[0], _seen_by(file)
@@ -70,7 +73,7 @@ def labelled_crystals(files: Sequence[Path]) -> NDArray[np.uint64] | None:
 
 
 def labels_learned(pretrained: str | None) -> list[str]:
-    """Return the targets whose labels a model has learned; none for an encoder without labels."""
+    """Return the targets that a model was trained on; empty for an encoder without labels."""
     path = encoder_file(pretrained)
     if path is None or model_file.kind_of(path) != "property_model":
         return []
@@ -80,17 +83,17 @@ def labels_learned(pretrained: str | None) -> list[str]:
 
 
 def pretraining_overlap(pretrained: str | None, tested: Fingerprints) -> dict[str, Any] | None:
-    """Count the tested crystals that were seen before.
+    """Count the test crystals that were seen before.
 
     Args:
         pretrained: as configured.
         tested: the crystals of the test split.
 
     Returns:
-        ``test_crystals``, ``pretraining_crystals`` and how many of the tested ones share an id (``ids``), a reduced
-        formula (``formulas``), and both formula and geometry (``similar``). The last three are None where the file
-        doesn't say what was seen. ``labels`` are the targets that were learned before; not there where none was.
-        None where training is from scratch.
+        ``test_crystals``, ``pretraining_crystals`` and how many test crystals share an id (``ids``), a reduced
+        formula (``formulas``), and both formula and geometry (``similar``). The last three are None if the file
+        doesn't record the crystals seen. ``labels`` are the previously learned targets, if any. None when training from
+        scratch.
     """
     path = encoder_file(pretrained)
     if path is None:
@@ -105,7 +108,7 @@ def pretraining_overlap(pretrained: str | None, tested: Fingerprints) -> dict[st
 
 
 def describe_overlap(counts: dict[str, Any]) -> str:
-    """Return a sentence for a person."""
+    """Return a human-readable sentence."""
     if counts["ids"] is None:
         return (
             f"It isn't known which of the {counts['test_crystals']:,} test crystals were in the pretraining set: the "
@@ -121,7 +124,7 @@ def describe_overlap(counts: dict[str, Any]) -> str:
 
 
 def print_overlap(counts: dict[str, Any] | None) -> None:
-    """Print the counts, where there was pretraining."""
+    """Print the counts if there was pretraining."""
     if counts is None or not counts["test_crystals"]:
         return
     title = f"Test crystals that are in the pretraining set, of {counts['test_crystals']:,}"

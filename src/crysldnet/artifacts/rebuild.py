@@ -1,4 +1,4 @@
-"""Build encoders and property models from what their files say of them."""
+"""Build encoders and property models from the metadata of their files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from crysldnet.renames import renamed
 
 
 class EncoderInfo(BaseModel):
-    """What the file of an encoder says of it."""
+    """Metadata of an encoder file."""
 
     model_config = ConfigDict(strict=True)
     encoder: dict[str, Any]
@@ -31,7 +31,7 @@ class EncoderInfo(BaseModel):
 
 
 class ModelInfo(EncoderInfo):
-    """What the file of a property model says of it."""
+    """Metadata of a property model file."""
 
     head: dict[str, Any]
     recipe: Literal["network", "frozen", "hybrid"] = "network"
@@ -47,10 +47,10 @@ class ModelInfo(EncoderInfo):
 
 
 def checked(info: Mapping[str, Any], kind: type[BaseModel], path: str | os.PathLike[str]) -> Any:
-    """Check what a file says of itself.
+    """Validate the metadata of a file.
 
     Raises:
-        CheckpointError: naming the first key that can't be used.
+        CheckpointError: naming the first invalid key.
     """
     try:
         return kind.model_validate(renamed(info, quiet=True))
@@ -61,10 +61,10 @@ def checked(info: Mapping[str, Any], kind: type[BaseModel], path: str | os.PathL
 
 
 def build_encoder(info: EncoderInfo, path: str | os.PathLike[str]) -> Encoder:
-    """Build an encoder with fresh weights.
+    """Build an encoder with untrained weights.
 
     Raises:
-        CheckpointError: it asks for another graph than the file says.
+        CheckpointError: its graph differs from the one in the file.
     """
     encoder: Encoder = build(info.encoder, "encoder", kind=nn.Module)
     check_graph(encoder, info.graph, path)
@@ -72,7 +72,7 @@ def build_encoder(info: EncoderInfo, path: str | os.PathLike[str]) -> Encoder:
 
 
 def check_graph(encoder: Encoder, graph: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Check that an encoder asks for the graph that a file's weights were trained on.
+    """Check that an encoder's graph matches the one its weights were trained on.
 
     Raises:
         CheckpointError: naming the setting that differs.
@@ -84,10 +84,10 @@ def check_graph(encoder: Encoder, graph: Mapping[str, Any], path: str | os.PathL
 
 
 def build_model(info: ModelInfo, path: Path) -> TargetModel:
-    """Build a property model with fresh weights.
+    """Build a property model with untrained weights.
 
     Raises:
-        ValueError: its parts don't go together.
+        ValueError: its parts are incompatible.
     """
     described = [{"type": "regression"}] * len(info.targets) if info.target_types is None else info.target_types
     if not len(described) == len(info.units) == len(info.targets):

@@ -1,4 +1,4 @@
-"""Build a module and copy a file's tensors into it, where exactly these tensors fit."""
+"""Build a module and load a file's tensors if they match exactly."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from crysldnet.errors import CheckpointError
 def build_and_load(
     make: Callable[[], Any], what: str, state: Mapping[str, Tensor], path: str | os.PathLike[str]
 ) -> Any:
-    """Build a module and copy weights into it; their shapes are compared before anything of that size is made.
+    """Build a module and load weights; shapes are compared before large tensors are allocated.
 
     Raises:
-        CheckpointError: it can't be built, or its tensors aren't these.
+        CheckpointError: it can't be built, or its tensors don't match.
     """
     planned = None
     try:
@@ -33,10 +33,10 @@ def build_and_load(
             warnings.catch_warnings(action="ignore"),
         ):
             planned = make()
-    except Exception as error:  # constructors raise anything for what a file may say
+    except Exception as error:  # constructors may raise anything for invalid metadata
         if isinstance(error, CheckpointError):
             raise
-        if "meta" not in str(error):  # an encoder may need numbers to be built, which there are none of
+        if "meta" not in str(error):  # an encoder may need values during construction, which the meta device lacks
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{path}: its {what} can't be built: {reason}") from error
     if planned is not None:
@@ -47,10 +47,10 @@ def build_and_load(
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Copy weights into a module of exactly the same keys and shapes.
+    """Load weights into a module with exactly the same keys and shapes.
 
     Raises:
-        CheckpointError: naming the first keys that are missing, surplus, of another shape, or not finite.
+        CheckpointError: naming the first keys that are missing, extra, misshapen or not finite.
     """
     _check_fit(module, state, path)
     for name, tensor in state.items():
@@ -77,7 +77,7 @@ def _check_fit(module: nn.Module, state: Mapping[str, Tensor], path: str | os.Pa
 
 
 class _NoNormalValues(TorchFunctionMode):
-    """Skip normal initial values on the meta device, for which torch would import its compiler first."""
+    """Skip normal initialization on the meta device, for which torch would import its compiler."""
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (nn.init.normal_, Tensor.normal_):
@@ -87,13 +87,13 @@ class _NoNormalValues(TorchFunctionMode):
 
 @contextmanager
 def _no_more_parameters_than(count: int) -> Iterator[None]:
-    """Stop what builds a module with more parameters than a file has tensors."""
+    """Stop construction of a module with more parameters than a file has tensors."""
     made = 0
 
     def count_one(*_: Any) -> None:
         nonlocal made
         made += 1
-        if made > 2 * count + 100:  # some are made more than once
+        if made > 2 * count + 100:  # some are created more than once
             raise ValueError(f"it would have more parameters than the file's {count} tensors")
 
     handle = register_module_parameter_registration_hook(count_one)

@@ -1,6 +1,6 @@
-"""Encoders that have a name: those that ship with the package, and those that were fetched.
+"""Named encoders: those included in the package and downloaded ones.
 
-Each is ``NAME.safetensors`` with a model card, ``NAME.md``, beside it.
+Each is ``NAME.safetensors`` with a model card ``NAME.md``.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from crysldnet.errors import CheckpointError
 
 SHIPPED = Path(__file__).parents[1] / "weights"
 VARIABLE = "CRYSLDNET_WEIGHTS"
-"""Names the folder of fetched encoders."""
+"""Environment variable with the folder of downloaded encoders."""
 
 
 def fetched_folder() -> Path:
-    """Return the folder of fetched encoders."""
+    """Return the folder of downloaded encoders."""
     return Path(os.environ.get(VARIABLE) or "~/.cache/crysldnet/weights").expanduser()
 
 
 def named_encoders() -> dict[str, Path]:
-    """Return the file of every encoder that has a name; a shipped one wins over a fetched one."""
+    """Return the file of every named encoder; included ones take precedence."""
     return {file.stem: file for folder in (fetched_folder(), SHIPPED) for file in sorted(folder.glob("*.safetensors"))}
 
 
 def card_of(file: Path) -> str | None:
-    """Return the model card beside a file; None where there is none."""
+    """Return the model card next to a file, or None."""
     card = file.with_suffix(".md")
     return card.read_text(encoding="utf-8") if card.is_file() else None
 
 
 def find(name: str) -> Path:
-    """Return the file or folder that a path or the name of an encoder stands for.
+    """Return the file or folder for a path or encoder name.
 
     Raises:
-        CheckpointError: there is neither.
+        CheckpointError: neither exists.
     """
     path = Path(name).expanduser()
     if path.exists():

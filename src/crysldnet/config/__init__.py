@@ -1,4 +1,4 @@
-"""Compose, override and check the configuration of a command, and resume a run with the one that began it."""
+"""Compose, override and validate the configuration of a command, and resume a run with its configuration."""
 
 from crysldnet.build import to_yaml
 from crysldnet.config.arguments import argument, arguments_for, split_words

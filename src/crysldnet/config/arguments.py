@@ -1,4 +1,4 @@
-"""Write a configuration as arguments of the command line, which are read as these very values."""
+"""Write a configuration as command-line arguments that reproduce it exactly."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from crysldnet.renames import renamed
 
 
 def split_words(text: str, key: str) -> list[str]:
-    """Split the ``key=value`` that a key holds, as a shell does.
+    """Split a string of ``key=value`` like a shell.
 
     Raises:
-        ConfigError: a quote or an escape has no end.
+        ConfigError: a quote or escape isn't closed.
     """
     try:
         return shlex.split(text)
@@ -31,15 +31,15 @@ def split_words(text: str, key: str) -> list[str]:
 
 
 def arguments_for(command: str, values: Mapping[str, Any], without: Collection[str] = ()) -> list[str] | None:
-    """Return arguments that compose a resolved configuration, what differs from the defaults alone.
+    """Return arguments that reproduce a resolved configuration, only where it differs from the defaults.
 
     Args:
         command: the name of a file in ``conf/``.
         values: the configuration.
-        without: keys that are left out.
+        without: keys to leave out.
 
     Returns:
-        None where there are no such arguments, as for a configuration of a version with other keys.
+        None if that isn't possible, as for a version with different keys.
     """
     wanted = {key: value for key, value in renamed(values, quiet=True).items() if key not in without}
     base = compose(command)
@@ -58,10 +58,10 @@ def arguments_for(command: str, values: Mapping[str, Any], without: Collection[s
 
 
 def _differences(base: Mapping[str, Any], values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Give arguments that make values of a base, which has the same keys.
+    """Yield arguments that turn a base with the same keys into the values.
 
     Raises:
-        KeyError: it has other keys.
+        KeyError: the keys differ.
     """
     for key, value in values.items():
         before = base[key]
@@ -72,7 +72,7 @@ def _differences(base: Mapping[str, Any], values: Mapping[str, Any], prefix: str
 
 
 def argument(key: str, value: Any) -> str:
-    """Return ``key=value`` for the command line, which is read as this very value whatever texts it holds."""
+    """Return ``key=value`` for the command line, which reproduces this value for any text."""
     if isinstance(value, str) and "$" not in value:
         try:
             if parse(value) == value:
@@ -83,7 +83,7 @@ def argument(key: str, value: Any) -> str:
 
 
 def _flow(value: Any) -> str:
-    """Return plain values as YAML in one line, every text in quotes."""
+    """Return plain values as single-line YAML with all text quoted."""
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{_flow(key)}: {_flow(item)}' for key, item in value.items())}}}"
     if isinstance(value, list):

@@ -1,17 +1,15 @@
-"""Compose, override and check the configuration of a command.
+"""Compose, override and validate the configuration of a command.
 
 ``conf/COMMAND.yaml`` names a default for each group under ``defaults`` and holds the command's own keys. A group's
-choice is a file ``conf/GROUP/CHOICE.yaml``, or several as ``[a,b]``, the later ones over the earlier ones. On the
-command line ``group=choice`` chooses, ``key.path=value`` overrides and ``preset=NAME`` applies
-``conf/preset/COMMAND/NAME.yaml`` before that, for Matbench those of finetuning. Every key is checked against the
-signature of what it configures, so an unknown one stops the run.
+choice is a file ``conf/GROUP/CHOICE.yaml``, or several as ``[a,b]``, with later ones overriding earlier ones. On the
+command line, ``group=choice`` selects, ``key.path=value`` overrides, and ``preset=NAME`` applies
+``conf/preset/COMMAND/NAME.yaml`` before that (for Matbench, a preset of finetuning). Every key is checked against the
+signature of the configured object, so an unknown one stops the run.
 
-A run's ``config.yaml`` holds the resolved values, and under ``defaults`` the choices that they came from. A run that is
-resumed is composed from that file. A group or preset that is named again is the one that is there already, so the
-arguments that began a run may be repeated.
+A run's ``config.yaml`` has the resolved values and, under ``defaults``, their choices. A resumed run is composed from
+that file. Naming the same group or preset again has no effect, so the original arguments may be repeated.
 
-Only ``key=value`` of the command line and ``conf/`` can use resolvers such as ``${oc.env:HOME}``. Any other file that
-does is refused.
+Only the command line and ``conf/`` can use resolvers such as ``${oc.env:HOME}``; other files that do are rejected.
 """
 
 from __future__ import annotations
@@ -41,15 +39,15 @@ from crysldnet.renames import renamed_argument
 
 COMMAND_LINE = "on the command line"
 PRESETS = {"pretrain": "preset/pretrain", "finetune": "preset/finetune", "matbench": "preset/finetune"}
-"""Command to the folder of its presets."""
+"""Folder of presets by command."""
 FILES = ("pretrained", "init")
-"""Keys that name the file which a run starts from."""
+"""Keys of the initial file of a run."""
 
 OF_NETWORKS = (
     *("encoder", "preset", "head", "optimizer", "strategy", "mode", "epochs", "min_steps", "patience", "loss"),
     *("layer_decay", "gradient_clip_val", "networks"),
 )
-"""Keys of finetuning that networks alone have; a command line with one of them trains a network by default."""
+"""Finetuning keys specific to networks; setting one on the command line selects a network by default."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +55,12 @@ class Composition:
     """A composed configuration.
 
     Attributes:
-        values: plain values, interpolations resolved.
-        origin: the file that each key came from, or the command line.
-        groups: the chosen name of each group.
-        given: the keys and groups that the command line names.
-        presets: the presets that were applied.
-        links: files that a run starts from as they were named, where a link stood in for the value.
+        values: plain values with resolved interpolations.
+        origin: source of each key: a file or the command line.
+        groups: choice of each group.
+        given: keys and groups set on the command line.
+        presets: applied presets.
+        links: initial files as given, if the value was a link.
     """
 
     values: dict[str, Any]
@@ -74,7 +72,7 @@ class Composition:
 
     @property
     def choices(self) -> dict[str, Any]:
-        """What a run's ``config.yaml`` says under ``defaults``."""
+        """Content of ``defaults`` in a run's ``config.yaml``."""
         return {**self.groups, **({"preset": list(self.presets)} if self.presets else {}), **self.links}
 
     def where(self, key: str) -> str:
@@ -99,13 +97,13 @@ def compose(command: str | Path, arguments: Sequence[str] = (), saved: Path | No
     """Merge a command's file, its groups, a preset and the command line.
 
     Args:
-        command: the name of a file in ``conf/``, or the path of one elsewhere.
-        arguments: ``group=name`` and ``key=value``; a leading ``--`` is allowed. Of the commands in ``PLAIN_WORDS``
-            also plain words.
-        saved: the ``config.yaml`` of a run that is resumed, in place of the defaults and presets.
+        command: name of a file in ``conf/``, or the path of another.
+        arguments: ``group=name`` and ``key=value``; a leading ``--`` is allowed. Commands in ``PLAIN_WORDS`` also
+            accept plain words.
+        saved: ``config.yaml`` of a resumed run, in place of the defaults and presets.
 
     Raises:
-        ConfigError: a file, group or choice is unknown, a value is missing or can't be parsed.
+        ConfigError: a file, group or choice is unknown, or a value is missing or can't be parsed.
     """
     split_pairs = split(arguments, keys_of(command), PLAIN_WORDS.get(str(command)), literally)
     pairs = with_paths([renamed_argument(*pair) for pair in split_pairs])
@@ -149,20 +147,20 @@ def root_of(command: str | Path) -> Path:
 
 
 def keys_of(command: str | Path) -> list[str]:
-    """Return the keys and groups that a command has."""
+    """Return the keys and groups of a command."""
     root = read_yaml(root_of(command))
     return [key for key in (*root, *(root.get(CHOICES) or ()), "preset") if key != CHOICES]
 
 
 def describes_encoder(given: Collection[str]) -> bool:
-    """Return whether a command line chooses or changes an encoder, which is then trained from scratch by default."""
+    """Return whether a command line selects or changes an encoder, which is then trained from scratch by default."""
     return any(key == "preset" or key.split(".")[0] == "encoder" for key in given)
 
 
 def _merge_files(
     command: str | Path, pairs: Sequence[tuple[str, str]], presets: Sequence[str], origin: dict[str, str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what files give a command, and the choice of each group; note in ``origin`` which file each key is of."""
+    """Return the values of a command's files and the choice of each group; store each key's file in ``origin``."""
     root_file = root_of(command)
     layers = [(str(root_file), read_yaml(root_file))]
     for preset in presets:
@@ -202,9 +200,9 @@ def _merge_saved(
     values: Mapping[str, Any],
     recorded: Mapping[str, str],
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
-    """Return the values that a run was begun with, the choice of each group, and the file that each key is of.
+    """Return the original values of a run, the choice of each group, and the file of each key.
 
-    A group is refilled only where another choice than before is named, or the run is of a version that kept none.
+    A group is reset only if another choice is named, or if the run's version stored none.
     """
     known = read_yaml(root_of(command)).get(CHOICES) or {}
     named = {key: value for key, value in pairs if key in known}
@@ -220,7 +218,7 @@ def _merge_saved(
 
 
 def refuse_unknown(command: str, composition: Composition) -> None:
-    """Refuse keys of the command line that the command doesn't have, before its modules are imported.
+    """Reject keys that the command doesn't have before importing its modules.
 
     Raises:
         ConfigError: with the key and a suggestion.
@@ -236,11 +234,11 @@ def refuse_unknown(command: str, composition: Composition) -> None:
 
 
 def validate(composition: Composition, schema: type) -> Any:
-    """Check every key and type; return the command's settings as an instance of its dataclass.
+    """Validate every key and type; return the command's settings as an instance of its dataclass.
 
     Raises:
-        ConfigError: with the key, the file that set it, and a suggestion; an unknown key comes before one that is
-            missing, for it may be the same one.
+        ConfigError: with the key, the file that set it, and a suggestion; unknown keys are reported before missing
+            ones, because they may be the same.
     """
     missing = _missing(composition.values)
     try:
@@ -263,7 +261,7 @@ def validate(composition: Composition, schema: type) -> Any:
 
 
 def _missing(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return the keys that have no default and weren't given."""
+    """Return the required keys that weren't given."""
     found = []
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -286,11 +284,11 @@ OTHER_WORDS = {
     "file": "path",
     "max_epochs": "epochs",
 }
-"""Words that users of other programs know, and the last part of the key that is meant."""
+"""Words from other programs, with the last part of the key that is meant."""
 
 
 def _unknown(key: str, composition: Composition) -> str:
-    """Return a message that names keys elsewhere that end like an unknown one; empty where there are none."""
+    """Return a message with similar keys elsewhere for an unknown one, or an empty string."""
     leaf = key.rpartition(".")[2]
     leaves = {leaf, OTHER_WORDS.get(leaf, leaf)}
     others = (k for k, source in composition.origin.items() if source != COMMAND_LINE and k != key)
@@ -299,10 +297,10 @@ def _unknown(key: str, composition: Composition) -> str:
 
 
 def refuse_unused(composition: Composition) -> None:
-    """Refuse keys of the command line that would have no effect.
+    """Reject keys on the command line that would have no effect.
 
     Raises:
-        ConfigError: an encoder is described although a pretrained one brings its own description.
+        ConfigError: an encoder is configured although the pretrained one has its own configuration.
     """
     if composition.values.get("pretrained") in (None, "none"):
         return

@@ -1,4 +1,4 @@
-"""The files of a configuration: those of ``conf/``, a user's own, and what a run has saved."""
+"""Configuration files: those in ``conf/``, the user's own, and those saved by a run."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from crysldnet.io import conf_folder
 from crysldnet.renames import renamed
 
 CHOICES = "defaults"
-"""Key of a file that names the choice of each group."""
+"""Key of a file with the choice of each group."""
 
 
 def choices(group: str) -> list[str]:
-    """Return the names that a group offers."""
+    """Return the choices of a group."""
     return sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
 
 
@@ -32,13 +32,13 @@ def load_yaml(path: Path) -> DictConfig:
     """Read a YAML file of keys.
 
     Raises:
-        ConfigError: it isn't one, or it uses a resolver and doesn't belong to the package.
+        ConfigError: it is invalid, or it uses a resolver and isn't part of the package.
     """
     return OmegaConf.create(read_yaml(path))
 
 
 def read_yaml(path: Path, group: str = "") -> dict[Any, Any]:
-    """Read a YAML file of keys, which are those of a group in messages; raises what :func:`load_yaml` does."""
+    """Read a YAML file of keys with a group name for messages; raises like :func:`load_yaml`."""
     try:
         loaded = deepcopy(_parsed(path.read_text(encoding="utf-8")))
     except (OSError, OmegaConfBaseException, *NO_YAML) as error:
@@ -62,7 +62,7 @@ _saved = lru_cache(maxsize=16)(from_yaml)
 
 
 def lay_over(base: dict[Any, Any], layer: Mapping[Any, Any]) -> None:
-    """Put the values of a layer over those of a base, key by key; a ??? leaves what is there."""
+    """Override the values of a base with those of a layer, key by key; ??? keeps the existing value."""
     for key, value in layer.items():
         if isinstance(value, Mapping) and isinstance(base.get(key), dict):
             lay_over(base[key], value)
@@ -71,7 +71,7 @@ def lay_over(base: dict[Any, Any], layer: Mapping[Any, Any]) -> None:
 
 
 def refuse_resolvers(value: Any, source: str, key: str = "") -> None:
-    """Refuse plain values from a file that would read the environment or call anything else.
+    """Reject plain values from a file that would read the environment or use another resolver.
 
     Raises:
         ConfigError: naming the file and the key.
@@ -90,10 +90,10 @@ def refuse_resolvers(value: Any, source: str, key: str = "") -> None:
 
 
 def group_file(group: str, choice: str) -> Path:
-    """Return the file of a group's choice, which is a name or a path.
+    """Return the file of a group's choice, given as a name or path.
 
     Raises:
-        ConfigError: there is no choice of that name.
+        ConfigError: the choice is unknown.
     """
     if choice.endswith((".yaml", ".yml")):
         return Path(choice)
@@ -114,7 +114,7 @@ def choices_in(choice: str) -> list[str]:
 
 
 def read_saved(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the ``config.yaml`` of a run: its values, and the choices that they came from, where it has them.
+    """Read the values and, if stored, the choices from the ``config.yaml`` of a run.
 
     Raises:
         ConfigError: it can't be read.

@@ -1,4 +1,4 @@
-"""What ``--help`` of a command prints."""
+"""The ``--help`` text of a command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from crysldnet.config.words import PLAIN_WORDS, TRAINS
 
 
 def help_text(command: str, description: str) -> str:
-    """Return what ``--help`` prints: usage, groups with their choices, every key with its comment."""
+    """Return usage, groups with their choices, and every key with its comment."""
     root_file = conf_folder() / f"{command}.yaml"
     defaults = load_yaml(root_file).get(CHOICES) or {}
     plain = f"{PLAIN_WORDS[command].upper()} …" if command in PLAIN_WORDS else "[group=name …]"

@@ -1,4 +1,4 @@
-"""What a run may do differently from how it was begun when it is resumed."""
+"""Which settings may change when a run is resumed."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ EXECUTION = (
     "strategy",
     *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "compile", "deterministic")),
 )
-"""Keys that change a result in its last digits. They may change, and it is said."""
+"""Keys that change a result in its last digits. They may change, with a message."""
 LENGTH = {"pretrain": ("stages.vae.epochs", "stages.diffusion.epochs"), "finetune": ("epochs",), "matbench": ()}
-"""Of each command, the keys that say how long it trains: learning rates are planned with them."""
+"""Keys of each command that set the length of training, for which learning rates are planned."""
 ALSO = {
     command: (*keys, "trainer.accumulate_grad_batches", "trainer.max_nonfinite_steps")
     for command, keys in LENGTH.items()
     if keys
 }
-"""Of each command, more keys that may change, and it is said. All folds of a benchmark are trained alike."""
+"""Further keys of each command that may change, with a message. All folds of a benchmark are trained alike."""
 
 
 def refuse_changed(command: str, composition: Composition, saved: Path, *, complete: bool) -> set[str]:
-    """Refuse to resume a run as another one, and say what changes a result; return the keys that differ.
+    """Reject a resume with incompatible settings and print what changes a result; return the keys that differ.
 
     Args:
         command: pretrain, finetune or matbench.
-        composition: what is asked for now.
+        composition: the current configuration.
         saved: the ``config.yaml`` of the run.
-        complete: whether the run has ended well.
+        complete: whether the run is complete.
 
     Raises:
         ConfigError: naming the key that differs.
     """
     before, _ = read_saved(saved)
     given = [name for name in composition.given if name not in composition.groups]
-    compared = (("split.json", ("data.path",)), ("inputs.json", FILES))  # by content, when the run goes on
+    compared = (("split.json", ("data.path",)), ("inputs.json", FILES))  # by content, when the run continues
     free = [*FREE, *(key for file, keys in compared if (saved.parent / file).exists() for key in keys)]
     changed = set()
     for name, then, now in _differences("", before, composition.values, given):
@@ -78,7 +78,7 @@ def refuse_changed(command: str, composition: Composition, saved: Path, *, compl
 
 
 def pin_files(composition: Composition) -> Composition:
-    """Name the files that a run starts from without links, such as ``latest``, which may lead elsewhere later."""
+    """Replace links such as ``latest`` in the initial files of a run, which may later point elsewhere."""
     values, links = dict(composition.values), dict(composition.links)
     for key in FILES:
         named = values.get(key)
@@ -101,9 +101,9 @@ def _is_in(name: str, keys: Collection[str]) -> bool:
 
 
 def _differences(key: str, before: Any, now: Any, given: Collection[str]) -> Iterator[tuple[str, Any, Any]]:
-    """Give the innermost keys whose values differ, and both values.
+    """Yield the innermost keys whose values differ, with both values.
 
-    A key that an earlier version of the package didn't have doesn't count, unless it is given now.
+    Keys unknown to an earlier version are ignored unless given now.
     """
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for part in {**now, **(before if key else {})}:
@@ -115,5 +115,5 @@ def _differences(key: str, before: Any, now: Any, given: Collection[str]) -> Ite
 
 
 def _is_given(key: str, given: Collection[str]) -> bool:
-    """Return whether the command line names a key, a part of it, or what it is a part of."""
+    """Return whether the command line sets a key, a part of it, or a group that contains it."""
     return any(one == key or one.startswith(f"{key}.") or key.startswith(f"{one}.") for one in given)

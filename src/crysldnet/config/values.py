@@ -1,4 +1,4 @@
-"""The values of a configuration: read from the command line, changed, and resolved."""
+"""Values of a configuration: parse, override and resolve."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from crysldnet.errors import ConfigError
 from crysldnet.renames import renamed_argument
 
 LISTS = ("data.targets", "data.descriptors", "data.exclude", "atomic_references", "plugins")
-"""Keys that hold lists of names; one name, or several between commas, needs no brackets."""
+"""Keys of name lists; one name, or several separated by commas, needs no brackets."""
 MISSING = "???"
-"""Of a key without a default, until it is given."""
+"""Marks a required key until it is given."""
 
 
 def parse(value: str) -> Any:
-    """Read a value as YAML, or ``None``, which W&B's agent writes for null.
+    """Parse a value as YAML, or ``None``, which W&B's agent writes for null.
 
-    What isn't YAML, such as the pattern ``*.cif``, is text, and so is ``-``.
+    Invalid YAML, such as the pattern ``*.cif``, is text, and so is ``-``.
     """
     if value.strip() in ("-", "None"):
         return value if value.strip() == "-" else None
@@ -36,7 +36,7 @@ def parse(value: str) -> Any:
 def _parse(value: str) -> Any:
     try:
         parsed = OmegaConf.from_dotlist([f"value={value}"])
-    except UnicodeEncodeError:  # names of files needn't be UTF-8; several of them are in JSON
+    except UnicodeEncodeError:  # file names may not be UTF-8; several of them are in JSON
         return json.loads(value) if value.startswith("[") else value
     except OmegaConfBaseException:
         raise
@@ -46,11 +46,11 @@ def _parse(value: str) -> Any:
 
 
 _parse_plain = lru_cache(maxsize=1024)(_parse)
-"""Of a text without a resolver, which always has the same value."""
+"""For text without a resolver, which always has the same value."""
 
 
 def refuse_other_bytes(pairs: Sequence[tuple[str, str]]) -> None:
-    """Refuse values that aren't UTF-8, for no configuration that is saved can hold them.
+    """Reject values that aren't UTF-8, because saved configurations can't contain them.
 
     Raises:
         ConfigError: naming the key.
@@ -61,7 +61,7 @@ def refuse_other_bytes(pairs: Sequence[tuple[str, str]]) -> None:
 
 
 def literally(value: Any) -> Any:
-    """Return plain values in which no text is resolved any more."""
+    """Return plain values in which no text is resolved."""
     if isinstance(value, Mapping):
         return {key: literally(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -76,10 +76,10 @@ def _value_of(key: str, text: str) -> Any:
 
 
 def changed(values: dict[str, Any], changes: Sequence[tuple[str, str]]) -> DictConfig:
-    """Return values changed as the command line says, not resolved yet."""
+    """Return values with the command line applied, unresolved."""
     try:
         merged = OmegaConf.create(values)
-    except OmegaConfBaseException as error:  # a date or a set, which YAML has too
+    except OmegaConfBaseException as error:  # dates and sets are valid YAML
         raise ConfigError(f"{getattr(error, 'full_key', '')}: {str(error).splitlines()[0]}") from error
     for key, value in changes:
         try:
@@ -90,7 +90,7 @@ def changed(values: dict[str, Any], changes: Sequence[tuple[str, str]]) -> DictC
 
 
 def changed_plainly(values: dict[str, Any], changes: Sequence[tuple[str, str]]) -> dict[str, Any] | None:
-    """Return the same where nothing is left to resolve, several times as fast; None elsewhere."""
+    """Return the same if nothing needs resolving, several times as fast; otherwise None."""
     if not _is_plain(values) or any("${" in text for _, text in changes):
         return None
     new = deepcopy(values)
@@ -122,10 +122,10 @@ def _is_plain(value: Any) -> bool:
 
 
 def resolve(merged: DictConfig) -> dict[str, Any]:
-    """Return plain values, what refers to others resolved.
+    """Return plain values with references resolved.
 
     Raises:
-        ConfigError: it refers to nothing.
+        ConfigError: a reference is invalid.
     """
     try:
         values = OmegaConf.to_container(merged, resolve=True)

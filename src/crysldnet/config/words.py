@@ -1,4 +1,4 @@
-"""Split the words of a command line into keys and values, also as users of other programs write them."""
+"""Split command-line words into keys and values, including styles of other programs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any, NoReturn
 from crysldnet.errors import ConfigError
 
 PLAIN_WORDS = {"report": "runs", "predict": "files", "embed": "files", "suggest": "files", "explain": "files"}
-"""Command to the key that lists the words of its line which aren't key=value."""
+"""Commands that accept plain words, with the key for them."""
 DATA_WORDS = "CRYSTALS TABLE"
-"""Stands for such a key of a training, whose files are imported before its configuration is composed."""
+"""Placeholder for the files of a training run, which are imported before its configuration is composed."""
 TRAINS = ("pretrain", "finetune")
-"""Commands that take files of crystals in this way."""
+"""Commands that accept data files in this way."""
 NAMED = ("target_types.", "target_per.", "descriptors.")
-"""What follows is a name from the data, where a hyphen stays."""
+"""Keys followed by a name from the data, in which hyphens are kept."""
 _KEY = re.compile(r"-{0,2}[A-Za-z_][\w.-]*=")
 
 
@@ -31,13 +31,13 @@ def split(
     ``--key=value`` and ``--key value`` are read as ``key=value``.
 
     Args:
-        arguments: words, as the shell gives them.
-        keys: of the command and its groups, for suggestions.
-        plain: the key under which plain words are gathered, which may have an = after a slash; None for none.
-        literally: keeps texts in plain values from being resolved.
+        arguments: words from the shell.
+        keys: keys of the command and its groups, for suggestions.
+        plain: key that collects plain words, which may contain = after a slash; None for none.
+        literally: protects text in plain values from being resolved.
 
     Raises:
-        ConfigError: a word is neither; with the form that was meant.
+        ConfigError: a word is invalid; with a suggestion.
     """
     pairs: list[tuple[str, str]] = []
     words: list[str] = []
@@ -66,13 +66,13 @@ def split(
 
 
 def _is_plain(word: str, key: str) -> bool:
-    """Return whether a word may name a file or folder; runs are looked for later."""
+    """Return whether a word may be a file or folder; runs are searched later."""
     there = os.path.exists(os.path.expanduser(word)) or glob.has_magic(word) or re.search(r"[/\\:@.]", word)
     return not word.startswith("-") and (key == "runs" or bool(there))
 
 
 def _refuse(word: str, following: Sequence[str], keys: Collection[str], plain: str | None) -> NoReturn:
-    """Refuse a word that is neither key=value nor plain, with the form that was meant.
+    """Reject an invalid word with a suggestion.
 
     Raises:
         ConfigError: always.
@@ -99,5 +99,5 @@ def _meant(key: str, keys: Collection[str]) -> str:
 
 
 def in_brackets(text: str) -> list[str]:
-    """Return the names of a list that is given without its brackets: split at commas outside of (…) and […]."""
+    """Return the names in a list without brackets, split at commas outside of (…) and […]."""
     return [name.strip() for name in re.split(r",(?![^()\[\]]*[)\]])", text) if name.strip()]

@@ -1,6 +1,6 @@
-"""Descriptors: named numbers of a composition or a crystal, computed from the store's arrays, without training.
+"""Descriptors: named numbers of a composition or crystal, computed from the store's arrays without training.
 
-None depends on the rotation, the origin, the order of the atoms, or which cell describes the crystal.
+All are invariant to rotation, origin, atom order and choice of cell.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ _CHUNK = 512
 
 
 def crystal_descriptors(crystals: Crystals) -> Features:
-    """Describe what crystals are made of, and how they are built."""
+    """Return composition and geometry descriptors."""
     return side_by_side([composition_descriptors(crystals), geometry_descriptors(crystals)])
 
 
 def composition_descriptors(crystals: Crystals) -> Features:
-    """Describe what crystals are made of."""
+    """Return composition descriptors."""
     return composition_features(amounts_of(crystals))
 
 
 def geometry_descriptors(crystals: Crystals) -> Features:
-    """Describe how crystals are built: density, packing, slabs, surroundings of the atoms."""
+    """Return geometry descriptors: density, packing, slabs, and environments of the atoms."""
     parts = []
     for start in range(0, len(crystals), _CHUNK):
         some = crystals.take(np.arange(start, min(start + _CHUNK, len(crystals))))

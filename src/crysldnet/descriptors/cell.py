@@ -1,7 +1,7 @@
-"""Descriptors of the whole crystal: density, packing, and the size of slabs.
+"""Descriptors of the whole crystal: density, packing, and slab dimensions.
 
-Symmetry and the shape of the reduced cell aren't among them: models were as good without, and finding the symmetry
-takes ten times as long as all else.
+Symmetry and the shape of the reduced cell are excluded: models were as good without them, and symmetry detection takes
+ten times as long as everything else.
 
 Shapes: ``B`` crystals.
 """
@@ -18,21 +18,21 @@ from crysldnet.descriptors.features import Features, side_by_side
 from crysldnet.graphs.crystals import Crystals
 
 VACUUM = 5.0
-"""Å; where atoms leave a wider gap between parallel planes, a crystal is a slab."""
+"""Å; a crystal with a wider gap between parallel planes of atoms is a slab."""
 _SAME = 0.01
-"""Å; gaps that differ by less are one gap that the cell repeats."""
+"""Å; gaps that differ by less count as the same gap."""
 _DALTON_PER_CUBIC_ANGSTROM = 1.66053907
 """In g/cm³."""
 
 
 @dataclass(frozen=True)
 class Slabs:
-    """The vacuum of each crystal: the widest gap between parallel planes of atoms, along an axis of its reduced cell.
+    """Vacuum of each crystal: the widest gap between parallel planes of atoms along an axis of its reduced cell.
 
     Attributes:
-        vacuum: [B] in Å, between the centers of atoms; 0, as the rest, where the gap isn't wider than :data:`VACUUM`.
-        thickness: [B] in Å, from the first to the last plane; with the vacuum it makes the period.
-        area: [B] Å² of the slab for each of its atoms.
+        vacuum: [B] in Å, between atom centers; 0, like the rest, if the gap isn't wider than :data:`VACUUM`.
+        thickness: [B] in Å, from the first to the last plane; plus the vacuum it equals the period.
+        area: [B] Å² per atom of the slab.
     """
 
     vacuum: NDArray[np.float64]
@@ -41,12 +41,12 @@ class Slabs:
 
     @property
     def is_slab(self) -> NDArray[np.bool_]:
-        """[B]"""
+        """[B] whether the crystal is a slab."""
         return self.vacuum > 0
 
 
 def slabs_of(crystals: Crystals) -> Slabs:
-    """Find the vacuum of each crystal; it doesn't depend on the choice of the cell, repeated ones included."""
+    """Find the vacuum of each crystal, independent of the choice of cell, including supercells."""
     import spglib
 
     reduced = np.array(crystals.lattice, np.float64)
@@ -69,7 +69,7 @@ def slabs_of(crystals: Crystals) -> Slabs:
         gap = (following - x) * height[owner, axis]
         widest[:, axis] = np.maximum.reduceat(gap, start)
         layers[:, axis] = np.add.reduceat((gap > widest[owner, axis] - _SAME).astype(np.float64), start)
-    chosen = np.lexsort((areas, -np.round(widest, 2)))[:, 0]  # of equal gaps the one across the smaller plane
+    chosen = np.lexsort((areas, -np.round(widest, 2)))[:, 0]  # among equal gaps, the one across the smallest plane
     rows = np.arange(len(crystals))
     gap, count = widest[rows, chosen], layers[rows, chosen]
     vacuum = gap > VACUUM
@@ -81,7 +81,7 @@ def slabs_of(crystals: Crystals) -> Slabs:
 
 
 def cell_features(crystals: Crystals) -> Features:
-    """Describe density, packing and slabs."""
+    """Return density, packing and slab descriptors."""
     volume, owner, table = np.abs(np.linalg.det(crystals.lattice)), crystals.crystal, element_table()
     mass = np.bincount(owner, table["AtomicWeight"][crystals.numbers])
     spheres = np.bincount(owner, 4 / 3 * np.pi * (table["CovalentRadius"][crystals.numbers] / 100) ** 3)

@@ -1,6 +1,6 @@
 """Composition descriptors: statistics of the elements' properties, after Magpie.
 
-L. Ward et al., npj Comput. Mater. 2, 16028 (2016). They depend on the ratios of the elements alone. Equal to the
+L. Ward et al., npj Comput. Mater. 2, 16028 (2016). They depend only on element ratios. Equal to the
 ``magpie`` preset of matminer's ElementProperty, its ValenceOrbital and Stoichiometry (test_descriptors.py).
 
 Shapes: ``B`` crystals, ``P`` properties, ``M`` pairs of a crystal and an element in it.
@@ -26,7 +26,7 @@ _STATISTICS = ("minimum", "maximum", "range", "mean", "avg_dev", "mode")
 
 @cache
 def element_table() -> dict[str, NDArray[np.float64]]:
-    """Return [119] values of each property by atomic number; a missing one is the mean of the others."""
+    """Return [119] values of each property by atomic number; missing ones are the mean of the others."""
     with (Path(__file__).parent / "tables" / "magpie_elements.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     table = {}
@@ -37,7 +37,7 @@ def element_table() -> dict[str, NDArray[np.float64]]:
 
 
 def amounts_of(crystals: Crystals) -> NDArray[np.float64]:
-    """[B, 119] how many atoms of each element."""
+    """Return [B, 119] atom counts by element."""
     flat = np.bincount(
         crystals.crystal * N_ELEMENTS + crystals.numbers.astype(np.int64), minlength=len(crystals) * N_ELEMENTS
     )
@@ -45,14 +45,14 @@ def amounts_of(crystals: Crystals) -> NDArray[np.float64]:
 
 
 def composition_features(amounts: NDArray[np.floating]) -> Features:
-    """Describe compositions.
+    """Return composition descriptors.
 
     Args:
-        amounts: [B, 119] of each element, in any unit; each row has at least one.
+        amounts: [B, 119] amount of each element, in any unit; nonzero rows.
 
     Returns:
         Six statistics of each property (minimum, maximum, range, mean, mean absolute deviation, and the value of the
-        most abundant element, the least where there are several), the shares of valence electrons in s, p, d and f
+        most abundant element, or the smallest of several), the fractions of valence electrons in s, p, d and f
         orbitals, the number of elements, norms of the fractions, and the ionic character of the pairs of elements.
     """
     amounts = np.asarray(amounts, np.float64)
@@ -83,7 +83,7 @@ def _valence(table: dict[str, NDArray], mean: NDArray) -> Features:
 
 
 def _stoichiometry(fractions: NDArray) -> Features:
-    """Norms of the fractions, and L. Pauling's ionic character 1 − exp(−(χ_i − χ_j)²/4) of the pairs."""
+    """Return norms of the fractions, and L. Pauling's ionic character 1 − exp(−(χ_i − χ_j)²/4) of the pairs."""
     chi = element_table()["Electronegativity"]
     ionic = 1 - np.exp(-((chi[:, None] - chi) ** 2) / 4)
     present = fractions > 0

@@ -1,8 +1,8 @@
-"""What surrounds the atoms of a crystal: coordination, bond lengths and angles, unlike neighbors, dimensionality.
+"""Local environments: coordination, bond lengths and angles, dissimilarity of neighbors, dimensionality.
 
 Neighbors count by R. Hoppe's effective coordination number (Z. Kristallogr. 150, 23, 1979): a neighbor at distance d
-has the weight exp(1 − (d / d̄)⁶), where d̄ is the atom's mean distance with these weights. It needs no cutoff, and moves
-little when atoms do.
+has the weight exp(1 − (d / d̄)⁶), where d̄ is the atom's mean distance with these weights. It needs no cutoff and
+varies little with small displacements.
 
 Shapes: ``B`` crystals, ``N`` atoms, ``E`` edges sorted by target, ``M`` local quantities.
 """
@@ -22,13 +22,13 @@ from crysldnet.graphs.crystals import Crystals
 from crysldnet.graphs.neighbors import Neighbors, neighbor_list
 
 NEIGHBORS = 16
-"""Each atom's nearest, and all at the distance of the last."""
+"""Neighbors per atom, plus all at the distance of the last."""
 RANKS = (1, 2, 4, 6, 8, 12, 16, 24)
-"""Which neighbors' distances are averaged, counted from the nearest."""
+"""Ranks of neighbors whose distances are averaged, counted from the nearest."""
 BOND = 1.25
-"""Atoms are bonded where their distance is below this times the sum of their covalent radii."""
+"""Atoms are bonded if their distance is below this times the sum of their covalent radii."""
 CONTRASTS = ("Electronegativity", "CovalentRadius", "MendeleevNumber", "NValence", "GSvolume_pa")
-"""Properties that are compared between neighbors."""
+"""Properties compared between neighbors."""
 
 
 class Surroundings(NamedTuple):
@@ -40,13 +40,13 @@ class Surroundings(NamedTuple):
     scaled: NDArray[np.float64]
     """[E] length over the sum of the covalent radii."""
     weight: NDArray[np.float64]
-    """[E] of the effective coordination number."""
+    """[E] weight in the effective coordination number."""
     begin: NDArray[np.int64]
     """[N] first edge of each atom."""
 
 
 def surroundings_of(crystals: Crystals) -> Surroundings:
-    """Find and weigh the neighbors."""
+    """Find and weight the neighbors."""
     near = neighbor_list(
         crystals.lattice, crystals.frac_coords, crystals.ptr, k=NEIGHBORS, tolerance=1e-3, n_distances=RANKS[-1]
     )
@@ -56,14 +56,14 @@ def surroundings_of(crystals: Crystals) -> Surroundings:
     begin = np.searchsorted(near.target, np.arange(len(crystals.numbers)))
     reference = np.minimum.reduceat(length, begin)
     weight = np.empty(0)
-    for _ in range(4):  # d̄ depends on the weights, these on d̄; a few rounds suffice
+    for _ in range(4):  # d̄ depends on the weights and vice versa; a few iterations suffice
         weight = np.exp(1 - (length / reference[near.target]) ** 6)
         reference = np.add.reduceat(weight * length, begin) / np.add.reduceat(weight, begin)
     return Surroundings(near, length, scaled, weight, begin)
 
 
 def environment_features(crystals: Crystals) -> Features:
-    """Describe what surrounds the atoms; mean, spread, least and most over the atoms of a crystal."""
+    """Return environment descriptors: mean, spread, minimum and maximum over the atoms of a crystal."""
     around = surroundings_of(crystals)
     local = _local(crystals, around)
     start, atoms = crystals.ptr[:-1], crystals.sizes[:, None]
@@ -77,7 +77,7 @@ def environment_features(crystals: Crystals) -> Features:
 
 
 def _local(crystals: Crystals, around: Surroundings) -> dict[str, NDArray[np.float64]]:
-    """Return quantities of each atom, [N] each."""
+    """Return local quantities, [N] each."""
     source, target = around.near.source, around.near.target
     total = np.add.reduceat(around.weight, around.begin)
     share = around.weight / total[target]
@@ -100,7 +100,7 @@ def _local(crystals: Crystals, around: Surroundings) -> dict[str, NDArray[np.flo
 
 
 def _orientation(around: Surroundings, share: NDArray) -> dict[str, NDArray[np.float64]]:
-    """Return P. J. Steinhardt's bond orientation q_l (Phys. Rev. B 28, 784, 1983), weighted by shares.
+    """Return P. J. Steinhardt's bond orientation q_l (Phys. Rev. B 28, 784, 1983), with weights.
 
     q_l² = Σ_jk s_j s_k P_l(cos θ_jk), and Σ_jk s_j s_k cosᵖ θ_jk is the squared norm of the moment tensor of order p.
     """
@@ -128,7 +128,7 @@ def _orientation(around: Surroundings, share: NDArray) -> dict[str, NDArray[np.f
 
 
 def _shells(crystals: Crystals, near: Neighbors) -> Features:
-    """Mean distances to the n-th nearest neighbors, in Å and over the cube root of the volume of an atom."""
+    """Return mean distances to the n-th nearest neighbors, in Å and over the cube root of the volume per atom."""
     chosen = near.distances[:, np.array(RANKS) - 1]
     mean = np.add.reduceat(chosen, crystals.ptr[:-1]) / crystals.sizes[:, None]
     edge = np.cbrt(np.abs(np.linalg.det(crystals.lattice)) / crystals.sizes)[:, None]
@@ -137,7 +137,7 @@ def _shells(crystals: Crystals, near: Neighbors) -> Features:
 
 
 def _connectivity(crystals: Crystals, around: Surroundings) -> Features:
-    """Shares of the atoms in molecules, chains, layers and networks, by bonds alone."""
+    """Return the fractions of atoms in molecules, chains, layers and networks, from bonds only."""
     near, bonded = around.near, around.scaled < BOND
     source, target, image = near.source[bonded], near.target[bonded], near.image[bonded]
     offset = np.searchsorted(target, np.arange(len(crystals.numbers) + 1))
@@ -150,10 +150,11 @@ def _connectivity(crystals: Crystals, around: Surroundings) -> Features:
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _dimensions(offset, source, image):
-    """Return [N] in how many directions the bonded component of each atom goes on forever.
+    """Return [N] the number of directions in which the bonded component of each atom is infinite.
 
-    Every atom reached gets the cell it was reached in; a bond that leads to an atom in another cell than that is a
-    translation of the component, and the rank of these translations is the dimension.
+    Each visited atom is assigned the cell in which it was reached; a bond to the same atom in another cell is a
+    translation
+    of the component, and the rank of these translations is the dimension.
     """
     n_atoms = offset.shape[0] - 1
     dimension = np.full(n_atoms, -1, np.int64)

@@ -1,4 +1,4 @@
-"""Named columns of numbers, one row a crystal."""
+"""Named columns of numbers, one row per crystal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Features:
     """A block of features.
 
     Attributes:
-        names: [D] one for each column, no two alike.
+        names: [D] unique column names.
         values: [B, D] float64.
     """
 
@@ -32,16 +32,16 @@ class Features:
 
     @classmethod
     def of(cls, columns: dict[str, NDArray]) -> Features:
-        """Make a block from columns by name, each [B]."""
+        """Create a block from named columns, each [B]."""
         return cls(tuple(columns), np.stack([np.asarray(c, np.float64) for c in columns.values()], axis=1))
 
 
 def side_by_side(blocks: Sequence[Features]) -> Features:
-    """Join blocks of the same crystals, column by column."""
+    """Concatenate blocks of the same crystals by column."""
     names = tuple(name for block in blocks for name in block.names)
     return Features(names, np.concatenate([block.values for block in blocks], axis=1))
 
 
 def stacked(parts: Sequence[Features]) -> Features:
-    """Join blocks of the same columns, row by row."""
+    """Concatenate blocks of the same columns by row."""
     return Features(parts[0].names, np.concatenate([part.values for part in parts]))

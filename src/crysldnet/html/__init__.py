@@ -1,1 +1,1 @@
-"""HTML pages that need nothing else: frame, periodic table, drawings."""
+"""Self-contained HTML pages: template, periodic table, drawings."""

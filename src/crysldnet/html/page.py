@@ -1,4 +1,4 @@
-"""Pages of HTML that need no network: one frame and one style, light or dark as the reader's system is."""
+"""Offline HTML pages with one template and style, light or dark following the reader's system."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from html import escape
 from crysldnet.console import escaped
 
 SERIES = ("#2f6db3", "#c2571a", "#2b8a57", "#8a4fbf", "#a87b00", "#c2385e", "#168a99", "#69707d")
-"""Colors of lines and points on a light page, in the order in which they are taken."""
+"""Colors of lines and points on a light page, in order of use."""
 _SERIES_DARK = ("#6fa8e8", "#f0935a", "#62c48f", "#bd92ea", "#d8b04a", "#f0809f", "#57c3d1", "#a5adba")
 LIGHT = {"text": "#1c2430", "soft": "#5b6675", "line": "#d8dee6", "back": "#ffffff", "card": "#f6f8fa"}
-"""Colors of a light page, by the name of their CSS variable."""
+"""Colors of a light page by CSS variable."""
 _DARK = {"text": "#e6eaf0", "soft": "#9aa6b5", "line": "#364150", "back": "#12171e", "card": "#1a212b"}
 
 
@@ -69,12 +69,12 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 
 
 def page(title: str, body: Iterable[str], style: str = "") -> str:
-    """Return a whole page; control characters that names from files may have are shown as escapes.
+    """Return a whole page; control characters, which file names may contain, are escaped.
 
     Args:
         title: plain text.
         body: HTML.
-        style: CSS that this page needs beside the common one.
+        style: additional CSS of this page.
     """
     lines = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
@@ -88,7 +88,7 @@ def page(title: str, body: Iterable[str], style: str = "") -> str:
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
-    """Return cards of a name and a short value each, plain text."""
+    """Return cards with a name and a short value each, plain text."""
     cards = (f'<div class="card fact"><b>{escape(value)}</b>{escape(name)}</div>' for name, value in pairs)
     return f'<div class="facts">{"".join(cards)}</div>'
 
@@ -100,13 +100,13 @@ def table(
     numbers: bool = False,
     attributes: Sequence[dict[str, str]] = (),
 ) -> str:
-    """Return a table of plain text, which scrolls where it is wider than the page.
+    """Return a table of plain text, which scrolls if wider than the page.
 
     Args:
-        header: names of the columns.
-        rows: their cells.
-        numbers: all columns but the first hold numbers.
-        attributes: of each row.
+        header: column names.
+        rows: cells.
+        numbers: all columns but the first are numeric.
+        attributes: attributes of each row.
     """
 
     def line(tag: str, cells: Sequence[str]) -> str:
@@ -119,5 +119,5 @@ def table(
 
 
 def formula(text: str) -> str:
-    """Return a formula with its numbers set lower."""
+    """Return a formula with subscripts."""
     return re.sub(r"(\d+)", r"<sub>\1</sub>", escape(text))

@@ -1,4 +1,4 @@
-"""The periodic table as HTML, each element with a value and a tint; the style is that of ``crysldnet.html.page``."""
+"""Periodic table as HTML with a value and a tint per element, styled by ``crysldnet.html.page``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from crysldnet.data.elements import SYMBOLS
 
 @dataclass(frozen=True)
 class ElementCell:
-    """What the table says of an element.
+    """Content of an element's cell.
 
     Attributes:
-        text: below its symbol, a few characters.
-        share: from 0 to 1, how deep its color is.
-        title: what is shown when it is pointed at.
+        text: a few characters below the symbol.
+        share: color intensity from 0 to 1.
+        title: tooltip.
     """
 
     text: str
@@ -25,7 +25,7 @@ class ElementCell:
 
 
 def place_of(z: int) -> tuple[int, int]:
-    """Return row and column of an element in the periodic table, lanthanides and actinides below it."""
+    """Return row and column of an element, with lanthanides and actinides below the table."""
     if z in (1, 2):
         return 1, 1 if z == 1 else 18
     for row, noble in enumerate((10, 18, 36, 54, 86, 118), 2):
@@ -42,8 +42,8 @@ def periodic_table(cells: Mapping[str, ElementCell], absent: str) -> str:
     """Return the table.
 
     Args:
-        cells: symbol to what is said of it; the others are pale.
-        absent: what is said of those when they are pointed at.
+        cells: cells by symbol; other elements are pale.
+        absent: tooltip of the other elements.
     """
     spans = []
     for z, symbol in enumerate(SYMBOLS[1:], 1):

@@ -1,4 +1,4 @@
-"""A small drawing of a crystal's cell as SVG."""
+"""Draw a crystal's unit cell as SVG."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from crysldnet.data.elements import SYMBOLS
 
 _EDGES = [(i, i | 1 << k) for i in range(8) for k in range(3) if not i >> k & 1]
 _NEAR = 0.02
-"""Of a cell edge: an atom this near to a face is drawn on the opposite face too."""
+"""Fraction of a cell edge: atoms this close to a face are also drawn on the opposite face."""
 _MOST_IMAGES = 300
 _TURN = np.radians(-20.0)
 _TILT = np.radians(12.0)
@@ -32,7 +32,7 @@ def _look(z: int) -> tuple[str, float]:
 
 
 def _oriented(lattice: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return Cartesian axes so that the first lattice vector points right, the third up, seen a little from aside."""
+    """Return Cartesian axes with the first lattice vector to the right, the third up, viewed slightly aside."""
     a = lattice[0] / np.linalg.norm(lattice[0])
     normal = np.cross(lattice[0], lattice[1])
     up = normal / np.linalg.norm(normal)
@@ -46,7 +46,7 @@ def _oriented(lattice: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _with_images(frac: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return atoms, and again those on a face, edge or corner wherever it repeats: which atom, and its coordinates."""
+    """Return atoms and their periodic images on faces, edges and corners: atom index and coordinates."""
     frac = frac - np.floor(frac)
     frac = np.where(frac > 1 - _NEAR, frac - 1, frac)
     which, where = [np.arange(len(frac))], [frac]
@@ -66,13 +66,13 @@ def draw_structure(
     frac: NDArray[np.floating],
     colors: Sequence[str] | None = None,
 ) -> str:
-    """Draw the cell and its atoms in parallel projection, seen along the second lattice vector from a little above.
+    """Draw the cell and its atoms in parallel projection, viewed along the second lattice vector from slightly above.
 
     Args:
         lattice: [3, 3] in Å, rows are lattice vectors.
         numbers: [n] atomic numbers.
         frac: [n, 3] fractional coordinates.
-        colors: [n] of the atoms, by default those of their elements.
+        colors: [n] atom colors, by default those of the elements.
     """
     axes = _oriented(lattice)
     which, places = _with_images(np.asarray(frac, np.float64))
@@ -88,7 +88,7 @@ def draw_structure(
         x, y = (point[::2] - middle) * scale
         return 50 + float(x), 50 - float(y)
 
-    parts: list[tuple[float, str]] = []  # depth, what is drawn; the farthest first
+    parts: list[tuple[float, str]] = []  # depth and shape; farthest first
     for i, j in _EDGES:
         (x1, y1), (x2, y2) = at(corners[i]), at(corners[j])
         depth = float(corners[i][1] + corners[j][1]) / 2

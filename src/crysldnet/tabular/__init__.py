@@ -1,1 +1,1 @@
-"""Models on a table of features: kernel ridge, trees, and their combination; plain arrays when fitted."""
+"""Tabular models: kernel ridge, trees, and their combination; plain arrays after fitting."""

@@ -1,4 +1,4 @@
-"""Fitted models as named arrays and plain values, to be written into a safetensors file and read from one."""
+"""Fitted models as named arrays and plain values, for storage in a safetensors file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KINDS: dict[str, type[Model | Projection]] = {"kernel_ridge": KernelRidge, "tree
 
 
 def to_arrays(model: Model | Projection, prefix: str) -> tuple[dict[str, NDArray], dict[str, Any]]:
-    """Return the arrays of a model, their names beginning with ``prefix``, and its other values with its kind."""
+    """Return the arrays of a model, with names that start with ``prefix``, and its other values with its kind."""
     values = {field.name: getattr(model, field.name) for field in fields(model)}
     arrays = {f"{prefix}{name}": np.ascontiguousarray(v) for name, v in values.items() if isinstance(v, np.ndarray)}
     kind = next(name for name, of_kind in KINDS.items() if isinstance(model, of_kind))
@@ -28,10 +28,10 @@ def to_arrays(model: Model | Projection, prefix: str) -> tuple[dict[str, NDArray
 
 
 def _check(name: str, value: Any, kind: str) -> None:
-    """Refuse what can't be a field of this kind.
+    """Reject invalid fields.
 
     Raises:
-        DataError: naming it.
+        DataError: naming the field.
     """
     if not kind.startswith("NDArray"):
         sound = isinstance(value, (int, float)) and math.isfinite(value)
@@ -44,10 +44,10 @@ def _check(name: str, value: Any, kind: str) -> None:
 
 
 def from_arrays(arrays: Mapping[str, NDArray], plain: Mapping[str, Any], prefix: str) -> Model | Projection:
-    """Return the model that :func:`to_arrays` took apart.
+    """Return the inverse of :func:`to_arrays`.
 
     Raises:
-        DataError: an array or value is missing, or they don't fit together.
+        DataError: an array or value is missing or inconsistent.
     """
     try:
         kind = KINDS[plain["kind"]]

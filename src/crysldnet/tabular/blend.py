@@ -1,4 +1,4 @@
-"""Combine models by weights that are not negative, found on predictions for crystals that they weren't fitted to.
+"""Combine models with nonnegative weights fitted to out-of-fold predictions.
 
 Shapes: ``n`` crystals, ``M`` members, ``T`` outputs.
 """
@@ -15,9 +15,9 @@ _ROUNDS = 30
 
 
 def group_folds(groups: NDArray[np.int64], folds: int = FOLDS, *, seed: int = 0) -> NDArray[np.int64]:
-    """Return [n] the fold of each crystal: groups stay together, folds are about even.
+    """Return [n] the fold of each crystal: groups stay together, and folds have similar sizes.
 
-    Groups are dealt in random order, the largest first, each to the smallest fold.
+    Groups are assigned in random order, the largest first, each to the smallest fold.
 
     Raises:
         ValueError: there are fewer groups than folds.
@@ -41,7 +41,7 @@ def out_of_fold(
     """Return [n, T] predictions for each fold by a model fitted to the others.
 
     Args:
-        fit_predict: given the rows to fit to and the rows to predict, returns the predictions.
+        fit_predict: maps the rows to fit and the rows to predict to predictions.
         folds: [n] fold of each crystal.
     """
     found: NDArray[np.float64] | None = None
@@ -58,19 +58,20 @@ def out_of_fold(
 def blend_weights(
     predictions: NDArray[np.floating], y: NDArray[np.floating], *, absolute: bool = True, caution: float = 10.0
 ) -> NDArray[np.float64]:
-    """Return [M] weights w ≥ 0 with Σ w = 1 that combine the members best.
+    """Return [M] weights w ≥ 0 with Σ w = 1 for the best combination of members.
 
     They minimize Σ_i |y_i − Σ_m w_m p_im|^q + c · Σ_m (w_m − 1/M)² over the crystals with a label, in units of the
     typical error.
 
     Args:
-        predictions: [n, M] of one output, out of fold; finite.
-        y: [n], NaN where there is no label.
+        predictions: [n, M] finite out-of-fold predictions of one output.
+        y: [n] labels, NaN if missing.
         absolute: q = 1, by iteratively reweighted least squares; else q = 2.
-        caution: how strongly the weights are drawn towards equal ones, as if by so many crystals; 10 was best at
-            100 labels, and makes no difference at 1,000.
+        caution: strength of the pull toward equal weights, as a number of crystals; 10 was best at 100 labels and has
+            no
+            effect at 1,000.
     """
-    from scipy.optimize import nnls  # prediction does without
+    from scipy.optimize import nnls  # not needed for prediction
 
     known = np.isfinite(y)
     p, y = np.asarray(predictions, np.float64)[known], np.asarray(y, np.float64)[known]

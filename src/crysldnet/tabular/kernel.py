@@ -1,13 +1,14 @@
 """Kernel ridge regression, the mean of a Gaussian process, on standardized features.
 
 f(x) = m + Σ_i a_i k(d(x, x_i) / l) with (K + λ 1) a = y − m, where k is the Matérn kernel of order 5/2 and
-d² = Σ_j r_j² (z_j − z'_j)² over standardized and clipped features z with relevances r. Length scale l and λ are those
-with the least error when each group of training crystals is left out. That error needs no refit: with C = K + λ 1,
-leaving group g out changes its residuals to ((C⁻¹)_gg)⁻¹ (C⁻¹ y)_g.
+d² = Σ_j r_j² (z_j − z'_j)² over standardized and clipped features z with relevances r. Length scale l and λ minimize
+the
+leave-one-group-out error, which needs no refit: with C = K + λ 1, leaving group g out changes its residuals to
+((C⁻¹)_gg)⁻¹ (C⁻¹ y)_g.
 
-The relevances matter most: taken from the importances of trees, and with clipping, they lowered the error at 300 labels
-by 7 to 36 % on four tasks of five, and raised it by 3 % on the fifth. Choosing among kernels, or a weight for each kind
-of features, gained nothing.
+The relevances matter most: from tree importances, together with clipping, they lowered the error at 300
+labels by 7 to 36 % on four of five tasks, and raised it by 3 % on the fifth. Selecting kernels, or weighting groups of
+features, gained nothing.
 
 Shapes: ``n`` training crystals, ``D`` features, ``T`` outputs.
 """
@@ -20,13 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 RIDGES = tuple(10.0 ** (e / 2) for e in range(-10, 3))
-"""λ, over the variance of the targets."""
+"""λ relative to the variance of the targets."""
 LENGTHS = tuple(2.0 ** (e / 2) for e in range(-2, 6))
-"""Length scales, in median distances of training crystals."""
+"""Length scales in median distances of training crystals."""
 CLIP = 3.0
-"""Standard deviations; what is farther out, such as an element that training hardly saw, counts as this far."""
+"""Standard deviations at which features are clipped, such as for an element rare in training."""
 SEARCHED = 500
-"""Settings are chosen on at most so many crystals."""
+"""Settings are selected on at most this many crystals."""
 _CHUNK = 2048
 
 
@@ -36,8 +37,8 @@ class KernelRidge:
 
     Attributes:
         shift, scale: [D] features are standardized to z = (x − shift) · scale and clipped to ±:data:`CLIP`.
-        factor: [D] what z is multiplied by: the relevances over the length scale.
-        points: [n, D] the training features so treated.
+        factor: [D] factor of z: relevance over length scale.
+        points: [n, D] transformed training features.
         dual: [n, T] the coefficients a.
         mean: [T] the mean m of the targets.
         ridge: λ.
@@ -59,11 +60,11 @@ class KernelRidge:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """The number of features and of outputs."""
+        """Number of features and of outputs."""
         return self.points.shape[1], len(self.mean)
 
     def predict(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Return [B, T] the predictions for features [B, D]."""
+        """Return predictions [B, T] for features [B, D]."""
         parts = [np.empty((0, len(self.mean)))]
         for start in range(0, len(x), _CHUNK):
             z = clipped(x[start : start + _CHUNK], self.shift, self.scale) * self.factor
@@ -72,13 +73,13 @@ class KernelRidge:
 
 
 def matern(d2: NDArray) -> NDArray[np.float64]:
-    """Return the Matérn kernel of order 5/2, given squared distances over the squared length scale."""
+    """Return the Matérn kernel of order 5/2 from squared distances over the squared length scale."""
     root = np.sqrt(5 * d2)
     return (1 + root + 5 / 3 * d2) * np.exp(-root)
 
 
 def squared_distances(a: NDArray, b: NDArray) -> NDArray[np.float64]:
-    """[n, m] squared distances of the rows of two matrices."""
+    """Return [n, m] squared distances between the rows of two matrices."""
     d2 = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * (a @ b.T)
     return np.maximum(d2, 0.0)
 
@@ -87,7 +88,7 @@ def standardize(x: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[n
     """Return [D] shift and scale of the columns; a constant column gets the scale 0."""
     x = np.asarray(x, np.float64)
     shift, spread = x.mean(axis=0), x.std(axis=0)
-    constant = spread <= 1e-7 * np.abs(x).max(axis=0, initial=0)  # features come in single precision
+    constant = spread <= 1e-7 * np.abs(x).max(axis=0, initial=0)  # features have single precision
     return shift, np.where(constant, 0.0, 1 / np.where(constant, 1.0, spread))
 
 
@@ -97,7 +98,7 @@ def clipped(x: NDArray[np.floating], shift: NDArray, scale: NDArray) -> NDArray[
 
 
 def relevance_of(importances: NDArray[np.floating]) -> NDArray[np.float64]:
-    """[D] how much features count in a kernel, from their importances in trees that were grown on the same crystals."""
+    """Return [D] relevances of features for a kernel, from the importances of trees fitted to the same crystals."""
     importances = np.asarray(importances, np.float64)
     mean = importances.mean()
     return np.sqrt(importances / mean if mean > 0 else np.ones_like(importances)) + 0.1
@@ -111,16 +112,16 @@ def fit_kernel_ridge(
     relevance: NDArray[np.floating] | None = None,
     seed: int = 0,
 ) -> KernelRidge:
-    """Choose length scale and λ, and fit.
+    """Select length scale and λ, and fit.
 
     Args:
         x: [n, D] finite features.
         y: [n, T] finite targets.
-        groups: [n] what is left out together, such as the crystals of one formula.
-        relevance: [D] how much each feature counts, such as :func:`relevance_of` says; by default all count alike.
-        seed: draws the crystals on which settings are chosen, where there are more than :data:`SEARCHED`.
+        groups: [n] groups that are left out together, such as crystals of one formula.
+        relevance: [D] relevance of each feature, such as from :func:`relevance_of`; by default equal.
+        seed: seed for sampling the crystals used to select settings, if there are more than :data:`SEARCHED`.
     """
-    from scipy.linalg import cho_factor, cho_solve  # prediction does without
+    from scipy.linalg import cho_factor, cho_solve  # not needed for prediction
 
     shift, scale = standardize(x)
     counts: NDArray[np.float64] = np.asarray(np.ones(len(shift)) if relevance is None else relevance, np.float64)
@@ -141,7 +142,7 @@ def fit_kernel_ridge(
 
 
 def _choose(d2: NDArray, y: NDArray, groups: NDArray[np.int64]) -> tuple[float, float]:
-    """Return the length scale and λ with the least mean absolute error of the groups left out."""
+    """Return the length scale and λ with the lowest leave-one-group-out mean absolute error."""
     unit = float(np.sqrt(np.median(d2[np.triu_indices(len(d2), 1)]))) or 1.0
     centered = y - y.mean(axis=0)
     best, error = (unit, RIDGES[-1]), np.inf
@@ -159,7 +160,7 @@ def _choose(d2: NDArray, y: NDArray, groups: NDArray[np.int64]) -> tuple[float, 
 
 
 def group_residuals(root: NDArray, dual: NDArray, groups: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return [n, T] y − f(x) of each crystal when its group is left out.
+    """Return [n, T] y − f(x) of each crystal with its group left out.
 
     Args:
         root: [n, n] R with R Rᵀ = C⁻¹.

@@ -20,10 +20,9 @@ from crysldnet.tabular.trees import Trees
 
 MEMBERS = ("extra_trees", "boosted_trees", "kernel_ridge")
 FEW = 1000
-"""Crystals up to which trees are boosted without histograms."""
+"""Up to this number of crystals, boosted trees are fitted without histograms."""
 Baseline = Callable[[NDArray[np.int64]], NDArray[np.float64]]
-"""Given the rows to fit to, returns [n, T] what is predicted of every crystal without features; members learn the rest.
-"""
+"""Maps the rows to fit to [n, T] baseline predictions for every crystal; members learn the remainder."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class Members:
     """Fitted members.
 
     Attributes:
-        models: by name, fitted to all training crystals.
-        out_of_fold: [n, T] by name, predictions by members that weren't fitted to the crystal's group.
+        models: models by name, fitted to all training crystals.
+        out_of_fold: [n, T] out-of-fold predictions by name.
     """
 
     models: dict[str, Model]
@@ -51,10 +50,10 @@ def fit_models(
 
     Args:
         x: [n, D] finite features.
-        y: [n, T] finite targets; for classes, one column of zeros and ones for each.
-        groups: [n] what is left out together where the kernel's settings are chosen.
+        y: [n, T] finite targets; for classes, one-hot columns.
+        groups: [n] groups left out together when selecting the kernel's settings.
         members: names in :data:`MEMBERS`.
-        seed: of the trees.
+        seed: seed of the trees.
 
     Raises:
         DataError: scikit-learn isn't installed.
@@ -83,7 +82,7 @@ def fit_models(
 def _boosted_trees(x: NDArray[np.floating], y: NDArray[np.floating], seed: int) -> Trees:
     """Fit boosted trees to each output.
 
-    Without histograms they take a third of the time for 300 crystals, and had lower errors on three tasks of three; for
+    Without histograms they take a third of the time for 300 crystals and had lower errors on three of three tasks; for
     thousands of crystals histograms are faster.
     """
     from sklearn.ensemble import GradientBoostingRegressor, HistGradientBoostingRegressor
@@ -108,16 +107,16 @@ def fit_members(
     baseline: Baseline | None = None,
     seed: int = 0,
 ) -> Members:
-    """Fit each member, and predict every training crystal by members that didn't see its group.
+    """Fit each member, and predict every training crystal out of fold.
 
     Args:
-        x: as :func:`fit_models` takes it, and so are ``y``, ``groups``, ``members`` and ``seed``.
+        x: as in :func:`fit_models`, like ``y``, ``groups``, ``members`` and ``seed``.
         y: see there.
         groups: see there.
         members: see there.
         seed: see there.
-        folds: [n] fold of each crystal, for other models to have the same ones; by default five, groups kept together.
-        baseline: fitted anew with each fold. The models predict what is left; the out-of-fold predictions are whole.
+        folds: [n] fold of each crystal, to share folds with other models; by default five grouped folds.
+        baseline: refitted for each fold. The models predict the remainder; the out-of-fold predictions include both.
     """
     x, y = np.ascontiguousarray(x, np.float32), np.asarray(y, np.float64)
     folds = group_folds(groups, seed=seed) if folds is None else folds

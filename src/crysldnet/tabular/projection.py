@@ -1,4 +1,4 @@
-"""Principal components of wide features, such as an encoder's embeddings, so that they can stand beside descriptors.
+"""Principal components of wide features, such as embeddings, for use together with descriptors.
 
 Shapes: ``n`` training crystals, ``E`` features, ``D`` components.
 """
@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from crysldnet.tabular.kernel import clipped, standardize
 
 COMPONENTS = 64
-"""Beside descriptors, 64 components of an encoder's embeddings lowered the error of kernel ridge by 2 %; all 1,024
-columns raised it."""
+"""Together with descriptors, 64 components of an encoder's embeddings lowered the error of kernel ridge by 2 %; all
+1,024
+columns raised it.
+"""
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,8 @@ class Projection:
     """Components of standardized and clipped features.
 
     Attributes:
-        shift, scale: [E] of the standardization.
-        center: [E] mean of what it gives.
+        shift, scale: [E] standardization.
+        center: [E] mean of the standardized features.
         axes: [E, D] orthonormal columns.
     """
 
@@ -38,21 +40,21 @@ class Projection:
             raise ValueError("these arrays don't make a projection")
 
     def __call__(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Return [B, D] the components of features [B, E]."""
+        """Return components [B, D] of features [B, E]."""
         return (clipped(x, self.shift, self.scale) - self.center) @ self.axes
 
 
 def fit_projection(x: NDArray[np.floating], components: int = COMPONENTS) -> Projection:
-    """Find the components of the greatest variance.
+    """Find the components of largest variance.
 
     Args:
         x: [n, E] finite features of training crystals.
-        components: at most so many; fewer where there are fewer crystals or features.
+        components: maximum number; fewer with fewer crystals or features.
     """
     shift, scale = standardize(x)
     z = clipped(x, shift, scale)
     center: NDArray[np.float64] = z.mean(axis=0)
     axes = np.linalg.svd(z - center, full_matrices=False)[2][: min(components, len(z) - 1)].T
-    # an axis points where its largest entry is positive: the same on every machine
+    # the largest entry of an axis is positive, for the same sign on every machine
     largest = np.take_along_axis(axes, np.abs(axes).argmax(axis=0)[None], 0)
     return Projection(shift, scale, center, np.ascontiguousarray(axes * np.where(largest < 0, -1.0, 1.0)))

@@ -1,6 +1,6 @@
-"""One target's members and the weights by which they predict together.
+"""Members of one target and their weights.
 
-Shapes: ``n`` training crystals, ``B`` crystals, ``D`` features, ``C`` outputs: one for a number, one for each class.
+Shapes: ``n`` training crystals, ``B`` crystals, ``D`` features, ``C`` outputs: one for a number, one per class.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from crysldnet.tabular.blend import FOLDS, blend_weights, group_folds
 from crysldnet.tabular.members import MEMBERS, Baseline, fit_members
 
 LARGEST_KERNEL = 10_000
-"""Crystals; with more there is no kernel ridge, whose memory and time grow with their square and cube."""
+"""Above this number of crystals kernel ridge is skipped, because its memory and time grow with square and cube."""
 
 
 @dataclass(frozen=True)
@@ -26,23 +26,23 @@ class Stack:
     """Fitted members and their weights.
 
     Attributes:
-        models: by name.
-        weights: by name, not negative, of sum 1; also of members that aren't tabular.
+        models: models by name.
+        weights: nonnegative weights by name that sum to 1, including members that aren't tabular.
     """
 
     models: dict[str, Model]
     weights: dict[str, float]
 
     def predict(self, x: NDArray[np.floating]) -> dict[str, NDArray[np.float64]]:
-        """Return [B, C] the predictions of each member for features [B, D]."""
+        """Return predictions [B, C] of each member for features [B, D]."""
         return {name: model.predict(x) for name, model in self.models.items()}
 
     def combine(self, found: Mapping[str, NDArray[np.floating]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return the weighted mean [B, C] of the members' predictions, and their standard deviation about it."""
+        """Return the weighted mean [B, C] of the members' predictions and their standard deviation."""
         return _mixed(np.array([self.weights[name] for name in found]), np.stack(list(found.values()), axis=1))
 
     def to_arrays(self, prefix: str) -> tuple[dict[str, NDArray], dict[str, Any]]:
-        """Return what a file keeps: arrays whose names begin with ``prefix``, and plain values."""
+        """Return the content to store: arrays with names that start with ``prefix``, and plain values."""
         arrays: dict[str, NDArray] = {}
         plain: dict[str, Any] = {}
         for name, model in self.models.items():
@@ -52,10 +52,10 @@ class Stack:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray], plain: Mapping[str, Any], prefix: str) -> Stack:
-        """Return the stack that :meth:`to_arrays` took apart.
+        """Return the inverse of :meth:`to_arrays`.
 
         Raises:
-            DataError: an array or value is missing, or they don't fit together.
+            DataError: an array or value is missing or inconsistent.
         """
         models = {name: from_arrays(arrays, of, f"{prefix}{name}.") for name, of in plain["models"].items()}
         weights = {name: float(weight) for name, weight in plain["weights"].items()}
@@ -66,16 +66,16 @@ class Stack:
 
 @dataclass(frozen=True)
 class FittedStack:
-    """A stack, and how it did on crystals that it wasn't fitted to.
+    """A stack and its out-of-fold results.
 
     Attributes:
-        stack: fitted to all crystals.
-        members: [n, C] by name, out of fold.
-        value: [n, C] of the members together, out of fold, by weights that were found on the other folds.
-        spread: [n, C] standard deviation of the members about it.
-        y: [n, C] what they were fitted to.
-        folds: [n].
-        absolute: as :func:`fit_stack` took it.
+        stack: the stack fitted to all crystals.
+        members: [n, C] out-of-fold predictions by name.
+        value: [n, C] combined out-of-fold predictions, with weights fitted on the other folds.
+        spread: [n, C] standard deviation of the members around them.
+        y: [n, C] training targets.
+        folds: [n] folds.
+        absolute: as in :func:`fit_stack`.
     """
 
     stack: Stack
@@ -88,11 +88,11 @@ class FittedStack:
 
     @property
     def error(self) -> float:
-        """Mean absolute error out of fold, over the standard deviation of the targets."""
+        """Mean absolute out-of-fold error over the standard deviation of the targets."""
         return float(np.abs(self.value - self.y).mean() / max(float(self.y.std()), 1e-30))
 
     def without(self, name: str) -> FittedStack:
-        """Return the stack of the other members; nothing is fitted again but the weights."""
+        """Return the stack of the other members; only the weights are refitted."""
         members = {other: own for other, own in self.members.items() if other != name}
         return _weighed(self.stack.models, members, self.y, self.folds, self.absolute)
 
@@ -107,16 +107,16 @@ def fit_stack(
     absolute: bool = True,
     seed: int = 0,
 ) -> FittedStack:
-    """Fit the tabular members and find the weights.
+    """Fit the tabular members and the weights.
 
     Args:
         x: [n, D] finite features.
-        y: [n, C] finite targets; for classes zeros and ones.
-        groups: [n] what is left out together, such as the crystals of one formula; two groups at least.
-        others: [n, C] by name, out-of-fold predictions of members that aren't tabular.
-        baseline: what the tabular members learn the rest of.
-        absolute: weigh by absolute errors, else by squared ones.
-        seed: of folds and trees.
+        y: [n, C] finite targets; for classes one-hot.
+        groups: [n] groups left out together, such as crystals of one formula; at least two.
+        others: [n, C] out-of-fold predictions of members that aren't tabular, by name.
+        baseline: the tabular members learn the remainder after this.
+        absolute: minimize absolute errors, else squared ones.
+        seed: seed of folds and trees.
     """
     folds = group_folds(groups, min(FOLDS, len(np.unique(groups))), seed=seed)
     names = MEMBERS if len(x) <= LARGEST_KERNEL else MEMBERS[:-1]
@@ -132,7 +132,7 @@ def _weighed(
     folds: NDArray[np.int64],
     absolute: bool,
 ) -> FittedStack:
-    """Find the weights of members [n, C] on all folds, and on all but each."""
+    """Fit the weights of members [n, C] on all folds, and on all but each."""
     each = np.stack(list(members.values()), axis=1)
 
     def weigh(rows: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -148,6 +148,6 @@ def _weighed(
 
 
 def _mixed(weights: NDArray[np.floating], each: NDArray[np.floating]) -> tuple[NDArray, NDArray]:
-    """Return weighted mean and standard deviation [B, C] of the members' predictions [B, M, C]."""
+    """Return weighted mean and standard deviation [B, C] of predictions [B, M, C]."""
     mean = np.einsum("m,bmc->bc", weights, each)
     return mean, np.sqrt(np.einsum("m,bmc->bc", weights, (each - mean[:, None]) ** 2))

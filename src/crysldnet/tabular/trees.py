@@ -1,6 +1,6 @@
-"""Fitted trees as flat arrays, whatever library grew them.
+"""Fitted trees as flat arrays, independent of the library.
 
-Shapes: ``R`` trees, ``M`` nodes of all of them, ``T`` outputs, ``D`` features.
+Shapes: ``R`` trees, ``M`` nodes in total, ``T`` outputs, ``D`` features.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from crysldnet.graphs.compiled import njit
 class Trees:
     """A sum of regression trees over features in single precision.
 
-    A node sends a row to ``left`` where its feature is at most ``threshold``, else to ``right``; a leaf, of feature −1,
+    A node sends a row to ``left`` if its feature is at most ``threshold``, else to ``right``; a leaf, with feature −1,
     adds ``value``.
 
     Attributes:
         roots: [R] int32, the first node of each tree.
         feature: [M] int32.
         threshold: [M] float64.
-        left, right: [M] int32, nodes that come after their parent.
+        left, right: [M] int32, child nodes, which follow their parent.
         value: [M, T] float64.
-        base: [T] float64, what the trees add to.
+        base: [T] float64, constant to which the trees are added.
     """
 
     roots: NDArray[np.int32]
@@ -57,11 +57,11 @@ class Trees:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """The least number of features, and the number of outputs."""
+        """Minimum number of features, and the number of outputs."""
         return int(self.feature.max(initial=-1)) + 1, len(self.base)
 
     def predict(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Return [B, T] the predictions for features [B, D]."""
+        """Return predictions [B, T] for features [B, D]."""
         x = np.ascontiguousarray(x, np.float32)
         if x.shape[1] <= self.feature.max(initial=-1):
             raise ValueError(f"{x.shape[1]} features, but the trees ask for number {self.feature.max()}")
@@ -69,7 +69,7 @@ class Trees:
 
     @classmethod
     def of_forest(cls, forest: Any) -> Trees:
-        """Take over scikit-learn's RandomForestRegressor or ExtraTreesRegressor, whose trees are averaged."""
+        """Convert scikit-learn's RandomForestRegressor or ExtraTreesRegressor, whose trees are averaged."""
         grown = [estimator.tree_ for estimator in forest.estimators_]
         parts = [
             (
@@ -85,7 +85,7 @@ class Trees:
 
     @classmethod
     def of_gradient_boosting(cls, models: Sequence[Any]) -> Trees:
-        """Take over scikit-learn's GradientBoostingRegressor, one for each output, that starts from a constant."""
+        """Convert scikit-learn's GradientBoostingRegressor, one per output, starting from a constant."""
         parts = []
         for output, model in enumerate(models):
             for tree in (estimator.tree_ for estimator in model.estimators_[:, 0]):
@@ -97,9 +97,9 @@ class Trees:
 
     @classmethod
     def of_boosting(cls, models: Sequence[Any]) -> Trees:
-        """Take over scikit-learn's HistGradientBoostingRegressor, one for each output.
+        """Convert scikit-learn's HistGradientBoostingRegressor, one per output.
 
-        Their nodes can be had from private attributes alone; a test compares the predictions.
+        Their nodes are only available from private attributes; a test compares the predictions.
         """
         parts = []
         for output, model in enumerate(models):
@@ -115,7 +115,7 @@ class Trees:
 
 
 def _joined(parts: Sequence[tuple[NDArray, ...]], base: NDArray[np.float64]) -> Trees:
-    """Put single trees one after another."""
+    """Concatenate single trees."""
     sizes = [len(part[0]) for part in parts]
     roots = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     shift = np.repeat(roots, sizes)
