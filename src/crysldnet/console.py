@@ -53,8 +53,7 @@ def spreadsheet_safe(value: object) -> object:
     """Return a value for a CSV cell: text that a spreadsheet would interpret as a formula gets a leading ``'``.
 
     This applies to text that starts with ``=``, ``+``, ``-``, ``@``, a tab or a carriage return (OWASP, CSV injection)
-    and
-    isn't a number, also after existing ``'``.
+    and isn't a number, also after existing ``'``.
     """
     text = value.lstrip("'") if isinstance(value, str) else ""
     if text[:1] not in ("=", "+", "-", "@", "\t", "\r") or not text:

@@ -72,8 +72,7 @@ def find(metric: str) -> tuple[Measure, str]:
     """Return the definition of a logged metric, such as ``vae/val/mae/band_gap``, and its target, or an empty string.
 
     An unknown name has no unit or title: for training and validation less is better, for anything else neither. A
-    baseline
-    has the unit of its metric.
+    baseline has the unit of its metric.
     """
     parts = re.sub(rf"^({'|'.join(STAGES)})/", "", metric).split("/")
     if parts[0] not in SPLITS:

@@ -3,8 +3,7 @@
 ``plugins=[my_encoder]`` on the command line imports ``my_encoder`` from the working folder or the environment. Child
 processes get it through an environment variable. An installed package can instead register its modules in the
 entry-point group ``crysldnet.plugins``. A model file never loads a plugin: it is rejected unless the user has loaded
-the
-required one.
+the required one.
 """
 
 from __future__ import annotations

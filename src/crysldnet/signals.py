@@ -1,8 +1,7 @@
 """Signals that stop a command so that it can be resumed.
 
 By default they raise :class:`Stopped` immediately, and the command exits as unfinished. Training, and processes that
-wait
-for child processes, only record them and check between steps.
+wait for child processes, only record them and check between steps.
 """
 
 from __future__ import annotations

@@ -74,12 +74,10 @@ class _Finetuned(BaseEstimator):
 
         Args:
             X: n structures: pymatgen ``Structure`` or ASE ``Atoms`` objects, paths of CIF or POSCAR files, a DataFrame
-                with
-                a column of structures, whose index provides the ids; or the path of a store, table or folder.
+                with a column of structures, whose index provides the ids; or the path of a store, table or folder.
             y: [n] or [n, T] values, NaN if unknown. A Series or DataFrame names the targets, with units in the names,
                 ``band_gap (eV)``, or in ``attrs["units"]``. If X is a path, the index has the ids, or y is a column
-                name
-                or a list of names.
+                name or a list of names.
 
         Raises:
             DataError: a structure or value is invalid.

@@ -3,10 +3,9 @@
 Shapes: ``n`` calibration crystals, ``B`` crystals, ``T`` targets.
 
 Split conformal prediction (Vovk, Gammerman and Shafer 2005; Lei et al., JASA 113, 2018): the scores of held-out
-crystals
-are ``|y − ŷ| / σ``, or ``|y − ŷ|`` if the model has no σ. With the ⌈(n + 1) · level⌉-th smallest score q, ``ŷ ± q · σ``
-contains the true value of a new crystal with at least that probability, for any model and distribution, provided that
-new and calibration crystals are exchangeable.
+crystals are ``|y − ŷ| / σ``, or ``|y − ŷ|`` if the model has no σ. With the ⌈(n + 1) · level⌉-th smallest score q,
+``ŷ ± q · σ`` contains the true value of a new crystal with at least that probability, for any model and distribution,
+provided that new and calibration crystals are exchangeable.
 """
 
 from __future__ import annotations
@@ -81,8 +80,7 @@ class TargetCalibration:
         floor: minimum in the target's unit.
         normalised: whether the scores are errors divided by √(σ² + floor²).
         relative: whether errors and standard deviations refer to the natural logarithm, so that intervals reach the
-            same
-            factor above and below a value.
+            same factor above and below a value.
     """
 
     scores: Floats
@@ -96,8 +94,7 @@ class TargetCalibration:
         """Fit to the errors [n] of the calibration crystals, and their standard deviations [n] if available.
 
         From 40 crystals on, a random half fits the floor and the other half provides the scores, because fitted
-        crystals can't
-        be scored. With fewer, scores are plain errors.
+        crystals can't be scored. With fewer, scores are plain errors.
         """
         errors, std = _known(errors, std)
         if std is None or not len(errors):

@@ -1,9 +1,8 @@
 """Files that outlive a run: encoder and property model.
 
 Both are safetensors with weights and a metadata text in JSON: plain configuration, format version and provenance, and
-the
-sha256 of every tensor and of that text. Nothing is unpickled. Reading is strict: a missing, extra or misshapen tensor,
-different graph settings, a newer format or a changed byte is an error that names it.
+the sha256 of every tensor and of that text. Nothing is unpickled. Reading is strict: a missing, extra or misshapen
+tensor, different graph settings, a newer format or a changed byte is an error that names it.
 """
 
 from __future__ import annotations
@@ -34,8 +33,7 @@ from crysldnet.models.predictor import TargetModel
 
 FORMAT_VERSION = 4
 """Newest readable version. Since 2, property models store more than weights. Since 3, the pretraining set is packed.
-Since
-4, a property model may have tabular members. A file has the lowest version that describes it.
+Since 4, a property model may have tabular members. A file has the lowest version that describes it.
 """
 Kind = Literal["encoder", "pretraining", "property_model", "calibration"]
 PREFIX = "pretraining_set."

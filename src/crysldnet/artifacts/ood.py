@@ -58,8 +58,7 @@ class TrainingSet:
 
     The latent distance of a crystal is the mean distance of its feature (the mean over its atoms) from the 5 nearest
     training crystals, in units of the median of this distance within the training set. Each dimension is first divided
-    by
-    its standard deviation. At most 1,024 randomly chosen training crystals are used.
+    by its standard deviation. At most 1,024 randomly chosen training crystals are used.
 
     Attributes:
         elements: [119] number of training crystals that contain each element.

@@ -1,7 +1,7 @@
 """Composition descriptors: statistics of the elements' properties, after Magpie.
 
-L. Ward et al., npj Comput. Mater. 2, 16028 (2016). They depend only on element ratios. Equal to the
-``magpie`` preset of matminer's ElementProperty, its ValenceOrbital and Stoichiometry (test_descriptors.py).
+L. Ward et al., npj Comput. Mater. 2, 16028 (2016). They depend only on element ratios. Equal to the ``magpie`` preset
+of matminer's ElementProperty, its ValenceOrbital and Stoichiometry (test_descriptors.py).
 
 Shapes: ``B`` crystals, ``P`` properties, ``M`` pairs of a crystal and an element in it.
 """

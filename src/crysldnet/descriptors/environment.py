@@ -153,8 +153,7 @@ def _dimensions(offset, source, image):
     """Return [N] the number of directions in which the bonded component of each atom is infinite.
 
     Each visited atom is assigned the cell in which it was reached; a bond to the same atom in another cell is a
-    translation
-    of the component, and the rank of these translations is the dimension.
+    translation of the component, and the rank of these translations is the dimension.
     """
     n_atoms = offset.shape[0] - 1
     dimension = np.full(n_atoms, -1, np.int64)

@@ -14,9 +14,8 @@ crystal is rotated**. ``augment`` applies random rotations in training, so that 
 ``invariant`` drops r̂, which makes the features invariant.
 
 ``published``: no augmentation, as in the released runs on JARVIS and Materials Project, and the radial basis ends at 5
-Å for any
-radius. ``corrected``: augmentation is on, and the basis ends at the radius. An atom without neighbors
-within the radius has no edges. The published head is ``head=cartnet``.
+Å for any radius. ``corrected``: augmentation is on, and the basis ends at the radius. An atom without neighbors within
+the radius has no edges. The published head is ``head=cartnet``.
 """
 
 from __future__ import annotations

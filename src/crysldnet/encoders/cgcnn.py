@@ -8,11 +8,9 @@ Material Properties", Phys. Rev. Lett. 120, 145301 (2018).
     x_i ← softplus(x_i + BN_V(Σ_j σ(y₁) ⊙ softplus(y₂)))
 
 ``published``: exactly 12 edges per atom; ties are cut in the order of enumeration, and neighbors beyond 8 Å are
-replaced
-by edges from the crystal's first atom at 9 Å, which still send messages. ``corrected`` keeps whole shells and adds
-no edges. PyG's ``CGConv`` is a different function, without normalization of the gate or outer softplus. The published
-head is
-``head=cgcnn``.
+replaced by edges from the crystal's first atom at 9 Å, which still send messages. ``corrected`` keeps whole shells and
+adds no edges. PyG's ``CGConv`` is a different function, without normalization of the gate or outer softplus. The
+published head is ``head=cgcnn``.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ Messages end at each atom's own neighbors, so equivalent atoms have equal featur
 published), messages are computed for one atom per equivalent set and shared by the others.
 
 ``published``: asymmetric unit, and ties within 1e-9 Å. ``corrected``: all atoms, independent of a symmetry search and
-its tolerance, and ties by tolerance.
-The published head is ``head=linear``; weights are initialized Glorot-uniform with zero biases.
+its tolerance, and ties by tolerance. The published head is ``head=linear``; weights are initialized Glorot-uniform with
+zero biases.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class CoGN(Encoder):
         variant: ``corrected`` or ``published``, see the module docstring.
         tolerance: Å, tolerance for distances within a shell in the corrected variant.
 
-    Symmetries: translation, rotation, reflection, order of atoms, choice of cell.
-    Tests: ``tests/test_encoder_symmetry.py``.
+    Symmetries: translation, rotation, reflection, order of atoms, choice of cell. Tests:
+    ``tests/test_encoder_symmetry.py``.
     """
 
     properties: Tensor

@@ -3,9 +3,9 @@
 K. Yan, C. Fu, X. Qian, X. Qian, S. Ji, "Complete and Efficient Graph Transformers for Crystal Material Property
 Prediction", ICLR 2024 (arXiv 2403.11857).
 
-iComFormer's graph; after the first convolution a block of two tensor products with spherical harmonics Y_l(r̂),
-l = 0, 1, 2, whose weights depend on the edge. With h = W x (n scalars), v channels of vectors V and of rank-2 tensors T
-and, at an atom s, means over its edges to neighbors t (r̂ from s to t),
+iComFormer's graph; after the first convolution a block of two tensor products with spherical harmonics Y_l(r̂), l = 0,
+1, 2, whose weights depend on the edge. With h = W x (n scalars), v channels of vectors V and of rank-2 tensors T and,
+at an atom s, means over its edges to neighbors t (r̂ from s to t),
 
     s = h + mean W₀(e)ᵀ h_t / √n,   V = mean W₁(e)ᵀ h_t ⊗ Y₁ / √n,   T = mean W₂(e)ᵀ h_t ⊗ Y₂ / √n
     o = mean [U₀(e)ᵀ s_t + U₁(e)ᵀ (V_t · Y₁) / √3 + U₂(e)ᵀ (T_t · Y₂) / √5] / √(n + 2v)

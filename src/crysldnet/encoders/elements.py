@@ -88,8 +88,7 @@ class ElementProperties(Encoder):
     """Fixed features: tabulated properties of each atom's element, standardized over the elements.
 
     It replaces an encoder for models that only read descriptors, so that compositions can still be compared with those
-    of
-    the training set.
+    of the training set.
     """
 
     table: Tensor

@@ -14,11 +14,10 @@ After the first convolution the edges include the angles ∠(v_m, r_ij):
 The frame is right-handed, so a mirror image has different features: this encoder distinguishes enantiomers.
 
 ``published``: equal lattice vector lengths and right angles are resolved by rounding, self-images count twice, and an
-unused, frozen embedding is kept so that sizes agree. ``corrected``: ties of the frame are broken by the
-integers of its vectors, within a tolerance, which makes the features rotation-invariant regardless of rounding. In both
-variants the frame depends on the given cell: if lattice vectors have equal lengths (cubic, tetragonal, hexagonal),
-and for centered cells and supercells, another cell of the same crystal has different features. Reduce cells first if
-that matters.
+unused, frozen embedding is kept so that sizes agree. ``corrected``: ties of the frame are broken by the integers of its
+vectors, within a tolerance, which makes the features rotation-invariant regardless of rounding. In both variants the
+frame depends on the given cell: if lattice vectors have equal lengths (cubic, tetragonal, hexagonal), and for centered
+cells and supercells, another cell of the same crystal has different features. Reduce cells first if that matters.
 """
 
 from __future__ import annotations
@@ -126,8 +125,8 @@ class IComFormer(Encoder):
         variant: ``corrected`` or ``published``, see the module docstring.
         tolerance: Å, tolerance for distances within a shell and lattice vector lengths in the corrected variant.
 
-    Symmetries: translation, rotation, order of atoms; not reflection, by design, and not choice of cell.
-    Tests: ``tests/test_encoder_symmetry.py``.
+    Symmetries: translation, rotation, order of atoms; not reflection, by design, and not choice of cell. Tests:
+    ``tests/test_encoder_symmetry.py``.
     """
 
     def __init__(

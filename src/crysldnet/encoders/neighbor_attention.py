@@ -11,13 +11,12 @@ applied to atoms; an edge costs a narrow radial filter, additions, and its share
     x_i ← x_i + W [m_i, |V_i,1|², |V_i,2|²];   x_i ← x_i + MLP(LN(x_i))
 
 The result is LN(x). |V_i,l|² = Σ_jk w_ij w_ik P_l(cos θ_jik), up to a constant, contains the angles between all pairs
-of
-neighbors at the cost of a sum over neighbors. With learned weights these are the bond-order parameters of
-P. J. Steinhardt, D. R. Nelson, M. Ronchetti, Phys. Rev. B 28, 784 (1983). Dividing the weights by their sum keeps
-them bounded; unbounded, they increased validation errors by a third.
+of neighbors at the cost of a sum over neighbors. With learned weights these are the bond-order parameters of P. J.
+Steinhardt, D. R. Nelson, M. Ronchetti, Phys. Rev. B 28, 784 (1983). Dividing the weights by their sum keeps them
+bounded; unbounded, they increased validation errors by a third.
 
-With ``fade``, an edge longer than the distance d_k of its atom's k-th neighbor has its weights multiplied by
-u²(3 − 2u), u = 1 − (r − d_k) / fade, and edges longer than d_k + fade are dropped. d_k is a continuous function of the
+With ``fade``, an edge longer than the distance d_k of its atom's k-th neighbor has its weights multiplied by u²(3 −
+2u), u = 1 − (r − d_k) / fade, and edges longer than d_k + fade are dropped. d_k is a continuous function of the
 positions, so the features are too. Without it, features jump when the k-th neighbor and the next change places.
 
 Edges are stored in rows of K slots. Ties at the k-th shell are never cut, so an atom may have more than K edges and
@@ -132,8 +131,8 @@ class NeighborAttention(Encoder):
         tolerance: Å, tolerance for distances within a shell; unused with ``fade``.
         fade: Å beyond the k-th distance over which edges fade out; 0 for a sharp cutoff.
 
-    Symmetries: translation, rotation, reflection, order of atoms, choice of cell.
-    Tests: ``tests/test_encoder_symmetry.py``.
+    Symmetries: translation, rotation, reflection, order of atoms, choice of cell. Tests:
+    ``tests/test_encoder_symmetry.py``.
     """
 
     def __init__(

@@ -14,9 +14,8 @@ Two variants:
 
 ``published`` has the quirks of the released code: self-image edges count twice, ties are compared without tolerance,
 and the weight is Z_i / ΣZ, which decreases with repetitions of the cell. ``corrected`` counts each neighbor once, keeps
-whole
-shells by tolerance, and multiplies the weight by the number of atoms, so that features don't depend on the choice of
-cell. Masked atoms have the weight 0 and are left out of ΣZ in both. The corrected weight uses the number of unmasked
+whole shells by tolerance, and multiplies the weight by the number of atoms, so that features don't depend on the choice
+of cell. Masked atoms have the weight 0 and are left out of ΣZ in both. The corrected weight uses the number of unmasked
 atoms, n_seen · Z_i / ΣZ. The released loader drops neighbors closer than 0.15 Å; here such crystals are rejected on
 import.
 """

@@ -43,8 +43,8 @@ class PotNet(Encoder):
         variant: ``corrected`` or ``published``, see the module docstring.
         tolerance: Å, tolerance for distances within a shell in the corrected variant.
 
-    Symmetries: translation, rotation, reflection, order of atoms; not choice of cell.
-    Tests: ``tests/test_encoder_symmetry.py``.
+    Symmetries: translation, rotation, reflection, order of atoms; not choice of cell. Tests:
+    ``tests/test_encoder_symmetry.py``.
     """
 
     def __init__(

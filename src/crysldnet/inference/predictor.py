@@ -66,8 +66,8 @@ class Embedder:
             structures: as in :meth:`Predictor.predict`.
             per: ``crystal`` for one row per crystal, ``atom`` for one row per atom.
             layers_read: ``all`` returns the concatenated features of all layers, for crystals their mean and standard
-                deviation
-                over the atoms, [B, 2 · layers · D]; ``last`` the encoder output, for crystals its mean, [B, D].
+                deviation over the atoms, [B, 2 · layers · D]; ``last`` the encoder output, for crystals its mean, [B,
+                D].
             on_error: as in :meth:`Predictor.predict`.
             settings: as in :meth:`Predictor.predict`.
         """
@@ -122,15 +122,12 @@ class Predictor(Embedder):
 
         Args:
             structures: pymatgen ``Structure`` or ASE ``Atoms`` objects, one or many; a :class:`Crystals`; paths of
-                files,
-                folders, archives or stores; or anything else that ``crysldnet data import`` reads.
+                files, folders, archives or stores; or anything else that ``crysldnet data import`` reads.
             interval: coverage of the interval, between 0 and 1.
             descriptors: for a model with descriptors: a data frame or mapping from name to B values, or to one for all;
-                or
-                an array [B, K]. Missing ones are read from columns of the input.
+                or an array [B, K]. Missing ones are read from columns of the input.
             on_error: ``raise`` stops at the first invalid crystal, so that results match the input order; ``report``
-                skips it
-                and lists it in ``refused``.
+                skips it and lists it in ``refused``.
             settings: for reading and batching.
 
         Raises:

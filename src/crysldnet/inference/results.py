@@ -82,10 +82,8 @@ class Predictions(Found):
         unseen: [B] elements absent from the training set.
         distance: [B] latent distance from the training set, NaN if unknown.
         flags: [B] out-of-distribution flags ``element``, ``distance`` and ``size``; ``cutoff`` if moving atoms by 0.001
-            Å
-            may change the neighbors; ``trained`` if the model was trained or validated on the crystal; ``descriptor``
-            if
-            a descriptor is outside the training range.
+            Å may change the neighbors; ``trained`` if the model was trained or validated on the crystal; ``descriptor``
+            if a descriptor is outside the training range.
         refused: rejected crystals with reasons.
         notes: what was normalized on reading, with the count and the first file or row.
     """

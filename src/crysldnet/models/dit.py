@@ -52,8 +52,7 @@ class DiT(nn.Module):
         layers: 12 as published.
         heads: 12 as published.
         positional: ``none`` is equivariant to permutation of atoms; ``index`` adds the published sinusoids of the atom
-            index,
-            which make the result depend on the order.
+            index, which make the result depend on the order.
         time_scale: factor of t in the sinusoidal embedding; 1 as published, for which most sinusoids hardly change.
         condition_dim: width of an atom or crystal condition; 0 for none.
     """

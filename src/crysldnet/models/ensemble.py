@@ -17,12 +17,10 @@ from crysldnet.models.targets import TargetType
 def combine(predictions: Sequence[Prediction], types: Sequence[TargetType]) -> Prediction:
     """Return the mean of the members' predictions and their joint standard deviation.
 
-    The standard deviation is that of the mixture of the members' distributions,
-    std² = mean(value² + std²) − mean(value)² (Lakshminarayanan et al., arXiv 1612.01474); members without a standard
-    deviation
-    count as exact. The target type defines how values are combined. Probabilities are averaged, and the most likely
-    class
-    of the average is predicted.
+    The standard deviation is that of the mixture of the members' distributions, std² = mean(value² + std²) −
+    mean(value)² (Lakshminarayanan et al., arXiv 1612.01474); members without a standard deviation count as exact. The
+    target type defines how values are combined. Probabilities are averaged, and the most likely class of the average is
+    predicted.
 
     Args:
         predictions: predictions of the M members for the same B crystals.

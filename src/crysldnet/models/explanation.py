@@ -9,12 +9,11 @@ squared
 distance from the mean. With the readouts ``atoms`` and ``sum`` this is exactly what each atom adds to the output.
 
 Tabular members: Shapley values of the columns, each changed from the training mean to its value (Strumbelj and
-Kononenko,
-Knowl. Inf. Syst. 41, 647, 2014), over pairs of a random order and its reverse. The embedding components count
-as one column.
+Kononenko, Knowl. Inf. Syst. 41, 647, 2014), over pairs of a random order and its reverse. The embedding components
+count as one column.
 
-Shapes: ``n`` atoms of the crystal, ``I`` inputs of a head, ``K`` given descriptors, ``D`` columns
-of a tabular model, ``G`` groups of columns, ``Q`` points of the integral.
+Shapes: ``n`` atoms of the crystal, ``I`` inputs of a head, ``K`` given descriptors, ``D`` columns of a tabular model,
+``G`` groups of columns, ``Q`` points of the integral.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Flow matching on the atom latents of a crystal.
 
-Y. Lipman et al., "Flow Matching for Generative Modeling", ICLR 2023, with the straight path
-z_t = (1 − t) z_0 + t z_1 from noise z_0 to data z_1 and a denoiser that predicts z_1.
+Y. Lipman et al., "Flow Matching for Generative Modeling", ICLR 2023, with the straight path z_t = (1 − t) z_0 + t z_1
+from noise z_0 to data z_1 and a denoiser that predicts z_1.
 
 Shapes: ``B`` crystals, ``N`` atoms, ``n`` atoms of the largest crystal, ``d`` width of the latent.
 """
@@ -46,19 +46,16 @@ class LatentFlow(nn.Module):
             average of the encoder; ``frozen``: that of the encoder at the start of this stage; ``clean``: that of the
             moving average for the clean crystal.
         condition: ``none`` diffuses the encoder's latents, so the loss depends only on their distribution. ``atoms``
-            and
-            ``crystal`` diffuse the teacher's latents and condition the denoiser on the encoder's features of each atom,
-            or on one pooled vector per crystal (mean and spread of all layers): the gradient reaches the encoder
-            through
-            the condition. Both need a teacher (``ema``, ``frozen`` or ``clean``).
+            and ``crystal`` diffuse the teacher's latents and condition the denoiser on the encoder's features of each
+            atom, or on one pooled vector per crystal (mean and spread of all layers): the gradient reaches the encoder
+            through the condition. Both need a teacher (``ema``, ``frozen`` or ``clean``).
         noise: use diffusion; otherwise predict the target from the condition only.
         skip: predict D = t / s² · z_t + (1 − t) / s · F with s² = (1 − t)² + t² and denoiser F, which starts at the
             optimum for standard normal latents instead of at zero (after EDM, arXiv 2206.00364).
         times: sample t uniformly, or as the logistic of a normal number (arXiv 2403.03206), within t_min and t_max.
         latent: diffuse ``posterior`` samples, or the encoder's ``features`` before the latent map, as published.
         reconstruction: keep the first stage's loss in addition to the diffusion loss. Without it and with a joint
-            target,
-            as published, a constant encoder is a global minimum.
+            target, as published, a constant encoder is a global minimum.
         weight: weight of the diffusion loss; 1 as published. For uniform times the weighted error of an uninformed
             denoiser without skip is about 19, so a weight of 1 dominates the reconstruction.
         ema_decay: decay of the moving average per step.

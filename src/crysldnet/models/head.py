@@ -1,7 +1,7 @@
 """Property heads: from atom features to properties.
 
-Shapes: ``B`` crystals, ``N`` atoms, ``D`` width of the encoder, ``T`` targets, ``O`` total outputs,
-``C`` classes, ``K`` descriptors.
+Shapes: ``B`` crystals, ``N`` atoms, ``D`` width of the encoder, ``T`` targets, ``O`` total outputs, ``C`` classes,
+``K`` descriptors.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ class PropertyHead(nn.Module):
         descriptors: K, number of descriptors that the MLP reads in addition.
         readout: ``mean``, ``attention``, ``atoms`` or ``sum``.
         layers_read: ``last`` reads the encoder output. ``all`` reads all layers, concatenated, with ``mean`` also their
-            standard
-            deviation over the atoms, standardized by the training split.
+            standard deviation over the atoms, standardized by the training split.
         hidden: MLP width; the encoder width by default.
         layers: hidden layers.
         dropout: dropout after each hidden layer.

@@ -37,18 +37,15 @@ class Posterior(nn.Module):
         latent_dim: d; 256 as published, 8 was sufficient in ADiT.
         kl_weight: weight of KL(q ‖ N(0, 1)), the mean over atoms of the sum over channels; 1e-5 as published.
         log_variance_init: initial offset of the log-variance; 0 as published. A low value exposes the mean to the
-            decoder from the
-            first step.
+            decoder from the first step.
         normalize: give each channel of the mean zero mean and unit variance (batch statistics in training, running
             ones otherwise), so that the latent has a fixed scale that the encoder can't shrink. Not as published.
         noise: standard deviation of the posterior, the same for every atom and channel; null to learn it, as
             published. If learned, it falls to about 0.02, and the space is variational in name only.
         covariance_weight: weight of Σ_{i≠j} C_ij² / d with the covariance C of the channels over the atoms of a batch,
-            which
-            preserves the effective rank (the covariance term of VICReg, arXiv 2105.04906).
+            which preserves the effective rank (the covariance term of VICReg, arXiv 2105.04906).
         agreement_weight: weight of the variance of each channel within a crystal, averaged over atoms and channels,
-            which
-            pulls the atoms of a crystal together.
+            which pulls the atoms of a crystal together.
     """
 
     def __init__(
@@ -112,8 +109,7 @@ class LatentStatistics(Metric):
 
     spread: the mean standard deviation per dimension. Effective rank: exp of the entropy of the covariance's normalized
     eigenvalues (Roy & Vetterli 2007), between 1 and D. A collapse in scale appears in the spread while the rank may
-    rise; a
-    collapse onto few directions appears in the rank.
+    rise; a collapse onto few directions appears in the rank.
     """
 
     full_state_update = False

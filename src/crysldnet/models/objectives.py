@@ -3,8 +3,7 @@
 Shapes: ``B`` crystals, ``N`` atoms, ``E`` edges, ``d`` width of the latent.
 
 An objective defines how crystals are corrupted (``corruption``) and, called with latents and the batch, returns its
-loss
-terms and metrics: sums and counts, to be divided at the end of an epoch.
+loss terms and metrics: sums and counts, to be divided at the end of an epoch.
 """
 
 from __future__ import annotations
@@ -122,15 +121,13 @@ class Denoising(Objective):
         displacement_i = mean_j u_ij r̂_ij,    strain = mean_ij (s_ij r̂_ij r̂_ijᵀ + p_ij 1),
     which rotate with the crystal, so that the targets can be inferred from the input. Losses are mean squared errors in
     units of the corruption's standard deviation: that of all crystals or, if it is sampled from a range, of each
-    crystal
-    (at least the lower bound), so that small displacements count as much as large ones.
+    crystal (at least the lower bound), so that small displacements count as much as large ones.
 
     Args:
         latent_dim: d.
         hidden: width of the decoder.
         corruption: how crystals are corrupted; a term without displacement or strain is left out, so both at 0 gives
-            the
-            objective with masked species only.
+            the objective with masked species only.
         species_weight, displacement_weight, strain_weight: weights of the three terms.
         condition: ``crystal`` also encodes the clean crystal and adds a linear map of its pooled features (mean and
             spread of all layers) to the latents: self-conditioned denoising. The pooled vector then learns what the
@@ -227,8 +224,7 @@ class Published(Objective):
     """Reconstruct masked species, absolute Cartesian coordinates and the lattice matrix, as in the released code.
 
     The last two change under rotation and translation while the latents don't: they can't be inferred from the input,
-    so
-    their loss has a floor. The lattice target is transposed, as in the released code. L1 for both.
+    so their loss has a floor. The lattice target is transposed, as in the released code. L1 for both.
 
     Args:
         latent_dim: d.

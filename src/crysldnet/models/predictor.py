@@ -30,11 +30,9 @@ class Prediction(NamedTuple):
         value: [B, T] in physical units; for classification the index of the most likely class, see
             ``TargetModel.classes``.
         std: [B, T] standard deviations predicted by the model, in physical units, NaN for targets without one; None if
-            no
-            target has one.
+            no target has one.
         probability: [B, T, C] class probabilities for the largest number of classes C; 0 beyond a target's own classes,
-            NaN
-            for regressions; None without classification.
+            NaN for regressions; None without classification.
     """
 
     value: Tensor

@@ -153,8 +153,8 @@ def read_structure(
     Args:
         path: the file; its name says which kind it is. It may be compressed (.gz, .bz2, .zst, .xz).
         max_atoms: refuse a file that lists more sites than this before they are expanded.
-        notes: what was normalized on reading is appended: the ``NOTE_`` texts of
-            :mod:`crysldnet.readers.cif` and :mod:`crysldnet.readers.species`.
+        notes: what was normalized on reading is appended: the ``NOTE_`` texts of :mod:`crysldnet.readers.cif` and
+            :mod:`crysldnet.readers.species`.
 
     Returns:
         lattice [3, 3] in Å with lattice vectors in rows, atomic numbers [n], fractional coordinates [n, 3] of atoms

@@ -68,8 +68,7 @@ def blend_weights(
         y: [n] labels, NaN if missing.
         absolute: q = 1, by iteratively reweighted least squares; else q = 2.
         caution: strength of the pull toward equal weights, as a number of crystals; 10 was best at 100 labels and has
-            no
-            effect at 1,000.
+            no effect at 1,000.
     """
     from scipy.optimize import nnls  # not needed for prediction
 

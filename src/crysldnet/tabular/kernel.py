@@ -1,14 +1,13 @@
 """Kernel ridge regression, the mean of a Gaussian process, on standardized features.
 
-f(x) = m + Σ_i a_i k(d(x, x_i) / l) with (K + λ 1) a = y − m, where k is the Matérn kernel of order 5/2 and
-d² = Σ_j r_j² (z_j − z'_j)² over standardized and clipped features z with relevances r. Length scale l and λ minimize
-the
+f(x) = m + Σ_i a_i k(d(x, x_i) / l) with (K + λ 1) a = y − m, where k is the Matérn kernel of order 5/2 and d² = Σ_j
+r_j² (z_j − z'_j)² over standardized and clipped features z with relevances r. Length scale l and λ minimize the
 leave-one-group-out error, which needs no refit: with C = K + λ 1, leaving group g out changes its residuals to
 ((C⁻¹)_gg)⁻¹ (C⁻¹ y)_g.
 
-The relevances matter most: from tree importances, together with clipping, they lowered the error at 300
-labels by 7 to 36 % on four of five tasks, and raised it by 3 % on the fifth. Selecting kernels, or weighting groups of
-features, gained nothing.
+The relevances matter most: from tree importances, together with clipping, they lowered the error at 300 labels by 7 to
+36 % on four of five tasks, and raised it by 3 % on the fifth. Selecting kernels, or weighting groups of features,
+gained nothing.
 
 Shapes: ``n`` training crystals, ``D`` features, ``T`` outputs.
 """

@@ -14,8 +14,7 @@ from crysldnet.tabular.kernel import clipped, standardize
 
 COMPONENTS = 64
 """Together with descriptors, 64 components of an encoder's embeddings lowered the error of kernel ridge by 2 %; all
-1,024
-columns raised it.
+1,024 columns raised it.
 """
 
 

@@ -82,8 +82,7 @@ def calibrate(
             an ensemble.
         data: training data. Its calibration rows are used, and statistics of the training rows are stored.
         held_out: [M] held-out rows of each member, if they differ. Each row is then predicted only by its member, so
-            the
-            spread between members isn't calibrated.
+            the spread between members isn't calibrated.
         drawn: folder for plots; None for none.
         device: device for predicting.
 

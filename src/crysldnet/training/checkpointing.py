@@ -39,11 +39,10 @@ def started() -> float:
 class PreemptionCheckpoint(Checkpoint):
     """Save checkpoints regularly and before stopping, between two optimizer steps.
 
-    A checkpoint is taken before the first batch of an optimizer step, when everything in
-    the previous step (moving averages, the teacher, the row in ``metrics.csv``) is complete, or at the end of an epoch,
-    after validation.
-    All ranks save and stop at the same step. They synchronize at the end of an epoch, and within one
-    about every tenth of a second: a GPU step takes milliseconds, too short for a network message before each.
+    A checkpoint is taken before the first batch of an optimizer step, when everything in the previous step (moving
+    averages, the teacher, the row in ``metrics.csv``) is complete, or at the end of an epoch, after validation. All
+    ranks save and stop at the same step. They synchronize at the end of an epoch, and within one about every tenth of a
+    second: a GPU step takes milliseconds, too short for a network message before each.
 
     Args:
         folder: checkpoint folder.
@@ -51,8 +50,7 @@ class PreemptionCheckpoint(Checkpoint):
         every_steps: optimizer steps between checkpoints within an epoch; None for none.
         every_minutes: minutes between checkpoints; None for none.
         limit_minutes: minutes after the start of the process when the run stops; it takes at least one step, so that
-            restarted
-            runs eventually finish; None for no limit.
+            restarted runs eventually finish; None for no limit.
         start: checkpoint to resume from and its header.
 
     Raises:
@@ -214,8 +212,7 @@ def check_position(path: Path, header: Mapping[str, Any], trainer: pl.Trainer, s
 
     Raises:
         CheckpointError: it is within an epoch whose batches were divided differently; an epoch would have a different
-            number
-            of steps; or weights are sharded differently.
+            number of steps; or weights are sharded differently.
     """
     before, strategy = header.get("strategy"), name_of(trainer.strategy)
     if before is not None and before != strategy and {before, strategy} & set(SHARDED):

@@ -24,12 +24,9 @@ class RefuseNonFinite(Callback):
     """Skip optimizer steps with a nonfinite loss or gradient, and stop after too many of them.
 
     Weights, optimizer moments and buffers (batch normalization statistics) stay as they were before the step. Each
-    skipped
-    step is written to ``nonfinite_steps.jsonl`` with the nonfinite term and the crystal ids. Losses and the total
-    gradient
-    norm are checked together once per optimizer step, before it is taken: the only time in a step when the host waits
-    for
-    the device.
+    skipped step is written to ``nonfinite_steps.jsonl`` with the nonfinite term and the crystal ids. Losses and the
+    total gradient norm are checked together once per optimizer step, before it is taken: the only time in a step when
+    the host waits for the device.
 
     Args:
         folder: folder of the file.

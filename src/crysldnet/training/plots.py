@@ -46,8 +46,7 @@ def _counted_from_one(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     """Return the rows of a file with epochs counted from 1.
 
     Earlier versions counted from 0 and logged another validation of the best weights one step after the last; that row
-    is
-    dropped.
+    is dropped.
     """
     if not rows or min(float(row["epoch"]) for row in rows) > 0:
         return rows

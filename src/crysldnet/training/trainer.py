@@ -66,8 +66,8 @@ class TrainerSettings:
         accumulate_grad_batches: batches per optimizer step; ``data.batch_size`` is divided over them.
         swa_fraction: average the weights over this last fraction of the steps (SWA) for validation and export; null for
             none.
-        ema_decay: exponential moving average of the weights for validation and export; null for none.
-            The decay is warmed up: min(decay, (1 + n) / (10 + n)).
+        ema_decay: exponential moving average of the weights for validation and export; null for none. The decay is
+            warmed up: min(decay, (1 + n) / (10 + n)).
         deterministic: only allow operations that are reproducible on this device.
         progress_bar: show a progress bar.
         log_every_n_steps: steps between logged training losses; shorter runs log their last step.
@@ -172,8 +172,7 @@ class SeedEveryBatch(Callback):
     """Seed torch before every batch from (seed, epoch, batch index in the epoch).
 
     Random numbers then don't depend on earlier draws, so a resumed run draws the same ones as an uninterrupted run, and
-    a
-    batch draws the same ones on any rank. Validation batches draw the same ones every epoch.
+    a batch draws the same ones on any rank. Validation batches draw the same ones every epoch.
     """
 
     def __init__(self, seed: int) -> None:
@@ -200,8 +199,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep large freed blocks for the next step.
 
     By default it returns every block over a few megabytes to the system, and each CPU step spends much of its time
-    zeroing
-    the pages of its activations. This has no effect except on Linux with glibc.
+    zeroing the pages of its activations. This has no effect except on Linux with glibc.
     """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL("libc.so.6")

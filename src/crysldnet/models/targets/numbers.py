@@ -207,8 +207,7 @@ class Hurdle(Number):
 
     The first output is the logit of p, the probability of a positive value; the others are a number trained on positive
     values only. The prediction is gated: 0 if p < ½, else the number. The median minimizes the absolute error, and it
-    is 0
-    if p < ½; p times the number would give metals a gap.
+    is 0 if p < ½; p times the number would give metals a gap.
     """
 
     name = "hurdle"
