@@ -1,7 +1,7 @@
-"""Save a layout of this project's charts on W&B: python -m crysldnet.tools.dashboard ENTITY [PROJECT].
+"""Save a chart layout for this project on W&B: python -m crysldnet.tools.dashboard ENTITY [PROJECT].
 
-There are two: one for pretraining, one for finetuning. With --print the layouts are printed as W&B would get them, and
-nothing is sent, so that needs no account. It needs the package wandb-workspaces, of the extra ``wandb``.
+There are two layouts: one for pretraining and one for finetuning. With --print the layouts are printed instead of sent,
+which needs no account. This requires the package wandb-workspaces of the extra ``wandb``.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from crysldnet.models import objectives
 
 STEP = "trainer/global_step"
 Panels = list[tuple[str, list[str] | str]]
-"""Titles of charts, and the metrics of each, or a regular expression that they match."""
+"""Chart titles with the metrics of each, or a regular expression for them."""
 
 
 def _with_baseline(*names: str) -> Panels:
-    """Return a chart for each measure, with its baseline."""
+    """Return a chart for each metric, with its baseline."""
     found = [MEASURES[name] for name in names]
     return [(m.heading, [f"val/{m.name}", *([f"val/{m.name}_baseline"] if m.baseline else [])]) for m in found]
 
 
 def _of_targets(*names: str) -> Panels:
-    """Return a chart for each measure with all targets: where there are several, their names follow the metric's."""
+    """Return a chart for each metric with all targets: with several, their names follow the metric name."""
     return [(MEASURES[name].heading, f"val/{name}(/.+)?") for name in names]
 
 
@@ -38,7 +38,7 @@ PRETRAINING: dict[str, Panels] = {
     ),
     "Losses": [("training", ["train/loss"]), ("validation", ["val/loss"])],
 }
-"""Sections of the pretraining's layout; there is one of each for each stage."""
+"""Sections of the pretraining layout, one set per stage."""
 FINETUNING: dict[str, Panels] = {
     "Errors of numbers, on validation": _of_targets("mae", "rmse", "r2", "nll"),
     "Scores of classes, on validation": _of_targets("roc_auc", "accuracy", "f1", "log_loss"),
@@ -55,7 +55,7 @@ HEALTH: dict[str, Panels] = {
 
 
 def layouts(entity: str, project: str) -> list[Any]:
-    """Return the layouts, as ``wandb_workspaces`` keeps them; nothing is sent."""
+    """Return the layouts as ``wandb_workspaces`` objects without sending them."""
     import wandb_workspaces.reports.v2 as reports
     import wandb_workspaces.workspaces as workspaces
 

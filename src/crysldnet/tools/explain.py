@@ -1,8 +1,7 @@
-"""Show which atoms and descriptors a prediction comes from.
+"""Attribute predictions to atoms and descriptors.
 
-Compares each prediction with that for an average training crystal, and divides the difference among the atoms (for the
-networks of a model) and the descriptors (for its trees and kernel ridge). All contributions and the reference add up to
-the prediction.
+Compares each prediction with that for an average training crystal, and divides the difference among the atoms (for
+networks) and the descriptors (for trees and kernel ridge). The reference and all contributions sum to the prediction.
 
   crysldnet explain model=runs/finetune/latest files="my_cifs/*.cif"
 """
@@ -37,7 +36,7 @@ from crysldnet.models.explanation import Explanation, explain
 from crysldnet.readers.stream import Chunk, CrystalStream, StreamSettings
 
 LARGEST_PAGE = 200
-"""Crystals of a page; a table has room for all."""
+"""Maximum number of crystals on a page; a table has no limit."""
 _STYLE = """
 .explained { display: grid; grid-template-columns: minmax(8rem, 12rem) 1fr; gap: 1rem; margin: 1rem 0; }
 @media (max-width: 36rem) { .explained { grid-template-columns: 1fr; } }
@@ -80,7 +79,7 @@ class Explained(NamedTuple):
 
     @property
     def elements(self) -> dict[str, float]:
-        """Contributions of the atoms, summed by element, the largest first."""
+        """Contributions of the atoms summed by element, largest first."""
         sums = np.bincount(self.crystal.numbers, self.found.atoms)
         found = {SYMBOLS[z]: float(sums[z]) for z in np.unique(self.crystal.numbers)}
         return dict(sorted(found.items(), key=lambda item: -abs(item[1])))
@@ -104,12 +103,12 @@ def explain_crystals(model: Predictor, structures: Any, target: str | None = Non
 
     Args:
         model: from :func:`crysldnet.load`.
-        structures: as :meth:`Predictor.predict` takes them, with the model's own descriptors beside them.
-        target: its name; needed where the model has several.
+        structures: as in :meth:`Predictor.predict`, with the columns of the model's descriptors.
+        target: target name; required if the model has several.
 
     Raises:
         ConfigError: the target is missing or unknown.
-        DataError: a crystal can't be used, or the target is a number of two parts.
+        DataError: a crystal is invalid, or the target is a hurdle.
     """
     place, account = place_of(model, target), Refusals("raise")
     found = []
@@ -122,7 +121,7 @@ def explain_crystals(model: Predictor, structures: Any, target: str | None = Non
 def _stream(
     model: Predictor, structures: Any, given: Mapping[str, NDArray[np.float64]], max_atoms: int
 ) -> CrystalStream:
-    """Return the crystals one by one, with what the model needs."""
+    """Yield crystals one by one with what the model needs."""
     columns = columns_needed([model.members[0].descriptors], given)
     settings = StreamSettings(batch_size=1, max_atoms=max_atoms)
     return CrystalStream(structures, [model.encoder.graph], settings, columns, check_for([model]))
@@ -159,7 +158,7 @@ def run(config: ExplainConfig, _values: dict[str, Any]) -> int:
 
 
 def place_of(model: Predictor, target: str | None) -> int:
-    """Return the place of a target among those of a model, which needs no name where it is the only one.
+    """Return the index of a target in a model; a single target needs no name.
 
     Raises:
         ConfigError: the name is missing or unknown.
@@ -233,7 +232,7 @@ def _bar(name: str, value: float, top: float) -> str:
 
 
 def _color(value: float, atoms: np.ndarray) -> str:
-    """Return the color of a contribution: gray for none, blue for the most negative, orange for the most positive."""
+    """Return the color of a contribution: gray for zero, blue for the most negative, orange for the most positive."""
     share = float(value) / max(float(np.abs(atoms).max()), 1e-12)
     end = (194, 87, 26) if share > 0 else (47, 109, 179)
     mixed = (round(225 + abs(share) * (c - 225)) for c in end)

@@ -1,4 +1,4 @@
-"""List, fetch and share pretrained encoders: ``crysldnet weights``."""
+"""List, download and share pretrained encoders: ``crysldnet weights``."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ examples:
   crysldnet weights push runs/pretrain/latest/encoder.safetensors OWNER/REPOSITORY --license mit
 """
 FILE, CARD = "encoder.safetensors", "README.md"
-"""Of an encoder in a repository of the hub."""
+"""File names of an encoder in a hub repository."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Run ``crysldnet weights`` with these arguments; return the exit status.
 
     Raises:
-        CheckpointError: there is no such encoder, or the hub can't be used.
+        CheckpointError: the encoder doesn't exist, or the hub is unavailable.
     """
     arguments = _parser().parse_args(list(argv))
     if arguments.action == "show":
@@ -74,7 +74,7 @@ def _named(name: str) -> Path:
 
 
 def list_them() -> None:
-    """Print a table of the encoders that have a name."""
+    """Print a table of the named encoders."""
     rows = []
     for name, file in weights.named_encoders().items():
         info, state = model_file.read(file, "encoder")
@@ -96,7 +96,7 @@ def list_them() -> None:
 
 
 def _of(info: dict[str, Any], part: str) -> dict[str, Any]:
-    """Return a part of what a file says of itself; nothing where that is none."""
+    """Return part of a file's metadata; empty if missing."""
     found = info.get(part)
     return found if isinstance(found, dict) else {}
 
@@ -119,15 +119,15 @@ def _check_repository(repository: str) -> None:
 
 
 def pull(repository: str, name: str | None = None, revision: str | None = None) -> Path:
-    """Fetch an encoder from the Hugging Face hub, check it, and give it a name.
+    """Download an encoder from the Hugging Face hub, verify it, and name it.
 
     Args:
-        repository: OWNER/REPOSITORY with encoder.safetensors, and a README.md as its card.
-        name: to give it; the repository's own by default.
-        revision: branch, tag or commit; the newest by default.
+        repository: OWNER/REPOSITORY with encoder.safetensors and a README.md as model card.
+        name: name of the encoder; by default that of the repository.
+        revision: branch, tag or commit; by default the newest.
 
     Raises:
-        CheckpointError: it can't be fetched, isn't an encoder, or the name is taken.
+        CheckpointError: it can't be downloaded, isn't an encoder, or the name is taken.
     """
     _check_repository(repository)
     name = name or repository.partition("/")[2]
@@ -139,7 +139,7 @@ def pull(repository: str, name: str | None = None, revision: str | None = None) 
     hub = _hub()
     try:
         files = {file: Path(hub.hf_hub_download(repository, file, revision=revision)) for file in (FILE, CARD)}
-    except Exception as error:  # the hub's own errors, of many kinds
+    except Exception as error:  # the hub raises many kinds of errors
         raise CheckpointError(f"{repository}: can't be fetched from the hub: {_first_line(error)}") from error
     model_file.load_encoder(files[FILE])
     try:
@@ -155,15 +155,15 @@ def pull(repository: str, name: str | None = None, revision: str | None = None) 
 
 
 def push(file: Path, repository: str, license: str) -> None:
-    """Share an encoder and its card on the Hugging Face hub.
+    """Upload an encoder and its card to the Hugging Face hub.
 
     Args:
-        file: an encoder.
-        repository: OWNER/REPOSITORY, made if it isn't there.
-        license: of the weights.
+        file: encoder file.
+        repository: OWNER/REPOSITORY, created if missing.
+        license: license of the weights.
 
     Raises:
-        CheckpointError: it isn't an encoder, or the hub refuses it.
+        CheckpointError: it isn't an encoder, or the hub rejects it.
     """
     _check_repository(repository)
     if file.is_dir():
@@ -182,7 +182,7 @@ def push(file: Path, repository: str, license: str) -> None:
 
 
 def _card(file: Path, info: dict[str, Any], license: str) -> str:
-    """Return the card that goes to the hub: its own with the hub's header, or one made from what the file says."""
+    """Return the model card for the hub: the existing one with the hub's header, or one generated from the metadata."""
     header = f"---\nlicense: {license}\nlibrary_name: crysldnet\ntags: [crystals, materials]\n---\n\n"
     own = weights.card_of(file)
     if own is not None:

@@ -1,8 +1,8 @@
 """Choose the crystals to measure next.
 
-Predicts a property of every candidate with a finetuned model, and chooses n of them: by expected improvement over the
-best value so far (goal=maximize or minimize), or where the prediction is least certain (goal=learn). A crystal that
-resembles one already chosen counts less, since measuring that one tells about both.
+Predicts a property of every candidate with a finetuned model and selects n: by expected improvement over the best value
+so far (goal=maximize or minimize), or by uncertainty (goal=learn). Crystals similar to those already selected score
+lower, because measuring one informs about both.
 
   crysldnet suggest model=runs/finetune/latest files="candidates/*.cif" n=10
 """
@@ -53,24 +53,24 @@ class SuggestConfig:
 
 
 def expected_improvement(mean: Floats, std: Floats, best: float) -> Floats:
-    """Return how much a value of this normal distribution exceeds ``best`` in the mean, where it does."""
+    """Return the expected improvement over ``best`` for a normal distribution."""
     z = (mean - best) / np.maximum(std, 1e-12)
     return (mean - best) * special.ndtr(z) + std * stats.norm.pdf(z)
 
 
 def choose(mean: Floats, std: Floats, features: Floats, n: int, goal: Goal, best: float) -> list[tuple[int, float]]:
-    """Return which candidates to measure together, and the score of each when it was chosen.
+    """Return the batch of candidates to measure, and the score of each at selection.
 
-    After each choice the variance of every other candidate shrinks by the factor 1 − ρ², as in a Gaussian process; ρ
-    falls with the distance of the features as a Gaussian of the median distance's width.
+    After each selection, the variance of every other candidate is multiplied by 1 − ρ², as in a Gaussian process; ρ is
+    a Gaussian of the feature distance with the median distance as width.
 
     Args:
         mean: [B] predictions.
         std: [B] standard deviations.
-        features: [B, D] of the candidates.
-        n: how many to choose.
-        goal: what is looked for.
-        best: value to exceed.
+        features: [B, D] features of the candidates.
+        n: number to select.
+        goal: ``maximize``, ``minimize`` or ``learn``.
+        best: value to improve on.
     """
     sign = -1.0 if goal == "minimize" else 1.0
     spread = std.astype(np.float64).copy()
@@ -93,7 +93,7 @@ def choose(mean: Floats, std: Floats, features: Floats, n: int, goal: Goal, best
 
 
 def uncertainty(found: Predictions, place: int, interval: float) -> Floats:
-    """Return [B] standard deviations of a target: the model's, or what its interval amounts to for a normal one.
+    """Return [B] standard deviations of a target: the model's, or derived from its intervals for a normal distribution.
 
     Raises:
         DataError: the model has neither.

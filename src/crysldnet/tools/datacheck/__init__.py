@@ -1,1 +1,1 @@
-"""Look into data sets: describe them, find repeats, compare two."""
+"""Inspect data sets: describe them, find duplicates, compare two."""

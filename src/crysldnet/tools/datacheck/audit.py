@@ -1,4 +1,4 @@
-"""``crysldnet data audit``: what the crystals of two data sets have in common."""
+"""``crysldnet data audit``: overlap of two data sets."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ example:
 
 @dataclass(frozen=True)
 class Shared:
-    """What a test set has in common with a training set.
+    """Overlap of a test set with a training set.
 
     Attributes:
-        train, test: their names.
-        train_crystals, test_crystals: their sizes.
-        ids, formulas, structures: the test rows that share one, each with the training rows that it shares it with;
-            ``structures`` is None where they weren't compared.
+        train, test: names of the sets.
+        train_crystals, test_crystals: sizes of the sets.
+        ids, formulas, structures: test rows that share one, each with the matching training rows; ``structures`` is
+            None if not compared.
     """
 
     train: str
@@ -55,8 +55,8 @@ def audit(train: str, test: str, *, structures: bool = True) -> Shared:
     """Compare two data sets.
 
     Args:
-        train, test: as :func:`crysldnet.data.datasets.open_part` takes them.
-        structures: compare structures too.
+        train, test: names as in :func:`crysldnet.data.datasets.open_part`.
+        structures: also compare structures.
     """
     (a, rows_a), (b, rows_b) = open_part(train), open_part(test)
     return Shared(
@@ -86,7 +86,7 @@ def _shared(
     rows_b: NDArray[np.int64],
     keys_b: Sequence[str],
 ) -> dict[str, list[str]]:
-    """Return the id of each row of b whose key a has, with the ids of a's rows of that key."""
+    """Return the id of each row of b whose key is in a, with the ids of the matching rows of a."""
     wanted = set(keys_b)
     where: dict[str, list[str]] = {}
     for key, id_ in zip(keys_a, _ids(a, rows_a), strict=True):
@@ -109,7 +109,7 @@ def _matching(
 
 
 def write_table(path: str | os.PathLike[str], found: Sequence[Shared]) -> None:
-    """Write every shared crystal as a row of a CSV: sets, ids, and by what.
+    """Write every shared crystal as a CSV row: sets, ids, and what they share.
 
     Raises:
         DataError: it can't be written.

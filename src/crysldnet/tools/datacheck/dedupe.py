@@ -1,4 +1,4 @@
-"""``crysldnet data dedupe``: keep each crystal once, and none that another set has."""
+"""``crysldnet data dedupe``: remove duplicates and crystals of other sets."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ examples:
 
 @dataclass(frozen=True)
 class Removed:
-    """A row that is left out.
+    """A removed row.
 
     Attributes:
-        row: in the store.
-        reason: why.
-        of: the id that is kept in its place, or the name of the other set.
+        row: row in the store.
+        reason: reason for the removal.
+        of: id of the kept duplicate, or name of the other set.
     """
 
     row: int
@@ -51,7 +51,7 @@ class Removed:
 
 
 def find_repeats(store: CrystalStore, by: Sequence[str]) -> list[Removed]:
-    """Find the rows that repeat an earlier one.
+    """Find rows that duplicate an earlier one.
 
     Args:
         store: the crystals.
@@ -71,7 +71,7 @@ def find_repeats(store: CrystalStore, by: Sequence[str]) -> list[Removed]:
 
 
 def write_rows(store: CrystalStore, rows: NDArray[np.int64], out: str, *, overwrite: bool) -> None:
-    """Write some rows of a store as a store, or as a Parquet file where the name ends in .parquet."""
+    """Write some rows of a store as a store, or as Parquet if the name ends in .parquet."""
     table = store.to_table().take(rows)
     kind = ParquetOutput if out.endswith(".parquet") else StoreWriter
     with kind(out, overwrite=overwrite) as output:

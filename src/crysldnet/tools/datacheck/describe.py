@@ -1,4 +1,4 @@
-"""``crysldnet data describe``: what is in a data set, and what in it should be looked at before training."""
+"""``crysldnet data describe``: contents of a data set, and suspicious rows to check before training."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SHORTEST_BOND = 1.0
 SHORTEST_BOND_OF_HYDROGEN = 0.7
 """Å; in H2 it has 0.74."""
 VOLUME_PER_ATOM = (4.0, 200.0)
-"""Å³; diamond has 5.7, caesium 115. Sheets with vacuum around them have more."""
+"""Å³; diamond has 5.7, cesium 115. Layers with vacuum have more."""
 LARGEST_FORMATION_ENERGY = 5.0
 """eV/atom."""
 _BINS = 30
@@ -55,7 +55,7 @@ class Histogram:
 
     @classmethod
     def of(cls, values: NDArray, *, whole: bool = False) -> Histogram:
-        """Count finite values in even bins; ``whole`` puts the edges between whole numbers."""
+        """Count finite values in equal bins; ``whole`` puts the edges between integers."""
         if not len(values):
             return cls([0.0, 1.0], [0])
         if whole:
@@ -68,7 +68,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class PropertyStatistics:
-    """A column of numbers: name, unit, how many values, their distribution."""
+    """Statistics of a numeric column: name, unit, count, distribution."""
 
     name: str
     unit: str
@@ -77,13 +77,13 @@ class PropertyStatistics:
     mean: float
     std: float
     quantiles: list[float]
-    """Smallest, 5 %, median, 95 %, largest."""
+    """Minimum, 5 %, median, 95 %, maximum."""
     histogram: Histogram
 
 
 @dataclass(frozen=True)
 class Suspicious:
-    """A row to look at: its id and why."""
+    """A row to check: id and reason."""
 
     id: str
     reason: str
@@ -91,18 +91,18 @@ class Suspicious:
 
 @dataclass(frozen=True)
 class Description:
-    """What is in a data set.
+    """Contents of a data set.
 
     Attributes:
-        name: as it was given.
-        about: source, licence, citation, and the sha256 of a published set's files.
-        crystals, atoms: their numbers.
+        name: name as given.
+        about: source, license, citation, and sha256 of a published set's files.
+        crystals, atoms: counts.
         atoms_per_crystal, volume_per_atom: histograms, the second in Å³.
-        elements: symbol to the number of crystals that have it, by atomic number.
-        properties: columns of numbers.
-        texts: columns of text to how many values they have.
-        repeats: what is repeated to how many crystals repeat an earlier one.
-        suspicious: rows to look at.
+        elements: number of crystals per element symbol, by atomic number.
+        properties: numeric columns.
+        texts: number of values per text column.
+        repeats: number of duplicates by kind.
+        suspicious: rows to check.
     """
 
     name: str
@@ -122,8 +122,8 @@ def describe(name: str, *, structures: bool = True) -> Description:
     """Describe a data set.
 
     Args:
-        name: as :func:`crysldnet.data.datasets.open_part` takes it.
-        structures: look for repeated structures too, which takes the longest.
+        name: as in :func:`crysldnet.data.datasets.open_part`.
+        structures: also find duplicate structures, which takes longest.
     """
     whole, rows = open_part(name)
     store = whole if len(rows) == len(whole) else CrystalStore.from_table(whole.to_table().take(rows), name)
@@ -202,7 +202,7 @@ def find_suspicious(store: CrystalStore) -> list[Suspicious]:
 
 
 def _short_bonds(store: CrystalStore) -> dict[int, tuple[float, str]]:
-    """Return the shortest forbidden distance of each row that has one, and its two elements."""
+    """Return the shortest implausible distance of each row that has one, and its two elements."""
     found: dict[int, tuple[float, str]] = {}
     for start in range(0, len(store), _CHUNK):
         c = store.crystals.take(np.arange(start, min(start + _CHUNK, len(store))))
@@ -211,7 +211,7 @@ def _short_bonds(store: CrystalStore) -> dict[int, tuple[float, str]]:
         ends = c.numbers[near.source], c.numbers[near.target]
         limit = np.where((ends[0] == 1) | (ends[1] == 1), SHORTEST_BOND_OF_HYDROGEN, SHORTEST_BOND)
         short = np.flatnonzero(distance < limit)
-        for edge in short[np.argsort(-distance[short])]:  # the shortest of a crystal comes last, and stays
+        for edge in short[np.argsort(-distance[short])]:  # the shortest of a crystal comes last and is kept
             pair = "–".join(sorted(SYMBOLS[int(end[edge])] for end in ends))
             found[start + int(c.crystal[near.target[edge]])] = (float(distance[edge]), pair)
     return found
@@ -278,7 +278,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the description, write what was asked for, and return the exit status."""
+    """Print the description, write the requested files, and return the exit status."""
     from crysldnet.tools.datacheck.description_page import write_html, write_png
 
     description = describe(arguments.store, structures=not arguments.no_structures)

@@ -1,4 +1,4 @@
-"""A description of a data set as one HTML page that needs no network, and as a picture."""
+"""A data set description as an offline HTML page or an image."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _suspicious(d: Description) -> str:
 
 
 def write_png(description: Description, path: Path) -> None:
-    """Draw sizes, volumes, the thirty commonest elements and the first properties."""
+    """Plot sizes, volumes, the thirty most common elements and the first properties."""
     from matplotlib.figure import Figure
 
     d = description

@@ -1,1 +1,1 @@
-"""Import files of crystals into a store."""
+"""Import structure files into a store."""

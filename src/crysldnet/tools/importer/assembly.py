@@ -1,4 +1,4 @@
-"""Put the pieces of an import together: the second of its two steps (:mod:`crysldnet.tools.importer.importer`)."""
+"""Assemble the chunks of an import, the second of its two steps (:mod:`crysldnet.tools.importer.importer`)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from crysldnet.tools.importer.columns import Columns
 
 _ROWS = 16_384
 _ATOMS = 1_000_000
-"""crystals and atoms that are written at a time"""
+"""crystals and atoms written at a time"""
 
 
 class Plan:
-    """How pieces are put together: which columns of which type, and which ids are there more than once."""
+    """How to assemble chunks: column types and duplicate ids."""
 
     def __init__(self, pieces: Iterable[Piece], about: Mapping[str, str], *, commas: bool = False) -> None:
         self._pieces, self._about = pieces, about
@@ -33,12 +33,12 @@ class Plan:
         self._dropped: dict[str, str] = {}
         self.units: dict[str, str] = {}
         self._without_unit: dict[str, str] = {}
-        """The first place that has values of a column and states no unit."""
+        """First place with values of a column but without a unit."""
         self._columns = Columns(pieces, commas=commas)
         self._repeated = _repeated(self._look_at(piece) for piece in pieces)
 
     def _look_at(self, piece: Piece) -> list[str]:
-        """Take account of the columns of a piece; return its ids."""
+        """Register the columns of a chunk; return its ids."""
         table = piece.table
         units = units_of(table.schema)
         self._dropped |= piece.dropped
@@ -60,11 +60,11 @@ class Plan:
         return {material_id for piece in self._pieces for material_id in piece.table["material_id"].to_pylist()}
 
     def join(self, targets: Targets | None, given: Mapping[str, str]) -> None:
-        """Add the columns of a table of targets, and units; decide how texts are read.
+        """Add the columns of a target table and units; decide how text is parsed.
 
         Raises:
-            DataError: a column is there twice; a unit is of no column, differs from the one stated, or is stated in
-                some files alone; a text can't be read without guessing.
+            DataError: a column is duplicated; a unit has no column, conflicts with the stated one, or is stated in only
+                    some files; text is ambiguous.
         """
         self._targets = targets
         names = self._names(self._columns.types)
@@ -92,7 +92,7 @@ class Plan:
         return names
 
     def tables(self, issues: ImportIssues) -> Iterator[pa.Table]:
-        """Give the crystals of each piece, recording what is left out."""
+        """Yield the crystals of each chunk, recording what is left out."""
         for name, note in [*self._dropped.items(), *((name, note) for note, name in self._columns.notes)]:
             issues.note(note, name)
         seen: set[str] = set()
@@ -129,14 +129,14 @@ class Plan:
 
 
 def _repeated(ids: Iterable[list[str]]) -> set[int]:
-    """Return the hashes of the ids that are there more than once, 8 bytes being kept of each id."""
+    """Return the hashes of duplicate ids, keeping 8 bytes per id."""
     hashes = np.fromiter((hash(material_id) for some in ids for material_id in some), np.int64)
     hashes.sort()
     return set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
 
 
 def write(tables: Iterable[pa.Table], output: Output, issues: ImportIssues, out: Path) -> int:
-    """Write crystals, many at a time; the lists of what was rejected and noted are there before they appear."""
+    """Write crystals in large batches; the lists of rejections and notes are written before the crystals appear."""
     kept = 0
     try:
         with output:
@@ -152,11 +152,11 @@ def write(tables: Iterable[pa.Table], output: Output, issues: ImportIssues, out:
 
 
 class _NothingKept(Exception):
-    """Leaves the output's context so that nothing is written."""
+    """Exits the output context without writing anything."""
 
 
 def _joined(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Put small tables together."""
+    """Concatenate small tables."""
     waiting: list[pa.Table] = []
     rows = atoms = 0
     for table in tables:

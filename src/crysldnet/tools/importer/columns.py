@@ -1,4 +1,4 @@
-"""The property columns of an import: one type, and one way to read texts, for all pieces of it."""
+"""Property columns of an import: one type and one way to parse text for all chunks."""
 
 from __future__ import annotations
 
@@ -29,32 +29,31 @@ _ANY_MISSING = pa.array(sorted({*MISSING, *map(str.upper, MISSING), *map(str.cap
 
 
 class Columns:
-    """The columns of all pieces: each piece is added, then :meth:`decide` is called once.
+    """Columns of all chunks: add each chunk, then call :meth:`decide` once.
 
     Args:
-        pieces: all of them; they are gone through several times.
-        commas: whether decimal commas are read, because other characters separate the cells.
+        pieces: all chunks, iterated several times.
+        commas: whether decimal commas are allowed, because other characters separate the cells.
     """
 
     def __init__(self, pieces: Iterable[Piece], *, commas: bool = False) -> None:
         self._pieces, self._commas = pieces, commas
         self._others_have_commas = False
         self.types: dict[str, list[pa.DataType]] = {}
-        """The types that each column has in the pieces."""
+        """Types of each column in the chunks."""
         self.notes: list[tuple[str, str]] = []
         self._kinds: dict[str, pa.DataType] = {}
         self._numbers: dict[str, Numbers] = {}
-        """Of the columns of texts that are read as numbers."""
+        """Text columns that are parsed as numbers."""
         self._all_plain: frozenset[str] = frozenset()
-        """Those of them whose texts are plain numbers, which are read at once."""
+        """Those with only plain numbers, which are parsed at once."""
         self._texts, self._alike, self._plain = Counter[str](), Counter[str](), Counter[str]()
-        """How many texts each column has that say something, how many look like numbers, and how many values
-        are numbers."""
+        """Number of nonempty texts per column, of those that look like numbers, and of numeric values."""
         self._with_missing: set[str] = set()
-        """Columns of texts some of which may say that there is no value."""
+        """Text columns in which some texts may mean a missing value."""
 
     def add(self, table: pa.Table) -> None:
-        """Look at the columns of a piece."""
+        """Register the columns of a chunk."""
         for name, column in zip(table.column_names, table.columns, strict=True):
             if name in STRUCTURE_COLUMNS or name == PLACE:
                 continue
@@ -70,7 +69,7 @@ class Columns:
             texts = _as_texts(column)
             self._texts[name] += len(texts) - texts.null_count
             first, last = pc.min_max(texts).as_py().values()
-            if first is not None and (first < "A" or last >= "{"):  # all others begin with a letter
+            if first is not None and (first < "A" or last >= "{"):  # all others start with a letter
                 self._alike[name] += pc.sum(pc.match_substring_regex(texts, LOOKS_LIKE_A_NUMBER)).as_py()
             said = pc.is_in(texts, _ANY_MISSING)
             if pc.any(said).as_py():
@@ -78,14 +77,14 @@ class Columns:
                 self._with_missing.add(name)
 
     def decide(self, without: Collection[str], units: dict[str, str]) -> None:
-        """Choose the types of the columns.
+        """Determine the column types.
 
         Args:
-            without: names of columns that are left out.
-            units: of the columns that state one. Units that stand in cells are added.
+            without: names of columns to leave out.
+            units: units of the columns that state one. Units found in cells are added.
 
         Raises:
-            DataError: a text can't be read without guessing.
+            DataError: text is ambiguous.
         """
         self._kinds = {name: common_type(found) for name, found in self.types.items() if name not in without}
         texts = [name for name, kind in self._kinds.items() if pa.types.is_string(kind)]
@@ -106,7 +105,7 @@ class Columns:
         return like > 0 and like >= self._texts[name] - self._alike[name]
 
     def _odd(self, names: Sequence[str]) -> list[str]:
-        """Return the columns whose texts aren't all plain numbers."""
+        """Return the columns with text other than plain numbers."""
         odd = {
             name
             for name, _, column in self._each(names)
@@ -115,12 +114,12 @@ class Columns:
         return [name for name in names if name in odd]
 
     def _each(self, names: Sequence[str]) -> Iterator[tuple[str, pa.Table, pa.ChunkedArray]]:
-        """Give some columns of each piece."""
+        """Yield some columns of each chunk."""
         for table, *_ in self._pieces if names else ():
             yield from ((name, table, table[name]) for name in names if name in table.column_names)
 
     def _counted(self, names: Sequence[str]) -> dict[str, Counter[str]]:
-        """Count each text of columns."""
+        """Count each text in columns."""
         counts: dict[str, Counter[str]] = {name: Counter() for name in names}
         for name, _, column in self._each(names):
             if _holds_texts(column.type):
@@ -150,7 +149,7 @@ class Columns:
             units |= dict.fromkeys(numbers.names(name), numbers.unit)
 
     def _place_of(self, name: str, text: str) -> str:
-        """Return where a text stands first in a column."""
+        """Return the first location of a text in a column."""
         for _, table, column in self._each([name]):
             if _holds_texts(column.type) and (row := pc.index(_as_texts(column), text).as_py()) >= 0:
                 return table[PLACE][row].as_py()
@@ -158,7 +157,7 @@ class Columns:
 
     @property
     def names(self) -> list[str]:
-        """Names of the columns that there will be."""
+        """Names of the resulting columns."""
         return [
             new
             for name in self._kinds
@@ -166,7 +165,7 @@ class Columns:
         ]
 
     def complete(self, table: pa.Table, issues: ImportIssues) -> pa.Table:
-        """Give a piece all columns, recording which values are left out."""
+        """Add missing columns to a chunk, recording which values are left out."""
         there = dict(zip(table.column_names, table.columns, strict=True))
         columns = {name: there[name] for name in (PLACE, *STRUCTURE_COLUMNS)}
         for name, kind in self._kinds.items():
@@ -207,21 +206,21 @@ def _holds_texts(kind: pa.DataType) -> bool:
 
 
 def _as_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return a column as texts, booleans as Python writes them."""
+    """Return a column as text, with Python's spelling of booleans."""
     if pa.types.is_boolean(column.type):
         return pc.if_else(column, "True", "False")
     return column if pa.types.is_string(column.type) else column.cast(pa.string())
 
 
 def _numbers(column: pa.ChunkedArray, *, commas: bool = False) -> pa.ChunkedArray | None:
-    """Return a column of texts as numbers where all are plain or null, otherwise None; see :func:`plain_numbers`."""
+    """Return a text column as numbers if all are plain or null, otherwise None; see :func:`plain_numbers`."""
     if column.null_count == len(column):
         return pa.chunked_array([pa.nulls(len(column), pa.float64())])
     return plain_numbers(_as_texts(column), commas=commas)
 
 
 def _known(name: str, texts: pa.ChunkedArray, issues: ImportIssues) -> pa.ChunkedArray:
-    """Return texts, null in place of those that say that there is no value."""
+    """Return texts with null in place of those that mean a missing value."""
     missing = pc.is_in(texts, _MISSING)
     for text in texts.filter(missing).to_pylist():
         issues.note(f"texts are {text!r}, which was read as no value", name)
@@ -229,7 +228,7 @@ def _known(name: str, texts: pa.ChunkedArray, issues: ImportIssues) -> pa.Chunke
 
 
 def _finite(name: str, column: pa.ChunkedArray, table: pa.Table, issues: ImportIssues) -> pa.ChunkedArray:
-    """Return numbers, null in place of those that aren't finite."""
+    """Replace non-finite numbers by null."""
     if not pa.types.is_floating(column.type):
         return column
     values = column.to_numpy()

@@ -1,4 +1,4 @@
-"""The command line of the data: ``crysldnet data import | export | verify | show``, and those of other modules."""
+"""Command line of the data tools: ``crysldnet data import | export | verify | show``, and those of other modules."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FURTHER = {
     "audit": "crysldnet.tools.datacheck.audit",
     "download": "crysldnet.tools.importer.published.command",
 }
-"""Commands in modules of their own, each with HELP, DESCRIPTION, EXAMPLE, add_arguments and run."""
+"""Commands in separate modules, each with HELP, DESCRIPTION, EXAMPLE, add_arguments and run."""
 
 IMPORT_HELP = f"""\
 Import crystals into a store, the folder that training reads.
@@ -57,10 +57,10 @@ def main(argv: Sequence[str]) -> int:
     """Run ``crysldnet data`` with these arguments.
 
     Returns:
-        The exit status: 1 where an import rejected every crystal, else 0.
+        The exit status: 1 if an import rejected every crystal, else 0.
 
     Raises:
-        CrysldnetError: the input can't be used; the message says how to mend it.
+        CrysldnetError: the input is invalid; the message states the remedy.
     """
     arguments = _parser().parse_args(list(argv))
     return arguments.run(arguments)
@@ -229,7 +229,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _describe(store: CrystalStore, name: str) -> str:
-    """Describe a property in a line: name, unit, how many values, range."""
+    """Describe a property in one line: name, unit, count, range."""
     try:
         values = store.numbers_of(name)
     except DataError:

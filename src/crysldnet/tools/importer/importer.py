@@ -1,10 +1,10 @@
 """Import crystals of any format into a store.
 
-An import has two steps. First the source is cut into pieces, which are read and checked in processes
-(:mod:`crysldnet.readers.workers`) and kept in a temporary file. Then they are put together in their order: ids that
-came before are left out, the columns get one type, the table of targets is joined. The output appears under its name
-when it is whole, and its bytes depend on the input alone, not on the number of processes. Memory hardly grows with the
-number of crystals, except for names of files, targets and rejects.
+An import has two steps. First the source is divided into chunks, which are read and checked in parallel processes
+(:mod:`crysldnet.readers.workers`) and kept in a temporary file. Then the chunks are assembled in order: duplicate ids
+are dropped, each column gets one type, and the target table is joined. The output appears under its name only when
+complete, and depends only on the input, byte for byte, not on the number of processes. Memory hardly grows with the
+number of crystals, except for file names, targets and rejections.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from crysldnet.tools.importer.spool import Spool
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import did.
+    """Result of an import.
 
     Attributes:
         kept: crystals written.
         rejected: crystals left out.
-        notes: what was normalized on reading, and how often.
-        path: the store or Parquet file; there is none where ``kept`` is 0.
-        report_path: the CSV of every rejected crystal, table row and value, or None where nothing was rejected.
-        notes_path: the CSV of every noted crystal, or None where nothing was noted.
-        unused: how many values and rows of the table could not be used, of how many, and the first.
+        notes: what was normalized on reading, with counts.
+        path: the store or Parquet file; missing if ``kept`` is 0.
+        report_path: the CSV of every rejected crystal, table row and value, or None if nothing was rejected.
+        notes_path: the CSV of every noted crystal, or None if nothing was noted.
+        unused: number of invalid values and rows of the table, the total, and the first.
     """
 
     kept: int
@@ -81,18 +81,18 @@ def import_crystals(
 ) -> ImportReport:
     """Import crystals into a store or a Parquet file.
 
-    A crystal's id is its file's stem (the path where stems collide, the folder's name for a file called POSCAR), or
-    what its record says; see :data:`crysldnet.readers.records.ID_KEYS`.
+    A crystal's id is its file's stem (the path if stems collide, the folder's name for a file named POSCAR), or the id
+    in its record; see :data:`crysldnet.readers.records.ID_KEYS`.
 
     Args:
-        source: a folder, glob pattern or list of files or archives; or objects: a data frame, an Arrow table, or
-            pymatgen's ``Structure``, ASE's ``Atoms`` or records one by one, such as a Hugging Face data set.
-        out: the store's folder (``name.store`` by convention), or a file where the name ends in .parquet.
-        targets: a CSV with a column of ids and columns of properties, ``band_gap (eV)`` or ``band_gap``. An empty
-            cell is null, and so is the value of a crystal without a row.
-        id_column: the column of ids, where it isn't called material_id, id, file, filename or name.
-        structure: the key of a record's structure, where it has several; ``output.structure`` for a nested one.
-        units: unit of each property whose column doesn't state it.
+        source: a folder, glob pattern or list of files or archives; or objects: a data frame, an Arrow table, or an
+            iterable of pymatgen ``Structure``, ASE ``Atoms`` or records, such as a Hugging Face data set.
+        out: the store's folder (``name.store`` by convention), or a file if the name ends in .parquet.
+        targets: a CSV with a column of ids and columns of properties, ``band_gap (eV)`` or ``band_gap``. Empty cells
+            are null, as are values of crystals without a row.
+        id_column: the id column, if not named material_id, id, file, filename or name.
+        structure: the structure key of records with several; ``output.structure`` for a nested one.
+        units: units of properties whose columns don't state one.
         on_error: "report" lists what can't be used in ``<out>.rejects.csv``; "raise" stops and leaves nothing behind.
         on_note: "keep" lists crystals with a note, as of an odd formula, in ``<out>.notes.csv``; "reject" rejects them.
         max_atoms: crystals with more atoms are rejected.
@@ -109,7 +109,7 @@ def import_crystals(
         if word not in words:
             raise DataError(f"on_{name} must be {words[0]!r} or {words[1]!r}, not {word!r}")
     out, table = Path(out), None if targets is None else Path(targets)
-    _open_output(out, overwrite)  # refuses what is there before anything is read
+    _open_output(out, overwrite)  # rejects existing output before reading anything
     readers = open_readers(source)
     if table is not None:
         check_table(table, id_column)
@@ -136,7 +136,7 @@ def _write_all(
     overwrite: bool,
     issues: ImportIssues,
 ) -> tuple[int, int]:
-    """Keep all pieces until their columns are known, then write them; return how many crystals were read and kept."""
+    """Collect all chunks until their columns are known, then write them; return the crystals read and kept."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with closing(Spool(out.parent)) as spool:
         for piece in pieces:
@@ -148,12 +148,12 @@ def _write_all(
 
 
 def _with_commas(readers: Sequence[Reader]) -> bool:
-    """Return whether numbers may have decimal commas, since commas separate no cells in any of the sources."""
+    """Return whether numbers may have decimal commas, because no source separates cells by commas."""
     return all(getattr(reader, "decimal_commas", False) for reader in readers)
 
 
 def _about(readers: Sequence[Reader]) -> dict[str, str]:
-    """Return what the sources say of themselves."""
+    """Return the metadata of the sources."""
     if len(readers) == 1:
         return {"source": readers[0].name, **readers[0].metadata}
     more = f" and {len(readers) - 3} more" if len(readers) > 3 else ""
@@ -163,7 +163,7 @@ def _about(readers: Sequence[Reader]) -> dict[str, str]:
 def _read(
     readers: Sequence[Reader], settings: Settings, strict: bool, progress: bool, workers: int | None
 ) -> Iterator[Piece]:
-    """Read all pieces, in order."""
+    """Read all chunks in order."""
     tasks = (task for reader in readers for task in reader.tasks(settings))
     processes = min(os.cpu_count() or 1, 8) if workers is None else max(workers, 1)
     totals = [reader.total for reader in readers]

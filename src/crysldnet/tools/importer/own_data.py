@@ -1,7 +1,7 @@
-"""Train on files as they are: ``crysldnet finetune cifs/ values.csv``.
+"""Train directly on files: ``crysldnet finetune cifs/ values.csv``.
 
-A folder or file of crystals, and a table of properties where one is named, is imported into a store below the folder of
-runs, once for each content, and the store takes its place among the arguments.
+A folder or file of crystals and an optional table of properties are imported into a store below the runs folder, once
+per content, and the store replaces them in the arguments.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ FOLDER = "imported"
 
 
 def with_own_data(command: str, arguments: Sequence[str]) -> tuple[list[str], bool]:
-    """Return the arguments with a store in place of files, and whether they named any.
+    """Return the arguments with a store in place of files, and whether there were any.
 
     Raises:
-        ConfigError: the crystals or the target aren't named plainly.
+        ConfigError: the crystals or the target are ambiguous.
         DataError: the files can't be imported.
     """
     pairs = split(arguments, keys_of(command), DATA_WORDS, literally)
@@ -58,7 +58,7 @@ def with_own_data(command: str, arguments: Sequence[str]) -> tuple[list[str], bo
 
 
 def _named(given: dict[str, str]) -> tuple[str | None, str | None]:
-    """Return the crystals and the table that the arguments name."""
+    """Return the crystals and the table in the arguments."""
     words = parse(given[DATA_WORDS]) if DATA_WORDS in given else []
     tables = [word for word in words if Path(word).suffix.lower() in TABLES and len(words) > 1]
     sources = [word for word in words if word not in tables]
@@ -70,7 +70,7 @@ def _named(given: dict[str, str]) -> tuple[str | None, str | None]:
 
 
 def _path_of(given: dict[str, str]) -> str | None:
-    """Return the files that ``data`` or ``data.path`` names where they have to be imported."""
+    """Return the files in ``data`` or ``data.path`` that need an import."""
     for key in ("data", "data.path"):
         value = given.get(key, "")
         if value and not value.startswith(("[", "{")) and os.path.exists(os.path.expanduser(value)):
@@ -82,7 +82,7 @@ def _path_of(given: dict[str, str]) -> str | None:
 
 
 def _imported(runs: Path, source: str, table: str | None) -> Path:
-    """Import files, unless the same ones have been already; say what was understood."""
+    """Import files unless already imported; print what was understood."""
     if not os.path.exists(os.path.expanduser(source)):
         raise DataError(f"{source}: no such file or folder")
     if table is not None and not os.path.exists(table):
@@ -102,7 +102,7 @@ def _imported(runs: Path, source: str, table: str | None) -> Path:
 
 
 def _say_what_was_understood(store: CrystalStore, table: str | None) -> None:
-    """Print how many crystals have a value of each property, and its unit."""
+    """Print the count and unit of each property."""
     if table is not None:
         note(f"{table} has these properties of the {len(store):,} crystals:")
     for name in _numbers(store):
@@ -114,7 +114,7 @@ def _say_what_was_understood(store: CrystalStore, table: str | None) -> None:
 
 
 def _stamp(source: str, table: str | None) -> str:
-    """Return a short hash of which files there are, their sizes and times, and of the table's content."""
+    """Return a short hash of the files, their sizes and times, and the table's content."""
     path = Path(source).expanduser()
     files = find_structure_files(path) if path.is_dir() else [path]
     text = "\n".join(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
@@ -123,7 +123,7 @@ def _stamp(source: str, table: str | None) -> str:
 
 
 def _numbers(store: CrystalStore) -> list[str]:
-    """Return the columns of numbers."""
+    """Return the numeric columns."""
     found = []
     for name in store.column_names:
         try:
@@ -135,10 +135,10 @@ def _numbers(store: CrystalStore) -> list[str]:
 
 
 def _only_target(store: CrystalStore, table: str | None) -> str:
-    """Return the property to predict where there is one alone.
+    """Return the only property, to predict it.
 
     Raises:
-        ConfigError: there are several, or none.
+        ConfigError: there are several properties or none.
     """
     names = _numbers(store)
     if len(names) == 1:

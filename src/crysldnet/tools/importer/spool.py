@@ -1,4 +1,4 @@
-"""Pieces that were read, kept in a file without a name until they are put together."""
+"""Temporary storage of chunks in an unnamed file until they are assembled."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from crysldnet.readers.rows import Piece
 
 
 class Spool:
-    """Pieces whose tables lie in a file without a name: memory stays flat, and a killed process leaves nothing behind.
+    """Chunks whose tables are in an unnamed file: memory stays constant, and a killed process leaves nothing behind.
 
     Args:
-        folder: where there is room for them, such as that of the output.
+        folder: folder with enough space, such as that of the output.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -28,7 +28,7 @@ class Spool:
         self._file.close()
 
     def append(self, piece: Piece) -> None:
-        """Add a piece."""
+        """Add a chunk."""
         begin = -(-self._file.tell() // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         self._file.seek(begin)
         with pa.ipc.new_stream(self._file, piece.table.schema) as writer:
@@ -36,7 +36,7 @@ class Spool:
         self._pieces.append((begin, self._file.tell() - begin, piece._replace(table=piece.table.schema.empty_table())))
 
     def __iter__(self) -> Iterator[Piece]:
-        """Give the pieces, their tables mapped into memory."""
+        """Yield the chunks with memory-mapped tables."""
         self._file.flush()
         for begin, size, piece in self._pieces:
             mapped = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_READ, offset=begin)

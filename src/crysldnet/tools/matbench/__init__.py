@@ -1,13 +1,13 @@
-"""Run tasks of the official Matbench benchmark on their own folds and write a submission folder.
+"""Run Matbench tasks on their official folds and write a submission folder.
 
-Each fold's model chooses its best epoch on a part of the fold's training crystals; the test crystals are read without
-their targets, once, when that is done. The official package keeps the folds, records the predictions and scores them.
-A finished fold is kept in the run folder, so resume=last goes on with the next one. parallel=N trains N folds at once.
+Each fold's model selects its best epoch on a part of the fold's training crystals; afterwards the test crystals are
+read once, without targets. The official package defines the folds and records and scores the predictions. Finished
+folds are kept in the run folder, so resume=last continues with the next one. parallel=N trains N folds at once.
 
-The crystals are read from MATMINER_DATA/TASK.json.gz. Without that file matbench_jdft2d and matbench_phonons are
-re-encoded from the data inside this package; the result is then labelled "not the official file".
+Crystals are read from MATMINER_DATA/TASK.json.gz. Without that file, matbench_jdft2d and matbench_phonons are
+re-encoded from the data in this package, and the result is labeled "not the official file".
 
-crysldnet matbench validate FOLDER checks a submission folder, and scores its predictions anew.
+crysldnet matbench validate FOLDER checks a submission folder and recomputes its scores.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def run(config: MatbenchConfig, values: dict[str, Any], choices: Mapping[str, An
 
     Args:
         config: the settings.
-        values: the same as plain values, to be saved with everything that the run writes.
-        choices: the files that they came from, by group.
+        values: the same as plain values, saved with the run's output.
+        choices: configuration files by group.
     """
     checked_settings(config.trainer, config.strategy)
     check_settings(config)
-    hashes = task_hashes(config.names)  # all of them are here
+    hashes = task_hashes(config.names)  # checks that all files exist
     _check_targets(config)
     if config.algorithm in taken_names():
         raise ConfigError(f"algorithm={config.algorithm}: the leaderboard has an entry of that name", "algorithm")
@@ -72,7 +72,7 @@ def run(config: MatbenchConfig, values: dict[str, Any], choices: Mapping[str, An
             wait_until_free(fold_folder(folder.path, name, fold))
             run_fold(task_run, fold)
         told[name] = _score(task_run)
-        task_run.task.df = None  # the crystals of one task are in memory at a time
+        task_run.task.df = None  # keep the crystals of one task in memory at a time
     _finish(begun, values, told)
     return 0
 
@@ -88,7 +88,7 @@ def _check_targets(config: MatbenchConfig) -> None:
 
 
 def _score(task_run: TaskRun) -> TaskResult:
-    """Let the official package record and score the folds of a task, and keep what will be told of them."""
+    """Record and score the folds of a task with the official package, and keep the results for the submission."""
     record_folds(task_run)
     write_tested(task_run)
     task = task_run.task

@@ -1,4 +1,4 @@
-"""A run whose folder is there: what all its tasks and folds need."""
+"""A run with a folder: what all its tasks and folds need."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from crysldnet.training.trainer import TrainerSettings
 
 @dataclass(frozen=True)
 class BenchmarkRun:
-    """A run whose folder is there."""
+    """A run with a folder."""
 
     config: MatbenchConfig
     recipes: list[Recipe]
     folder: RunFolder
     encoder: Encoder
     provenance: dict[str, Any]
-    """Of the pretrained encoder; empty where there is none."""
+    """Provenance of the pretrained encoder; empty without one."""
     device: str
     benchmark: Any
     """The ``MatbenchBenchmark`` of the run's tasks."""
@@ -44,7 +44,7 @@ def open_task(begun: BenchmarkRun, name: str) -> TaskRun:
     """Load the crystals of a task.
 
     Raises:
-        ConfigError: labels were learned before, of crystals with its formulas.
+        ConfigError: the model was trained on labels of crystals with its formulas.
     """
     task = begun.benchmark.tasks_map[name]
     source = load_task(task)
@@ -54,10 +54,10 @@ def open_task(begun: BenchmarkRun, name: str) -> TaskRun:
 
 
 def refuse_seen_labels(pretrained: str | None, task: str, overlap: dict[str, Any] | None) -> None:
-    """Refuse a finetuned model that may have learned labels of crystals with formulas of a task.
+    """Reject a finetuned model that may have been trained on labels of crystals with formulas of a task.
 
     Raises:
-        ConfigError: it may.
+        ConfigError: it may have.
     """
     if overlap is None or not overlap.get("labels") or overlap["formulas"] == 0:
         return

@@ -1,4 +1,4 @@
-"""Train on a fold, choose recipe and epoch on a part of its training crystals, and keep its predictions."""
+"""Train on a fold, select recipe and epoch on a part of its training crystals, and save its predictions."""
 
 from __future__ import annotations
 
@@ -48,57 +48,57 @@ class TaskRun:
     """The ``MatbenchTask``, loaded."""
     source: Source
     encoder: Encoder
-    """As it is before training; it says which graph it needs."""
+    """The untrained encoder, which defines the graph."""
     device: str
 
     @property
     def name(self) -> str:
-        """Of the task."""
+        """Name of the task."""
         return self.task.dataset_name
 
     @property
     def target(self) -> str:
-        """The column to predict."""
+        """Target column."""
         return self.task.metadata.target
 
     @property
     def folds(self) -> list[int]:
-        """The folds to run."""
+        """Folds to run."""
         return list(self.task.folds) if self.config.folds is None else self.config.folds
 
     @cached_property
     def overlap(self) -> dict[str, Any] | None:
-        """What the task's crystals, each of which is tested on in one fold, share with the pretraining set."""
+        """Overlap of the task's crystals, each tested in one fold, with the pretraining set."""
         structures = self.task.df[self.task.metadata.input_type]
         table = table_from_crystals(crystals_of(structures), list(structures.index), {}, {}, {})
         return pretraining_overlap(self.config.pretrained, Fingerprints.of(CrystalStore.from_table(table)))
 
     @property
     def inputs(self) -> dict[str, str | None]:
-        """Hashes of the files that decide the result besides the settings."""
+        """Hashes of the files that determine the result in addition to the settings."""
         path = encoder_file(self.config.pretrained)
         return {"data_sha256": self.source.sha256, "pretrained_sha256": None if path is None else file_hash(path)}
 
 
 def inner_rows(n: int, fraction: float, seed: int, fold: int) -> Rows:
-    """Draw a fold's validation rows from its n training crystals; there are no test rows."""
+    """Draw a fold's validation rows from its n training crystals; test rows are empty."""
     order = np.random.default_rng([seed, fold]).permutation(n)
     count = round(fraction * n)
     return {"train": np.sort(order[count:]), "val": np.sort(order[:count]), "test": np.empty(0, np.int64)}
 
 
 def fold_folder(root: Path, task: str, fold: int) -> Path:
-    """Return where a fold's models and predictions are kept, in the folder of the run."""
+    """Return the folder of a fold's models and predictions in the run folder."""
     return root / task / f"fold_{fold}"
 
 
 def is_done(root: Path, task: str, fold: int) -> bool:
-    """Return whether a fold's predictions are kept."""
+    """Return whether a fold's predictions are saved."""
     return (fold_folder(root, task, fold) / "predictions.json").exists()
 
 
 def _of_task(run: TaskRun, config: MatbenchConfig) -> MatbenchConfig:
-    """Return the settings for this task alone: what they say of other tasks' targets is left out."""
+    """Return the settings for this task only, without those of other tasks' targets."""
     return replace(
         config,
         data={**config.data, "targets": [run.target]},
@@ -109,7 +109,7 @@ def _of_task(run: TaskRun, config: MatbenchConfig) -> MatbenchConfig:
 
 
 def fold_data(run: TaskRun, fold: int, recipe: Recipe | None = None) -> CrystalDataModule:
-    """Return the data of a fold's training: its training part alone, split for validation."""
+    """Return the training data of a fold: its training part, split for validation."""
     structures, targets = run.task.get_train_and_val_data(fold)
     unit = run.task.metadata.unit
     table = table_from_crystals(
@@ -125,11 +125,11 @@ def fold_data(run: TaskRun, fold: int, recipe: Recipe | None = None) -> CrystalD
 
 
 def predict(models: list[TargetModel], crystals: Crystals) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-    """Return what models that predict together say of B crystals.
+    """Return the joint prediction of models for B crystals.
 
     Returns:
-        [B] values in physical units, or of a classification the probability of true; and [B] standard deviations, None
-        where there are none.
+        [B] values in physical units, or for classification the probability of true; and [B] standard deviations or
+        None.
     """
     graph = models[0].encoder.graph
     parts = (crystals.take(np.arange(start, stop)) for start, stop in cut(crystals.sizes, *INFERENCE_BATCH))
@@ -140,21 +140,21 @@ def predict(models: list[TargetModel], crystals: Crystals) -> tuple[NDArray[np.f
 
 
 def run_fold(run: TaskRun, fold: int) -> None:
-    """Train on a fold and keep its predictions, unless they are there already."""
+    """Train on a fold and save its predictions, unless they exist."""
     if is_done(run.folder.path, run.name, fold):
         read_fold(run, fold)
         return
     folder = fold_folder(run.folder.path, run.name, fold)
     _train_fold(run, fold, folder)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()  # the other processes read what the first one has kept
+        torch.distributed.barrier()  # the other processes read the files of the first one
 
 
 def _refuse_other_inputs(run: TaskRun) -> None:
-    """Refuse a file of crystals or of the encoder that was replaced since the run began.
+    """Reject a crystal or encoder file that was replaced since the start of the run.
 
     Raises:
-        ConfigError: one was.
+        ConfigError: a file was replaced.
     """
     file = run.folder.path / INPUTS
     if file.exists():
@@ -168,13 +168,13 @@ def _train_fold(run: TaskRun, fold: int, folder: Path) -> None:
     recipe, tried = _choose_recipe(run, fold, folder)
     alone = recipe.config.ensemble == 1
     paths = _train_alone(run, recipe, fold, folder) if alone else _train(run, recipe, fold, folder)
-    _refuse_other_inputs(run)  # as the last model was begun with
+    _refuse_other_inputs(run)  # unchanged since the last model was started
     chosen: dict[str, float | str] = {**tried, "recipe": recipe.text} if run.config.recipes else {}
     _keep_predictions(run, fold, paths, fold_data(run, fold, recipe), chosen)
 
 
 def _choose_recipe(run: TaskRun, fold: int, folder: Path) -> tuple[Recipe, dict[str, float]]:
-    """Train every recipe once; return the one of the lowest error on validation, and the errors of all."""
+    """Train every recipe once; return the one with the lowest validation error, and the errors of all."""
     if len(run.recipes) == 1:
         return run.recipes[0], {}
     errors = {}
@@ -186,14 +186,14 @@ def _choose_recipe(run: TaskRun, fold: int, folder: Path) -> tuple[Recipe, dict[
 
 
 def _train(run: TaskRun, recipe: Recipe, fold: int, folder: Path) -> list[Path]:
-    """Train the model or the ensemble of a fold, as far as it isn't there yet; return the folder of each model."""
+    """Train the missing models of a fold; return the folder of each model."""
     name = f"{run.folder.name}-{folder.relative_to(run.folder.path).as_posix().replace('/', '-')}"
     data = fold_data(run, fold, recipe)
     return fit_models(_of_task(run, recipe.config), recipe.values, folder, data, data.rows, name)
 
 
 def _train_alone(run: TaskRun, recipe: Recipe, fold: int, folder: Path) -> list[Path]:
-    """Train one model by a recipe, in a folder of its own where there are several."""
+    """Train one model with a recipe, in its own folder if there are several."""
     own = replace(recipe, config=replace(recipe.config, ensemble=1))
     return _train(run, own, fold, folder / f"recipe_{run.recipes.index(recipe)}" if len(run.recipes) > 1 else folder)
 
@@ -202,7 +202,7 @@ def _train_alone(run: TaskRun, recipe: Recipe, fold: int, folder: Path) -> list[
 def _keep_predictions(
     run: TaskRun, fold: int, paths: list[Path], data: CrystalDataModule, parameters: dict[str, float | str]
 ) -> None:
-    """Predict the test crystals with the models as they were exported."""
+    """Predict the test crystals with the exported models."""
     loaded = [load_property_model(path) for path in paths]
     structures = run.task.get_test_data(fold, include_target=False)
     models = [model.to(run.device) for model, _ in loaded]
@@ -226,11 +226,11 @@ def _keep_predictions(
 
 
 def read_fold(run: TaskRun, fold: int) -> dict[str, Any]:
-    """Read a fold's kept predictions.
+    """Read a fold's saved predictions.
 
     Raises:
-        ConfigError: they were made from other files.
-        DataError: they are of other crystals.
+        ConfigError: they were made from different files.
+        DataError: they are for different crystals.
     """
     path = fold_folder(run.folder.path, run.name, fold) / "predictions.json"
     record = json.loads(path.read_text())
@@ -245,12 +245,12 @@ def read_fold(run: TaskRun, fold: int) -> dict[str, Any]:
 
 
 def record_folds(run: TaskRun) -> None:
-    """Let the official package record every fold, and the standard deviations of a regression's predictions."""
+    """Record every fold with the official package, and the standard deviations of regression predictions."""
     for fold in run.folds:
         record = read_fold(run, fold)
         std = None
         if record["std"] is not None and run.task.metadata.task_type == "regression":
-            # Members that agree to the last digit have a spread of 0, of which the package makes an interval of NaN.
+            # If members agree exactly, their spread is 0, for which the package computes an interval of NaN.
             std = np.maximum(np.array(record["std"], np.float64), np.finfo(np.float64).eps)
         predictions = np.array(record["predictions"], np.float64)
         run.task.record(fold, predictions, std=std, params=record["parameters"])
@@ -258,7 +258,7 @@ def record_folds(run: TaskRun) -> None:
 
 @rank_zero_only
 def write_tested(run: TaskRun) -> None:
-    """Write true values and predictions of the test crystals for reports, when every fold is predicted.
+    """Write true values and predictions of the test crystals for reports after all folds.
 
     Probabilities become classes at the package's threshold.
     """
@@ -268,7 +268,7 @@ def write_tested(run: TaskRun) -> None:
     rows = []
     for fold in run.folds:
         record = read_fold(run, fold)
-        predicted = np.full((len(record["ids"]), 3), np.nan)  # value, standard deviation, probability of the class
+        predicted = np.full((len(record["ids"]), 3), np.nan)  # value, standard deviation, class probability
         predicted[:, 0] = record["predictions"]
         if record["std"] is not None:
             predicted[:, 1] = record["std"]

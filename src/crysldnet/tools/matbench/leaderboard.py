@@ -1,4 +1,4 @@
-"""Compare scores with the entries of the leaderboard, which ship with this package as they stood in January 2024."""
+"""Compare scores with the included leaderboard of January 2024."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from crysldnet.tools.matbench.settings import FOLDS
 
 
 def taken_names() -> set[str]:
-    """Return the names of all entries; a submission needs another one."""
+    """Return the names of all entries, which a submission can't reuse."""
     return {name for task in load_leaderboard()["tasks"].values() for name, *_ in task["entries"]}
 
 
 @cache
 def load_leaderboard() -> dict[str, Any]:
-    """Return the entries, with their source and date."""
+    """Return the entries with their source and date."""
     return json.loads((Path(__file__).parent / "leaderboard.json").read_text())
 
 
 @dataclass(frozen=True)
 class Place:
-    """A row of a task's leaderboard; ``own`` marks the submission among the entries."""
+    """A row of a task's leaderboard; ``own`` marks the submission."""
 
     rank: int
     algorithm: str
@@ -38,7 +38,7 @@ class Place:
 
 
 def ranking(algorithm: str, scores: TaskScores) -> list[Place]:
-    """Return the entries of a task with a submission among them, best first; of equal scores the entry comes first."""
+    """Return the entries of a task including a submission, best first; on ties the entry comes first."""
     sign = 1 if scores.metric == "mae" else -1
     rows = [(*entry, False) for entry in load_leaderboard()["tasks"][scores.task]["entries"]]
     rows.append((algorithm, scores.mean(), scores.std(), True))
@@ -47,7 +47,7 @@ def ranking(algorithm: str, scores: TaskScores) -> list[Place]:
 
 
 def place_of(algorithm: str, scores: TaskScores) -> str:
-    """Return where a submission would stand, in words."""
+    """Return the rank of a submission, in words."""
     places = ranking(algorithm, scores)
     own = next(place for place in places if place.own)
     best = next(place for place in places if not place.own)
@@ -55,7 +55,7 @@ def place_of(algorithm: str, scores: TaskScores) -> str:
 
 
 def comparison(algorithm: str, scores: Sequence[TaskScores]) -> str:
-    """Return the comparison as Markdown, a table for each task."""
+    """Return the comparison as Markdown, one table per task."""
     board = load_leaderboard()
     lines = [f"# {algorithm} among the entries of Matbench v0.1", ""]
     for s in scores:
@@ -77,7 +77,7 @@ def comparison(algorithm: str, scores: Sequence[TaskScores]) -> str:
 
 
 def print_scores(title: str, algorithm: str, scores: TaskScores) -> None:
-    """Print the scores of each fold, and where a submission would stand if they are complete."""
+    """Print the scores of each fold, and the rank of a complete submission."""
     header, rows = scores.rows()
     rows.append(["true values", scores.targets])
     if len(scores.folds) == FOLDS:
@@ -86,7 +86,7 @@ def print_scores(title: str, algorithm: str, scores: TaskScores) -> None:
 
 
 def write_comparison(folder: Path, algorithm: str, scores: Sequence[TaskScores]) -> Path:
-    """Write ``comparison.md`` into a folder; return its path."""
+    """Write ``comparison.md`` to a folder; return its path."""
     path = folder / "comparison.md"
     write_atomically(path, comparison(algorithm, scores))
     return path

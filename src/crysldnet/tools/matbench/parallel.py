@@ -1,8 +1,8 @@
-"""Folds in processes of their own: the side that starts them, and the side that is started.
+"""Folds in separate processes: the parent and the child side.
 
-``crysldnet matbench fold RUN TASK FOLD`` trains one fold of a run that was begun, with the configuration in its folder.
-A run with ``parallel=N`` starts it for N folds at a time; it can also be started by hand or by a scheduler, and the run
-with ``resume=last`` then finds the fold done.
+``crysldnet matbench fold RUN TASK FOLD`` trains one fold of an existing run with the configuration in its folder. A run
+with ``parallel=N`` starts it for N folds at a time. You can also start it manually or with a scheduler; the run with
+``resume=last`` then reuses the fold.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from crysldnet.training.run_folder import RunFolder
 
 
 def run_folds(begun: BenchmarkRun) -> None:
-    """Run the folds of all tasks that aren't done yet, ``parallel`` at a time.
+    """Run the missing folds of all tasks, ``parallel`` at a time.
 
     Raises:
-        Interrupted: some were stopped.
-        CrysldnetError: some failed; the others were run to their ends.
+        Interrupted: some folds were stopped.
+        CrysldnetError: some failed; the others finished.
     """
     root = begun.folder.path
     jobs = []
@@ -53,7 +53,7 @@ def _tell(job: Job, status: int) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train one fold of a run that was begun; return the exit status."""
+    """Train one fold of an existing run; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="crysldnet matbench fold", description="Train one fold of a run that was begun."
     )

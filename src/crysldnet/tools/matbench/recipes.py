@@ -1,4 +1,4 @@
-"""Alternatives of training, of which each fold takes the one that does best on its inner validation."""
+"""Alternative training recipes, from which each fold selects the best by validation."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from crysldnet.tools.matbench.settings import MatbenchConfig, check_settings, re
 
 @dataclass(frozen=True)
 class Recipe:
-    """A way of training.
+    """A training recipe.
 
     Attributes:
-        text: as it was given; empty for the configuration as it is.
+        text: recipe as given; empty for the unmodified configuration.
         config: the settings.
         values: the same as plain values.
     """
@@ -28,7 +28,7 @@ class Recipe:
 
 
 def make_recipes(config: MatbenchConfig, values: dict[str, Any]) -> list[Recipe]:
-    """Return the ways of training: one for each of ``recipes``, or the configuration itself where there are none.
+    """Return one recipe for each of ``recipes``, or the configuration itself if there are none.
 
     Raises:
         ConfigError: a recipe isn't a valid configuration; the message names it.

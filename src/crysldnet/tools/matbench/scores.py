@@ -1,4 +1,4 @@
-"""The scores of a task over its folds, as the official package computes them."""
+"""Scores of a task over its folds, as computed by the official package."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from crysldnet.tools.matbench.tasks import task_metadata
 
 @dataclass(frozen=True)
 class TaskScores:
-    """What a task scored.
+    """Scores of a task.
 
     Attributes:
-        task: its name.
+        task: task name.
         folds: official scores of each fold.
-        true_auc: area under the ROC curve of the probabilities themselves, for each fold; empty for a regression. The
-            package thresholds them first, and its ``rocauc`` equals the balanced accuracy.
-        targets: where the true values came from.
+        true_auc: area under the ROC curve of the probabilities per fold; empty for a regression. The package thresholds
+            them first, so its ``rocauc`` equals the balanced accuracy.
+        targets: source of the true values.
     """
 
     task: str
@@ -30,12 +30,12 @@ class TaskScores:
 
     @property
     def metric(self) -> str:
-        """The score by which the leaderboard ranks: ``mae``, the lower the better, or ``rocauc``."""
+        """The leaderboard score: ``mae``, lower is better, or ``rocauc``."""
         return "mae" if task_metadata(self.task).task_type == "regression" else "rocauc"
 
     @property
     def unit(self) -> str:
-        """Of the metric; empty where it has none."""
+        """Unit of the metric, or empty."""
         return (task_metadata(self.task).unit or "") if self.metric == "mae" else ""
 
     def mean(self, metric: str | None = None) -> float:
@@ -43,11 +43,11 @@ class TaskScores:
         return float(np.mean([scores[metric or self.metric] for scores in self.folds.values()]))
 
     def std(self, metric: str | None = None) -> float:
-        """Return the standard deviation over the folds, as the leaderboard states it."""
+        """Return the standard deviation over the folds, as on the leaderboard."""
         return float(np.std([scores[metric or self.metric] for scores in self.folds.values()]))
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
-        """Return the header and the rows of a table for a person."""
+        """Return the header and rows of a human-readable table."""
         second = "rmse" if self.metric == "mae" else "balanced_accuracy"
         titles = {"mae": "MAE", "rmse": "RMSE", "rocauc": "ROC-AUC of labels", "balanced_accuracy": "balanced accuracy"}
         unit = f" ({self.unit})" if self.unit else ""
@@ -70,14 +70,14 @@ def _mean_and_std(values: Sequence[float]) -> str:
 
 
 def official_scores(task: str, true: Sequence[Any], predicted: Sequence[float]) -> dict[str, float]:
-    """Return the scores of a fold as the package computes them."""
+    """Return the scores of a fold as computed by the package."""
     from matbench.data_ops import score_array
 
     return {name: float(value) for name, value in score_array(true, predicted, task_metadata(task).task_type).items()}
 
 
 def true_roc_auc(true: Sequence[Any], predicted: Sequence[float]) -> float:
-    """Return the area under the ROC curve of probabilities; NaN where one class alone occurs."""
+    """Return the area under the ROC curve of probabilities; NaN if only one class occurs."""
     from sklearn.metrics import roc_auc_score
 
     return float(roc_auc_score(true, predicted)) if len(set(true)) == 2 else float("nan")

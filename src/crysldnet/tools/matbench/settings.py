@@ -1,4 +1,4 @@
-"""The settings of a Matbench run, and what can be said of them before it starts."""
+"""Settings of a Matbench run and their validation."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ RECIPE = (
     "recipe networks mode target_types target_per atomic_references epochs min_steps patience loss layer_decay "
     "gradient_clip_val data head optimizer trainer"
 ).split()
-"""Keys that a recipe may set: how a model is trained, and nothing of what it is trained on or from."""
+"""Keys that a recipe may set: how a model is trained, but not the data or the initial model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatbenchConfig(EnsembleConfig):
-    """Every key of ``conf/matbench.yaml``: those of finetuning, and the benchmark's own."""
+    """All keys of ``conf/matbench.yaml``: those of finetuning, and the benchmark's own."""
 
     tasks: list[str] | str
     folds: list[int] | None
@@ -40,20 +40,20 @@ class MatbenchConfig(EnsembleConfig):
 
     @property
     def complete(self) -> bool:
-        """Whether all folds are asked for, as a submission must have them."""
+        """Whether all folds are requested, as required for a submission."""
         return self.folds is None or len(self.folds) == FOLDS
 
 
 def submission_name(config: MatbenchConfig) -> str:
-    """Return the name of the submission folder, which says so where folds are missing."""
+    """Return the name of the submission folder, which indicates missing folds."""
     return f"{BENCHMARK}_{config.algorithm}{'' if config.complete else '_incomplete'}"
 
 
 def check_settings(config: MatbenchConfig) -> None:
-    """Check what the types can't say.
+    """Validate what types can't express.
 
     Raises:
-        ConfigError: a key is out of range, or has no meaning here.
+        ConfigError: a key is out of range or invalid here.
     """
     for key in ("path", "targets", "split"):
         if key in config.data:
@@ -107,10 +107,11 @@ def _check_recipes(config: MatbenchConfig) -> None:
 
 
 def recipe_arguments(recipe: str) -> Sequence[str]:
-    """Return the ``key=value`` of a recipe, which is written as on the command line.
+    """Return the ``key=value`` pairs of a recipe written as on the command line.
 
     Raises:
-        ConfigError: it has no end of a quote, or it would read the environment: it may come from a file.
+        ConfigError: a quote isn't closed, or it would read the environment, which is forbidden because it may come from
+            a file.
     """
     if "${" in recipe:
         raise ConfigError(f"recipes: {recipe!r} has ${{…}}; write what it stands for", "recipes")

@@ -1,4 +1,4 @@
-"""Write a submission folder as Matbench asks for it."""
+"""Write a submission folder in Matbench's format."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from crysldnet.training.run_folder import code_version
 
 RESULTS, INFO = "results.json.gz", "info.json"
 PER_RUN = ("name", "runs", "resume", "out", "parallel")
-"""Keys that say where a run is kept, not what it is."""
+"""Keys that set where a run is stored, not what it is."""
 COMMAND = "command.json"
-"""File of the run folder."""
+"""File name in the run folder."""
 ALGORITHM = (
     "CrysLDNet: a crystal graph encoder, pretrained without labels by a variational autoencoder and latent diffusion "
     "where the notes name a pretraining set, then finetuned with a readout and an MLP."
@@ -68,11 +68,11 @@ MEND = """, or the encoder.safetensors that this "
 
 
 def command_line(values: Mapping[str, Any], earlier: Sequence[str] = ()) -> list[str]:
-    """Return the command that repeats a run: as it was typed, or where it was called from Python, as it would be.
+    """Return the command that repeats a run: as typed, or the equivalent of a call from Python.
 
     Args:
         values: the configuration as plain values.
-        earlier: what the run was begun with, where it is resumed: ``resume=last`` alone says nothing of it.
+        earlier: original command of a resumed run, because ``resume=last`` alone doesn't define it.
     """
     typed = sys.argv[2:] if sys.argv[1:2] == ["matbench"] else arguments_for("matbench", values)
     if typed is None:
@@ -87,7 +87,7 @@ def command_line(values: Mapping[str, Any], earlier: Sequence[str] = ()) -> list
 
 @rank_zero_only
 def keep_command(folder: Path, values: Mapping[str, Any]) -> None:
-    """Keep the command of a run that begins, or that goes on, in its folder."""
+    """Save the command of a new or resumed run in its folder."""
     path = folder / COMMAND
     earlier = json.loads(path.read_text()) if path.exists() else ()
     write_atomically(path, json.dumps(command_line(values, earlier)))
@@ -95,14 +95,14 @@ def keep_command(folder: Path, values: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a submission tells of a task."""
+    """Results of a task in a submission."""
 
     scores: TaskScores
     source: Source
     inputs: dict[str, str | None]
-    """Hashes of the files that decide the result."""
+    """Hashes of the files that determine the result."""
     overlap: dict[str, Any] | None
-    """What the task's crystals share with the pretraining set."""
+    """Overlap of the task's crystals with the pretraining set."""
 
 
 def _notes(begun: BenchmarkRun, told: Mapping[str, TaskResult]) -> str:
@@ -147,13 +147,13 @@ def write_submission(begun: BenchmarkRun, told: Mapping[str, TaskResult]) -> Pat
     """Write ``results.json.gz``, ``info.json`` and a script; return their folder.
 
     Args:
-        begun: the run, all its folds recorded.
-        told: what is told of each task.
+        begun: the run with all folds recorded.
+        told: results of each task.
     """
     config = begun.config
     folder = Path(config.out or begun.folder.path) / submission_name(config)
     folder.mkdir(parents=True, exist_ok=True)
-    if config.out is None and config.complete:  # what was written of some folds
+    if config.out is None and config.complete:  # replaces output from only some folds
         shutil.rmtree(folder.with_name(f"{folder.name}_incomplete"), ignore_errors=True)
     data = {name: t.source.label for name, t in told.items()}
     begun.benchmark.add_metadata({"algorithm": config.algorithm, "seed": config.seed, "data": data})
@@ -182,9 +182,9 @@ def write_submission(begun: BenchmarkRun, told: Mapping[str, TaskResult]) -> Pat
 
 
 def _encoder(begun: BenchmarkRun, sha256: str | None) -> str:
-    """Return the part of the script that is about the file which the folds start from; empty without one.
+    """Return the script's part about the initial file; empty without one.
 
-    The command that made it is there where it is an encoder as it was pretrained, by a version with the same keys.
+    The original command is included if the file is a pretrained encoder from a version with the same keys.
     """
     file, provenance = encoder_file(begun.config.pretrained), begun.provenance
     if file is None:
@@ -192,7 +192,7 @@ def _encoder(begun: BenchmarkRun, sha256: str | None) -> str:
     made, mend = " What it has learned is in info.json.", ', and try again."'
     words = None
     if "config" in provenance and not provenance.get("labels"):
-        with suppress(ConfigError):  # of a version with other keys
+        with suppress(ConfigError):  # from a version with other keys
             words = arguments_for("pretrain", provenance["config"], without=PER_RUN)
     if words is not None:
         text = _list(["crysldnet", "pretrain", *words])
@@ -201,5 +201,5 @@ def _encoder(begun: BenchmarkRun, sha256: str | None) -> str:
 
 
 def _list(words: Sequence[str]) -> str:
-    """Return words as a list in Python."""
+    """Return words as a Python list."""
     return "[\n" + "".join(f"    {word!r},\n" for word in words) + "]"

@@ -1,4 +1,4 @@
-"""A task of Matbench: its folds from the official package, its crystals from the user's file or from this package."""
+"""A Matbench task: folds from the official package, crystals from the user's file or from this package."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from crysldnet.graphs.crystals import Crystals, from_lists
 
 MATMINER_DATA = "MATMINER_DATA"
 UNREADABLE = (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError)
-"""What readers of damaged files raise."""
+"""Errors raised by readers of damaged files."""
 
 
 def import_matbench() -> Any:
-    """Return ``matbench.bench``, imported when first needed: it takes seconds and reads a large file of folds."""
+    """Return ``matbench.bench``, imported on first use because it takes seconds and reads a large file of folds."""
     try:
         from matbench import bench
     except ImportError as error:
@@ -44,7 +44,7 @@ def import_matbench() -> Any:
 
 
 def all_metadata() -> Any:
-    """Return what Matbench says of its tasks, by name."""
+    """Return Matbench's metadata of its tasks by name."""
     import_matbench()
     from matbench.metadata import mbv01_metadata
 
@@ -52,10 +52,10 @@ def all_metadata() -> Any:
 
 
 def task_metadata(task: str) -> Any:
-    """Return what Matbench says of a task.
+    """Return Matbench's metadata of a task.
 
     Raises:
-        ConfigError: there is no such task, or it gives no structures.
+        ConfigError: the task doesn't exist or has no structures.
     """
     metadata = all_metadata()
     fit = [name for name, m in metadata.items() if m.input_type == "structure"]
@@ -74,7 +74,7 @@ def task_metadata(task: str) -> Any:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task's crystals came from."""
+    """Source of a task's crystals."""
 
     name: str
     sha256: str
@@ -82,7 +82,7 @@ class Source:
 
     @property
     def label(self) -> str:
-        """What a reader of the scores must know."""
+        """Label for readers of the scores."""
         return "the official file" if self.official else f"not the official file ({self.name})"
 
 
@@ -96,7 +96,7 @@ def find_file(task: str) -> Path | None:
 
 
 def write_embedded(task: str, target: str, path: Path) -> Source:
-    """Write the package's own crystals of a task as the file that matminer reads."""
+    """Write the included crystals of a task as a file that matminer can read."""
     import pandas
     from matminer.utils.io import store_dataframe_as_json
     from pymatgen.core import Structure
@@ -132,11 +132,11 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 
 def find_source(name: str) -> Path | None:
-    """Return the file of a task's crystals, or None where they ship with this package.
+    """Return the file of a task's crystals, or None if they are included in this package.
 
     Raises:
         ConfigError: the task can't be run.
-        DataError: its crystals aren't here.
+        DataError: its crystals are missing.
     """
     metadata = task_metadata(name)
     file = find_file(name)
@@ -150,11 +150,11 @@ def find_source(name: str) -> Path | None:
 
 
 def task_hashes(names: Sequence[str]) -> dict[str, str]:
-    """Return the sha256 of the file that holds the crystals of each task.
+    """Return the sha256 of the crystal file of each task.
 
     Raises:
         ConfigError: a task can't be run.
-        DataError: its crystals aren't here.
+        DataError: its crystals are missing.
     """
     files = {name: find_source(name) for name in names}
     return {name: file_hash(file or EMBEDDED / f"{name}.parquet") for name, file in files.items()}
@@ -166,10 +166,10 @@ def _source_of(name: str, file: Path) -> Source:
 
 
 def load_task(task: Any) -> Source:
-    """Let a ``MatbenchTask`` load its crystals, and return where they came from.
+    """Load the crystals of a ``MatbenchTask``, and return their source.
 
     Raises:
-        DataError: their file is missing or damaged.
+        DataError: the file is missing or damaged.
     """
     name, metadata = task.dataset_name, task.metadata
     file = find_source(name)
@@ -189,10 +189,10 @@ def load_task(task: Any) -> Source:
 
 
 def read_targets(name: str) -> tuple[dict[str, float | bool], Source]:
-    """Return a task's true targets by id, without building its structures, and where they came from.
+    """Return a task's true targets by id, without building structures, and their source.
 
     Raises:
-        DataError: their file is missing or damaged.
+        DataError: the file is missing or damaged.
     """
     metadata = task_metadata(name)
     file = find_source(name)
@@ -208,13 +208,13 @@ def read_targets(name: str) -> tuple[dict[str, float | bool], Source]:
         values = [row[place] for row in content["data"]]
     except UNREADABLE as error:
         raise DataError(f"{file}: not a readable data set of Matbench ({error})") from error
-    digits = math.floor(math.log10(len(values))) + 1  # as the package numbers them
+    digits = math.floor(math.log10(len(values))) + 1  # numbering of the package
     prefix = name.replace("matbench", "mb").replace("_", "-")
     return {f"{prefix}-{i:0{digits}d}": value for i, value in enumerate(values, 1)}, _source_of(name, file)
 
 
 def target_values(task: Any, targets: Any) -> NDArray:
-    """Return the targets of a task [n] as the column of a store: numbers, or booleans of a classification."""
+    """Return the targets of a task [n] as a store column: numbers, or booleans for classification."""
     return targets.to_numpy(bool if task.metadata.task_type == "classification" else np.float64)
 
 

@@ -1,8 +1,8 @@
-"""Check a submission folder as Matbench's own check of a pull request does, and score its predictions anew.
+"""Check a submission folder like Matbench's own pull request test, and recompute its scores.
 
-That check is ``scripts/test_submission.py`` of https://github.com/materialsproject/matbench: which files there must be,
-which fields of ``info.json``, and that the official package loads ``results.json.gz`` and finds it valid. It reads
-neither targets nor scores, takes NaN for a number, and doesn't say what it found; so all of that is looked at here too.
+That test is ``scripts/test_submission.py`` of https://github.com/materialsproject/matbench: required files, required
+fields of ``info.json``, and that the official package loads ``results.json.gz`` and considers it valid. It checks
+neither targets nor scores, accepts NaN, and doesn't report what it found, so these checks are added here.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from crysldnet.tools.matbench.submission import INFO, RESULTS
 from crysldnet.tools.matbench.tasks import import_matbench, read_targets, task_metadata
 
 NOT_EMPTY = ("authors", "algorithm", "algorithm_long", "bibtex_refs", "requirements")
-"""Fields of ``info.json``; ``notes`` must be there, and may be empty."""
+"""Required fields of ``info.json``; ``notes`` must exist but may be empty."""
 BANNED = ".ipynb_checkpoints"
 MAX_BYTES = 10_000_000
-"""Of any file but the results."""
+"""Maximum size of any file but the results."""
 FOLD_KEYS = {"data", "parameters", "scores"}
 TOLERANCE = 1e-9
-"""Relative difference of a stated score from the one computed anew."""
+"""Relative tolerance between stated and recomputed scores."""
 
 
 @dataclass
 class Checked:
-    """What a check found.
+    """Result of a check.
 
     Attributes:
-        problems: in words; none where the folder is valid.
-        algorithm: as ``info.json`` names it.
-        scores: of the tasks whose predictions could be scored.
+        problems: descriptions; empty if the folder is valid.
+        algorithm: name in ``info.json``.
+        scores: scores of the tasks that could be scored.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -54,7 +54,7 @@ def check_submission(folder: Path) -> Checked:
     """Check a submission folder.
 
     Raises:
-        DataError: there is no such folder.
+        DataError: the folder doesn't exist.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
@@ -90,7 +90,7 @@ def _file_problems(folder: Path) -> list[str]:
 
 
 def _check_info(path: Path) -> tuple[str, list[str]]:
-    """Return the algorithm's name, and what is wrong."""
+    """Return the algorithm's name and problems."""
     if not path.is_file():
         return "", []
     try:
@@ -167,7 +167,7 @@ def _check_task(task: str, entry: Mapping[str, Any], checked: Checked) -> list[s
 
 
 def _fold_problems(fold: Mapping[str, Any], ids: Sequence[str], task_type: str) -> list[str]:
-    """Return what is wrong with a fold's predictions, apart from their scores."""
+    """Return problems with a fold's predictions, except their scores."""
     if not fold.get("data"):
         return ["it has no predictions; all folds must be recorded"]
     problems = [f"{key} is missing" for key in sorted(FOLD_KEYS - fold.keys())]
@@ -215,7 +215,7 @@ def _differences(stated: Mapping[str, float], scores: Mapping[str, float]) -> li
 
 
 def main(argv: Sequence[str]) -> int:
-    """Check a submission folder and print what was found; return 1 where something is wrong."""
+    """Check a submission folder and print the result; return 1 if it has problems."""
     parser = argparse.ArgumentParser(
         prog="crysldnet matbench validate",
         description="Check a submission folder as Matbench does, and score its predictions anew.",

@@ -1,8 +1,8 @@
-"""Write one HTML page about finished runs, which needs no network.
+"""Write an HTML report on finished runs that works offline.
 
-It shows learning curves, errors on the test split (parity, histogram, by element, by number of atoms), the worst
-predictions with their structures, and calibration where predictions have standard deviations. Several runs are
-compared on the test crystals that they have in common, with confidence intervals.
+It shows learning curves, test errors (parity, histogram, by element, by number of atoms), the worst predictions with
+their structures, and calibration if predictions have standard deviations. Several runs are compared on their common
+test crystals, with confidence intervals.
 
   crysldnet report runs/finetune/latest
   crysldnet report runs/finetune/pretrained runs/finetune/scratch out=compared.html images=true
@@ -40,7 +40,7 @@ class ReportConfig:
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
-    """Return a name for each run that no other has: its folder's, with those above it where needed."""
+    """Return a unique name for each run: its folder's name, with parent folders if needed."""
     parts = [run.path.absolute().parts for run in runs]
     depth = 1
     while depth < max(map(len, parts)) and len({p[-depth:] for p in parts}) < len({*parts}):
@@ -53,7 +53,7 @@ def run(config: ReportConfig, _values: dict[str, Any]) -> int:
 
     Args:
         config: the settings.
-        _values: the same as plain values; a report keeps none.
+        _values: the same as plain values, unused.
     """
     from crysldnet.tools.report.report_page import Report
 

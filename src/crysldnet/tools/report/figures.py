@@ -1,7 +1,7 @@
-"""The drawings of a report. matplotlib draws each once, for the page as SVG in its colors, and as PNG on request.
+"""Figures of a report. matplotlib draws each once, as SVG in the page's colors, and as PNG on request.
 
-One mechanism serves both, and the drawings that a run leaves in its own folder. An interactive library would add
-megabytes of script to a page that should be small enough to send.
+The same functions draw the plots in a run's own folder. An interactive library would add megabytes of script to a page
+that should be small enough to send.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def _new(size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
 
 
 def svg(figure: Figure, name: str, label: str) -> str:
-    """Return a figure as an SVG element whose colors are the page's.
+    """Return a figure as an SVG element in the page's colors.
 
     Args:
-        figure: to draw.
-        name: of the figure, unlike that of any other on the page: ids inside are derived from it.
-        label: what is read out in place of the picture.
+        figure: matplotlib figure.
+        name: unique name of the figure on the page, from which inner ids are derived.
+        label: text for screen readers.
     """
     from html import escape
 
@@ -74,7 +74,7 @@ def svg(figure: Figure, name: str, label: str) -> str:
 
 
 def png(figure: Figure, title: str) -> bytes:
-    """Return a figure as a PNG on white, with a title, which it gets for good."""
+    """Return a figure as PNG on white, with a title, which is added permanently."""
     out = io.BytesIO()
     figure.suptitle(drawable(title), fontsize="medium", color=LIGHT["text"])
     figure.savefig(out, format="png", dpi=150, facecolor="white")
@@ -82,14 +82,14 @@ def png(figure: Figure, title: str) -> bytes:
 
 
 def curves(name: str, runs: Mapping[str, Curves], *, legend: bool) -> Figure:
-    """Draw a metric over the epochs."""
+    """Plot a metric against epochs."""
     figure, axis = _new()
     draw_curves(axis, name, runs, SERIES, legend=legend)
     return figure
 
 
 def parity(p: Predictions, color: str) -> Figure:
-    """Draw predictions over true values."""
+    """Plot predictions against true values."""
     figure, axis = _new()
     known = ~np.isnan(p.true)
     draw_parity(axis, p.true[known], p.predicted[known], p.unit, color)
@@ -97,7 +97,7 @@ def parity(p: Predictions, color: str) -> Figure:
 
 
 def error_histogram(p: Predictions, color: str) -> Figure:
-    """Draw how many crystals have which signed error; those beyond the 1 % and 99 % quantiles stand in the end bins."""
+    """Plot a histogram of signed errors; those beyond the 1 % and 99 % quantiles are in the end bins."""
     figure, axis = _new()
     errors = (p.predicted - p.true)[~np.isnan(p.true)]
     low, high = np.quantile(errors, [0.01, 0.99]).tolist() if len(errors) >= 100 else (errors.min(), errors.max())
@@ -109,7 +109,7 @@ def error_histogram(p: Predictions, color: str) -> Figure:
 
 
 def confusion(p: Predictions, color: str) -> Figure:
-    """Draw how many crystals of each true class got which."""
+    """Plot the confusion matrix."""
     from matplotlib.colors import LinearSegmentedColormap
 
     assert p.classes is not None
@@ -139,7 +139,7 @@ def _rgb(color: str) -> tuple[float, float, float]:
 
 
 def errors_by_size(groups: Sequence[SizeGroup], title: str, color: str) -> Figure:
-    """Draw the mean error of crystals by their number of atoms, with its standard error."""
+    """Plot the mean error by number of atoms, with its standard error."""
     figure, axis = _new()
     places = np.arange(len(groups))
     axis.bar(places, [g.mean for g in groups], color=color, width=0.75)
@@ -153,7 +153,7 @@ def errors_by_size(groups: Sequence[SizeGroup], title: str, color: str) -> Figur
 
 
 def reliability(found: CalibrationOfRun, color: str) -> Figure:
-    """Draw the observed share of true values inside central intervals over the expected one."""
+    """Plot the observed fraction of true values inside central intervals against the expected one."""
     figure, axis = _new()
     axis.plot([0, 1], [0, 1], color=LIGHT["soft"], linewidth=1, linestyle="--")
     axis.plot(found.expected, found.observed, color=color)
@@ -164,7 +164,7 @@ def reliability(found: CalibrationOfRun, color: str) -> Figure:
 
 
 def comparison(c: Comparison, names: Sequence[str]) -> Figure:
-    """Draw each run's mean error with its interval."""
+    """Plot each run's mean error with its interval."""
     figure, axis = _new((SIZE[0], 1.1 + 0.32 * len(c.runs)))
     suffix = f" ({c.unit})" if c.unit else ""
     for place, run in enumerate(c.runs):

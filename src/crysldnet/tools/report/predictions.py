@@ -1,4 +1,4 @@
-"""Read the predictions for test crystals that a run left as CSV. Needs neither the model nor torch."""
+"""Read the test predictions that a run wrote as CSV. Needs neither the model nor torch."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Predictions:
     """Predictions of one target for test crystals.
 
     Attributes:
-        target: its name.
-        unit: of the values; empty where none is stated, and for classes.
-        ids: [n] of the crystals.
-        true: [n], NaN where unknown. Of classes, their place in ``classes``.
-        predicted: [n] likewise, always known.
-        std: [n] standard deviations; None where the model gave none.
-        classes: names of the classes; None for a number.
-        probability: [n] of the classes that are predicted; None for a number.
-        folds: [n] the fold of Matbench or of a cross-validation in which each crystal is tested on; None without folds.
+        target: target name.
+        unit: unit of the values; empty if not stated, and for classes.
+        ids: [n] crystal ids.
+        true: [n] true values, NaN if unknown; for classes the index in ``classes``.
+        predicted: [n] predictions, always known.
+        std: [n] standard deviations, or None.
+        classes: class names; None for a number.
+        probability: [n] probability of the predicted class; None for a number.
+        folds: [n] test fold of each crystal in Matbench or cross-validation; None without folds.
     """
 
     target: str
@@ -44,7 +44,7 @@ class Predictions:
     folds: NDArray[np.int64] | None = None
 
     def of_fold(self, fold: int) -> Predictions:
-        """Return those of one fold."""
+        """Return the predictions of one fold."""
         assert self.folds is not None
         own = np.flatnonzero(self.folds == fold)
         return replace(
@@ -59,19 +59,19 @@ class Predictions:
 
     @property
     def errors(self) -> NDArray[np.float64]:
-        """[n] absolute errors, or 1 for a wrong class and 0 for a right one; NaN where the truth is unknown."""
+        """[n] absolute errors, or 1 for a wrong class and 0 for a right one; NaN if unknown."""
         if self.classes is None:
             return np.abs(self.predicted - self.true)
         return np.where(np.isnan(self.true), np.nan, self.predicted != self.true)
 
     @property
     def measure(self) -> str:
-        """What the mean of the errors is called."""
+        """Name of the mean error."""
         return "MAE" if self.classes is None else "share of wrong classes"
 
     @property
     def suffix(self) -> str:
-        """The unit, for titles."""
+        """The unit for titles."""
         return f" ({self.unit})" if self.unit else ""
 
 
@@ -79,12 +79,12 @@ def read_predictions(file: Path, types: Mapping[str, str], *more: str) -> dict[s
     """Read the predictions of each target.
 
     Args:
-        file: CSV.
-        types: what the configuration says of a target, by its name.
-        more: columns that the file must have besides ``COLUMNS``.
+        file: CSV file.
+        types: target types from the configuration, by name.
+        more: required columns in addition to ``COLUMNS``.
 
     Raises:
-        DataError: the file is damaged; the message names it, and the line.
+        DataError: the file is damaged; the message names file and line.
     """
     rows = _read_rows(file, [*COLUMNS, *more])
     if not rows:
@@ -141,7 +141,7 @@ def _of_target(rows: list[dict[str, str]], *, classes: bool, file: Path) -> Pred
 
 
 def _numbers(rows: list[dict[str, str]], name: str, file: Path, *, or_nothing: bool = False) -> NDArray[np.float64]:
-    """Return a column [n], NaN where it may hold nothing and does."""
+    """Return a column [n], NaN for allowed empty cells."""
     for row in rows:
         text = row.get(name, "")
         if not (_is_number(text) or (text == "" and or_nothing)):

@@ -1,4 +1,4 @@
-"""The page of a report: how runs differ, how they learned, and where their predictions are wrong."""
+"""Report page: differences between runs, learning curves, and prediction errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 IN_DRAWING = 3
-"""Up to so many lines are named inside the drawing, more above it."""
+"""Up to this number of lines, the legend is inside the plot, else above it."""
 STYLE = """
 svg.plot { max-width: 34rem; margin: 0 auto; }
 svg.plot text { fill: var(--text); }
@@ -46,15 +46,15 @@ summary { cursor: pointer; font-size: 1.1rem; font-weight: bold; margin: 1.75rem
 
 @dataclass
 class Report:
-    """What is written.
+    """Content of a report.
 
     Attributes:
-        runs: with names of their own.
-        names: of the runs, each once.
-        worst: how many of the worst predictions are shown.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
-        images: name to PNG of every drawing, filled by :meth:`html` where ``keep`` says so.
+        runs: runs with unique names.
+        names: unique names of the runs.
+        worst: number of worst predictions to show.
+        resamples: bootstrap resamples.
+        seed: seed of the bootstrap.
+        images: PNG of every figure by name, filled by :meth:`html` if ``keep``.
         keep: fill ``images``.
     """
 
@@ -81,7 +81,7 @@ class Report:
         return html.page(title, self._body(), STYLE)
 
     def figure(self, figure: Figure, name: str, title: str, note: str = "") -> str:
-        """Return a drawing in a card, and keep its picture."""
+        """Return a figure in a card, and keep its image."""
         name = file_name(name)
         drawn = figures.svg(figure, name, title)
         if self.keep:
@@ -231,7 +231,7 @@ class Report:
 
 
 def _intervals(run: Run, name: str) -> str:
-    """Say how well the intervals of ``predict`` held on the crystals that they are made from."""
+    """Describe the coverage of the ``predict`` intervals on their calibration crystals."""
     found = (run.summary.get("calibration") or {}).get(name) or {}
     levels = [key for key in found if key.startswith("coverage_")]
     covered = [f"{100 * found[key]:.1f} % in {key.removeprefix('coverage_')} %" for key in levels]
@@ -247,7 +247,7 @@ def _intervals(run: Run, name: str) -> str:
 
 
 def _disagreement(run: Run, name: str) -> str:
-    """Say so where the run's summary has another error than its predictions give."""
+    """Report a difference between the error in the summary and that of the predictions."""
     measure = "MAE" if run.predictions[name].classes is None else "accuracy"
     for of, said, p in _stated(run, name, measure.lower()):
         found = statistics.metrics(p).get(measure, np.nan)
@@ -260,7 +260,7 @@ def _disagreement(run: Run, name: str) -> str:
 
 
 def _stated(run: Run, name: str, metric: str) -> Iterator[tuple[str, float, Predictions]]:
-    """Yield each error that the summary states: of what, the error, and the predictions that it is of."""
+    """Yield each error in the summary: name, value, and its predictions."""
     p = run.predictions[name]
     if run.command == "matbench":
         for fold, scores in matbench_tasks(run.summary)[name]["scores"].items():
@@ -287,9 +287,9 @@ def _element_table(p: Predictions, crystals: Crystals) -> str:
 
 
 def _worst_places(p: Predictions, count: int) -> list[int]:
-    """Return which predictions are the farthest off, the worst first; none that is right or can't be judged.
+    """Return the indices of the worst predictions, worst first, excluding correct and unknown ones.
 
-    Of wrong classes those are the worst that were the surest.
+    For classes, the most confident errors are the worst.
     """
     far = np.nan_to_num(p.errors, nan=-1.0)
     order = np.argsort(-far if p.probability is None else -far * np.nan_to_num(p.probability), kind="stable")
@@ -317,7 +317,7 @@ def _value(p: Predictions, value: float) -> str:
 
 
 def _structure_lines(crystals: Crystals, i: int) -> list[str]:
-    """Return a drawing, and lines of formula, space group and cell."""
+    """Return a structure drawing, and lines with formula, space group and cell."""
     begin, end = int(crystals.ptr[i]), int(crystals.ptr[i + 1])
     lattice, numbers = crystals.lattice[i], crystals.numbers[begin:end]
     lengths, angles = cell_parameters(lattice)

@@ -1,4 +1,4 @@
-"""Read what a finished run left in its folder. Needs neither the model nor torch."""
+"""Read the files of a finished run. Needs neither the model nor torch."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Run:
     """A finished run.
 
     Attributes:
-        path: its folder.
-        name: of the run.
-        config: as it was resolved.
-        summary: what it wrote last.
-        curves: of each part (a stage or a task; "" where there is one), title of a line (a fold or member; "" where
-            there is one) to its metrics.
-        predictions: of each target; of a Matbench run, of each task, since two tasks may have the same target.
+        path: run folder.
+        name: run name.
+        config: resolved configuration.
+        summary: content of summary.json.
+        curves: metrics by part (a stage or task; "" for a single one) and line title (a fold or member; "" for a
+            single one).
+        predictions: predictions by target; for a Matbench run by task, because two tasks may have the same target.
     """
 
     path: Path
@@ -42,12 +42,12 @@ class Run:
 
     @property
     def command(self) -> str:
-        """The command that made it."""
+        """The command of the run."""
         return self.summary["command"]
 
     @property
     def data(self) -> dict[str, str]:
-        """Hashes of the data and of what was pretrained, as far as the summary has them."""
+        """Hashes of the data and the pretrained encoder, if in the summary."""
         told = {"": self.summary, **{f" {task}": of_task for task, of_task in matbench_tasks(self.summary).items()}}
         return {
             f"{key}{task}": str(of[key])
@@ -61,7 +61,7 @@ def read_run(path: Path) -> Run:
     """Read the folder of a run.
 
     Raises:
-        DataError: it isn't one, it isn't finished, or a file is missing or damaged; the message names it.
+        DataError: it isn't a run, isn't finished, or a file is missing or damaged; the message names it.
     """
     if not path.is_dir():
         raise DataError(f"{path}: no such folder; name the folder of a run, as runs/finetune/latest")
@@ -84,7 +84,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not readable as YAML ({error}); bring it back, or train again") from error
     if not isinstance(config, dict):
         raise DataError(f"{path}: it must hold keys and values; bring it back, or train again")
-    config.pop("defaults", None)  # which files the values came from
+    config.pop("defaults", None)  # choices of groups
     return config
 
 
@@ -108,12 +108,12 @@ def _read_summary(path: Path) -> dict[str, Any]:
 
 
 def matbench_tasks(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return what a Matbench run's summary says of each task."""
+    """Return a Matbench run's summary of each task."""
     return {name: dict(told) for name, told in summary.get("tasks", {}).items() if isinstance(told.get("scores"), dict)}
 
 
 def _parts(path: Path, summary: Mapping[str, Any]) -> dict[str, dict[str, Path]]:
-    """Return the folders that have a metrics.csv, which must be there, by part and line."""
+    """Return the folders with a metrics.csv, which must exist, by part and line."""
     command = summary["command"]
     if command == "pretrain":
         return {stage: {"": path / stage} for stage in ("vae", "diffusion") if summary.get(stage)}
@@ -130,7 +130,7 @@ def _parts(path: Path, summary: Mapping[str, Any]) -> dict[str, dict[str, Path]]
 
 
 def _trained(fold: Path) -> list[Path]:
-    """Return the folders of the models that a fold predicts with, or chose among."""
+    """Return the folders of the models that a fold predicts with or selected from."""
     return sorted(fold.glob("member_*")) or sorted(fold.glob("recipe_*")) or [fold]
 
 

@@ -1,11 +1,11 @@
-"""The numbers of a report: errors by element and size, calibration, and the difference between runs.
+"""Statistics of a report: errors by element and size, calibration, and the difference between runs.
 
 Shapes: ``n`` crystals, ``R`` runs.
 
-A difference between two runs is judged by the paired bootstrap (B. Efron and R. Tibshirani, An Introduction to the
-Bootstrap, 1993, chapters 13 and 16): the common test crystals are drawn anew with replacement, the same for both, and
-the 2.5 % and 97.5 % quantiles of the difference are the ends of its interval. It says what another draw of test
-crystals might have changed, and nothing of what another seed of the training might have.
+A difference between two runs is tested by the paired bootstrap (B. Efron and R. Tibshirani, An Introduction to the
+Bootstrap, 1993, chapters 13 and 16): the common test crystals are resampled with replacement, identically for both, and
+the 2.5 % and 97.5 % quantiles of the difference are its interval. This covers the variation between samples of test
+crystals, but not between training seeds.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from crysldnet.tools.report.run_files import Run
 from crysldnet.training.bootstrap import Floats, bootstrap
 
 ONLY_NAMES = "seed name runs resume logger trainer strategy parallel algorithm authors out".split()
-"""Settings that don't make two runs different experiments."""
+"""Settings that don't distinguish experiments."""
 
 
 def metrics(p: Predictions) -> dict[str, float]:
-    """Return MAE, RMSE and R² where the truth is known, or the accuracy of classes; empty where none is known."""
+    """Return MAE, RMSE and R², or the accuracy of classes, over known values; empty if none is known."""
     known = ~np.isnan(p.true)
     if not known.any():
         return {}
@@ -44,11 +44,11 @@ def metrics(p: Predictions) -> dict[str, float]:
 
 
 def errors_by_element(errors: Floats, crystals: Crystals) -> dict[str, tuple[float, int]]:
-    """Return for each element the mean error of the crystals that have it, and their number.
+    """Return for each element the mean error and number of the crystals that contain it.
 
     Args:
-        errors: [n], NaN where unknown.
-        crystals: n.
+        errors: [n] errors, NaN if unknown.
+        crystals: n crystals.
     """
     pairs = np.unique(crystals.crystal * len(SYMBOLS) + crystals.numbers.astype(np.int64))
     crystal, element = np.divmod(pairs, len(SYMBOLS))
@@ -60,7 +60,7 @@ def errors_by_element(errors: Floats, crystals: Crystals) -> dict[str, tuple[flo
 
 @dataclass(frozen=True)
 class SizeGroup:
-    """Crystals of similar size: from how many atoms to how many, their number, mean error and its standard error."""
+    """Crystals of similar size: range of atoms, count, mean error and its standard error."""
 
     low: int
     high: int
@@ -70,12 +70,12 @@ class SizeGroup:
 
 
 def errors_by_size(errors: Floats, sizes: NDArray[np.int64], groups: int = 8) -> list[SizeGroup]:
-    """Return the errors of crystals in groups of about as many each, by their number of atoms.
+    """Return the errors of crystals in groups of similar size by number of atoms.
 
     Args:
-        errors: [n], NaN where unknown.
+        errors: [n] errors, NaN if unknown.
         sizes: [n] numbers of atoms.
-        groups: at most so many.
+        groups: maximum number of groups.
     """
     known = ~np.isnan(errors)
     errors, sizes = errors[known], sizes[known]
@@ -93,7 +93,7 @@ def errors_by_size(errors: Floats, sizes: NDArray[np.int64], groups: int = 8) ->
 
 @dataclass(frozen=True)
 class CalibrationOfRun:
-    """How standard deviations agree with errors: shares expected and observed, the area between, coverage, sizes."""
+    """Calibration of standard deviations: expected and observed fractions, area between them, coverage, sizes."""
 
     expected: Floats
     observed: Floats
@@ -105,7 +105,7 @@ class CalibrationOfRun:
 
     @classmethod
     def of(cls, p: Predictions) -> CalibrationOfRun | None:
-        """Compare; None where the run gave no standard deviations, or no truth is known."""
+        """Compute the calibration; None without standard deviations or known truth."""
         if p.std is None:
             return None
         known = ~np.isnan(p.true) & ~np.isnan(p.std)
@@ -128,15 +128,15 @@ class CalibrationOfRun:
 
 @dataclass(frozen=True)
 class Compared:
-    """One run among others on the crystals that all have.
+    """One run in a comparison on common crystals.
 
     Attributes:
-        run: its place among the runs.
-        mean: of its errors on the common crystals.
-        interval: of the mean, 95 %.
-        difference: of the mean from the first run's; 0 for the first.
-        difference_interval: 95 %, of the paired bootstrap.
-        other_sign: share of the resamples in which the difference has the other sign, or is 0.
+        run: index of the run.
+        mean: mean error on the common crystals.
+        interval: 95 % interval of the mean.
+        difference: difference of the mean from the first run's; 0 for the first.
+        difference_interval: 95 % interval from the paired bootstrap.
+        other_sign: fraction of resamples in which the difference has the opposite sign or is 0.
     """
 
     run: int
@@ -149,7 +149,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several runs on one target: how many crystals they have in common, of how many each, and how each did."""
+    """Comparison of runs on one target: number of common crystals, number per run, and results."""
 
     target: str
     unit: str
@@ -163,13 +163,13 @@ def compare(target: str, runs: Sequence[tuple[int, Predictions]], resamples: int
     """Compare predictions of the same target by several runs.
 
     Args:
-        target: its name.
-        runs: place and predictions of each run; the others are compared with the first.
-        resamples: of the bootstrap.
-        seed: of the resamples.
+        target: target name.
+        runs: index and predictions of each run; the others are compared with the first.
+        resamples: bootstrap resamples.
+        seed: seed of the resampling.
 
     Raises:
-        DataError: they can't be compared: other units, true values or kinds, repeated ids, or no crystal in common.
+        DataError: they can't be compared: different units, true values or types, duplicate ids, or no common crystal.
     """
     first = runs[0][1]
     tables = []
@@ -227,7 +227,7 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return the settings that aren't the same in all runs, as text; a dash where a run hasn't one."""
+    """Return the settings that differ between runs, as text; a dash if a run lacks one."""
     settings = []
     for run in runs:
         own = {key: value for key, value in flat(run.config).items() if key not in ("name", "runs", "resume")}
@@ -241,14 +241,14 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def _as_text(key: str, value: Any) -> tuple[str, str]:
-    """Return key and value as they are read, of a part its class."""
+    """Return key and value as configured, for a part its class."""
     if key.endswith(f".{TARGET}"):
         return key.removesuffix(f".{TARGET}"), str(value).rpartition(".")[2]
     return key, "null" if value is None else str(value)
 
 
 def same_but_seed(runs: Sequence[Run]) -> list[list[int]]:
-    """Return the places of runs in groups whose settings differ in the seed alone, in the order of their first."""
+    """Return groups of run indices whose settings differ only in the seed, in order of first appearance."""
     groups: dict[str, list[int]] = {}
     for place, run in enumerate(runs):
         settings = {k: v for k, v in flat(run.config).items() if k.split(".")[0] not in ONLY_NAMES}

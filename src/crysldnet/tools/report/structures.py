@@ -1,4 +1,4 @@
-"""Find the structures of a run's test crystals: in the data that its configuration names, or of a Matbench task."""
+"""Find the structures of a run's test crystals in its data or in a Matbench task."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from crysldnet.tools.report.predictions import Predictions
 from crysldnet.tools.report.run_files import Run
 
 TOLERANCE = 1e-5
-"""Relative; the true values of a run are kept with six digits."""
+"""Relative tolerance; a run's true values have six digits."""
 
 
 def find_structures(run: Run, name: str, opened: dict[str, CrystalStore]) -> Crystals:
     """Find test crystals of a run by their ids.
 
     Args:
-        run: its predictions name the crystals.
-        name: of the predictions among those of the run.
-        opened: stores that were opened before, by path; this one is added.
+        run: run with predictions.
+        name: name of the predictions.
+        opened: cache of open stores by path, to which this one is added.
 
     Returns:
         The crystals in the order of the predictions.
 
     Raises:
-        DataError: the data isn't there, lacks a crystal, or has another true value for one.
+        DataError: the data is missing, lacks a crystal, or has a different true value.
     """
     p = run.predictions[name]
     path, column = _of_task(name, p.target) if run.command == "matbench" else (_test_data(run), p.target)
@@ -58,7 +58,7 @@ def _test_data(run: Run) -> str:
 
 
 def _of_task(task: str, target: str) -> tuple[str, str]:
-    """Return where the crystals of a Matbench task are, with the ids of Matbench, and the column of its target."""
+    """Return the source of a Matbench run's crystals with Matbench ids, and the target column."""
     if task in EMBEDDED_TARGETS:
         return f"embedded:{task}", EMBEDDED_TARGETS[task]
     if task not in published():
@@ -90,7 +90,7 @@ def cell_parameters(lattice: NDArray[np.float64]) -> tuple[list[float], list[flo
 
 
 def space_group(crystals: Crystals, i: int) -> str:
-    """Return the symbol and number of a crystal's space group at a tolerance of 0.01 Å; empty where none is found."""
+    """Return symbol and number of a crystal's space group at a tolerance of 0.01 Å; empty if not found."""
     import spglib
 
     one = crystals.take(np.array([i], np.int64))

@@ -1,4 +1,4 @@
-"""The tables of a report."""
+"""Tables of a report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SUMMARY_NAMES = {"train_crystals": "training crystals", "pretrained": "pretraine
 
 
 def run_table(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """Return what each run is and how it did, a column for one run, a row each for several."""
+    """Return settings and results of runs: a column for one run, a row each for several."""
     rows = [_facts(run) for run in runs]
     if len(runs) == 1:
         return html.facts(rows[0].items()) + _scores(runs[0])
@@ -74,7 +74,7 @@ def _scores(run: Run) -> str:
 
 
 def comparison_table(c: statistics.Comparison, names: Sequence[str], resamples: int) -> str:
-    """Return how runs did on one target, and how far each is from the first."""
+    """Return the results of runs on one target, and their differences from the first."""
     suffix = f" ({c.unit})" if c.unit else ""
     rows = []
     for r in c.runs:
@@ -104,7 +104,7 @@ def comparison_table(c: statistics.Comparison, names: Sequence[str], resamples: 
 
 
 def baseline_table(run: Run, target: str) -> str:
-    """Return how a finetuned model did beside a constant and trees; nothing where the run didn't compare them."""
+    """Return a finetuned model's comparison with a constant and trees; empty if not available."""
     found = (run.summary.get("baselines") or {}).get(target)
     if found is None:
         return ""
@@ -121,7 +121,7 @@ def _share(share: float, resamples: int) -> str:
 
 
 def seed_table(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """Return mean and spread of runs that differ in their seed alone; nothing where there are none."""
+    """Return mean and spread of runs that differ only in their seed, if any."""
     rows = []
     for group in statistics.same_but_seed(runs):
         own = [runs[i] for i in group]

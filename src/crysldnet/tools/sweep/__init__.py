@@ -1,9 +1,9 @@
-"""Run a sweep, on this machine without an account, or on W&B.
+"""Run a hyperparameter sweep, locally without an account, or on W&B.
 
-A sweep is a W&B sweep configuration whose parameters are keys of crysldnet. With backend=local Optuna proposes values
-and stops poor runs early; every run is a process of its own, kept in the sweep's folder with its output in run_N.log.
-results.csv lists them all, sweep.html shows them. A run that fails is recorded as failed, and the sweep goes on. With
-backend=wandb the sweep is created on W&B, and its agents run here.
+A sweep is a W&B sweep configuration whose parameters are keys of crysldnet. With backend=local, Optuna proposes values
+and stops poor runs early; every run is a separate process in the sweep's folder with its output in run_N.log.
+results.csv lists all runs, and sweep.html shows them. A failed run is recorded, and the sweep continues. With
+backend=wandb, the sweep is created on W&B, and its agents run on this machine.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class SweepCommandConfig:
 
 
 def _keep_sweep(folder: RunFolder, sweep: Sweep, values: dict[str, Any]) -> None:
-    """Save the sweep beside the command's configuration; a sweep that is resumed must be the same."""
+    """Save the sweep with the command's configuration; a resumed sweep must be the same."""
     if (folder.path / "trials.json").exists():
         raise ConfigError(
             f"{folder.path} was begun by an earlier version and can't be continued (it has trials.json, not an Optuna "
@@ -67,18 +67,18 @@ def _keep_sweep(folder: RunFolder, sweep: Sweep, values: dict[str, Any]) -> None
 
 
 def _environments(parallel: int | None) -> list[dict[str, str]]:
-    """Return what is added to the environment of the runs that go on at the same time: a GPU for each."""
+    """Return the environment of each concurrent run: one GPU each."""
     gpus = visible_gpus()
     count = parallel if parallel is not None else max(1, len(gpus))
     return [{}] if count == 1 else places(count, "cuda" if gpus else "cpu")
 
 
 def run(config: SweepCommandConfig, values: dict[str, Any]) -> int:
-    """Run the sweep; return the exit status, 1 where no run finished, or an agent failed.
+    """Run the sweep; return the exit status, 1 if no run finished or an agent failed.
 
     Args:
         config: the settings.
-        values: the same as plain values, to be saved.
+        values: the same as plain values, for saving.
     """
     sweep = load_sweep(config.sweep, allow_command=config.allow_command)
     common = split_words(config.args, "args")
@@ -104,7 +104,7 @@ def run(config: SweepCommandConfig, values: dict[str, Any]) -> int:
 def _run_online(
     sweep: Sweep, config: SweepCommandConfig, common: list[str], values: dict[str, Any], places: list[dict[str, str]]
 ) -> int:
-    """Create the sweep on W&B, unless that was done, and run agents; every task of a SLURM job runs its own."""
+    """Create the sweep on W&B unless it exists, and run agents; every task of a SLURM job runs its own."""
     folder = RunFolder(config.runs, "sweep", config.name, resume=config.resume is not None)
     _keep_sweep(folder, sweep, values)
     name = sweep_id(sweep, folder.path, common, config.count, config.entity)
@@ -112,7 +112,7 @@ def _run_online(
 
 
 def _tell(sweep: Sweep, folder: Path, trial: Trial) -> None:
-    """Say how a run ended."""
+    """Print the result of a run."""
     shown = " ".join(argument(name, value) for name, value in trial.values.items())
     metric = "" if trial.metric is None else f" {sweep.metric.name}={trial.metric:.6g}"
     why = f", see {folder / f'{trial.name}.log'}" if trial.state == "failed" else ""

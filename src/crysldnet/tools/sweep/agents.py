@@ -1,4 +1,4 @@
-"""Run a sweep on W&B: create it once, and run its agents here, each with a GPU of its own."""
+"""Run a sweep on W&B: create it once, and run its agents on this machine, each with its own GPU."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ AGENT = (
     "import runpy; from crysldnet.signals import end_with_the_parent; end_with_the_parent(); "
     "runpy.run_module('wandb', run_name='__main__', alter_sys=True)"
 )
-"""W&B's command line, ending with this process."""
+"""W&B's command line, exiting with this process."""
 
 
 def online_config(sweep: Sweep, common: Sequence[str], count: int) -> dict[str, Any]:
-    """Return the sweep as W&B is to keep it: with this interpreter, the common arguments, and at most ``count`` runs.
+    """Return the sweep for W&B: with this interpreter, the common arguments, and at most ``count`` runs.
 
-    Every agent puts its runs into a folder of its own, for runs that begin in the same second would take one name.
+    Every agent has its own runs folder, because runs that start in the same second would get the same name.
     """
     program = ["${env}", *sweep.launcher, sys.executable, "-m", "crysldnet", sweep.command]
     words = [*program, *sweep.arguments, *common, f"runs=${{envvar:{RUNS_VARIABLE}}}"]
@@ -37,16 +37,16 @@ def online_config(sweep: Sweep, common: Sequence[str], count: int) -> dict[str, 
 
 
 def agent_environment(environment: Mapping[str, str], runs: Path) -> Environment:
-    """Return the environment of an agent. Its runs are one process each, so nothing of SLURM's tasks may reach them."""
+    """Return the environment of an agent. Its runs are single processes, so it removes SLURM's task variables."""
     slurm = dict.fromkeys((name for name in os.environ if name.startswith("SLURM_")), None)
     return {**slurm, **environment, RUNS_VARIABLE: str(runs)}
 
 
 def sweep_id(sweep: Sweep, folder: Path, common: Sequence[str], count: int, entity: str | None) -> str:
-    """Return the id under which W&B knows the sweep of a folder; the first process creates it, the others wait for it.
+    """Return the W&B id of a folder's sweep; the first process creates it, and the others wait for it.
 
     Raises:
-        ConfigError: there is no account, W&B refuses, or the first process didn't create it.
+        ConfigError: there is no account, W&B rejects the sweep, or the first process didn't create it.
     """
     file = folder / "sweep_id"
     if not file.exists() and getattr(rank_zero_only, "rank", 0) == 0:
@@ -71,12 +71,12 @@ def sweep_id(sweep: Sweep, folder: Path, common: Sequence[str], count: int, enti
 
 
 def run_agents(name: str, folder: Path, environments: Sequence[Mapping[str, str]]) -> int:
-    """Run agents until W&B has no more runs for them; return the exit status, 1 where one failed.
+    """Run agents until W&B has no more runs; return the exit status, 1 if one failed.
 
     Args:
-        name: of the sweep, as ``wandb agent`` takes it.
-        folder: of the sweep; agents write there.
-        environments: one for each agent.
+        name: sweep name for ``wandb agent``.
+        folder: sweep folder, where agents write.
+        environments: one per agent.
     """
     rank = getattr(rank_zero_only, "rank", 0)
     folders = [folder / f"agent_{rank}_{number}" for number in range(len(environments))]

@@ -1,4 +1,4 @@
-"""All runs of a sweep on one page that needs no network: a line a run across one axis a parameter, and their table."""
+"""Offline page of a sweep: parallel coordinates, with a line per run and an axis per parameter, and a table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from crysldnet.tools.sweep.proposals import Sweep
 from crysldnet.tools.sweep.study import Trial
 
 TOP, HEIGHT, STEP, SIDE = 34.0, 300.0, 124.0, 62.0
-"""Where the axes begin, their length, their distance from each other and from the sides, in pixels."""
+"""Start of the axes, their length, their spacing, and the side margins, in pixels."""
 TICKS = 5
 STYLE = """
 :root { --good: #14735a; --poor: #e08a2b; }
@@ -46,7 +46,7 @@ parts.forEach(part => {
   part.addEventListener('mouseleave', () => choose(null));
 });
 """
-"""Lets a run stand out in charts and table while the pointer is on it; without it the page is the same, less that."""
+"""Highlights a run in charts and table under the pointer; the page also works without it."""
 KEY = """
 <div class="key soft"><span><i style="border-color: var(--good)"></i>best</span>
 <span><i style="border-color: var(--poor)"></i>worst</span>
@@ -57,7 +57,7 @@ KEY = """
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: where a value lies on it, from 0 at the bottom to 1, and what is written beside it."""
+    """An axis: maps a value to a position from 0 at the bottom to 1, and to a label."""
 
     title: str
     place: Callable[[Any], float]
@@ -65,7 +65,7 @@ class Axis:
 
 
 def make_axis(title: str, values: Sequence[Any], *, logarithmic: bool = False) -> Axis:
-    """Return the axis of some values; those that aren't all numbers are names, in the order in which they come."""
+    """Return the axis for some values; unless all are numbers, they are categories in order of appearance."""
     numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
     if len(numbers) < len(values) or not numbers:
         names = list(dict.fromkeys(str(v) for v in values))
@@ -87,12 +87,12 @@ def make_axis(title: str, values: Sequence[Any], *, logarithmic: bool = False) -
 
 
 def shown(value: Any) -> str:
-    """Return a value as it is shown."""
+    """Return a value as displayed."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _attributes(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, tuple[str, str, str]]:
-    """Return the attributes and the title of the line of each run; the color goes by the rank of its metric."""
+    """Return the attributes and tooltip of each run's line, colored by rank."""
     ranks = sorted((t.metric for t in trials if t.metric is not None), reverse=sweep.metric.maximize)
     found = {}
     for t in trials:
@@ -128,9 +128,9 @@ def parallel_coordinates(sweep: Sweep, trials: Sequence[Trial], titles: Sequence
     """Return the chart; the metric is the last axis, its better end at the top.
 
     Args:
-        sweep: what was tried.
-        trials: its runs, the best first.
-        titles: of the parameters.
+        sweep: the sweep.
+        trials: its runs, best first.
+        titles: parameter titles.
     """
     axes = [
         make_axis(title, [t.values[name] for t in trials], logarithmic=parameter.logarithmic)
@@ -145,7 +145,7 @@ def parallel_coordinates(sweep: Sweep, trials: Sequence[Trial], titles: Sequence
         return TOP + HEIGHT * (place if upside_down else 1 - place)
 
     parts, attributes = [], _attributes(sweep, trials)
-    for trial in reversed(trials):  # the best is drawn last, over the others
+    for trial in reversed(trials):  # the best is drawn last, on top
         places = [axis.place(trial.values[name]) for axis, name in zip(axes, sweep.parameters, strict=False)]
         places += [] if trial.metric is None else [axes[-1].place(trial.metric)]
         parts.append(_line([(xs[i], y(place, i)) for i, place in enumerate(places)], attributes[trial.name]))
@@ -159,7 +159,7 @@ def parallel_coordinates(sweep: Sweep, trials: Sequence[Trial], titles: Sequence
 
 
 def histories(sweep: Sweep, trials: Sequence[Trial]) -> str:
-    """Return the metric of every run over its validations, nothing where no run has two."""
+    """Return the metric of every run against validations; empty if no run has two."""
     drawn = [t for t in trials if len(t.history) > 1]
     if not drawn:
         return ""
@@ -180,10 +180,10 @@ def write_page(path: Path, sweep: Sweep, trials: Sequence[Trial], titles: Sequen
     """Write the page.
 
     Args:
-        path: of the file.
-        sweep: what was tried.
-        trials: its runs, the best first.
-        titles: of the parameters.
+        path: output file.
+        sweep: the sweep.
+        trials: its runs, best first.
+        titles: parameter titles.
     """
     best = next((t for t in trials if t.metric is not None), None)
     cards = [

@@ -1,4 +1,4 @@
-"""A W&B sweep configuration: read it, check it, and write the command line of a run."""
+"""Read and validate a W&B sweep configuration, and build the command line of a run."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ except ImportError as missing:
     raise ConfigError(f"sweep needs Optuna ({missing}): pip install 'crysldnet[sweep]'", "sweep") from None
 
 SCHEMAS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
-"""Commands that can be swept. Matbench isn't among them: its scores are of test sets."""
+"""Commands that can be swept. Matbench is excluded because its scores are test scores."""
 ARGUMENTS = "${args_no_hyphens}"
-"""Where W&B puts a run's parameters, as key=value."""
+"""Placeholder for a run's parameters as key=value."""
 PYTHON = ("python", "python3", "${interpreter}")
-"""Names of this interpreter in a command."""
+"""Names of the Python interpreter in a command."""
 OWN_KEYS = ("name", "runs", "resume")
 """Keys of a run that the sweep sets itself."""
 PLUGINS = "plugins run code, so a sweep's file can't name them; crysldnet sweep plugins=[…] does"
 WANDB_KEYS = ("name", "description", "program", "project", "entity", "run_cap", "controller", "kind", "apiVersion")
-"""Keys of a sweep file that W&B alone reads."""
+"""Keys of a sweep file that only W&B reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """What is tried for a key: ``value``, one of ``values``, or a number from ``min`` to ``max``, rounded to ``q``."""
+    """Values of a key: ``value``, one of ``values``, or a number from ``min`` to ``max``, rounded to ``q``."""
 
     value: Any = None
     values: list[Any] | None = None
@@ -49,14 +49,15 @@ class Parameter:
 
     @property
     def logarithmic(self) -> bool:
-        """Whether it is drawn, and shown, on a logarithmic scale."""
+        """Whether it is sampled and displayed on a logarithmic scale."""
         return "log" in self.distribution
 
     def domain(self) -> BaseDistribution:
-        """Return what Optuna draws from. Values are drawn as JSON: lists, and 1 beside true, are no choices there.
+        """Return the distribution for Optuna. Values are encoded as JSON, because Optuna can't choose among lists, or 1
+        and true.
 
         Raises:
-            ValueError: Optuna can't draw from it.
+            ValueError: Optuna can't sample it.
         """
         low, high = self.min, self.max
         if low is None or high is None:
@@ -80,13 +81,13 @@ class Parameter:
         )
 
     def used(self, drawn: Any) -> Any:
-        """Return the value of the key for what Optuna has drawn."""
+        """Return the value of the key for Optuna's sample."""
         if isinstance(drawn, str):
             return json.loads(drawn)
         return round(drawn / self.q) * self.q if self.distribution.startswith("q_") else drawn
 
     def all_drawn(self, *, ends: bool = False) -> list[Any]:
-        """Return all that Optuna may draw; of ranges the ends alone, or an error where a range has no end of values."""
+        """Return all values that Optuna may sample; for ranges the ends, or an error for unbounded ranges."""
         domain = self.domain()
         if isinstance(domain, CategoricalDistribution):
             return list(domain.choices)
@@ -100,7 +101,7 @@ class Parameter:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """What a sweep chooses by; ``impute`` is W&B's alone."""
+    """Metric of a sweep; ``impute`` is used only by W&B."""
 
     name: str
     goal: Literal["minimize", "maximize"] = "minimize"
@@ -109,11 +110,11 @@ class Metric:
 
     @property
     def maximize(self) -> bool:
-        """Whether a higher one is better."""
+        """Whether higher is better."""
         return self.goal == "maximize"
 
     def reached(self, value: float | None) -> bool:
-        """Return whether a value is as good as the target, where there is one."""
+        """Return whether a value reaches the target, if any."""
         if self.target is None or value is None:
             return False
         return value >= self.target if self.maximize else value <= self.target
@@ -121,7 +122,7 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyTermination:
-    """Runs are judged after ``min_iter``, times ``eta``, … validations; or ``s`` times until ``max_iter``."""
+    """Runs are compared after ``min_iter``, times ``eta``, … validations; or ``s`` times until ``max_iter``."""
 
     type: Literal["hyperband"]
     min_iter: int = 0
@@ -135,16 +136,16 @@ class EarlyTermination:
 
     @property
     def first(self) -> int:
-        """After how many validations a run is judged first."""
+        """Number of validations before the first comparison."""
         return self.min_iter or self.max_iter // self.eta**self.s
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """A sweep configuration: the keys of its file that are used here, and what its command means.
+    """A sweep configuration: the keys used here, and the parsed command.
 
-    ``config`` is the file as W&B reads it, ``launcher`` what stands before this program in its command, and
-    ``arguments`` are those of every run, with ``${args_no_hyphens}`` where the parameters belong.
+    ``config`` is the file as read by W&B, ``launcher`` what precedes this program in its command, and ``arguments`` are
+    those of every run, with ``${args_no_hyphens}`` in place of the parameters.
     """
 
     method: Literal["grid", "random", "bayes"]
@@ -158,21 +159,21 @@ class Sweep:
     arguments: Annotated[list[str], "not in the file"] = field(default_factory=list)
 
     def line(self, values: Mapping[str, Any], common: Sequence[str]) -> list[str]:
-        """Return the arguments of a run: its parameters in their place, then those in common; nothing goes online."""
+        """Return the arguments of a run with its parameters and the common ones; nothing is sent online."""
         words = [argument(name, value) for name, value in values.items()]
         filled = [w for argument in self.arguments for w in (words if argument == ARGUMENTS else [argument])]
         return [*filled, "logger=csv", *common]
 
 
 def load_sweep(name: str, *, allow_command: bool = False) -> Sweep:
-    """Read and check a W&B sweep configuration.
+    """Read and validate a W&B sweep configuration.
 
     Args:
-        name: of a file in ``conf/sweep/``, or the path of one.
-        allow_command: let its command start this program by another one.
+        name: name of a file in ``conf/sweep/``, or a path.
+        allow_command: let its command start another program first.
 
     Raises:
-        ConfigError: there is none, or it isn't one that can be run here.
+        ConfigError: it is missing, or can't be run here.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else conf_folder() / "sweep" / f"{name}.yaml"
     try:
@@ -219,7 +220,7 @@ def _parameters(config: Any) -> dict[str, Parameter]:
 
 
 def _command(words: Any, *, allowed: bool) -> tuple[list[str], str, list[str]]:
-    """Return what stands before this program, which command is swept, and its arguments."""
+    """Return what precedes this program, the swept command, and its arguments."""
     texts = [str(word) for word in words if word != "${env}"] if isinstance(words, list) else []
     place = texts.index("crysldnet") if "crysldnet" in texts[:-1] else len(texts)
     launcher, command, arguments = texts[:place], "".join(texts[place + 1 : place + 2]), texts[place + 2 :]
@@ -242,10 +243,10 @@ def _command(words: Any, *, allowed: bool) -> tuple[list[str], str, list[str]]:
 
 
 def check_parameters(sweep: Sweep, common: Sequence[str]) -> None:
-    """Check every value that is listed and both ends of every range, and that what is in common sets no parameter.
+    """Check every listed value and both ends of every range, and that common arguments set no parameter.
 
     Raises:
-        ConfigError: a key isn't known, is set twice, or a value isn't of its type.
+        ConfigError: a key is unknown or set twice, or a value has the wrong type.
     """
     for key in (word.lstrip("-").partition("=")[0] for word in common):
         if key in OWN_KEYS or key in sweep.parameters:

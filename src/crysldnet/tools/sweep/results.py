@@ -1,4 +1,4 @@
-"""What a sweep leaves: all runs as CSV and as a page, the best ones as a table."""
+"""Output of a sweep: all runs as CSV and HTML, and a table of the best."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def best_first(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
 
 
 def write_results(folder: Path, sweep: Sweep, trials: Sequence[Trial]) -> None:
-    """Write all runs as ``results.csv``, in the order in which they were begun, and as ``sweep.html``."""
+    """Write all runs in starting order to ``results.csv``, and as ``sweep.html``."""
     rows: list[list[object]] = [["run", "state", sweep.metric.name, "seconds", *sweep.parameters]]
     for t in trials:
         metric = "" if t.metric is None else repr(t.metric)
@@ -38,13 +38,13 @@ def write_results(folder: Path, sweep: Sweep, trials: Sequence[Trial]) -> None:
 
 
 def short_names(parameters: Sequence[str]) -> list[str]:
-    """Return the last part of each parameter's name where that tells it from the others."""
+    """Return the last part of each parameter's name if unique."""
     ends = [name.rpartition(".")[2] for name in parameters]
     return [end if ends.count(end) == 1 else name for end, name in zip(ends, parameters, strict=True)]
 
 
 def finish(sweep: Sweep, folder: RunFolder, trials: Sequence[Trial], seed: int) -> int:
-    """Print the table and write the summary; return the exit status, 1 where no run finished."""
+    """Print the table and write the summary; return the exit status, 1 if no run finished."""
     ranked = best_first(sweep, trials)
     rows = []
     for t in ranked:

@@ -1,4 +1,4 @@
-"""The study of a local sweep: what Optuna proposes and gives up, kept as a journal in the sweep's folder."""
+"""Study of a local sweep: Optuna proposals and pruning, stored as a journal in the sweep's folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from crysldnet.tools.sweep.proposals import Sweep
 
 JOURNAL = "study.jsonl"
 STARTUP = 5
-"""Runs of a Bayesian sweep that must have finished before its Gaussian process proposes; the others are random."""
+"""Number of finished random runs before the Gaussian process of a Bayesian sweep proposes values."""
 
 State = Literal["running", "finished", "stopped", "failed"]
 STATES: dict[TrialState, State] = {
@@ -38,12 +38,12 @@ class Trial:
     """One run of a sweep.
 
     Attributes:
-        name: of the run.
-        values: of the parameters.
-        state: ``stopped`` is a run that early termination gave up.
-        metric: at the end, or the best so far of a run that was stopped; None where there is none.
-        seconds: that it took.
-        history: values of the metric in the order in which they were logged.
+        name: run name.
+        values: parameter values.
+        state: ``stopped`` if terminated early.
+        metric: final value, or the best so far of a stopped run, or None.
+        seconds: run time.
+        history: logged metric values in order.
     """
 
     name: str
@@ -55,14 +55,14 @@ class Trial:
 
 
 class Study:
-    """Propose values, record what became of them, and judge runs while they run.
+    """Propose values, record results, and prune runs.
 
-    Proposals depend on the seed and on the runs that have ended. A run that is started anew keeps its name.
+    Proposals depend on the seed and on the finished runs. A restarted run keeps its name.
 
     Args:
-        sweep: what is tried.
-        folder: of the sweep; no other process may write to its journal.
-        seed: of the proposals.
+        sweep: the sweep.
+        folder: sweep folder; no other process may write to its journal.
+        seed: seed of the proposals.
     """
 
     def __init__(self, sweep: Sweep, folder: Path, seed: int) -> None:
@@ -84,12 +84,12 @@ class Study:
         }
 
     def _latest(self) -> dict[str, FrozenTrial]:
-        """Return the last attempt of each run, in the order in which the runs were begun."""
+        """Return the last attempt of each run in starting order."""
         trials = self._study.get_trials(deepcopy=False)
         return {trial.user_attrs["run"]: trial for trial in trials if "run" in trial.user_attrs}
 
     def trials(self) -> dict[str, Trial]:
-        """Return all runs by name, in the order in which they were begun."""
+        """Return all runs by name in starting order."""
         return {name: self._trial(name, trial) for name, trial in self._latest().items()}
 
     def _trial(self, name: str, trial: FrozenTrial) -> Trial:
@@ -101,7 +101,7 @@ class Study:
         return Trial(name, values, STATES[trial.state], metric, trial.user_attrs.get("seconds", 0.0), history)
 
     def propose(self) -> Trial | None:
-        """Begin the next run; return None where a grid is done."""
+        """Start the next run; return None if a grid is complete."""
         number = len(self._latest())
         fixed = {}
         if self.sweep.method == "grid":
@@ -113,7 +113,7 @@ class Study:
         return self._ask(f"run_{number + 1:03d}", number, fixed)
 
     def begin_again(self, name: str) -> Trial:
-        """Go on with a run that hasn't ended, or begin one that failed once more; return it."""
+        """Resume an unfinished run, or restart a failed one; return it."""
         if name in self._open:
             return self.trials()[name]
         latest = self._latest()
@@ -125,11 +125,11 @@ class Study:
         sampler: BaseSampler = GPSampler(seed=seed, n_startup_trials=STARTUP) if bayes else RandomSampler(seed)
         self._study.sampler = PartialFixedSampler(fixed, sampler) if fixed else sampler
         self._open[name] = self._study.ask(self._domains)
-        self._open[name].set_user_attr("run", name)  # last: what a kill leaves without it is no run
+        self._open[name].set_user_attr("run", name)  # last: a trial killed before this is ignored
         return self.trials()[name]
 
     def report(self, name: str, history: Sequence[float]) -> bool:
-        """Record the values that a run has logged so far; return whether it is given up for one that is new."""
+        """Record the values logged so far; return whether the run is pruned for a new one."""
         trial, given_up = self._open[name], False
         reported = self._latest()[name].last_step or 0
         for step, value in enumerate(history[reported:], reported + 1):
@@ -139,7 +139,7 @@ class Study:
         return given_up
 
     def end(self, name: str, state: State, metric: float | None, seconds: float) -> Trial:
-        """Record how a run ended; return it."""
+        """Record the result of a run; return it."""
         trial = self._open.pop(name)
         trial.set_user_attr("seconds", seconds)
         ended = next(key for key, value in STATES.items() if value == state)
@@ -148,7 +148,7 @@ class Study:
 
 
 def _mended(journal: Path) -> Path:
-    """Drop what a kill may have left: half a line at the journal's end, and the lock of one who wrote."""
+    """Remove what a kill may have left: a partial line at the end of the journal, and the writer's lock."""
     Path(f"{journal}.lock").unlink(missing_ok=True)
     if journal.exists():
         with journal.open("r+b") as file:

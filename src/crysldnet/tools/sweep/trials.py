@@ -1,4 +1,4 @@
-"""Run the trials of a sweep on this machine, each a process of its own, and stop those that are given up."""
+"""Run the trials of a sweep locally in separate processes, and stop pruned ones."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from crysldnet.training.processes import Environment, Job, end, is_free, own_com
 
 POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 120.0
-"""How long a run that is stopped may take to end."""
+"""How long a stopped run may take to exit."""
 GIVE_UP = 5
-"""When so many runs have failed and none has ended well, no more are begun, as W&B's agent does."""
+"""After this many failed runs and none finished, no more are started, as in W&B's agent."""
 
 
 def metrics_of(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics of a run's summary that are numbers, after the name of their stage: ``vae/val/loss``."""
+    """Return the numeric metrics of a run's summary, with the stage in the name: ``vae/val/loss``."""
     found = dict(summary)
     for stage, own in summary.items():
         found |= {f"{stage}/{name}": value for name, value in own.items()} if isinstance(own, Mapping) else {}
@@ -35,11 +35,11 @@ def metrics_of(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def read_history(run: Path, name: str) -> tuple[float, ...]:
-    """Return the values of a metric that a run has logged so far.
+    """Return the values of a metric logged so far.
 
     Args:
-        run: its folder.
-        name: of the metric, as in :func:`metrics_of`.
+        run: run folder.
+        name: metric name as in :func:`metrics_of`.
     """
     stage, _, rest = name.partition("/")
     staged = run / stage / "metrics.csv"
@@ -53,7 +53,7 @@ def read_history(run: Path, name: str) -> tuple[float, ...]:
 
 @dataclass
 class Running:
-    """A process, and since when it is to end, if it is."""
+    """A process, and since when it is stopping, if it is."""
 
     name: str
     folder: Path
@@ -66,12 +66,12 @@ class LocalRuns:
     """Propose, run, read the metric, propose again.
 
     Args:
-        sweep: what is tried.
-        folder: of the sweep.
-        common: arguments of all runs.
-        study: keeps what was run.
-        environments: one for each run at the same time.
-        changed: called with a trial that has ended, when it is recorded.
+        sweep: the sweep.
+        folder: sweep folder.
+        common: common arguments.
+        study: records the runs.
+        environments: one per concurrent run.
+        changed: called with each finished trial after it is recorded.
     """
 
     def __init__(
@@ -88,10 +88,10 @@ class LocalRuns:
         self.running: dict[int, Running] = {}
 
     def run(self, count: int) -> None:
-        """Run until there are ``count`` trials, a grid is done, or the target is reached.
+        """Run until there are ``count`` trials, a grid is complete, or the target is reached.
 
         Raises:
-            Interrupted: this process was told to stop; so were the runs, and they have ended.
+            Interrupted: this process was interrupted; the runs were stopped as well.
         """
         again = [name for name, t in self.study.trials().items() if t.state in ("running", "failed")]
         with noted() as stop_if_signalled:
@@ -104,7 +104,7 @@ class LocalRuns:
                 end([running.process for running in self.running.values()])
 
     def _begin(self, again: list[str], count: int) -> bool:
-        """Fill free workers; return whether any is running, or waits for a process of an earlier sweep."""
+        """Fill free workers; return whether any is running, or waiting for a process of an earlier sweep."""
         for place in set(range(len(self.environments))) - self.running.keys():
             if again and not is_free(self.folder / self.sweep.command / again[0]):
                 return True
@@ -130,7 +130,7 @@ class LocalRuns:
         return self.study.propose()
 
     def _look(self) -> None:
-        """Record what ended, and stop what is given up."""
+        """Record finished runs, and stop pruned ones."""
         for place, running in list(self.running.items()):
             name, seconds = running.name, time.monotonic() - running.started
             over = running.process.poll() is not None
@@ -149,7 +149,7 @@ class LocalRuns:
 
     def _end(self, run: Running, seconds: float) -> None:
         path = run.folder / "summary.json"
-        if not path.exists():  # a run that ended well has one, and no other
+        if not path.exists():  # only successful runs have one
             self.changed(self.study.end(run.name, "failed", None, seconds))
             return
         summary = json.loads(path.read_text())

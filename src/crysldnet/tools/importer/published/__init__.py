@@ -1,1 +1,1 @@
-"""Published data sets: what they are, how they are fetched, and how they become stores."""
+"""Published data sets: definitions, downloads, and conversion to stores."""

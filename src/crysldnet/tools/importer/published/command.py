@@ -1,4 +1,4 @@
-"""``crysldnet data download``: fetch a published data set and make a store of it."""
+"""``crysldnet data download``: download a published data set and convert it to a store."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Fetch and convert, or list; return the exit status."""
+    """Download and convert, or list; return the exit status."""
     if arguments.name is None:
         sys.stdout.write("\n".join(_listed(definition) for definition in published().values()) + "\n")
         return 0
@@ -75,7 +75,7 @@ def alone(out: Path) -> Iterator[None]:
     """Let one process at a time prepare a store; the others wait.
 
     Raises:
-        DataError: the folder can't be written.
+        DataError: the folder isn't writable.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def _listed(definition: PublishedSet) -> str:
 
 
 def describe(definition: PublishedSet) -> list[str]:
-    """Return what is known of a data set, in lines."""
+    """Return the description of a data set in lines."""
     lines = [f"{definition.title}, {definition.version}", f"  entries   {definition.entries:,}"]
     for file in definition.files:
         lines.append(f"  file      {file.name} from {file.url}{' (by hand)' if file.manual else ''}")

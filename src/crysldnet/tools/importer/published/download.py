@@ -1,4 +1,4 @@
-"""Fetch the files of a published data set: resumable, compared with their sha256, whole or not there."""
+"""Download the files of a published data set: resumable, atomic, verified by sha256."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from crysldnet.data.store import file_hash
 from crysldnet.errors import DataError
 
 SCHEMES = ("https",)
-"""Of addresses that may be fetched from, also after a redirect."""
+"""Allowed URL schemes, also after redirects."""
 TIMEOUT_S = 30.0
 _CHUNK = 1 << 20
 
@@ -28,7 +28,7 @@ class _SafeRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def _check_scheme(url: str) -> None:
-    """Refuse an address that anyone on the way could answer for.
+    """Reject an address that isn't authenticated in transit.
 
     Raises:
         DataError: it isn't https.
@@ -38,10 +38,10 @@ def _check_scheme(url: str) -> None:
 
 
 def fetch_all(definition: PublishedSet, folder: Path) -> dict[str, str]:
-    """Fetch what isn't in the folder yet; return the sha256 of every file.
+    """Download missing files; return the sha256 of every file.
 
     Raises:
-        DataError: a file can't be fetched, or isn't the published one; the message says what to put where.
+        DataError: a file can't be downloaded or isn't the published one; the message states which file to put where.
     """
     digests: dict[str, str] = {}
     for file in definition.files:
@@ -71,7 +71,7 @@ def _by_hand(definition: PublishedSet, file: File, folder: Path) -> str:
 
 
 def _fetch(definition: PublishedSet, file: File, path: Path) -> None:
-    """Fetch one file; what an interrupted fetch left is continued where the server's file is still the same."""
+    """Download one file; an interrupted download resumes if the file on the server is unchanged."""
     hint = _by_hand(definition, file, path.parent)
     partial, tag = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.etag")
     _check_scheme(file.url)
@@ -84,7 +84,7 @@ def _fetch(definition: PublishedSet, file: File, path: Path) -> None:
         with urllib.request.build_opener(_SafeRedirects).open(request, timeout=TIMEOUT_S) as response:
             _receive(response, partial, tag, file)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing is left to send: the part is whole, or of another file
+        if error.code == 416:  # nothing is left to send: the part is complete, or belongs to another file
             tag.unlink(missing_ok=True)
         raise DataError(f"{file.url}: the server says {error.code} {error.reason}. {hint}") from error
     except (urllib.error.URLError, TimeoutError, ConnectionError, HTTPException) as error:

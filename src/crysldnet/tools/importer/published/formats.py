@@ -1,4 +1,4 @@
-"""The layouts that data sets are published in: each gives records for the importer's readers. Nothing is unpickled."""
+"""Layouts of published data sets, converted to records for the importer's readers. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ OPTIMADE = ("immutable_id", "lattice_vectors", "cartesian_site_positions", "spec
 
 
 def id_of(record: Any) -> str | None:
-    """Return the id of a published record, None where it has none."""
+    """Return the id of a published record, or None."""
     keys = ("jid", "id", "material_id") if isinstance(record, Mapping) else ()
     return next((str(record[key]) for key in keys if key in record), None)
 
 
 def _with(entry: Entry, values: Mapping[str, Any]) -> Entry:
-    """Add to a record; what is no record is rejected when it is read."""
+    """Add values to a record; invalid records are rejected on reading."""
     return entry._replace(record={**entry.record, **values}) if isinstance(entry.record, Mapping) else entry
 
 
@@ -39,7 +39,7 @@ def _json(definition: PublishedSet, folder: Path, _: CrystalStore | None = None)
 
 
 def _megnet(definition: PublishedSet, folder: Path, _: CrystalStore | None) -> Iterator[Entry]:
-    """Read the crystals and energies as JARVIS-Tools distributes them, and the moduli from MEGNet's own file."""
+    """Read crystals and energies as distributed by JARVIS-Tools, and moduli from MEGNet's own file."""
     more = (entry.record for entry in JsonReader(folder / definition.files[1].name).entries())
     moduli = {id_of(r): {key: r.get(key) for key in ("K", "G")} for r in more if isinstance(r, Mapping)}
     for entry in _json(definition, folder):
@@ -47,14 +47,14 @@ def _megnet(definition: PublishedSet, folder: Path, _: CrystalStore | None) -> I
 
 
 def _cif_tables(definition: PublishedSet, folder: Path, _: CrystalStore | None) -> Iterator[Entry]:
-    """Read a CSV of CIFs for each split."""
+    """Read one CSV of CIFs per split."""
     for part in definition.files:
         for entry in CsvRecords(folder / part.name).entries():
             yield _with(entry, {"split": part.split})
 
 
 def _mptrj(definition: PublishedSet, folder: Path, _: CrystalStore | None) -> Iterator[Entry]:
-    """Read an object of materials, each an object of frames by their ids."""
+    """Read an object of materials, each an object of frames by id."""
     path = folder / definition.files[0].name
     try:
         with open_stream(path) as stream:
@@ -66,7 +66,7 @@ def _mptrj(definition: PublishedSet, folder: Path, _: CrystalStore | None) -> It
 
 
 def _matbench(definition: PublishedSet, folder: Path, _: CrystalStore | None) -> Iterator[Entry]:
-    """Read a task of Matbench; ids are numbered as Matbench does, ``mb-jdft2d-001``."""
+    """Read a Matbench task; ids are numbered as in Matbench, ``mb-jdft2d-001``."""
     with open_stream(folder / definition.files[0].name) as stream:
         rows = next((value for key, element, value, _ in top_level(stream) if key == "index" and not element), ())
     stem, digits = definition.name.removeprefix("matbench_").replace("_", "-"), len(str(len(rows)))
@@ -75,7 +75,7 @@ def _matbench(definition: PublishedSet, folder: Path, _: CrystalStore | None) ->
 
 
 def _by_id(definition: PublishedSet, folder: Path, structures: CrystalStore | None) -> Iterator[Entry]:
-    """Join measured values to the structures of a store by Materials Project id; rows without one are left out."""
+    """Join measured values to structures of a store by Materials Project id; rows without one are dropped."""
     if structures is None:
         raise DataError(
             f"{definition.name} has no structures, but Materials Project ids: name a store that has them, as "
@@ -99,10 +99,10 @@ RECORDS: dict[str, Callable[[PublishedSet, Path, CrystalStore | None], Iterator[
     "pandas_structures": _matbench,
     "pandas_by_id": _by_id,
 }
-"""Layouts of records, which have their structure under ``atoms``, ``structure`` or ``cif``."""
+"""Layouts of records with their structure under ``atoms``, ``structure`` or ``cif``."""
 
 FILES: dict[str, Callable[[Path], Reader]] = {
     "zip_of_cifs": ZipReader,
     "optimade_parquet": lambda path: ParquetReader(path, OPTIMADE),
 }
-"""Readers of files of structures alone."""
+"""Readers of files that only contain structures."""

@@ -1,4 +1,4 @@
-"""Make a store of a published data set, with the published split of each property as a column."""
+"""Create a store from a published data set, with the official split of each property as a column."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from crysldnet.tools.importer.importer import ImportReport, import_crystals
 from crysldnet.tools.importer.published.formats import FILES, RECORDS, id_of
 
 FIELD_SEED = 123
-"""Of the splits that the field uses for JARVIS-DFT and MEGNet."""
+"""Seed of the standard splits of JARVIS-DFT and MEGNet."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """A store that was made.
+    """A created store.
 
     Attributes:
-        report: of the import.
-        sizes: of the published split of each property, in the published file.
-        differences: what isn't as published.
+        report: import report.
+        sizes: sizes of the official split of each property in the published file.
+        differences: differences from the publication.
     """
 
     report: ImportReport
@@ -39,17 +39,17 @@ class Made:
 
 
 def seeded_split(count: int, fractions: tuple[float, float] | None, sizes: Any, seed: int = FIELD_SEED) -> list[str]:
-    """Return the split of each of ``count`` rows, as the field divides JARVIS-DFT and MEGNet.
+    """Return the split of each of ``count`` rows in the standard way for JARVIS-DFT and MEGNet.
 
-    The rows are shuffled by Python's ``random.seed(seed)``. The last are test, those before them validation, all others
-    training. The released code of the field takes int(0.8·n) for training instead, which leaves one or two rows in the
-    middle unused; the published 44,578 of 55,722 are all that remain.
+    The rows are shuffled by Python's ``random.seed(seed)``. The last are test, those before them validation, and the
+    rest training. Released code uses int(0.8·n) for training instead, which leaves one or two rows unused; the
+    published 44,578 of 55,722 are the whole rest.
 
     Args:
-        count: n.
-        fractions: of validation and test, int(fraction · n) rows each; None to take the sizes.
+        count: number of rows n.
+        fractions: fractions of validation and test, int(fraction · n) rows each; None to use the sizes.
         sizes: with the attributes val and test.
-        seed: of the shuffle.
+        seed: seed of the shuffle.
     """
     order = list(range(count))
     random.Random(seed).shuffle(order)
@@ -66,7 +66,7 @@ class PublishedReader:
     """The files of a published data set; see :class:`crysldnet.readers.sources.Reader`.
 
     Attributes:
-        sizes: of the published split of each property, in the files.
+        sizes: sizes of the official split of each property in the files.
     """
 
     def __init__(self, definition: PublishedSet, folder: Path, structures: CrystalStore | None) -> None:
@@ -91,7 +91,7 @@ class PublishedReader:
         return RECORDS[self._definition.reader](self._definition, self._folder, self._structures)
 
     def _splits(self) -> dict[str, list[str | None]]:
-        """Read the values of properties with a seeded split; return the columns of their splits."""
+        """Read the values of properties with a seeded split; return the split columns."""
         of_seed = [p for p in self._definition.properties if p.sizes is not None or p.fractions is not None]
         known: dict[str, list[bool]] = {p.name: [] for p in of_seed}
         for entry in self._records() if of_seed else ():
@@ -102,7 +102,7 @@ class PublishedReader:
         return {p.split_column: labels for p, labels in splits.items() if any(labels)}
 
     def _entries(self, splits: Mapping[str, list[str | None]]) -> Iterator[Entry]:
-        """Give each crystal with its properties, those of the definition alone."""
+        """Yield each crystal with the properties of the definition."""
         for row, entry in enumerate(self._records()):
             found = entry.record
             if not isinstance(found, Mapping):
@@ -125,15 +125,15 @@ def make_store(
     overwrite: bool = False,
     digests: Mapping[str, str] | None = None,
 ) -> Made:
-    """Read a data set's files into a store.
+    """Convert a data set's files to a store.
 
     Args:
-        definition: of the data set.
-        folder: of its files.
-        out: the store.
-        structures: crystals with Materials Project ids, for a data set that has none of its own.
-        overwrite: replace a store that is there.
-        digests: sha256 of each file, kept with the crystals.
+        definition: definition of the data set.
+        folder: folder of its files.
+        out: output store.
+        structures: crystals with Materials Project ids, for a data set without structures.
+        overwrite: replace an existing store.
+        digests: sha256 of each file, stored with the crystals.
 
     Raises:
         DataError: a file can't be read, or ``out`` exists.
@@ -155,7 +155,7 @@ def make_store(
 
 
 def value_of(record: Any, property_: Property) -> float | None:
-    """Return a property of a published record in the unit of its column; None where it has none."""
+    """Return a property of a published record in the unit of its column; None if missing."""
     try:
         value = float(record[property_.key])
     except (KeyError, TypeError, ValueError):  # "na" in JARVIS-DFT
@@ -166,7 +166,7 @@ def value_of(record: Any, property_: Property) -> float | None:
 
 
 def split_of_values(known: list[bool], property_: Property) -> list[str | None]:
-    """Return the published split of each row; None for rows without a value, and where they are too few."""
+    """Return the official split of each row; None for rows without a value, or if there are too few."""
     labels: list[str | None] = [None] * len(known)
     rows = [row for row, has in enumerate(known) if has]
     sizes = property_.sizes
