@@ -23,6 +23,23 @@ def test_the_lock_has_a_sha256_of_every_version_but_that_of_torch():
     assert sorted(line.split()[0] for line in locked) == sorted(names)
 
 
+def test_what_is_installed_fits_together_but_for_the_pins_of_matbench():
+    """matbench 0.6 pins versions that don't install on Python 3.11; it comes without them."""
+    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
+    ours = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    complaints = [line for line in done.stdout.splitlines() if line.split()[0] in {"crysldnet", *ours}]
+    assert [line for line in complaints if not line.startswith("matbench 0.6 ")] == []
+
+
+def test_public_modules_are_imported_without_a_warning():
+    modules = "crysldnet, crysldnet.inference, crysldnet.api.estimators, crysldnet.pretrain, crysldnet.finetune"
+    modules += (
+        ", crysldnet.tools.report, crysldnet.tools.importer.command, crysldnet.tools.sweep, crysldnet.tools.suggest"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", f"import {modules}"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("dist")

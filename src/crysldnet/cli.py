@@ -58,6 +58,9 @@ RESUMABLE = ("pretrain", "finetune", "matbench", "sweep")
 """Commands that exit as unfinished when stopped by a signal."""
 
 USAGE_ERROR = 2
+EXIT_STATUSES = """\
+exit status: 0 complete; 1 nothing usable, such as an import that rejected every crystal; 2 wrong input or a full
+disk, with the remedy; 75 interrupted, and resume=last continues; 130 Ctrl-C outside of training"""
 
 
 def usage() -> str:
@@ -69,6 +72,7 @@ def usage() -> str:
         "",
         *(f"  {name:<10} {text}" for name, (_, _, text) in COMMANDS.items()),
         *(f"  {name:<10} {text}" for name, (_, text) in FLAGGED.items()),
+        f"  {'completion':<10} print a script with which bash, zsh or fish complete these commands",
         "",
         "crysldnet COMMAND --help lists every key with its default; --print-config shows what would be run.",
         "",
@@ -76,6 +80,8 @@ def usage() -> str:
         "  crysldnet finetune pretrained=runs/pretrain/latest/encoder.safetensors",
         '  crysldnet predict model=runs/finetune/latest files="my_cifs/*.cif"',
         "  crysldnet report runs/finetune/latest",
+        "",
+        EXIT_STATUSES,
     ]
     return "\n".join(lines)
 
@@ -95,7 +101,7 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
 
     module_name, schema_name, _ = COMMANDS[name]
     if "--help" in arguments or "-h" in arguments:
-        print(help_text(name, _docstring(module_name)))
+        print(help_text(name, _docstring(module_name)), EXIT_STATUSES, sep="\n\n")
         return 0
     show = "--print-config" in arguments
     arguments, own = with_own_data(name, [a for a in arguments if a != "--print-config"])
@@ -178,6 +184,9 @@ def run(arguments: Sequence[str]) -> int:
     if command in ("--version", "version"):
         print(__version__)
         return 0
+    if command == "completion":
+        print(_completion(*rest[:1] or ("",)))
+        return 0
     if command in FLAGGED:
         from crysldnet import plugins
 
@@ -193,6 +202,19 @@ def run(arguments: Sequence[str]) -> int:
     if command not in COMMANDS:
         raise CrysldnetError(f"no command {command!r}; there are: {', '.join([*COMMANDS, *FLAGGED])}")
     return _run_command(command, rest)
+
+
+def _completion(shell: str) -> str:
+    """Return the script that completes command lines in a shell."""
+    from crysldnet.config.completion import Command, actions_of, script, words_of
+
+    found = {}
+    for name, (module, schema, text) in COMMANDS.items():
+        found[name] = Command(text, words_of(name, getattr(importlib.import_module(module), schema)))
+    for name, (module, text) in FLAGGED.items():
+        found[name] = Command(text, actions=actions_of(importlib.import_module(module).parser()))
+    found["completion"] = Command("print a script for a shell", ["bash", "zsh", "fish"])
+    return script(shell, found)
 
 
 def _quieten_libraries() -> None:

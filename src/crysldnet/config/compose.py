@@ -113,7 +113,7 @@ def compose(command: str | Path, arguments: Sequence[str] = (), saved: Path | No
     presets = tuple(value for key, value in pairs if key == "preset" and value not in ("null", ""))
     if saved is None:
         origin: dict[str, str] = {}
-        values, groups = _merge_files(command, pairs, presets, origin)
+        values, groups = merge_files(command, pairs, presets, origin)
     else:
         values, recorded = read_saved(saved)
         begun_with = tuple(recorded.pop("preset", () if recorded else presets))
@@ -157,7 +157,7 @@ def describes_encoder(given: Collection[str]) -> bool:
     return any(key == "preset" or key.split(".")[0] == "encoder" for key in given)
 
 
-def _merge_files(
+def merge_files(
     command: str | Path, pairs: Sequence[tuple[str, str]], presets: Sequence[str], origin: dict[str, str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the values of a command's files and the choice of each group; store each key's file in ``origin``."""
@@ -211,7 +211,7 @@ def _merge_saved(
     merged = literally(values)
     _note(origin, values, "", str(saved))
     if other:
-        fresh, _ = _merge_files(command, list(other.items()), presets, origin)
+        fresh, _ = merge_files(command, list(other.items()), presets, origin)
         for group in other:
             merged[group] = fresh[group]
     return merged, {**recorded, **named}, origin

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         CheckpointError: the encoder doesn't exist, or the hub is unavailable.
     """
-    arguments = _parser().parse_args(list(argv))
+    arguments = parser().parse_args(list(argv))
     if arguments.action == "show":
         file = _named(arguments.name)
         print(escaped(weights.card_of(file) or f"{file} has no model card"))  # noqa: T201
@@ -49,7 +49,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the arguments of ``crysldnet weights``."""
     parser = argparse.ArgumentParser("crysldnet weights", description=DESCRIPTION, epilog=EXAMPLES)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     actions = parser.add_subparsers(dest="action", metavar="list | show | pull | push")

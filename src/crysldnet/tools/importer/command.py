@@ -62,11 +62,12 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         CrysldnetError: the input is invalid; the message states the remedy.
     """
-    arguments = _parser().parse_args(list(argv))
+    arguments = parser().parse_args(list(argv))
     return arguments.run(arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the arguments of ``crysldnet data``."""
     parser = argparse.ArgumentParser(
         prog="crysldnet data",
         description="Import crystals, look at them, check them, hand them on.",
