@@ -23,9 +23,8 @@ from conftest import (
     supercell,
 )
 from crysldnet.data.store import CrystalStore
-from crysldnet.graphs import neighbors, search
+from crysldnet.graphs import neighbors
 from crysldnet.graphs import spec as graph_specs
-from crysldnet.graphs.compiled import in_python
 from crysldnet.graphs.crystals import from_lists
 from crysldnet.graphs.neighbors import Neighbors, neighbor_list
 from crysldnet.graphs.spec import GraphSpec
@@ -196,38 +195,12 @@ def test_few_crystals_are_searched_in_python_with_the_same_result(
 ) -> None:
     crystals, found = put_together([ROCKSALT, TRICLINIC, *real[:4]]), []
     for numbers in (0, 10**9):
-        for kernel in (neighbors.directed, neighbors._with_reverses, neighbors._vectors, graph_specs._slots):
+        for kernel in (neighbors.directed, neighbors._with_reverses, graph_specs._slots):
             monkeypatch.setattr(kernel, "_left", numbers)
         built = [GraphSpec(k=K, symmetric=True, n_distances=20, slots=8), GraphSpec(radius=4.0)]
         graphs = [one.build(crystals) for one in built]
         found.append([*graphs[0].neighbors, graphs[0].slots, graphs[0].slot_atom, *graphs[1].neighbors])
     assert [one.tobytes() for one in found[0]] == [one.tobytes() for one in found[1]]
-
-
-def test_lists_of_large_cells_find_the_same_edges_in_the_same_order(real: list[Cell]) -> None:
-    """As the search that tries every atom of the cell."""
-    points_in_sphere, lists = in_python(search._points_in_sphere), in_python(search._lists)
-    rng = np.random.default_rng(5)
-    cells = [ROCKSALT_CUBE, *real[:6], random_triclinic(rng, 7)]
-    cells = [supercell(c, (3, 2, 1) if len(c.numbers) > 8 else (3, 2, 2)) for c in cells]
-    for c in cells:
-        n = len(c.numbers)
-        frac = c.frac_coords + rng.integers(-2, 3, size=(n, 3))
-        triangle = in_python(search._triangular)(c.lattice)
-        assert lists(triangle, frac, 0, n, 4.0).parts.all()
-        found = neighbor_list(c.lattice[None], frac, np.array([0, n]), radius=4.0)
-        nearest = neighbor_list(c.lattice[None], frac, np.array([0, n]), k=K)
-        source, image, d2s = np.empty(2000, np.int64), np.empty((2000, 3), np.int32), np.empty(2000)
-        for atom in range(0, n, 5):
-            end = points_in_sphere(triangle, frac, 0, n, atom, 4.0, 0, source, image, d2s)
-            own = found.target == atom
-            assert np.array_equal(source[:end], found.source[own])
-            assert np.array_equal(image[:end], found.image[own])
-            reach = nearest.shell[atom]
-            end = points_in_sphere(triangle, frac, 0, n, atom, 2 * reach, 0, source, image, d2s)
-            kept, own = d2s[:end] <= reach**2 * (1 + 1e-12), nearest.target == atom
-            assert np.array_equal(source[:end][kept], nearest.source[own])
-            assert np.array_equal(image[:end][kept], nearest.image[own])
 
 
 @pytest.mark.parametrize("spec", [GraphSpec(k=K), CLEAN, GraphSpec(radius=4.0)], ids=["k", "union", "radius"])

@@ -1,6 +1,7 @@
 """Where nothing can be kept: no home, a package that can't be written, a full disk, folders of other users."""
 
 import errno
+import importlib
 import os
 import subprocess
 import sys
@@ -88,3 +89,26 @@ def test_counts_of_edges_are_kept_in_the_users_own_folder_alone(
     assert (len(counts), counts.min() >= 4) == (4, True)
     assert len([*folder.glob("*.npy")]) == (1 if kind == "own" else 0)
     assert not [*elsewhere.iterdir()]
+
+
+def test_a_function_is_compiled_anew_when_one_that_it_calls_changed_in_another_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(numba.core.config, "CACHE_DIR", str(tmp_path / "cache"))
+    caller = "from crysldnet.graphs.compiled import njit\nimport callee_of_it\ntwice = callee_of_it.twice\n"
+    caller += "@njit(cache=True)\ndef run(x):\n    return twice(x)\n"
+    (tmp_path / "caller_of_it.py").write_text(caller)
+    results = []
+    for factor in ("2", "2", "200"):
+        callee = f"from crysldnet.graphs.compiled import njit\n@njit()\ndef twice(x):\n    return {factor} * x\n"
+        if results != [42]:
+            (tmp_path / "callee_of_it.py").write_text(callee)
+        for name in ("caller_of_it", "callee_of_it"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        run = importlib.import_module("caller_of_it").run
+        results.append(run(21))
+        hits = sum(run.stats.cache_hits.values())
+        assert hits == (1 if len(results) == 2 else 0)
+    assert results == [42, 42, 4200]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache as once
 from multiprocessing import parent_process
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -20,8 +21,31 @@ from numba.core.caching import FunctionCache, NullCache
 from numba.core.dispatcher import Dispatcher
 
 
+def _called_by(function: Callable) -> dict[str, Dispatcher]:
+    """Return the compiled functions that a function names."""
+    names = {name: function.__globals__.get(name) for name in function.__code__.co_names}
+    return {name: value for name, value in names.items() if isinstance(value, Dispatcher)}
+
+
+def _files_of(function: Callable) -> set[str]:
+    """Return the files of a function and of all compiled ones that it calls."""
+    called = (_files_of(other.py_func) for other in _called_by(function).values())
+    return {function.__code__.co_filename}.union(*called)
+
+
 class _Cache(FunctionCache):
-    """Numba's cache; a damaged entry is as good as none, and one that can't be written is left out."""
+    """Numba's cache; a damaged entry is as good as none, and one that can't be written is left out.
+
+    Numba itself recompiles a function when its own file changed. This one does so too when a file changed that compiled
+    functions which it calls are in.
+    """
+
+    def __init__(self, function: Callable) -> None:
+        super().__init__(function)
+        others = sorted(_files_of(function) - {function.__code__.co_filename})
+        states = [Path(file).stat() for file in others if Path(file).exists()]
+        file = self._cache_file
+        file._source_stamp = (file._source_stamp, [(state.st_mtime, state.st_size) for state in states])
 
     def load_overload(self, *arguments: Any) -> Any:
         try:
@@ -58,9 +82,7 @@ def in_python(compiled: Any) -> Callable:
     """Return the Python code of a compiled function, which calls that of other compiled functions in its turn."""
     function = compiled.py_func
     names = dict(function.__globals__)
-    for name in function.__code__.co_names:
-        if isinstance(names.get(name), Dispatcher):
-            names[name] = in_python(names[name])
+    names |= {name: in_python(called) for name, called in _called_by(function).items()}
     return FunctionType(function.__code__, names, function.__name__)
 
 

@@ -37,8 +37,8 @@ class Neighbors(NamedTuple):
 
 
 @njit(cache=True, python_up_to=50_000, nogil=True, error_model="numpy")
-def _with_reverses(start, source, image, d2s, limit2, symmetric, repeat_self_images):
-    """Return source, target and image sorted by target, with the reverses and repeats asked for."""
+def _with_reverses(lattices, frac, ptr, start, source, image, d2s, limit2, symmetric, repeat_self_images):
+    """Return the edges and vectors sorted by target, with the reverses and repeats asked for."""
     n_atoms = len(limit2)
     offset = np.zeros(n_atoms + 1, np.int64)
     for i in range(n_atoms):
@@ -51,7 +51,7 @@ def _with_reverses(start, source, image, d2s, limit2, symmetric, repeat_self_ima
         offset[i + 1] += offset[i]
     total = offset[n_atoms]
     out_source, out_target = np.empty(total, np.int64), np.empty(total, np.int64)
-    out_image = np.empty((total, 3), np.int32)
+    out_image, vector = np.empty((total, 3), np.int32), np.empty((total, 3))
     for i in range(n_atoms):
         for e in range(start[i], start[i + 1]):
             j = source[e]
@@ -67,25 +67,18 @@ def _with_reverses(start, source, image, d2s, limit2, symmetric, repeat_self_ima
                 for axis in range(3):
                     out_image[place, axis] = -image[e, axis]
                 offset[j] += 1
-    return out_source, out_target, out_image
-
-
-@njit(cache=True, python_up_to=20_000, nogil=True, error_model="numpy")
-def _vectors(lattices, frac, ptr, source, target, image):
-    """Return the displacement [E, 3] from source to target of every edge."""
-    vector = np.empty((len(target), 3))
     e = 0
     for crystal in range(lattices.shape[0]):
         lattice, last = lattices[crystal], ptr[crystal + 1]
-        while e < len(target) and target[e] < last:
-            i, j = target[e], source[e]
-            g0 = frac[i, 0] - frac[j, 0] - image[e, 0]
-            g1 = frac[i, 1] - frac[j, 1] - image[e, 1]
-            g2 = frac[i, 2] - frac[j, 2] - image[e, 2]
+        while e < total and out_target[e] < last:
+            i, j = out_target[e], out_source[e]
+            g0 = frac[i, 0] - frac[j, 0] - out_image[e, 0]
+            g1 = frac[i, 1] - frac[j, 1] - out_image[e, 1]
+            g2 = frac[i, 2] - frac[j, 2] - out_image[e, 2]
             for axis in range(3):
                 vector[e, axis] = g0 * lattice[0, axis] + g1 * lattice[1, axis] + g2 * lattice[2, axis]
             e += 1
-    return vector
+    return out_source, out_target, out_image, vector
 
 
 def neighbor_list(
@@ -125,19 +118,19 @@ def neighbor_list(
     lattices = np.ascontiguousarray(lattices, np.float64)
     frac_coords = np.ascontiguousarray(frac_coords, np.float64)
     ptr = np.ascontiguousarray(ptr, np.int64)
-    n_atoms = len(frac_coords)
-    room = 512 + n_atoms * (k or 0) * 4 // 3
+    room = 512 + len(frac_coords) * (k or 0) * 4 // 3
     if radius is not None:
         volumes = np.abs(np.linalg.det(lattices)).clip(1e-3 * radius**3)
         room += int(4.5 * radius**3 * (np.diff(ptr) ** 2 / volumes).sum())
-    start, source, image, d2s, limit2, distances = directed(
-        lattices, frac_coords, ptr, k or 0, float(radius or 0.0), tolerance, n_distances, room
-    )
     symmetric = symmetric and k is not None
-    if symmetric or repeat_self_images:
-        source, target, image = _with_reverses(start, source, image, d2s, limit2, symmetric, repeat_self_images)
-    else:
-        source, image = source[: start[-1]], image[: start[-1]]
-        target = np.repeat(np.arange(n_atoms), np.diff(start))
-    vector = _vectors(lattices, frac_coords, ptr, source, target, image)
-    return Neighbors(source, target, image, vector, distances, np.sqrt(limit2))
+    final = not (symmetric or repeat_self_images)
+    start, edges, limit2, distances = directed(
+        lattices, frac_coords.reshape(-1), ptr, k or 0, float(radius or 0.0), tolerance, n_distances, room, final
+    )
+    source, target, image, vector = edges.source, edges.target, edges.image.reshape(-1, 3), edges.vector.reshape(-1, 3)
+    end = start[-1]
+    found = source[:end], target[:end], image[:end], vector[:end]
+    if not final:
+        crystals = (lattices, frac_coords, ptr)
+        found = _with_reverses(*crystals, start, source, image, edges.d2, limit2, symmetric, repeat_self_images)
+    return Neighbors(*found, distances, np.sqrt(limit2))

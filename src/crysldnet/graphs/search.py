@@ -1,14 +1,15 @@
 """The search for periodic neighbors, compiled; see :mod:`crysldnet.graphs.neighbors`.
 
-For a target atom i every lattice point j + n within a radius is enumerated exactly: the lattice is brought to lower
-triangular form, so that the third, then the second, then the first component of n runs over just the integers whose
-coordinate can lie inside the sphere. Nothing is assumed of the cell: needles, plates and skewed cells are exact too.
+The images of the cell's atoms that come within a radius of the cell are listed first, in the order of the edges. An
+atom looks through them in single precision with a margin, and only what is in doubt is decided in double precision. In
+large cells the list is divided into lists for boxes of the cell, so that an atom's work doesn't grow with the cell.
 
-That tries every atom of the cell. Where atoms are many and the cell isn't skewed, the images within reach of the cell
-are listed first, in the same order, and divided into lists for boxes of the cell. An atom then looks through the list
-of its box, in single precision with a margin. What passes is computed exactly as in the first way, to the last bit.
+Where the cell is so small or skewed that it has many images, every lattice point j + n within the radius of an atom i
+is enumerated instead: the lattice is brought to lower triangular form, so that the third, then the second, then the
+first component of n runs over just the integers whose coordinate can lie inside the sphere. Nothing is assumed of the
+cell: needles, plates and skewed cells are exact too. Both ways find the same edges in the same order, to the last bit.
 
-Keep all of it in one file: numba recompiles a cached function when its own file changes, not when another one does.
+Arrays are flat, and indices unsigned where it matters: numba computes less for them.
 """
 
 from __future__ import annotations
@@ -19,45 +20,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crysldnet.graphs.compiled import njit
+from crysldnet.graphs.images import U, exactly, inlined, inner, lists_of, points_in_sphere, room_for, triangular, within
 
-inner = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-"""For functions that only compiled ones call, which compile faster."""
-MOST_IMAGES = 3.0
-"""Images of the cell, for each of its atoms, up to which lists are made; measured."""
-BLOCK = 64
-"""Points that one turn of a vectorized loop takes."""
-BOX = 0.7
-"""Length of a box in units of the radius; measured."""
+ROOM = 512
+"""Images that there is room for at first."""
+DONE, MORE_EDGES, MORE_ROOM, LARGER_RADIUS = 0, 1, 2, 3
 
 
-class _Lists(NamedTuple):
-    """What may lie within a radius of each box of a cell."""
+class _Edges(NamedTuple):
+    """What was found so far, with room for more."""
 
-    parts: NDArray[np.int64]  # [3] boxes along each lattice vector; 0 for no lists
-    begin: NDArray[np.int64]  # [boxes + 1] where the list of each box begins, in place and of
-    place: NDArray[np.float32]  # [3, L] Cartesian coordinates from the middle of the cell
-    of: NDArray[np.int32]  # [L] number within label
-    label: NDArray[np.int32]  # [4, C] atom j and cell n of each image, ascending by j, n₂, n₁, n₀
-    margin: float  # Å by which single precision may be wrong
-    squares: NDArray[np.float32]
-    kept: NDArray[np.int32]
-
-
-@inner
-def _triangular(lattice):
-    """Return the lower triangular T with T = lattice · Q for a rotation Q (Gram–Schmidt on the rows)."""
-    t = np.zeros((3, 3))
-    basis = np.zeros((3, 3))
-    for row in range(3):
-        rest = lattice[row].copy()
-        for other in range(row):
-            t[row, other] = rest[0] * basis[other, 0] + rest[1] * basis[other, 1] + rest[2] * basis[other, 2]
-            for axis in range(3):
-                rest[axis] -= t[row, other] * basis[other, axis]
-        t[row, row] = np.sqrt(rest[0] ** 2 + rest[1] ** 2 + rest[2] ** 2)
-        for axis in range(3):
-            basis[row, axis] = rest[axis] / t[row, row]
-    return t
+    source: NDArray[np.int64]
+    target: NDArray[np.int64]
+    image: NDArray[np.int32]  # [· 3]
+    vector: NDArray[np.float64]  # [· 3], or nothing where it isn't asked for
+    d2: NDArray[np.float64]  # likewise
 
 
 @inner
@@ -71,280 +48,266 @@ def _first_radius(t, atoms, wanted, radius):
 
 
 @inner
-def _points_in_sphere(t, frac, first, last, center, radius, size, source, image, d2s):
-    """Append all (j, n) within ``radius`` of atom ``center``; return the new size, or −1 where the arrays are full."""
-    r2 = radius * radius
-    slack = 1e-9
-    t00, t10, t11, t20, t21, t22 = t[0, 0], t[1, 0], t[1, 1], t[2, 0], t[2, 1], t[2, 2]
-    per0, per1, per2 = 1.0 / t00, 1.0 / t11, 1.0 / t22
-    c0, c1, c2 = frac[center, 0], frac[center, 1], frac[center, 2]
-    for j in range(first, last):
-        f0, f1, f2 = frac[j, 0] - c0, frac[j, 1] - c1, frac[j, 2] - c2
-        reach2 = radius * per2
-        for n2 in range(int(np.ceil(-reach2 - f2 - slack)), int(np.floor(reach2 - f2 + slack)) + 1):
-            g2 = f2 + n2
-            z = g2 * t22
-            left2 = r2 - z * z
-            if left2 < 0.0:
-                continue
-            shift1 = f1 + g2 * t21 * per1
-            reach1 = np.sqrt(left2) * per1
-            for n1 in range(int(np.ceil(-reach1 - shift1 - slack)), int(np.floor(reach1 - shift1 + slack)) + 1):
-                g1 = f1 + n1
-                y = g1 * t11 + g2 * t21
-                left1 = left2 - y * y
-                if left1 < 0.0:
-                    continue
-                across = g1 * t10 + g2 * t20
-                shift0 = f0 + across * per0
-                reach0 = np.sqrt(left1) * per0
-                for n0 in range(int(np.ceil(-reach0 - shift0 - slack)), int(np.floor(reach0 - shift0 + slack)) + 1):
-                    x = (f0 + n0) * t00 + across
-                    d2 = x * x + y * y + z * z
-                    if d2 > r2 or (j == center and n0 == 0 and n1 == 0 and n2 == 0):
-                        continue
-                    if size == len(d2s):
-                        return -1
-                    source[size], d2s[size] = j, d2
-                    image[size, 0], image[size, 1], image[size, 2] = n0, n1, n2
-                    size += 1
-    return size
+def _kth_smallest(values, count, k):
+    """Return the k-th smallest (k from 0) of ``values[:count]``, reordering them (quickselect without branches)."""
+    low, high = U(0), U(count)
+    while True:
+        pivot = values[(low + high) // U(2)]
+        middle = low
+        for i in range(low, high):
+            value = values[i]
+            values[i] = values[middle]
+            values[middle] = value
+            middle += U(value < pivot)
+        if k < middle:
+            high = middle
+            continue
+        low = middle
+        for i in range(low, high):
+            value = values[i]
+            values[i] = values[middle]
+            values[middle] = value
+            middle += U(value <= pivot)
+        if k < middle or middle == low:  # that is where one isn't a number
+            return pivot
+        low = middle
 
 
 @inner
-def _cloud(t, frac, first, last, reach):
-    """Return ``place`` and ``label`` of the images within ``reach`` [3], fractions of the cell, and their number."""
-    most = (last - first) * int(2.0 + 2.0 * reach[0]) * int(2.0 + 2.0 * reach[1]) * int(2.0 + 2.0 * reach[2])
-    place, label = np.empty((3, most + BLOCK), np.float32), np.empty((4, most), np.int32)
-    count = 0
-    for j in range(first, last):
-        s0, s1, s2 = np.floor(frac[j, 0]), np.floor(frac[j, 1]), np.floor(frac[j, 2])
-        w0, w1, w2 = frac[j, 0] - s0, frac[j, 1] - s1, frac[j, 2] - s2
-        low0, high0 = int(np.ceil(-reach[0] - w0)), int(np.floor(1.0 + reach[0] - w0))
-        low1, high1 = int(np.ceil(-reach[1] - w1)), int(np.floor(1.0 + reach[1] - w1))
-        for n2 in range(int(np.ceil(-reach[2] - w2)), int(np.floor(1.0 + reach[2] - w2)) + 1):
-            g2 = w2 + n2 - 0.5
-            for n1 in range(low1, high1 + 1):
-                g1 = w1 + n1 - 0.5
-                y, across = g1 * t[1, 1] + g2 * t[2, 1], g1 * t[1, 0] + g2 * t[2, 0]
-                for n0 in range(low0, high0 + 1):
-                    place[0, count], place[1, count] = (w0 + n0 - 0.5) * t[0, 0] + across, y
-                    place[2, count] = g2 * t[2, 2]
-                    label[0, count], label[1, count] = j, n0 - s0
-                    label[2, count], label[3, count] = n1 - s1, n2 - s2
-                    count += 1
-    return place, label, count
+def _edges(room, vectors, squares):
+    """Return room for edges, for their vectors and for their squared distances."""
+    source, target, image = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(3 * room, np.int32)
+    return _Edges(source, target, image, np.empty(3 * vectors), np.empty(squares))
 
 
 @inner
-def _within(place, start, stop, x, y, z, radius, squares, kept):
-    """Write which of ``place[:, start:stop]`` lie within a radius of a point; return their number."""
-    x, y, z, bound = np.float32(x), np.float32(y), np.float32(z), np.float32(radius * radius)
-    xs, ys, zs = place[0, start:], place[1, start:], place[2, start:]
-    for c in range((stop - start + BLOCK - 1) // BLOCK * BLOCK):  # a loop of its own, whole blocks: vectorized
-        dx, dy, dz = xs[c] - x, ys[c] - y, zs[c] - z
-        squares[c] = dx * dx + dy * dy + dz * dz
-    count = 0
-    for c in range(stop - start):
-        kept[count] = start + c
-        count += squares[c] <= bound
-    return count
+def _more_edges(edges, size, more):
+    """Return arrays with room for ``more`` edges after the first ``size``."""
+    room = 2 * len(edges.source) + more + 64
+    grown = _edges(room, room if len(edges.vector) > 0 else 0, room if len(edges.d2) > 0 else 0)
+    for e in range(size):  # copied one by one: a slice takes numba seconds to compile
+        grown.source[e], grown.target[e] = edges.source[e], edges.target[e]
+        if len(edges.d2) > 0:
+            grown.d2[e] = edges.d2[e]
+    for e in range(3 * size):
+        grown.image[e] = edges.image[e]
+        if len(edges.vector) > 0:
+            grown.vector[e] = edges.vector[e]
+    return grown
+
+
+@inlined
+def _write(
+    source,
+    target,
+    image,
+    vector,
+    squares,
+    size,
+    lattice,
+    frac,
+    center,
+    c0,
+    c1,
+    c2,
+    label,
+    own,
+    s0,
+    s1,
+    s2,
+    count,
+    kept,
+    d2s,
+):
+    """Append the edges to an atom from ``label[kept[:count]]``, but for itself; return the new size."""
+    l00, l01, l02 = lattice[0, 0], lattice[0, 1], lattice[0, 2]
+    l10, l11, l12 = lattice[1, 0], lattice[1, 1], lattice[1, 2]
+    l20, l21, l22 = lattice[2, 0], lattice[2, 1], lattice[2, 2]
+    e = U(size)
+    for m in range(count):
+        c = kept[m]
+        at, to = U(4 * c), U(3) * e
+        j, n0, n1, n2 = label[at], label[at + U(1)] + s0, label[at + U(2)] + s1, label[at + U(3)] + s2
+        source[e], target[e] = j, center
+        image[to], image[to + U(1)], image[to + U(2)] = n0, n1, n2
+        if len(vector) > 0:
+            f = U(3 * j)
+            g0, g1, g2 = c0 - frac[f] - n0, c1 - frac[f + U(1)] - n1, c2 - frac[f + U(2)] - n2
+            vector[to] = g0 * l00 + g1 * l10 + g2 * l20
+            vector[to + U(1)] = g0 * l01 + g1 * l11 + g2 * l21
+            vector[to + U(2)] = g0 * l02 + g1 * l12 + g2 * l22
+        if len(squares) > 0:
+            squares[e] = d2s[m]
+        e += U(c != own)
+    return np.int64(e)
 
 
 @inner
-def _divided(t, parts, place, count, radius, squares, kept):
-    """Divide a cell into boxes; return ``begin``, ``place`` and ``of`` of :class:`_Lists`."""
-    half = 0.0  # of the longest diagonal of a box
-    for sign1 in (-1.0, 1.0):
-        for sign2 in (-1.0, 1.0):
-            square = 0.0
-            for axis in range(3):
-                along = t[0, axis] / parts[0] + sign1 * t[1, axis] / parts[1] + sign2 * t[2, axis] / parts[2]
-                square += along * along
-            half = max(half, 0.5 * np.sqrt(square))
-    boxes = parts[0] * parts[1] * parts[2]
-    begin = np.zeros(boxes + 1, np.int64)
-    listed, of = np.empty((3, 4 * count + BLOCK), np.float32), np.empty(4 * count, np.int32)
-    size = 0
-    for box in range(boxes):
-        g0 = (box % parts[0] + 0.5) / parts[0] - 0.5
-        g1 = (box // parts[0] % parts[1] + 0.5) / parts[1] - 0.5
-        g2 = (box // (parts[0] * parts[1]) + 0.5) / parts[2] - 0.5
-        x, y, z = g0 * t[0, 0] + g1 * t[1, 0] + g2 * t[2, 0], g1 * t[1, 1] + g2 * t[2, 1], g2 * t[2, 2]
-        found = _within(place, begin[0], count, x, y, z, radius + half, squares, kept)
-        if size + found > len(of):
-            room = 2 * len(of) + found
-            more, more_of = np.empty((3, room + BLOCK), np.float32), np.empty(room, np.int32)
-            for e in range(size):
-                more[0, e], more[1, e], more[2, e], more_of[e] = listed[0, e], listed[1, e], listed[2, e], of[e]
-            listed, of = more, more_of
-        for m in range(found):
-            c = kept[m]
-            listed[0, size], listed[1, size], listed[2, size], of[size] = place[0, c], place[1, c], place[2, c], c
-            size += 1
-        begin[box + 1] = size
-    return begin, listed, of
+def _sort(values, count):
+    """Sort ``values[:count]`` (shell sort): NumPy's takes numba a second to compile."""
+    for gap in (301, 132, 57, 23, 10, 4, 1):
+        for i in range(gap, count):
+            value, place = values[i], i
+            while place >= gap and values[place - gap] > value:
+                values[place] = values[place - gap]
+                place -= gap
+            values[place] = value
 
 
 @inner
-def _lists(t, frac, first, last, radius):
-    """Return the :class:`_Lists` of a crystal for a radius."""
-    parts, reach = np.zeros(3, np.int64), np.empty(3)
-    reach[2] = radius / t[2, 2]
-    reach[1] = reach[2] * np.sqrt(t[2, 2] ** 2 + t[2, 1] ** 2) / t[1, 1]
-    n0, n1, n2 = t[1, 1] * t[2, 2], t[1, 0] * t[2, 2], t[1, 0] * t[2, 1] - t[1, 1] * t[2, 0]
-    reach[0] = radius * np.sqrt(n0 * n0 + n1 * n1 + n2 * n2) / (t[0, 0] * t[1, 1] * t[2, 2])
-    images = (1.0 + 2.0 * reach[0]) * (1.0 + 2.0 * reach[1]) * (1.0 + 2.0 * reach[2])
-    size = 0.0
-    for i in range(first, last):
-        size += abs(frac[i, 0]) + abs(frac[i, 1]) + abs(frac[i, 2])
-    if not (images < min(64.0, MOST_IMAGES * (last - first)) and size < 1e9):  # nor where a coordinate isn't finite
-        no_place, nothing = np.empty((3, 0), np.float32), np.empty(0, np.int32)
-        return _Lists(parts, parts, no_place, nothing, np.empty((4, 0), np.int32), 0.0, no_place[0], nothing)
-    box = BOX * radius
-    while parts[0] == 0 or parts[0] * parts[1] * parts[2] > max(1, last - first):
-        for axis in range(3):
-            length = np.sqrt(t[axis, 0] ** 2 + t[axis, 1] ** 2 + t[axis, 2] ** 2)
-            parts[axis] = max(1, int(min(length / box, 1e6)))
-        box *= 1.25
-    reach += 1e-6
-    margin = 1e-3 + 1e-6 * (radius + t[0, 0] + abs(t[1, 0]) + abs(t[2, 0]) + t[1, 1] + abs(t[2, 1]) + t[2, 2])
-    place, label, count = _cloud(t, frac, first, last, reach)
-    squares, kept = np.empty(count + BLOCK, np.float32), np.empty(count + 1, np.int32)
-    begin, listed, of = _divided(t, parts, place, count, radius + 2.0 * margin, squares, kept)
-    return _Lists(parts, begin, listed, of, label, margin, squares, kept)
+def _shell(d2s, count, k, radius, tolerance, scratch, distances):
+    """Return the distance up to which an atom's neighbors are kept and its square; write its nearest distances."""
+    n_distances = len(distances)
+    for m in range(count):
+        scratch[m] = d2s[m]
+    limit, least2 = radius, 0.0
+    if k > 0:
+        least2 = _kth_smallest(scratch, count, k - 1)
+        limit = np.sqrt(least2) + tolerance
+    if n_distances > 0:
+        _kth_smallest(scratch, count, n_distances - 1)
+        _sort(scratch, n_distances)
+        for m in range(n_distances):
+            distances[m] = np.sqrt(scratch[m])
+    return limit, max(limit * limit, least2)  # the square of a root may lie one rounding below
 
 
-@inner
-def _points_in_list(t, frac, center, radius, lists, size, source, image, d2s):
-    """Do what :func:`_points_in_sphere` does, by the list of the atom's box."""
-    c0, c1, c2 = frac[center, 0], frac[center, 1], frac[center, 2]
+@inlined
+def _candidates(c0, c1, c2, t, lists, room, search):
+    """Write to ``room.kept`` which images in the list of an atom's box may lie within a radius.
+
+    Returns:
+        Their number, how many of them are in doubt, and the cell that the atom is in.
+    """
     s0, s1, s2 = int(np.floor(c0)), int(np.floor(c1)), int(np.floor(c2))
     w0, w1, w2 = c0 - s0, c1 - s1, c2 - s2
-    parts = lists.parts
-    box = min(int(w2 * parts[2]), parts[2] - 1) * parts[1] + min(int(w1 * parts[1]), parts[1] - 1)
-    box = box * parts[0] + min(int(w0 * parts[0]), parts[0] - 1)
-    t00, t10, t11, t20, t21, t22 = t[0, 0], t[1, 0], t[1, 1], t[2, 0], t[2, 1], t[2, 2]
+    parts0, parts1, parts2 = lists.parts[0], lists.parts[1], lists.parts[2]
+    box = min(int(w2 * parts2), parts2 - 1) * parts1 + min(int(w1 * parts1), parts1 - 1)
+    box = box * parts0 + min(int(w0 * parts0), parts0 - 1)
     g0, g1, g2 = w0 - 0.5, w1 - 0.5, w2 - 0.5
-    x, y, z = g0 * t00 + g1 * t10 + g2 * t20, g1 * t11 + g2 * t21, g2 * t22
-    start, stop = lists.begin[box], lists.begin[box + 1]
-    near = _within(lists.place, start, stop, x, y, z, radius + lists.margin, lists.squares, lists.kept)
-    if size + near > len(d2s):
-        return -1
-    r2 = radius * radius
-    for m in range(near):
-        c = lists.of[lists.kept[m]]
-        j = lists.label[0, c]
-        n0, n1, n2 = lists.label[1, c] + s0, lists.label[2, c] + s1, lists.label[3, c] + s2
-        g2 = frac[j, 2] - c2 + n2
-        z = g2 * t22
-        left2 = r2 - z * z
-        g1 = frac[j, 1] - c1 + n1
-        y = g1 * t11 + g2 * t21
-        x = (frac[j, 0] - c0 + n0) * t00 + (g1 * t10 + g2 * t20)
-        d2 = x * x + y * y + z * z
-        if d2 > r2 or left2 < 0.0 or left2 - y * y < 0.0 or (j == center and n0 == 0 and n1 == 0 and n2 == 0):
-            continue
-        source[size], d2s[size] = j, d2
-        image[size, 0], image[size, 1], image[size, 2] = n0, n1, n2
-        size += 1
-    return size
+    x, y, z = g0 * t[0, 0] + g1 * t[1, 0] + g2 * t[2, 0], g1 * t[1, 1] + g2 * t[2, 1], g2 * t[2, 2]
+    count, doubt = within(
+        lists.x,
+        lists.y,
+        lists.z,
+        lists.row,
+        lists.begin[box],
+        lists.begin[box + 1],
+        x,
+        y,
+        z,
+        search + lists.margin,
+        2.0 * lists.margin,
+        room.inside,
+        room.kept,
+    )
+    return count, doubt, s0, s1, s2
+
+
+@inlined
+def _up_to(limit2, count, kept, d2s):
+    """Keep what isn't farther than a distance; return how many."""
+    left = U(0)
+    for m in range(count):
+        d2, c = d2s[m], kept[m]
+        kept[left], d2s[left] = c, d2
+        left += U(d2 <= limit2)
+    return np.int64(left)
 
 
 @inner
-def _kth_smallest(values, count, k):
-    """Return the k-th smallest (k from 0) of ``values[:count]``, reordering them (quickselect)."""
-    low, high = 0, count - 1
-    while low < high:
-        pivot = values[(low + high) // 2]
-        i, j = low, high
-        while i <= j:
-            while values[i] < pivot:
-                i += 1
-            while values[j] > pivot:
-                j -= 1
-            if i <= j:
-                values[i], values[j] = values[j], values[i]
-                i += 1
-                j -= 1
-        if k <= j:
-            high = j
-        elif k >= i:
-            low = i
+def _atoms(t, lattice, frac, first, last, i, search, k, radius, tolerance, lists, room, edges, start, shells):
+    """Find the neighbors of the atoms of a crystal from i on.
+
+    Returns:
+        The atom that more is needed for, what, and the radius, larger if that is it.
+    """
+    limit2, distances, scratch = shells
+    wanted = max(k, distances.shape[1])
+    listed, kept, d2s, label, owns = lists.parts[0] > 0, room.kept, room.d2s, room.label, room.own
+    source, target, image, vector, squares = edges.source, edges.target, edges.image, edges.vector, edges.d2
+    while i < last:
+        own, s0, s1, s2 = -1, 0, 0, 0
+        c0, c1, c2 = frac[3 * i], frac[3 * i + 1], frac[3 * i + 2]
+        if listed:
+            count, doubt, s0, s1, s2 = _candidates(c0, c1, c2, t, lists, room, search)
+            own = owns[i - first]
+            if wanted > 0 or doubt > 0:
+                count = exactly(t, frac, c0, c1, c2, search, label, own, s0, s1, s2, count, kept, d2s)
+                own = -1
         else:
-            break
-    return values[k]
-
-
-@inner
-def _grown(source, image, d2s, size):
-    """Return arrays of twice the room."""
-    room = 2 * len(source) + 64
-    more_source, more_image, more_d2s = np.empty(room, np.int64), np.empty((room, 3), np.int32), np.empty(room)
-    for e in range(size):  # copied one by one: a slice takes numba seconds to compile
-        more_source[e], more_d2s[e] = source[e], d2s[e]
-        more_image[e, 0], more_image[e, 1], more_image[e, 2] = image[e, 0], image[e, 1], image[e, 2]
-    return more_source, more_image, more_d2s
+            count = points_in_sphere(t, frac, first, last, i, search, label, kept, d2s)
+            if count < 0:
+                return i, MORE_ROOM, search
+        if wanted > 0:
+            if count < wanted:
+                return i, LARGER_RADIUS, search * 1.25
+            limit, limit2[i] = _shell(d2s, count, k, radius, tolerance, scratch, distances[i])
+            if limit > search:
+                return i, LARGER_RADIUS, limit * (1.0 + 1e-9)
+            count = _up_to(limit2[i], count, kept, d2s)
+        if start[i] + count > len(source):
+            return i, MORE_EDGES, search
+        start[i + 1] = _write(
+            source,
+            target,
+            image,
+            vector,
+            squares,
+            start[i],
+            lattice,
+            frac,
+            i,
+            c0,
+            c1,
+            c2,
+            label,
+            own,
+            s0,
+            s1,
+            s2,
+            count,
+            kept,
+            d2s,
+        )
+        i += 1
+    return last, DONE, search
 
 
 @njit(cache=True, python_up_to=1000, nogil=True, error_model="numpy")
-def directed(lattices, frac, ptr, k, radius, tolerance, n_distances, room):
+def directed(lattices, frac, ptr, k, radius, tolerance, n_distances, room_for_edges, final):
     """Find each target's own neighbors.
 
-    The arguments are those of :func:`crysldnet.graphs.neighbors.neighbor_list`, 0 for what isn't given, and the number
-    of edges to make room for at first.
+    The arguments are those of :func:`crysldnet.graphs.neighbors.neighbor_list`, coordinates flat, 0 for what isn't
+    given, the number of edges to make room for at first, and whether no further edges follow.
 
     Returns:
-        start [N + 1]; source, image and squared distance of the edges start[i] … start[i + 1] − 1 of each atom i, in
-        arrays longer than start[N]; the square [N] of the distance kept up to; distances [N, n_distances].
+        start [N + 1]; the edges start[i] … start[i + 1] − 1 of each atom i, in arrays longer than start[N], with
+        vectors if they are final and squared distances if not; the square [N] of the distance kept up to; distances
+        [N, n_distances].
     """
-    start = np.zeros(len(frac) + 1, np.int64)
-    limit2, distances = np.empty(len(frac)), np.empty((len(frac), n_distances))
-    source, image, d2s = np.empty(room, np.int64), np.empty((room, 3), np.int32), np.empty(room)
-    scratch = np.empty(512)
-    wanted = max(k, n_distances)
-    size = start[0]  # a plain 0 would compile what it is handed to a second time
+    atoms = len(frac) // 3
+    start = np.zeros(atoms + 1, np.int64)
+    limit2, distances = np.full(atoms, radius * radius), np.empty((atoms, n_distances))
+    edges = _edges(room_for_edges, room_for_edges if final else 0, 0 if final else room_for_edges)
+    room, scratch = room_for(start[0] + ROOM), np.empty(ROOM)  # a plain ROOM would compile it a second time
     for crystal in range(lattices.shape[0]):
         first, last = ptr[crystal], ptr[crystal + 1]
-        t, listed = _triangular(lattices[crystal]), -1.0
-        search = _first_radius(t, last - first, wanted, radius)
-        for center in range(first, last):
-            while True:
-                if search != listed:
-                    lists, listed = _lists(t, frac, first, last, search), search
-                if lists.parts[0] > 0:
-                    end = _points_in_list(t, frac, center, search, lists, size, source, image, d2s)
-                else:
-                    end = _points_in_sphere(t, frac, first, last, center, search, size, source, image, d2s)
-                if end < 0:
-                    source, image, d2s = _grown(source, image, d2s, size)
-                    continue
-                count = end - size
-                if count < wanted:
-                    search *= 1.25
-                    continue
-                if count > len(scratch):
-                    scratch = np.empty(2 * count)
-                limit, least2 = radius, 0.0
-                for m in range(count if wanted > 0 else 0):
-                    scratch[m] = d2s[size + m]
-                if k > 0:
-                    least2 = _kth_smallest(scratch, count, k - 1)
-                    limit = np.sqrt(least2) + tolerance
-                if limit > search:
-                    search = limit * (1.0 + 1e-9)
-                    continue
-                break
-            limit2[center] = max(limit * limit, least2)  # the square of a root may lie one rounding below
-            if n_distances > 0:
-                _kth_smallest(scratch, count, n_distances - 1)
-                nearest = np.sort(scratch[:n_distances])
-                for m in range(n_distances):
-                    distances[center, m] = np.sqrt(nearest[m])
-            for e in range(size, end):
-                if d2s[e] <= limit2[center]:
-                    source[size], d2s[size] = source[e], d2s[e]
-                    image[size, 0], image[size, 1], image[size, 2] = image[e, 0], image[e, 1], image[e, 2]
-                    size += 1
-            start[center + 1] = size
-    return start, source, image, d2s, limit2, distances
+        lattice = lattices[crystal]
+        t = triangular(lattice)
+        search = _first_radius(t, last - first, max(k, n_distances), radius)
+        i, need = first, LARGER_RADIUS
+        while need != DONE:
+            if need == MORE_EDGES:
+                edges = _more_edges(edges, start[i], len(room.kept))
+            else:
+                if need == MORE_ROOM:
+                    room = room_for(2 * len(room.kept))
+                lists, room = lists_of(t, frac, first, last, search, room)
+                if len(scratch) < len(room.kept):
+                    scratch = np.empty(len(room.kept))
+            shells = (limit2, distances, scratch)
+            i, need, search = _atoms(
+                t, lattice, frac, first, last, i, search, k, radius, tolerance, lists, room, edges, start, shells
+            )
+    return start, edges, limit2, distances

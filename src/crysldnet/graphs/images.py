@@ -1,0 +1,275 @@
+"""The images of a cell that may lie within a radius of an atom, compiled; see :mod:`crysldnet.graphs.search`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crysldnet.graphs.compiled import njit
+
+inner = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""For functions that only compiled ones call, which compile faster."""
+inlined = njit(nogil=True, error_model="numpy", inline="always")
+"""For what is done for every atom: a call counts the references to every array."""
+U = np.uint64
+"""Numba takes a signed index for one that may count from the end, which costs."""
+BLOCK = 64
+"""Points that one turn of a vectorized loop takes."""
+MOST_IMAGES = 60.0
+"""Images of the cell up to which they are listed, but fewer where atoms are few."""
+LEAST_IMAGES = 10.0
+"""Their number for each atom, and one more."""
+BOX = 0.9
+"""Length of a box in units of the radius."""
+FEWEST = 3
+"""Atoms of a box in the mean, at the least. All four are measured."""
+
+
+class Room(NamedTuple):
+    """Arrays to work in, which serve one crystal after another."""
+
+    x: NDArray[np.float32]  # [C] Cartesian coordinates of each image, from the middle of the cell
+    y: NDArray[np.float32]
+    z: NDArray[np.float32]
+    row: NDArray[np.int32]  # [C] 0, 1, 2 …
+    label: NDArray[np.int32]  # [C · 4] atom j and cell n of each image, ascending by j, n₂, n₁, n₀
+    own: NDArray[np.int32]  # [C] row of label where each atom of the crystal stands itself
+    inside: NDArray[np.uint8]  # [C]
+    kept: NDArray[np.int32]  # [C] rows of label that were found for an atom
+    d2s: NDArray[np.float64]  # [C] their squared distances
+
+
+class Lists(NamedTuple):
+    """What may lie within a radius of each box of a cell."""
+
+    parts: NDArray[np.int64]  # [3] boxes along each lattice vector; 0 for no lists
+    begin: NDArray[np.int64]  # [boxes + 1] where the list of each box begins
+    x: NDArray[np.float32]  # [L] coordinates as in Room
+    y: NDArray[np.float32]
+    z: NDArray[np.float32]
+    row: NDArray[np.int32]  # [L] row of label
+    margin: float  # Å by which single precision may be wrong
+
+
+@inner
+def room_for(images):
+    """Return room for images."""
+    size = images + BLOCK
+    x, y, z = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
+    row, label, own = np.empty(size, np.int32), np.empty(4 * size, np.int32), np.empty(size, np.int32)
+    for c in range(size):
+        row[c] = c
+    return Room(x, y, z, row, label, own, np.empty(size, np.uint8), np.empty(size, np.int32), np.empty(size))
+
+
+@inner
+def triangular(lattice):
+    """Return the lower triangular T with T = lattice · Q for a rotation Q (Gram–Schmidt on the rows)."""
+    t = np.zeros((3, 3))
+    basis = np.zeros((3, 3))
+    for row in range(3):
+        x, y, z = lattice[row, 0], lattice[row, 1], lattice[row, 2]
+        for other in range(row):
+            along = x * basis[other, 0] + y * basis[other, 1] + z * basis[other, 2]
+            x, y, z = x - along * basis[other, 0], y - along * basis[other, 1], z - along * basis[other, 2]
+            t[row, other] = along
+        length = np.sqrt(x**2 + y**2 + z**2)
+        t[row, row], basis[row, 0], basis[row, 1], basis[row, 2] = length, x / length, y / length, z / length
+    return t
+
+
+@inner
+def points_in_sphere(t, frac, first, last, center, radius, label, kept, d2s):
+    """List all (j, n) within ``radius`` of atom ``center``; return their number, or −1 where the arrays are full."""
+    r2 = radius * radius
+    slack, size = 1e-9, 0
+    t00, t10, t11, t20, t21, t22 = t[0, 0], t[1, 0], t[1, 1], t[2, 0], t[2, 1], t[2, 2]
+    per0, per1, per2 = 1.0 / t00, 1.0 / t11, 1.0 / t22
+    c0, c1, c2 = frac[3 * center], frac[3 * center + 1], frac[3 * center + 2]
+    for j in range(first, last):
+        f0, f1, f2 = frac[3 * j] - c0, frac[3 * j + 1] - c1, frac[3 * j + 2] - c2
+        reach2 = radius * per2
+        for n2 in range(int(np.ceil(-reach2 - f2 - slack)), int(np.floor(reach2 - f2 + slack)) + 1):
+            g2 = f2 + n2
+            z = g2 * t22
+            left2 = r2 - z * z
+            if left2 < 0.0:
+                continue
+            shift1 = f1 + g2 * t21 * per1
+            reach1 = np.sqrt(left2) * per1
+            for n1 in range(int(np.ceil(-reach1 - shift1 - slack)), int(np.floor(reach1 - shift1 + slack)) + 1):
+                g1 = f1 + n1
+                y = g1 * t11 + g2 * t21
+                left1 = left2 - y * y
+                if left1 < 0.0:
+                    continue
+                across = g1 * t10 + g2 * t20
+                shift0 = f0 + across * per0
+                reach0 = np.sqrt(left1) * per0
+                for n0 in range(int(np.ceil(-reach0 - shift0 - slack)), int(np.floor(reach0 - shift0 + slack)) + 1):
+                    x = (f0 + n0) * t00 + across
+                    d2 = x * x + y * y + z * z
+                    if d2 > r2 or (j == center and n0 == 0 and n1 == 0 and n2 == 0):
+                        continue
+                    if size == len(d2s):
+                        return -1
+                    kept[size], d2s[size], label[4 * size] = size, d2, j
+                    label[4 * size + 1], label[4 * size + 2], label[4 * size + 3] = n0, n1, n2
+                    size += 1
+    return size
+
+
+@inner
+def _reach(t, radius):
+    """Return how many cells a sphere reaches along each lattice vector."""
+    reach = np.empty(3)
+    reach[2] = radius / t[2, 2]
+    reach[1] = reach[2] * np.sqrt(t[2, 2] ** 2 + t[2, 1] ** 2) / t[1, 1]
+    n0, n1, n2 = t[1, 1] * t[2, 2], t[1, 0] * t[2, 2], t[1, 0] * t[2, 1] - t[1, 1] * t[2, 0]
+    reach[0] = radius * np.sqrt(n0 * n0 + n1 * n1 + n2 * n2) / (t[0, 0] * t[1, 1] * t[2, 2])
+    return reach
+
+
+@inner
+def _fill(t, frac, first, last, reach, room):
+    """List the images within ``reach`` of the cell; return how many."""
+    xs, ys, zs, label, own = room.x, room.y, room.z, room.label, room.own
+    t00, t10, t11, t20, t21, t22 = t[0, 0], t[1, 0], t[1, 1], t[2, 0], t[2, 1], t[2, 2]
+    reach0, reach1, reach2 = reach[0], reach[1], reach[2]
+    count = U(0)
+    for j in range(first, last):
+        f0, f1, f2 = np.floor(frac[3 * j]), np.floor(frac[3 * j + 1]), np.floor(frac[3 * j + 2])
+        w0, w1, w2 = frac[3 * j] - f0, frac[3 * j + 1] - f1, frac[3 * j + 2] - f2
+        s0, s1, s2 = int(f0), int(f1), int(f2)
+        low0, high0 = int(np.ceil(-reach0 - w0)), int(np.floor(1.0 + reach0 - w0))
+        low1, high1 = int(np.ceil(-reach1 - w1)), int(np.floor(1.0 + reach1 - w1))
+        for n2 in range(int(np.ceil(-reach2 - w2)), int(np.floor(1.0 + reach2 - w2)) + 1):
+            g2 = w2 + n2 - 0.5
+            for n1 in range(low1, high1 + 1):
+                g1 = w1 + n1 - 0.5
+                x, y, z = (w0 - 0.5) * t00 + (g1 * t10 + g2 * t20), g1 * t11 + g2 * t21, g2 * t22
+                if n1 == 0 and n2 == 0:
+                    own[j - first] = np.int64(count) - low0
+                for n0 in range(low0, high0 + 1):
+                    xs[count], ys[count], zs[count] = x + n0 * t00, y, z
+                    at = U(4) * count
+                    label[at], label[at + U(1)] = j, n0 - s0
+                    label[at + U(2)], label[at + U(3)] = n1 - s1, n2 - s2
+                    count += U(1)
+    return np.int64(count)
+
+
+@inlined
+def within(xs, ys, zs, rows, start, stop, x, y, z, radius, doubt, inside, kept):
+    """Write which of ``rows[start:stop]`` lie within a radius of a point; return how many, and how many in doubt."""
+    x, y, z, bound = np.float32(x), np.float32(y), np.float32(z), np.float32(radius * radius)
+    sure, doubtful = np.float32(max(0.0, radius - doubt) ** 2), 0
+    begin, many = U(start), stop - start
+    for c in range((many + BLOCK - 1) // BLOCK * BLOCK):  # a loop of its own, whole blocks: vectorized
+        dx, dy, dz = xs[begin + U(c)] - x, ys[begin + U(c)] - y, zs[begin + U(c)] - z
+        square = dx * dx + dy * dy + dz * dz
+        inside[c] = square <= bound
+        doubtful += (square <= bound) & (square > sure)
+    for c in range(many, (many + 7) // 8 * 8):
+        inside[c] = 0
+    count = U(0)
+    for block in range((many + 7) // 8):
+        for one in range(8):
+            at = U(8 * block + one)
+            kept[count] = rows[begin + at]
+            count += U(inside[at])
+    return np.int64(count), doubtful
+
+
+@inner
+def _half_diagonal(t, parts):
+    """Return half of the longest diagonal of a box."""
+    longest = 0.0
+    for sign1 in (-1.0, 1.0):
+        for sign2 in (-1.0, 1.0):
+            square = 0.0
+            for axis in range(3):
+                along = t[0, axis] / parts[0] + sign1 * t[1, axis] / parts[1] + sign2 * t[2, axis] / parts[2]
+                square += along * along
+            longest = max(longest, square)
+    return 0.5 * np.sqrt(longest)
+
+
+@inner
+def _divided(t, parts, count, radius, margin, room):
+    """Divide the images of a cell into lists for its boxes."""
+    boxes = parts[0] * parts[1] * parts[2]
+    begin = np.zeros(boxes + 1, np.int64)
+    if boxes == 1:
+        begin[1] = count
+        return Lists(parts, begin, room.x, room.y, room.z, room.row, margin)
+    radius += _half_diagonal(t, parts) + 2.0 * margin
+    most = boxes * count + BLOCK
+    bx, by, bz = np.empty(most, np.float32), np.empty(most, np.float32), np.empty(most, np.float32)
+    row = np.empty(most, np.int32)
+    xs, ys, zs, kept = room.x, room.y, room.z, room.kept
+    size = U(0)
+    for box in range(boxes):
+        g0 = (box % parts[0] + 0.5) / parts[0] - 0.5
+        g1 = (box // parts[0] % parts[1] + 0.5) / parts[1] - 0.5
+        g2 = (box // (parts[0] * parts[1]) + 0.5) / parts[2] - 0.5
+        x, y, z = g0 * t[0, 0] + g1 * t[1, 0] + g2 * t[2, 0], g1 * t[1, 1] + g2 * t[2, 1], g2 * t[2, 2]
+        found, _ = within(xs, ys, zs, room.row, 0, count, x, y, z, radius, 0.0, room.inside, kept)
+        for m in range(found):
+            c = U(kept[m])
+            bx[size], by[size], bz[size], row[size] = xs[c], ys[c], zs[c], c
+            size += U(1)
+        begin[box + 1] = size
+    return Lists(parts, begin, bx, by, bz, row, margin)
+
+
+@inner
+def lists_of(t, frac, first, last, radius, room):
+    """Return the :class:`Lists` of a crystal for a radius and the :class:`Room` that they are in.
+
+    There are none where a small or skewed cell has many images, nor where a coordinate isn't finite.
+    """
+    parts, reach, atoms = np.zeros(3, np.int64), _reach(t, radius), last - first
+    images = (1.0 + 2.0 * reach[0]) * (1.0 + 2.0 * reach[1]) * (1.0 + 2.0 * reach[2])
+    size = 0.0
+    for i in range(3 * first, 3 * last):
+        size += abs(frac[i])
+    if not (images < min(MOST_IMAGES, LEAST_IMAGES * (1 + atoms)) and size < 1e9):
+        return Lists(parts, parts, room.x, room.y, room.z, room.row, 0.0), room
+    box = BOX * radius
+    while parts[0] == 0 or parts[0] * parts[1] * parts[2] > max(1, atoms // FEWEST):
+        for axis in range(3):
+            length = np.sqrt(t[axis, 0] ** 2 + t[axis, 1] ** 2 + t[axis, 2] ** 2)
+            parts[axis] = max(1, int(min(length / box, 1e6)))
+        box *= 1.25
+    reach += 1e-6
+    margin = 1e-3 + 1e-6 * (radius + t[0, 0] + abs(t[1, 0]) + abs(t[2, 0]) + t[1, 1] + abs(t[2, 1]) + t[2, 2])
+    most = atoms * int(2.0 + 2.0 * reach[0]) * int(2.0 + 2.0 * reach[1]) * int(2.0 + 2.0 * reach[2])
+    if most + BLOCK > len(room.kept):
+        room = room_for(2 * most)
+    count = _fill(t, frac, first, last, reach, room)
+    return _divided(t, parts, count, radius, margin, room), room
+
+
+@inlined
+def exactly(t, frac, c0, c1, c2, radius, label, own, s0, s1, s2, near, kept, d2s):
+    """Keep what lies within a radius indeed, and its squared distances; return how many."""
+    r2 = radius * radius
+    t00, t10, t11, t20, t21, t22 = t[0, 0], t[1, 0], t[1, 1], t[2, 0], t[2, 1], t[2, 2]
+    count = U(0)
+    for m in range(near):
+        c = kept[m]
+        at = U(4 * c)
+        j = U(3 * label[at])
+        g2 = frac[j + U(2)] - c2 + (label[at + U(3)] + s2)
+        z = g2 * t22
+        left2 = r2 - z * z
+        g1 = frac[j + U(1)] - c1 + (label[at + U(2)] + s1)
+        y = g1 * t11 + g2 * t21
+        x = (frac[j] - c0 + (label[at + U(1)] + s0)) * t00 + (g1 * t10 + g2 * t20)
+        d2 = x * x + y * y + z * z
+        kept[count], d2s[count] = c, d2
+        count += U((d2 <= r2) & (left2 >= 0.0) & (left2 - y * y >= 0.0) & (c != own))
+    return np.int64(count)
