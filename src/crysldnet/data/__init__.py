@@ -1,1 +1,1 @@
-"""Crystals: import, storage, neighbor lists, graphs, batches and the LightningDataModule."""
+"""Crystals: stores, data sets, splits, targets, sampling and the LightningDataModule."""

@@ -1,7 +1,7 @@
-"""The published data sets. ``conf/published/NAME.yaml`` has the files, checksums, license, citation and splits of each.
+"""Published data sets. ``conf/published/NAME.yaml`` defines files, checksums, license, citation and splits of each.
 
-A sha256 stands there only where a public, versioned source states it: the metadata of matminer and of matbench, which
-come from PyPI. Without one, ``crysldnet data download`` prints the sha256 of the file that it fetched.
+A sha256 is given only if a public, versioned source states it: the metadata of matminer and matbench on PyPI.
+Otherwise, ``crysldnet data download`` prints the sha256 of the downloaded file.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class File(_Strict):
     """A file of a data set.
 
     Attributes:
-        name: under which it is kept in ``data/raw``.
-        url: where it is fetched from, or where a person finds it.
-        sha256: of its bytes; None where it could not be verified.
-        manual: it can't be fetched by name, a person has to.
-        split: the split that the whole file is, where each split has its own.
+        name: file name in ``data/raw``.
+        url: download address, or page with the file.
+        sha256: hash of its bytes; None if unverified.
+        manual: it must be downloaded manually.
+        split: the split of the whole file, if splits are separate files.
     """
 
     name: str
@@ -43,7 +43,7 @@ class File(_Strict):
 
 
 class Sizes(_Strict):
-    """How many crystals each split has, as published."""
+    """Published number of crystals in each split."""
 
     train: int
     val: int
@@ -54,12 +54,12 @@ class Property(_Strict):
     """A column of a data set.
 
     Attributes:
-        name: of the column in the store.
-        key: of the value in the published file; the name by default.
-        unit: of the column.
+        name: column name in the store.
+        key: key in the published file; by default the name.
+        unit: unit of the column.
         log10: the column is the logarithm of the value.
-        fractions: share of validation and of test in a seeded split; None where there is no such split.
-        sizes: of the published split. Without fractions they define it, with them they are compared.
+        fractions: fractions of validation and test in a seeded split; None without such a split.
+        sizes: sizes of the official split. Without fractions they define it, otherwise they are checked.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Property(_Strict):
 
     @property
     def split_column(self) -> str:
-        """Name of the column that holds the published split."""
+        """Name of the column with the official split."""
         return f"{self.name}_split"
 
 
@@ -79,17 +79,17 @@ class PublishedSet(_Strict):
     """A published data set.
 
     Attributes:
-        name: of its YAML file.
-        title: what it is called elsewhere.
-        version: of the data.
-        entries: rows of the published files.
-        reader: how the files are read, a key of ``crysldnet.tools.importer.published.formats.READERS``.
-        files: to fetch.
-        properties: columns besides the structures.
+        name: name of its YAML file.
+        title: common name.
+        version: version of the data.
+        entries: number of rows of the published files.
+        reader: file layout, a key of ``crysldnet.tools.importer.published.formats.READERS``.
+        files: files to download.
+        properties: columns in addition to the structures.
         licence, citation: as published.
-        splits: what ``data.split.by=official`` means.
-        caveat: what could not be verified, or must be known.
-        needs_structures: it has no structures of its own, but Materials Project ids.
+        splits: meaning of ``data.split.by=official``.
+        caveat: what is unverified or important to know.
+        needs_structures: it has Materials Project ids but no structures.
     """
 
     name: str
@@ -107,15 +107,15 @@ class PublishedSet(_Strict):
 
     @property
     def unverified(self) -> list[str]:
-        """Names of the files whose sha256 isn't known."""
+        """Names of the files without a known sha256."""
         return [file.name for file in self.files if file.sha256 is None]
 
 
 def read_definition(path: Path) -> PublishedSet:
-    """Read the definition of a data set, which has the file's name.
+    """Read the definition of a data set, named after its file.
 
     Raises:
-        DataError: the file can't be read, or has an unknown key or a value of another type.
+        DataError: the file can't be read, or has an unknown key or a value of the wrong type.
     """
     try:
         values = from_yaml(path.read_text(encoding="utf-8"))
@@ -131,15 +131,15 @@ def read_definition(path: Path) -> PublishedSet:
 
 @cache
 def published() -> dict[str, PublishedSet]:
-    """Return the definition of each data set by its name."""
+    """Return the definition of each data set by name."""
     return {path.stem: read_definition(path) for path in sorted((conf_folder() / "published").glob("*.yaml"))}
 
 
 def definition_of(name: str) -> PublishedSet:
-    """Return a definition, by its name or from a YAML file of that kind.
+    """Return a definition by name or from a YAML file.
 
     Raises:
-        DataError: no data set has this name, or the file can't be used.
+        DataError: no data set has this name, or the file is invalid.
     """
     if name.endswith((".yaml", ".yml")):
         return read_definition(Path(name))

@@ -1,8 +1,8 @@
-"""Read the texts of a column as numbers, with uncertainties and a unit, or leave them texts.
+"""Parse a text column as numbers with uncertainties and a unit, or keep it as text.
 
-The decision is made once for a column, from all of its cells. What can be read in one way alone is read: ``-1.5e3``,
-``1.5D+03``, ``1,063.26``, ``63.26 ± 3``, ``5.64(3)``, ``63.26 GPa`` where every cell has this unit, and decimal commas
-where other characters separate the cells. What could be read in two ways, or isn't a plain value, is an error.
+The decision is made once per column from all of its cells. Unambiguous values are parsed: ``-1.5e3``, ``1.5D+03``,
+``1,063.26``, ``63.26 ± 3``, ``5.64(3)``, ``63.26 GPa`` if every cell has this unit, and decimal commas if other
+characters separate the cells. Ambiguous values are errors.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ import pyarrow.compute as pc
 from crysldnet.data.units import is_unit, same_unit
 
 MISSING = frozenset(("", "nan", "na", "n/a", "#n/a", "<na>", "null", "none", "-", "--", "—", "?"))
-"""Texts, in lower case, that mean in a column of numbers: no value."""
+"""Lowercase texts that mean a missing value in a numeric column."""
 MISSING_TEXT = ("n/a", "N/A", "null", "Null", "NULL", "#N/A", "<NA>")
-"""Texts that mean so in a column of texts, besides empty ones: Na and NaN are formulas."""
+"""Texts that mean a missing value in a text column, besides empty ones: Na and NaN are formulas."""
 _MARKS = "'’\u00a0\u2009\u202f"
 _MINUS = "–‐‑‒﹣－"
-"""Dashes that stand for a minus before a number."""
+"""Dashes used as a minus sign before a number."""
 _EXPONENT = r"(?:[eEdD][-+]?\d+)?"
 _NUMBER = rf"[-+]?[.,]?\d[\d.,{_MARKS}]*{_EXPONENT}"
 _GLUED = r"(?:[a-zA-ZΩµμ/^]{2,10}[-^]?[1-9]?|[%°ÅK])"
-"""Units that no space divides from the number; 2H and 3C name polytypes."""
+"""Units that may follow a number without a space; 2H and 3C name polytypes."""
 _ABOUT = r"(?:[<>≤≥~≈]=?|c\.|ca\.?|circa|about|approx\.?)"
 _RAISED = "⁺⁻⁰¹²³⁴-⁹"
 LOOKS_LIKE_A_NUMBER = (
     rf"^[\s{_MARKS}]*{_ABOUT}?\s*[-+−＋{_MINUS}]?\s*[.,．，]?\d[\d.,．，_{_MARKS}]*(?:[eEdD][-+−]?\d+)?\s*"
     rf"(?:$|[\s±(+–—×x*·†‡§¶#{_RAISED}-]|\.\.|{_GLUED}$)"
 ).replace(r"\d", r"\p{Nd}")
-"""Found in every cell that can be taken for a number, and in others: for a quick look at many."""
+"""Found in every cell that may be a number, and in others: for a quick check of many."""
 _CELL = re.compile(rf"({_NUMBER})(?:\s*(?:±|\+/-|\+-)\s*({_NUMBER})|\((\d+)\))?(\s*)(\D.*)?")
 _POINT = re.compile(rf"[-+]?(?:\d+\.?\d*|\.\d+){_EXPONENT}")
 _COMMA = re.compile(rf"[-+]?(?:\d+,?\d*|,\d+){_EXPONENT}")
-_GROUPED = {  # by the decimal mark: the whole number in groups of three, and where the groups alone tell, no decimals
+_GROUPED = {  # by decimal mark: integers in groups of three, and decimals if the groups are unambiguous
     ".": re.compile(rf"[-+]?[1-9]\d{{0,2}}(?:(?:,\d{{3}})+\.\d*|(?:,\d{{3}}){{2,}}|(?:[{_MARKS}]\d{{3}})+(?:\.\d*)?)"),
     ",": re.compile(rf"[-+]?[1-9]\d{{0,2}}(?:(?:\.\d{{3}})+,\d*|(?:\.\d{{3}}){{2,}}|(?:[{_MARKS}]\d{{3}})+(?:,\d*)?)"),
 }
 _TWO_WAYS = re.compile(r"[-+]?[1-9]\d{0,2},\d{3}")
 TWO_WAYS_POINT = r"^[-+]?[1-9]\d{0,2}\.\d{3}$"
-"""1.063 where points may divide thousands."""
+"""1.063 where points may be thousands separators."""
 _ODD = {
     "is a bound or an estimate, not a value": re.compile(rf"{_ABOUT}\s*[-+]?[.,]?\d.*"),
     "is a range, not a value": re.compile(r"[-+]?(?=[\d.]*\.)[\d.]+\s*(?:[-–—]|to|\.\.+)\s*[\d.]+.*"),
@@ -64,17 +64,17 @@ _DATE = re.compile(
     rf"|({_MONTHS})\w*[-./ ]+\d{{2,4}}",
     re.IGNORECASE,
 )
-"""What spreadsheets make of 1.5 or 2/1: 01.Mai, 2-Jan, Jan 63, 2024-05-01."""
+"""What spreadsheets turn 1.5 or 2/1 into: 01.Mai, 2-Jan, Jan 63, 2024-05-01."""
 _ASCII = str.maketrans("０１２３４５６７８９．，＋−％", "0123456789.,+-%")
 _PLAINLY = "write a plain number such as -1.5e3, or leave the cell empty"
 
 
 class CellError(Exception):
-    """A cell can't be read without guessing.
+    """An ambiguous cell.
 
     Attributes:
-        text: of the cell.
-        reason: why, and what to do.
+        text: text of the cell.
+        reason: reason and remedy.
     """
 
     def __init__(self, text: str, reason: str) -> None:
@@ -83,7 +83,7 @@ class CellError(Exception):
 
 
 class Number(NamedTuple):
-    """What a cell says."""
+    """Parsed content of a cell."""
 
     value: float
     uncertainty: float | None = None
@@ -94,12 +94,12 @@ NO_VALUE = Number(math.nan)
 
 @dataclass(frozen=True)
 class Numbers:
-    """How the texts of a column are read.
+    """How the texts of a column are parsed.
 
     Attributes:
-        read: each text that is a number, or that says that there is no value: NaN.
-        unit: that cells or header state.
-        unread: texts that are no finite numbers.
+        read: number for each text, NaN for a missing value.
+        unit: unit from cells or header.
+        unread: texts that aren't finite numbers.
     """
 
     read: Mapping[str, Number]
@@ -107,12 +107,12 @@ class Numbers:
     unread: frozenset[str]
 
     def names(self, name: str) -> list[str]:
-        """Return the names of a column and, where any of its cells has one, of the column of uncertainties."""
+        """Return the names of a column and, if any cell has one, of its uncertainty column."""
         uncertain = any(number.uncertainty is not None for number in self.read.values())
         return [name, f"{name}_uncertainty"] if uncertain else [name]
 
     def columns(self, name: str, texts: Sequence[str | None]) -> dict[str, pa.Array]:
-        """Return the values of cells, and their uncertainties, by the names of the columns."""
+        """Return the values of cells and their uncertainties by column name."""
         found = [self.read.get(text, NO_VALUE) if text is not None else NO_VALUE for text in texts]
         names = self.names(name)
         return {
@@ -121,13 +121,14 @@ class Numbers:
         }
 
     def says_something(self, text: str) -> bool:
-        """Return whether a cell is meant to have a value, read or not."""
+        """Return whether a cell is meant to have a value, valid or not."""
         return text in self.unread or not math.isnan(self.read[text].value)
 
 
 def plain_numbers(texts: pa.Array, *, commas: bool = False) -> pa.Array | None:
-    """Return stripped texts as numbers where each is empty or a plain finite number; None where one isn't, or may have
-    a point that divides thousands, as in a table with decimal commas."""
+    """Return stripped texts as numbers if each is empty or a plain finite number; None otherwise, or if a point may be
+    a thousands separator, as in a table with decimal commas.
+    """
     if commas and pc.any(pc.match_substring_regex(texts, TWO_WAYS_POINT)).as_py():
         return None
     known = pc.if_else(pc.equal(texts, ""), None, texts)
@@ -145,7 +146,7 @@ class _Parts(NamedTuple):
     last_digits: str | None = None
     suffix: str = ""
     odd: str = ""
-    """Why it can't be read, though it looks like a number."""
+    """Why it can't be parsed although it looks like a number."""
 
 
 def read_numbers(
@@ -156,20 +157,20 @@ def read_numbers(
     commas: bool = False,
     others_have_commas: bool = False,
 ) -> Numbers | None:
-    """Decide how the texts of a column are read; None where they stay texts.
+    """Decide how the texts of a column are parsed; None to keep text.
 
-    They are numbers where at least half of them look so, or where the header states a unit. Words among them aren't
-    read.
+    They are numbers if at least half of them look like numbers, or if the header states a unit. Words among them are
+    rejected.
 
     Args:
-        counts: how often each text is there.
-        unit: that the header states.
-        numbers: how many further cells are numbers already.
-        commas: whether decimal commas are read.
+        counts: count of each text.
+        unit: unit in the header.
+        numbers: number of other cells that are already numbers.
+        commas: whether decimal commas are allowed.
         others_have_commas: whether other columns of the table have decimal commas.
 
     Raises:
-        CellError: a cell can't be read without guessing.
+        CellError: a cell is ambiguous.
     """
     parts, words = _sorted_out(counts)
     there, other = sum(counts[text] for text in parts) + numbers, sum(counts[text] for text in words)
@@ -199,7 +200,7 @@ def read_numbers(
 
 
 def _sorted_out(counts: Mapping[str, int]) -> tuple[dict[str, _Parts], list[str]]:
-    """Return the texts that look like numbers, and the others; those that say that there is no value are neither."""
+    """Return the texts that look like numbers and the others, without those that mean a missing value."""
     parts: dict[str, _Parts] = {}
     words = []
     for text in counts:
@@ -210,7 +211,7 @@ def _sorted_out(counts: Mapping[str, int]) -> tuple[dict[str, _Parts], list[str]
         else:
             words.append(text)
     unknown = {text: f.suffix for text, f in parts.items() if f.suffix and not f.odd and not is_unit(f.suffix)}
-    if len(set(unknown.values())) > 1 or len(unknown) == 1:  # no unit that this program doesn't know, but words
+    if len(set(unknown.values())) > 1 or len(unknown) == 1:  # not a unit unknown to this program, but words
         words += unknown
         parts = {text: found for text, found in parts.items() if text not in unknown}
     return parts, words
@@ -218,12 +219,12 @@ def _sorted_out(counts: Mapping[str, int]) -> tuple[dict[str, _Parts], list[str]
 
 def _clean(text: str) -> str:
     clean = text.strip().translate(_ASCII)
-    clean = re.sub(rf"^'(?=[-+{_MINUS}]?[.,]?\d)", "", clean)  # so spreadsheets mark a text
+    clean = re.sub(rf"^'(?=[-+{_MINUS}]?[.,]?\d)", "", clean)  # spreadsheets mark text like this
     return re.sub(rf"^[{_MINUS}](?=[.,]?\d)", "-", clean)
 
 
 def _parts_of(clean: str) -> _Parts | None:
-    """Take a cell apart that looks like a number; None where it doesn't."""
+    """Split a cell that looks like a number into its parts; None if it doesn't."""
     if _POINT.fullmatch(clean):
         return _Parts(clean) if math.isfinite(float(clean.lower().replace("d", "e"))) else None
     for reason, pattern in _ODD.items():
@@ -258,10 +259,10 @@ def has_decimal_comma(texts: Iterable[str]) -> bool:
 
 
 def _follows(parts: Mapping[str, _Parts]) -> bool:
-    """Return whether a column without decimal commas is read as the others of its table, which have some.
+    """Return whether a column without decimal commas is parsed like the others of its table, which have some.
 
     Raises:
-        CellError: its points may divide thousands.
+        CellError: its points may be thousands separators.
     """
     numbers = [(text, part) for text, found in parts.items() for part in (found.number, found.uncertainty) if part]
     points = [(text, number) for text, number in numbers if "." in number and _POINT.fullmatch(number)]
@@ -276,13 +277,13 @@ def _follows(parts: Mapping[str, _Parts]) -> bool:
 
 
 def _are_codes(parts: Collection[_Parts]) -> bool:
-    """Return whether texts are codes, such as 0012, that would lose their zeros."""
+    """Return whether texts are codes, such as 0012, that would lose leading zeros."""
     numbers = [found.number for found in parts]
     return all(map(str.isdigit, numbers)) and any(len(number) > 1 and number[0] == "0" for number in numbers)
 
 
 def _unit_of(parts: Mapping[str, _Parts], unit: str | None, plain: bool) -> str | None:
-    """Return the unit that header or cells state."""
+    """Return the unit in header or cells."""
     plain = plain or any(not found.suffix for found in parts.values())
     stated = unit
     for text, found in parts.items():

@@ -1,4 +1,4 @@
-"""Clusters of alike crystals, for splits that test on structures unlike those trained on."""
+"""Clusters of similar crystals, for splits that test on structures unlike the training set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CHUNK = 4096
 
 
 def features_of(store: CrystalStore) -> NDArray[np.float32]:
-    """[B, 119 + 13] the share of each element among the atoms, and the standardised geometry fingerprint."""
+    """Return [B, 119 + 13] element fractions and the standardized geometry fingerprint."""
     shares = []
     for start in range(0, len(store), _CHUNK):
         crystals = store.crystals.take(np.arange(start, min(start + _CHUNK, len(store))))
@@ -28,7 +28,7 @@ def features_of(store: CrystalStore) -> NDArray[np.float32]:
 
 
 def clusters_of(store: CrystalStore, count: int, seed: int) -> NDArray[np.int64]:
-    """[B] the cluster of each crystal, by k-means in mini-batches on :func:`features_of`.
+    """Return [B] the cluster of each crystal, by mini-batch k-means on :func:`features_of`.
 
     Raises:
         DataError: scikit-learn isn't installed, or there are fewer crystals than clusters.
@@ -43,6 +43,6 @@ def clusters_of(store: CrystalStore, count: int, seed: int) -> NDArray[np.int64]
     if len(store) < count:
         raise DataError(f"{store.name}: {len(store)} crystals can't make {count} clusters; lower data.split.clusters")
     model = MiniBatchKMeans(count, random_state=seed, n_init=3, batch_size=2048)
-    with threadpool_limits(1):  # sums in a fixed order, whatever the number of cores
+    with threadpool_limits(1):  # sum in a fixed order, regardless of the number of cores
         labels = model.fit_predict(features_of(store))
     return np.unique(labels, return_inverse=True)[1].astype(np.int64)

@@ -1,4 +1,4 @@
-"""Whole batches of crystals for a DataLoader: geometry is stored, graphs are built when they are asked for."""
+"""Whole batches of crystals for a DataLoader: geometry is stored, graphs are built on demand."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from crysldnet.graphs.spec import GraphSpec
 
 
 class CrystalDataset(Dataset[CrystalBatch]):
-    """Whole batches of one split, built when asked for.
+    """Whole batches of one split, built on demand.
 
     Args:
         store: the crystals.
-        targets: [n, T] of all rows of the store, in physical units, NaN where unknown; None for none.
+        targets: [n, T] targets of all rows of the store, in physical units, NaN if unknown; None for none.
         graph: the graph to build.
-        corruption: what to do to each crystal first; None for nothing.
-        seed: key of the corruption's random numbers, together with the split, the epoch and the batch's number.
-        max_edges: where moved atoms and strained cells have more edges than this, the batch is shown with its species
-            masked alone: the crystals as they are stored have fewer. None for no bound.
-        with_clean: give the crystals as they are stored beside the corrupted ones.
-        descriptors: [n, K] of all rows of the store; None for none.
+        corruption: corruption of the crystals; None for none.
+        seed: seed of the corruption, together with split, epoch and batch number.
+        max_edges: if displaced atoms and strained cells have more edges than this, the batch only has masked species:
+            the stored crystals have fewer. None for no limit.
+        with_clean: also return the clean crystals.
+        descriptors: [n, K] descriptors of all rows of the store; None for none.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class CrystalDataset(Dataset[CrystalBatch]):
     def _corrupt_always_alike(
         self, corruption: Corruption, rows: NDArray[np.int64]
     ) -> tuple[Crystals, DenoisingTargets]:
-        """Corrupt each crystal by its own random numbers, whichever batch it is in."""
+        """Corrupt each crystal with its own random numbers, independent of its batch."""
         parts = [
             corruption.apply(self.store.crystals.take(rows[i : i + 1]), np.random.default_rng([*self.seed, int(row)]))
             for i, row in enumerate(rows)

@@ -1,4 +1,4 @@
-"""The LightningDataModule of crystal graphs: geometry is stored, graphs are built on the fly."""
+"""LightningDataModule of crystal graphs: geometry is stored, graphs are built on the fly."""
 
 from __future__ import annotations
 
@@ -31,37 +31,37 @@ from crysldnet.graphs.spec import GraphSpec
 from crysldnet.signals import leave_to_parent
 
 INFERENCE_BATCH = (64, 4096)
-"""Crystals and atoms of a batch outside of training."""
+"""Crystals and atoms per batch outside training."""
 
 
 class CrystalDataModule(pl.LightningDataModule):
-    """Crystal graphs in batches bounded by crystals, atoms and edges, for any number of ranks.
+    """Crystal graphs in batches limited by crystals, atoms and edges, for any number of ranks.
 
     Args:
         path: a store folder, a Parquet file, ``embedded:NAME`` or ``published:NAME``; or one of those for each of
             train, val and test.
-        graph: the graph that the encoder needs.
+        graph: the encoder's graph.
         targets: columns to predict; rows without any of them are left out. None or empty for no targets.
-        descriptors: columns of numbers that the head reads beside the crystal; rows without one of them are left out.
-        calibration_fraction: share of the validation crystals that is kept out of validation, for calibration alone.
-        split: how to split (not where ``path`` names a file for each).
-        corruption: what pretraining does to the crystals.
-        with_clean: give the crystals as they are stored beside the corrupted ones.
-        batch_size: crystals in a global batch: of all devices and accumulation steps together; None where
-            ``batch_atoms`` alone bounds it.
-        batch_atoms: bound of a global batch in atoms; None for none.
-        max_atoms: bound of one batch on one device.
-        max_edges: likewise; the graphs are then counted once at the start.
+        descriptors: numeric columns that the head also reads; rows that lack one are left out.
+        calibration_fraction: fraction of the validation crystals reserved for calibration.
+        split: how to split, unless ``path`` names a file per split.
+        corruption: corruption for pretraining.
+        with_clean: also return the clean crystals.
+        batch_size: crystals per global batch, over all devices and accumulation steps; None to limit only by
+            ``batch_atoms``.
+        batch_atoms: limit of atoms per global batch; None for none.
+        max_atoms: limit of atoms in one batch on one device.
+        max_edges: limit of edges in one batch on one device; edges are then counted once at the start.
         max_crystal_atoms: larger crystals are left out, with a note.
-        num_workers: processes that build batches; 0 builds them in the training process.
-        exclude: data sets whose crystals are left out of training and validation, each named as ``path`` is, and with
-            ``@SPLIT`` a split of it.
-        exclude_by: ``formula`` leaves out every crystal of a formula that such a set has, ``structure`` only the same
+        num_workers: data loader processes; 0 builds batches in the training process.
+        exclude: data sets whose crystals are excluded from training and validation, named like ``path``, optionally
+            with ``@SPLIT``.
+        exclude_by: ``formula`` excludes every crystal with a formula in such a set, ``structure`` only matching
             structures.
-        seed: of order and corruption.
-        target_types: what kind of target a column is, where it isn't plain from its type.
-        store: crystals that are open already, in place of ``path``.
-        rows: which of them are train, val and test.
+        seed: seed of data order and corruption.
+        target_types: target types of columns, if not determined by the column type.
+        store: open crystals in place of ``path``.
+        rows: their train, val and test rows.
     """
 
     def __init__(
@@ -110,20 +110,20 @@ class CrystalDataModule(pl.LightningDataModule):
         self._given = (store, rows)
         self.target_types = target_types or {}
         self.descriptor_values: NDArray[np.float64] | None = None
-        """[n, K] of all rows of the store, NaN where unknown; None for none."""
+        """[n, K] of all rows of the store, NaN if unknown; None for none."""
         self.labels: list[list[str] | None] = []
-        """Names of the classes of each target, None for numbers."""
+        """Class names of each target, None for numbers."""
         self.left_out: dict[str, int] = {}
-        """Number of crystals that each rule left out."""
+        """Number of crystals excluded by each rule."""
         self.excluded: list[dict[str, Any]] = []
-        """Of each set in ``exclude``: its name, its sha256, the rule, and how many crystals it took."""
+        """For each set in ``exclude``: name, sha256, rule, and number of crystals removed."""
         self.start = (0, 0)
-        """Epoch with which training begins, and how many batches of it each rank has done."""
+        """Initial epoch, and number of its batches that each rank has completed."""
         self._loaded = False
         self._commonest: int | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the store and choose the rows; the same on every rank."""
+        """Open the store and select the rows; identical on every rank."""
         if self._loaded:
             return
         store, rows = self._given
@@ -154,7 +154,7 @@ class CrystalDataModule(pl.LightningDataModule):
         return store, split.rows(store)
 
     def _find_columns(self, store: CrystalStore) -> None:
-        """Name targets and descriptors as the columns that are meant."""
+        """Resolve targets and descriptors to column names."""
         self.targets = [column_called(store, name) for name in self.targets]
         self.descriptors = [column_called(store, name) for name in self.descriptors]
         if len({*self.targets, *self.descriptors}) < len(self.targets) + len(self.descriptors):
@@ -177,7 +177,7 @@ class CrystalDataModule(pl.LightningDataModule):
         return np.stack([values for values, _ in read], axis=1)
 
     def _read_descriptors(self) -> NDArray[np.float64] | None:
-        """Return [n, K] of all rows of the store, NaN where unknown; None for none."""
+        """Return [n, K] of all rows of the store, NaN if unknown; None for none."""
         if not self.descriptors:
             return None
         return np.stack([read_target(self.store, name, "regression")[0] for name in self.descriptors], axis=1)
@@ -203,9 +203,9 @@ class CrystalDataModule(pl.LightningDataModule):
         return rows[~gone]
 
     def _keep_for_calibration(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the validation and the calibration rows, which are the same unless a share is kept apart.
+        """Return the validation and the calibration rows, which are the same unless a fraction is reserved.
 
-        Rows that were given are used as they are.
+        Given rows are used unchanged.
         """
         if not self.calibration_fraction or self._given[1] is not None:
             return rows, rows
@@ -224,39 +224,39 @@ class CrystalDataModule(pl.LightningDataModule):
         return np.sort(order[count:]), np.sort(order[:count])
 
     def split_text(self) -> str:
-        """Return the file of the split as it is used, after every rule that leaves crystals out."""
+        """Return the split file after all exclusions."""
         return split_text(self.store, self.rows, {"path": self.path, "targets": self.targets, **asdict(self.split)})
 
     @property
     def units(self) -> list[str]:
-        """Unit of each target, empty where the data don't say."""
+        """Unit of each target, or an empty string."""
         return [self.store.units.get(name, "") for name in self.targets]
 
     @property
     def descriptor_units(self) -> list[str]:
-        """Unit of each descriptor, empty where the data don't say."""
+        """Unit of each descriptor, or an empty string."""
         return [self.store.units.get(name, "") for name in self.descriptors]
 
     def batch(self, rows: NDArray[np.int64], graph: GraphSpec) -> CrystalBatch:
-        """Return the graphs of some rows of the store, with their descriptors."""
+        """Return the graphs of some rows of the store with their descriptors."""
         descriptors = None if self.descriptor_values is None else self.descriptor_values[rows]
         return make_batch(self.store.crystals.take(rows), graph, rows=rows, descriptors=descriptors)
 
     def batches(self, rows: NDArray[np.int64], graph: GraphSpec) -> Iterator[CrystalBatch]:
-        """Yield the graphs of many rows of the store in their order, for use without training."""
+        """Yield the graphs of many rows of the store in order, for use without training."""
         for start, stop in cut(self.store.crystals.sizes[rows], *INFERENCE_BATCH):
             yield self.batch(rows[start:stop], graph)
 
     @property
     def commonest_species(self) -> int:
-        """The most frequent atomic number among the training atoms."""
+        """Most frequent atomic number among the training atoms."""
         if self._commonest is None:
             numbers = self.store.crystals.take(self.rows["train"]).numbers
             self._commonest = int(np.bincount(numbers).argmax())
         return self._commonest
 
     def train_targets(self) -> NDArray[np.float64]:
-        """[n, T] the training rows' targets: all that normalisation may see."""
+        """[n, T] targets of the training rows, the only ones used for normalization."""
         assert self.target_values is not None
         return self.target_values[self.rows["train"]]
 
@@ -288,7 +288,7 @@ class CrystalDataModule(pl.LightningDataModule):
         )
 
     def share_of_a_step(self, parts: int) -> BatchLimits:
-        """Return what one of ``parts`` batches of a step may hold."""
+        """Return the limit of one of ``parts`` batches of a step."""
         atoms = [] if self.max_atoms is None else [self.max_atoms]
         atoms += [] if self.batch_atoms is None else [self.batch_atoms // parts]
         crystals = None if self.batch_size is None else self.batch_size // parts
@@ -319,13 +319,13 @@ class CrystalDataModule(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[CrystalBatch]:
-        """Shuffled anew every epoch."""
+        """Shuffled every epoch."""
         return self._loader("train")
 
     def val_dataloader(self) -> DataLoader[CrystalBatch] | list:
-        """In an order that is always the same, and so is the corruption."""
+        """Fixed order and corruption."""
         return self._loader("val") if len(self.rows["val"]) else []
 
     def test_dataloader(self) -> DataLoader[CrystalBatch] | list:
-        """In an order that is always the same."""
+        """Fixed order."""
         return self._loader("test") if len(self.rows["test"]) else []

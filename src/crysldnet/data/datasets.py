@@ -1,4 +1,6 @@
-"""Where crystals are: a store, a Parquet file, ``embedded:NAME`` or ``published:NAME``, each with ``@SPLIT``."""
+"""Sources of crystals: a store, a Parquet file, ``embedded:NAME`` or ``published:NAME``, each optionally with
+``@SPLIT``.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,14 @@ from crysldnet.errors import DataError
 
 EMBEDDED = Path(__file__).parent / "embedded"
 EMBEDDED_TARGETS = {"matbench_jdft2d": "exfoliation_energy", "matbench_phonons": "last_phdos_peak"}
-"""Tasks of Matbench whose crystals ship with the package, re-encoded, and the column of their target."""
+"""Matbench tasks whose crystals are included, re-encoded, with their target column."""
 DATA_VARIABLE = "CRYSLDNET_DATA"
-"""Names the folder of published data sets; ``data`` in the current folder by default."""
+"""Environment variable with the folder of published data sets; default ``data`` in the current folder."""
 
 CACHE_VARIABLE = "CRYSLDNET_CACHE"
-"""Names the folder of what can be made again at any time, ``none`` for no such folder; ``~/.cache/crysldnet`` by
-default."""
+"""Environment variable with the cache folder, ``none`` for no cache; default ``~/.cache/crysldnet``."""
 CACHED_FROM = 2 << 20
-"""Bytes from which on a Parquet file is converted to a store; checking the crystals of a smaller one takes no 0.2 s."""
+"""Size in bytes above which a Parquet file is converted to a store; checking a smaller one takes less than 0.2 s."""
 UNUSED_DAYS = 30
 
 
@@ -38,7 +39,7 @@ def data_folder() -> Path:
 
 
 def published_path(name: str) -> Path:
-    """Return where the store of a published data set is, or would be."""
+    """Return the path of a published data set's store, whether or not it exists."""
     return data_folder() / f"{name}.store"
 
 
@@ -46,11 +47,11 @@ def open_store(path: str) -> CrystalStore:
     """Open a store or Parquet file.
 
     Args:
-        path: its path, ``embedded:NAME`` for a set that ships with the package, or ``published:NAME`` for one that
-            ``crysldnet data download NAME`` brought here.
+        path: its path, ``embedded:NAME`` for an included set, or ``published:NAME`` for one downloaded with
+            ``crysldnet data download NAME``.
 
     Raises:
-        DataError: there is none, or it is damaged.
+        DataError: it is missing or damaged.
     """
     kind, _, name = path.partition(":")
     if kind == "embedded":
@@ -79,7 +80,7 @@ def open_store(path: str) -> CrystalStore:
 
 @cache
 def _note_unverified(name: str) -> None:
-    """Note once, in the first process, that a published set can't be compared with what was published."""
+    """Print a note once, in the first process, that a published set is unverified."""
     known = published().get(name)
     files = known.unverified if known is not None else []
     if files and os.environ.get("LOCAL_RANK", "0") == "0":
@@ -90,9 +91,9 @@ def _note_unverified(name: str) -> None:
 
 
 def _open_converted(file: Path) -> CrystalStore:
-    """Open a Parquet file as a store in the cache, made by the first process that asks for this content.
+    """Open a Parquet file as a cached store, converted by the first process that needs it.
 
-    If the cache can't be written, the file is read and checked as it is.
+    If the cache isn't writable, the file itself is read and checked.
     """
     from filelock import FileLock
 
@@ -107,16 +108,16 @@ def _open_converted(file: Path) -> CrystalStore:
         converted = folder / f"{digest}-{FORMAT_VERSION}.store"
         with FileLock(converted.with_suffix(".lock")):
             return _converted(file, converted)
-    except (OSError, RuntimeError):  # no home, no room, no locks on this file system
+    except (OSError, RuntimeError):  # no home, no space, no locks on this file system
         return CrystalStore.open(file)
 
 
 def _converted(file: Path, converted: Path) -> CrystalStore:
-    """Open a converted file, or convert it; other conversions that nobody has opened for a month are removed."""
+    """Open a converted file, or convert it; conversions unused for a month are removed."""
     try:
         store = CrystalStore.open(converted)
         os.utime(converted)
-    except (DataError, OSError):  # not there yet, or damaged
+    except (DataError, OSError):  # missing or damaged
         store = CrystalStore.open(file)
         shutil.rmtree(converted, ignore_errors=True)
         try:
@@ -133,10 +134,10 @@ def _converted(file: Path, converted: Path) -> CrystalStore:
 
 
 def open_part(path: str) -> tuple[CrystalStore, NDArray[np.int64]]:
-    """Open a store and choose rows: all, or with ``@SPLIT`` those whose column ``split`` says so.
+    """Open a store and select rows: all, or with ``@SPLIT`` those with that value in the column ``split``.
 
     Raises:
-        DataError: there is no such store, column or value.
+        DataError: the store, column or value doesn't exist.
     """
     name, at, split = path.rpartition("@")
     if not at or os.path.exists(path):

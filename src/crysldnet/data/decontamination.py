@@ -1,4 +1,4 @@
-"""Leave crystals out of pretraining that other data sets have, so that those can be tested on."""
+"""Exclude crystals of other data sets from pretraining, so that those can be used for testing."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ By = Literal["formula", "structure"]
 def shared_rows(
     store: CrystalStore, rows: NDArray[np.int64], others: Sequence[str], by: By
 ) -> tuple[NDArray[np.int64], list[dict[str, Any]]]:
-    """Find the rows that others have too.
+    """Find the rows that other data sets also contain.
 
     Args:
         store: the crystals.
-        rows: which of them are looked at.
-        others: names of data sets, as :func:`crysldnet.data.datasets.open_part` takes them.
-        by: ``formula`` takes every crystal of a reduced formula that the other has, ``structure`` only the same
-            structures, by pymatgen's matcher.
+        rows: rows to check.
+        others: names of data sets as in :func:`crysldnet.data.datasets.open_part`.
+        by: ``formula`` for every crystal with a reduced formula in the other set, ``structure`` only for matching
+            structures by pymatgen's matcher.
 
     Returns:
-        The rows, and for each other set a record of its name, sha256, the rule, and how many crystals it took.
+        The rows, and for each other set its name, sha256, rule, and number of crystals removed.
 
     Raises:
-        DataError: another set isn't there, or structures can't be compared here.
+        DataError: another set is missing, or structures can't be compared.
     """
     gone = np.zeros(len(store), bool)
     records = []

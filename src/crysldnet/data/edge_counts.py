@@ -1,4 +1,4 @@
-"""How many edges the graph of every crystal has, counted once a node: the first process counts, the others read."""
+"""Number of edges of every crystal's graph, computed once per node: the first process counts, the others read."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ PORTION = 1024
 def edge_counts(store: CrystalStore, rows: NDArray[np.int64], graph: GraphSpec) -> NDArray[np.int64]:
     """Return the edges [n] of the graphs of n rows of a store.
 
-    They are kept in the system's folder for temporary files, under a hash of crystals, rows and graph, behind a lock.
-    Where nothing can be written there, or the folder is another user's, every process counts.
+    They are cached in the system's temporary folder, under a hash of crystals, rows and graph, with a lock. If the
+    folder isn't writable or belongs to another user, every process counts.
     """
     key = hashlib.sha256(f"{store.hash} {graph}".encode() + np.ascontiguousarray(rows).tobytes()).hexdigest()[:32]
     file = Path(tempfile.gettempdir()) / f"crysldnet-{getattr(os, 'getuid', int)()}" / f"edges-{key}.npy"
@@ -43,10 +43,10 @@ def edge_counts(store: CrystalStore, rows: NDArray[np.int64], graph: GraphSpec) 
 
 
 def _make_own(folder: Path) -> None:
-    """Make a folder that nobody else can write to.
+    """Create a folder that only this user can write to.
 
     Raises:
-        OSError: there is one of another user, one that others can write to, or a link.
+        OSError: the folder belongs to another user, is writable by others, or is a link.
     """
     folder.mkdir(mode=0o700, exist_ok=True)
     if not is_own(folder):

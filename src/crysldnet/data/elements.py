@@ -1,4 +1,4 @@
-"""Symbols of the elements, and formulas."""
+"""Element symbols and formulas."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ SYMBOLS = [
 
 
 def reduced_formula(numbers: NDArray[np.uint8]) -> str:
-    """Return the formula with the smallest whole numbers, elements in alphabetical order: ``Cl1Na1`` as ``ClNa``."""
+    """Return the formula with the smallest integers, elements in alphabetical order: ``Cl1Na1`` as ``ClNa``."""
     elements, counts = np.unique(numbers, return_counts=True)
     divisor = gcd(*counts.tolist())
     parts = sorted((SYMBOLS[z], count // divisor) for z, count in zip(elements, counts, strict=True))

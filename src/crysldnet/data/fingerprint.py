@@ -1,12 +1,12 @@
-"""What a crystal is known by in another data set: its id, its reduced formula, its geometry.
+"""Fingerprints to find crystals in other data sets: id, reduced formula, geometry.
 
-Shapes: ``B`` crystals, ``D`` = 12 distances. Ids and formulas are 64-bit hashes. In the file of a model a
-fingerprint is packed into 8 bytes.
+Shapes: ``B`` crystals, ``D`` = 12 distances. Ids and formulas are 64-bit hashes. In model files a fingerprint is packed
+into 8 bytes.
 
-The geometry is the logarithm of the volume of an atom, and an atom's distances to some of its 24 nearest neighbors,
+The geometry is the logarithm of the volume per atom, and an atom's distances to some of its 24 nearest neighbors,
 averaged over the atoms of the cell (the average minimum distance: D. Widdowson et al., MATCH 87, 529, 2022) and divided
-by the cube root of that volume. It doesn't depend on the choice of the cell or the order of the atoms, and moves little
-when atoms do.
+by the cube root of that volume. It is invariant to choice of cell and atom order, and varies little with small
+displacements.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ from crysldnet.graphs.crystals import Crystals
 from crysldnet.graphs.neighbors import neighbor_list
 
 RANKS = (1, 4, 8, 12, 13, 14, 15, 17, 19, 21, 23, 24)
-"""Which neighbors, counted from the nearest; those after the twelfth tell close packings from each other."""
+"""Ranks of neighbors, counted from the nearest; those after the twelfth distinguish close packings."""
 _CHUNK = 4096
 _PAIRS = 1 << 20
 _PACKED = [0, *(1 + RANKS.index(rank) for rank in (14, 19))]
-"""The three numbers of a geometry that are packed: of all choices of two distances, these tell the most crystals of one
-formula apart (experiments/leakage)."""
+"""Indices of the three packed numbers of a geometry: of all choices of two distances, these best distinguish crystals
+with the same formula (experiments/leakage).
+"""
 _FORMULA, _ID, _NUMBER = 36, 16, 4
-"""Bits of the formula's hash, of the id's hash and of each of those numbers."""
+"""Bits of the formula hash, the id hash and each of those numbers."""
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far two geometries may differ.
+    """Maximum difference of two geometries.
 
     Attributes:
-        log_volume: of the volumes of an atom.
-        distance: of each averaged distance, in units of the cube root of the volume of an atom.
+        log_volume: for the logarithm of the volume per atom.
+        distance: for each averaged distance, in units of the cube root of the volume per atom.
     """
 
     log_volume: float
@@ -49,10 +50,11 @@ class Tolerance:
 
 
 SIMILAR = Tolerance(0.05, 0.02)
-"""Most crystals of one formula that are so alike are the same structure, and most of the same structure are so alike
-(experiments/leakage)."""
+"""Most crystals with the same formula within this tolerance have the same structure, and vice versa
+(experiments/leakage).
+"""
 POSSIBLE = Tolerance(0.4, 0.25)
-"""Wide enough that pymatgen's StructureMatcher matched no pair of real crystals beyond it (experiments/leakage)."""
+"""So wide that pymatgen's StructureMatcher matched no pair of real crystals beyond it (experiments/leakage)."""
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,17 @@ class Fingerprints:
 
     @classmethod
     def of(cls, store: CrystalStore, rows: NDArray[np.int64] | None = None) -> Fingerprints:
-        """Take the fingerprints of some rows of a store, by default of all."""
+        """Compute the fingerprints of some rows of a store, by default all."""
         rows = np.arange(len(store)) if rows is None else rows
         formulas = hashes(formulas_of(store.crystals, rows))
         return cls(hashes(store.ids_at(rows)), formulas, geometries_of(store.crystals, rows))
 
     def packed(self) -> NDArray[np.uint64]:
-        """[B] formula, id and geometry in 36, 16 and 12 bits, from the highest on.
+        """[B] formula, id and geometry in 36, 16 and 12 bits, starting with the highest.
 
         Formula and id are the highest bits of their hashes. The geometry is three numbers of 4 bits: the logarithm of
-        the volume of an atom, and the distances to the 14th and 19th neighbor, in whole steps of :data:`SIMILAR`,
-        modulo 16. Two crystals within SIMILAR are at most one step apart in each.
+        the volume per atom, and the distances to the 14th and 19th neighbor, in whole steps of :data:`SIMILAR`, modulo
+        16. Two crystals within SIMILAR are at most one step apart in each.
         """
         steps = np.array([SIMILAR.log_volume, *[SIMILAR.distance] * (len(_PACKED) - 1)], np.float32).astype(np.float64)
         numbers = np.floor(self.geometry[:, _PACKED] / steps).astype(np.int64) % (1 << _NUMBER)
@@ -96,7 +98,7 @@ class Fingerprints:
 
 
 def geometries_of(crystals: Crystals, rows: NDArray[np.int64]) -> NDArray[np.float16]:
-    """[B, 1 + D] the geometry of some crystals, computed on all cores."""
+    """Return [B, 1 + D] geometries of crystals, computed on all cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parts = [rows[start : start + _CHUNK] for start in range(0, max(len(rows), 1), _CHUNK)]
     with ThreadPoolExecutor(min(cores, len(parts))) as threads:
@@ -104,12 +106,12 @@ def geometries_of(crystals: Crystals, rows: NDArray[np.int64]) -> NDArray[np.flo
 
 
 def volumes_per_atom(crystals: Crystals) -> NDArray[np.float64]:
-    """[B] in Å³."""
+    """Return [B] volumes per atom in Å³."""
     return np.abs(np.linalg.det(crystals.lattice)) / crystals.sizes
 
 
 def geometry_of(crystals: Crystals) -> NDArray[np.float16]:
-    """[B, 1 + D] logarithm of the volume of an atom in Å³, then the averaged distances over its cube root."""
+    """Return [B, 1 + D] logarithm of the volume per atom in Å³, then averaged distances over its cube root."""
     if not len(crystals):
         return np.empty((0, 1 + len(RANKS)), np.float16)
     volume = volumes_per_atom(crystals)
@@ -119,7 +121,7 @@ def geometry_of(crystals: Crystals) -> NDArray[np.float16]:
 
 
 def candidates(a: Fingerprints, b: Fingerprints, tolerance: Tolerance) -> NDArray[np.int64]:
-    """[M, 2] indices in ``a`` and ``b`` of crystals with the same formula and geometries within the tolerance."""
+    """Return [M, 2] indices in ``a`` and ``b`` of crystals with equal formulas and geometries within tolerance."""
     limit = np.array([tolerance.log_volume, *[tolerance.distance] * (a.geometry.shape[1] - 1)], np.float32)
     pairs = [np.empty((0, 2), np.int64)]
     for i, j in _equal(a.formulas, b.formulas):
@@ -129,7 +131,7 @@ def candidates(a: Fingerprints, b: Fingerprints, tolerance: Tolerance) -> NDArra
 
 
 def _equal(a: NDArray, b: NDArray) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Yield the indices of all pairs of equal values, in their order, about a million pairs at a time."""
+    """Yield the indices of all pairs of equal values in order, about a million pairs at a time."""
     order = np.argsort(b, kind="stable")
     first, last = (np.searchsorted(b, a, side=side, sorter=order) for side in ("left", "right"))
     shared = np.flatnonzero(last > first)
@@ -141,12 +143,14 @@ def _equal(a: NDArray, b: NDArray) -> Iterator[tuple[NDArray[np.int64], NDArray[
 
 
 def shared(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> dict[str, NDArray[np.bool_]]:
-    """Say which crystals of ``a`` are in ``b`` too; both are packed fingerprints.
+    """Return which crystals of ``a`` are also in ``b``; both are packed fingerprints.
 
     Returns:
-        [B] ``formulas`` that are shared; ``ids`` that are shared, of the same formula; and ``similar``: same formula,
-        geometries at most one step of :data:`SIMILAR` apart. None is missed. Hashes of other formulas and ids may agree
-        by chance, and a step apart is up to twice SIMILAR; how often is measured in experiments/leakage.
+        [B] shared ``formulas``; shared ``ids`` with the same formula; and ``similar``: same formula and geometries at
+        most
+        one step of :data:`SIMILAR` apart. None is missed. Hashes of different formulas and ids may agree by chance, and
+        one
+        step is up to twice SIMILAR; experiments/leakage measures how often.
     """
     found = {name: np.zeros(len(a), bool) for name in ("ids", "formulas", "similar")}
     numbers = _NUMBER * len(_PACKED)
@@ -162,16 +166,16 @@ def shared(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> dict[str, NDArray[np
 
 
 def overlap(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> dict[str, int]:
-    """Count what :func:`shared` finds."""
+    """Count the results of :func:`shared`."""
     return {name: int(which.sum()) for name, which in shared(a, b).items()}
 
 
 def known(
     crystals: Crystals, ids: Sequence[str], formulas: Sequence[str], among: NDArray[np.uint64]
 ) -> NDArray[np.bool_]:
-    """[B] which crystals are among packed fingerprints in ascending order, by formula and id or similar geometry.
+    """Return [B] which crystals are among sorted packed fingerprints, by formula and either id or similar geometry.
 
-    The geometry is taken of those alone whose formula is among them.
+    The geometry is computed only for crystals with matching formulas.
     """
     keys, below = hashes(formulas), np.uint64((1 << (64 - _FORMULA)) - 1)
     first = np.searchsorted(among, keys.view(np.uint64) & ~below)

@@ -1,6 +1,6 @@
 """Reduced formulas, chemical systems and hashes of many crystals at once.
 
-Shapes: ``B`` crystals, ``P`` elements of all of them, counted once in each crystal that has them.
+Shapes: ``B`` crystals, ``P`` pairs of a crystal and an element in it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from crysldnet.graphs.crystals import Crystals
 _CHUNK = 16_384
 _ALPHABETICAL = np.argsort(SYMBOLS)
 _RANK = np.argsort(_ALPHABETICAL)
-"""Place of each atomic number among the symbols in alphabetical order."""
+"""Rank of each atomic number among the symbols in alphabetical order."""
 _SYMBOLS = np.array(SYMBOLS)[_ALPHABETICAL].tolist()
 
 
 def formulas_of(crystals: Crystals, rows: NDArray[np.int64] | None = None) -> list[str]:
-    """Return the reduced formulas, elements in alphabetical order, of some crystals, by default of all."""
+    """Return the reduced formulas of some crystals, by default all, with elements in alphabetical order."""
     texts: list[str] = []
     for first, elements, counts in _compositions(crystals, rows):
         there = first[:-1] < first[1:]
@@ -49,9 +49,9 @@ def chemical_systems_of(crystals: Crystals) -> list[str]:
 def _compositions(
     crystals: Crystals, rows: NDArray[np.int64] | None
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
-    """Yield, for a part of the crystals at a time: [B + 1] first element of each, [P] elements, [P] atoms of each.
+    """Yield, for a chunk of crystals at a time: [B + 1] first element of each, [P] elements, [P] atoms of each.
 
-    Elements are given by their place in alphabetical order.
+    Elements are given by alphabetical rank.
     """
     rows = np.arange(len(crystals)) if rows is None else rows
     for start in range(0, len(rows), _CHUNK):
@@ -72,13 +72,13 @@ def _joined(texts: pa.Array, pieces: NDArray[np.int64], first: NDArray[np.int64]
 
 
 def per_text(texts: Sequence[str], function: Callable[[list[str]], NDArray]) -> NDArray:
-    """Apply a function to each different text once; return its value for every text."""
+    """Apply a function once to each distinct text; return its value for every text."""
     encoded = pa.array(texts, pa.string()).dictionary_encode()
     return function(encoded.dictionary.to_pylist())[encoded.indices.to_numpy()]
 
 
 def digests(texts: Sequence[str]) -> bytes:
-    """Return the first 8 bytes of the sha256 of each text, one after another."""
+    """Return the concatenated first 8 bytes of the sha256 of each text."""
     return b"".join([hashlib.sha256(text.encode()).digest()[:8] for text in texts])
 
 

@@ -1,4 +1,4 @@
-"""One store of the files that a configuration names for train, val and test, and the check that an id means one row."""
+"""Join the files that a configuration names for train, val and test into one store, and check that ids are unique."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from crysldnet.errors import DataError
 
 
 def refuse_repeated_ids(store: CrystalStore) -> None:
-    """Refuse a store in which an id is missing or stands in several rows.
+    """Reject a store with missing or duplicate ids.
 
     Raises:
         DataError: naming the first such id and its rows.
@@ -38,14 +38,14 @@ def refuse_repeated_ids(store: CrystalStore) -> None:
 
 
 def join_splits(stores: Mapping[str, CrystalStore], targets: Sequence[str]) -> CrystalStore:
-    """Put the stores of splits together; their column ``split`` says which split a crystal is in.
+    """Concatenate the stores of splits; the column ``split`` has the split of each crystal.
 
     Args:
-        stores: by the name of the split.
-        targets: columns that are predicted. Others are left out where they differ in unit or type.
+        stores: stores by split.
+        targets: target columns. Others are left out if their unit or type differs.
 
     Raises:
-        DataError: an id is there twice, or a target has another unit or type in one store than in another.
+        DataError: an id is duplicated, or a target's unit or type differs between stores.
     """
     for store in stores.values():
         refuse_repeated_ids(store)
@@ -64,7 +64,7 @@ def join_splits(stores: Mapping[str, CrystalStore], targets: Sequence[str]) -> C
 
 
 def _alike(name: str, stores: Mapping[str, CrystalStore], strict: bool) -> bool:
-    """Return whether a column has one unit, and numbers or texts, in all stores; raise if it is a target without."""
+    """Return whether a column has the same unit and type in all stores; raise for a target that doesn't."""
     if name in STRUCTURE_COLUMNS:
         return True
     first, *others = stores

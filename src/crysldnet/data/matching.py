@@ -1,8 +1,8 @@
-"""The same structure in two data sets: pymatgen's StructureMatcher behind a cheap filter.
+"""Matching structures of two data sets: pymatgen's StructureMatcher with a cheap prefilter.
 
-Only pairs of one reduced formula whose volumes and distances are near each other (:data:`POSSIBLE`) are handed to the
-matcher, which scales volumes, reduces cells, and compares positions. What the filter loses and saves on real crystals
-is measured in experiments/leakage.
+Only pairs with the same reduced formula and similar volumes and distances (:data:`POSSIBLE`) are passed to the matcher,
+which scales volumes, reduces cells, and compares positions. experiments/leakage measures what the filter loses and
+saves on real crystals.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from crysldnet.graphs.crystals import Crystals
 
 
 def new_matcher() -> Any:
-    """Return pymatgen's StructureMatcher with its own settings.
+    """Return pymatgen's StructureMatcher with its default settings.
 
     Raises:
         DataError: pymatgen isn't installed.
@@ -48,10 +48,10 @@ def reduced_structure(crystals: Crystals, index: int) -> Any:
 
 
 class Matcher:
-    """Return whether crystals of two stores are the same structure; each is reduced once as long as it is in use.
+    """Return whether crystals of two stores are the same structure; each crystal is reduced once while in use.
 
     Args:
-        a, b: the crystals; twice the same for pairs within one store.
+        a, b: the stores; the same one twice for pairs within a store.
     """
 
     def __init__(self, a: Crystals, b: Crystals) -> None:
@@ -60,13 +60,15 @@ class Matcher:
         self._of_b = self._of_a if b is a else lru_cache(20_000)(lambda i: reduced_structure(b, i))
 
     def __call__(self, i: int, j: int) -> bool:
-        """Compare crystal i of a with crystal j of b; the matcher isn't symmetric, so one way is enough."""
+        """Compare crystal i of a with crystal j of b; the matcher isn't symmetric, so a match in one direction
+        suffices.
+        """
         one, other = self._of_a(i), self._of_b(j)
         return any(self._matcher.fit(*pair, skip_structure_reduction=True) for pair in ((one, other), (other, one)))
 
 
 def matches(a: CrystalStore, rows_a: NDArray[np.int64], b: CrystalStore, rows_b: NDArray[np.int64]) -> Iterator[tuple]:
-    """Yield the row in ``a`` and the row in ``b`` of every two that are the same structure, by row in ``a``."""
+    """Yield the rows in ``a`` and ``b`` of each matching pair, by row in ``a``."""
     matcher = Matcher(a.crystals, b.crystals)
     pairs = candidates(Fingerprints.of(a, rows_a), Fingerprints.of(b, rows_b), POSSIBLE)
     for i, j in np.stack([rows_a[pairs[:, 0]], rows_b[pairs[:, 1]]], axis=1).tolist():
@@ -75,7 +77,7 @@ def matches(a: CrystalStore, rows_a: NDArray[np.int64], b: CrystalStore, rows_b:
 
 
 def duplicates(store: CrystalStore) -> dict[int, int]:
-    """Return each row that repeats an earlier structure, and the earliest such row that is no repeat itself."""
+    """Return each row that duplicates an earlier structure, and the earliest unique row that it matches."""
     matcher = Matcher(store.crystals, store.crystals)
     fingerprints = Fingerprints.of(store)
     repeats: dict[int, int] = {}

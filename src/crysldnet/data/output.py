@@ -1,6 +1,6 @@
-"""Tables written piece by piece, in flat memory; a file appears under its name when it is whole.
+"""Write tables in chunks with constant memory; files get their final name when complete.
 
-The output classes are context managers: leaving with an exception removes what was written.
+The output classes are context managers: an exception removes what was written.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from crysldnet.errors import DataError
 from crysldnet.io import DISK_ERRORS, cannot_write
 
 ROW_GROUP_BYTES = 16 * 2**20
-"""In memory, of a group of rows in a Parquet file."""
+"""Size in memory of a row group in a Parquet file."""
 
 
 class Output(Protocol):
-    """Where tables go, one after another."""
+    """Destination for a sequence of tables."""
 
     def __enter__(self) -> Output: ...
 
@@ -41,11 +41,11 @@ class Output(Protocol):
 
 
 class FileOutput(ABC):
-    """A file that is written beside its name and renamed.
+    """A file written under a temporary name and renamed.
 
     Args:
-        path: the file.
-        overwrite: replace what is there.
+        path: output file.
+        overwrite: replace an existing file.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -68,7 +68,7 @@ class FileOutput(ABC):
         """Add rows; all tables have the same columns."""
 
     def _finish(self) -> None:  # noqa: B027  (a file that is written as rows come has nothing left)
-        """Write what is still to be written."""
+        """Write the remaining data."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -88,7 +88,7 @@ class FileOutput(ABC):
 
 
 class ParquetOutput(FileOutput):
-    """A Parquet file, its rows in groups of some size: what a file says of each group is kept in memory."""
+    """A Parquet file with row groups of a minimum size, because metadata of each group is kept in memory."""
 
     _writer: pq.ParquetWriter | None = None
 
@@ -119,7 +119,7 @@ class ParquetOutput(FileOutput):
 
 
 class LinesOutput(FileOutput):
-    """A CSV with a header, or JSON lines where the name says so."""
+    """A CSV with header, or JSON lines, by file name."""
 
     _begun = False
 
@@ -156,7 +156,7 @@ def open_table(out: str) -> Output:
     """Return the output for a table by its suffix: CSV, Parquet or JSON lines; ``-`` is CSV on standard output.
 
     Raises:
-        DataError: another suffix, or a folder is called so.
+        DataError: the suffix is unknown, or a folder has this name.
     """
     if out == "-":
         return StandardOutput()
@@ -167,7 +167,7 @@ def open_table(out: str) -> Output:
 
 
 def _cells(column: pa.ChunkedArray) -> list[Any]:
-    """Return a column's values; numbers in float32 with no more digits than they have."""
+    """Return a column's values; float32 numbers with only their significant digits."""
     if not pa.types.is_float32(column.type):
         return column.to_pylist()
     values = column.to_numpy(zero_copy_only=False)

@@ -1,9 +1,9 @@
-"""Batches that are even in crystals and atoms, the same for any number of ranks.
+"""Batches balanced in crystals and atoms, independent of the number of ranks.
 
-Every epoch is one list of batches, fixed by (seed, epoch). Rank r of W takes the batches r, r + W, …; the list's
-length is a multiple of W, so all ranks take the same number of steps and every crystal is seen exactly once. The
-batches of a step have like sizes, for the ranks wait for each other. Which of them a rank takes makes up for the atoms
-that it has had more or fewer of in the steps before.
+Every epoch is one list of batches, determined by (seed, epoch). Rank r of W takes the batches r, r + W, …; the length
+is a multiple of W, so all ranks take the same number of steps and every crystal is seen exactly once. The batches of a
+step have similar sizes, because the ranks wait for each other. Their assignment to ranks compensates for differences in
+atoms in earlier steps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from crysldnet.errors import DataError
 
 
 class BatchRequest(NamedTuple):
-    """One batch to be built, with all that its random numbers may depend on."""
+    """A batch to build, with everything that determines its random numbers."""
 
     rows: NDArray[np.int64]
     epoch: int
@@ -29,20 +29,20 @@ class BatchRequest(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLimits:
-    """What one batch on one device may hold: at most so many crystals, atoms and directed edges."""
+    """Limits of one batch on one device: crystals, atoms and directed edges."""
 
     crystals: int | None
     atoms: int | None = None
     edges: int | None = None
 
     def __str__(self) -> str:
-        """Name what is bounded."""
+        """Return the limits as text."""
         bounds = {"crystals": self.crystals, "atoms": self.atoms, "edges": self.edges}
         return ", ".join(f"{bound} {name}" for name, bound in bounds.items() if bound is not None)
 
 
 ORDER = 2
-"""Version of how an epoch's batches are made and ordered: inside an epoch of another one no run can go on."""
+"""Version of how an epoch's batches are made and ordered; a run can't resume within an epoch of another version."""
 Step = list[NDArray[np.int64]]
 """The batches that all processes take at the same time, one or more each."""
 
@@ -54,23 +54,23 @@ def pack(
     multiple: int,
     order: NDArray[np.int64],
 ) -> list[NDArray[np.int64]]:
-    """Distribute crystals over the fewest batches that the budget allows, all nearly equal.
+    """Distribute crystals over the smallest number of nearly equal batches within the limits.
 
-    Crystals are dealt out in rounds of one a batch, in the given order; within a round the largest goes to the batch
-    that holds the fewest atoms so far.
+    Crystals are assigned in rounds of one per batch, in the given order; within a round, the largest goes to the batch
+    with the fewest atoms so far.
 
     Args:
-        atoms: [n] size of each crystal.
-        edges: [n] edges of each crystal's graph, needed where the budget bounds them.
-        budget: bounds of one batch.
+        atoms: [n] number of atoms of each crystal.
+        edges: [n] edges of each crystal's graph, needed if limited.
+        budget: limits of one batch.
         multiple: the number of batches is a multiple of this.
         order: [n] a permutation of the crystals.
 
     Returns:
-        Indices into ``atoms``, one array a batch; ``multiple`` batches that follow each other make a step.
+        Indices into ``atoms``, one array per batch; ``multiple`` successive batches form a step.
 
     Raises:
-        DataError: one crystal alone is over the budget, or there are fewer crystals than ``multiple``.
+        DataError: a single crystal exceeds the limits, or there are fewer crystals than ``multiple``.
     """
     n = len(atoms)
     if n < multiple:
@@ -120,15 +120,15 @@ def _deal(atoms: NDArray[np.int64], batches: int, order: NDArray[np.int64]) -> N
 def _into_steps(
     batches: list[NDArray[np.int64]], atoms: NDArray[np.int64], multiple: int, order: NDArray[np.int64]
 ) -> list[Step]:
-    """Put batches of like size into one step, which waits for its largest; the steps come in a random order."""
+    """Group batches of similar size into steps, which wait for their largest batch; steps are in random order."""
     sizes = np.array([atoms[batch].sum() for batch in batches])
     steps = np.argsort(-sizes, kind="stable").reshape(-1, multiple)
-    rng = np.random.default_rng(order[:8])  # as random as the order is
+    rng = np.random.default_rng(order[:8])  # as random as the order
     return [[batches[i] for i in step] for step in rng.permutation(steps)]
 
 
 def _level(steps: list[Step], atoms: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Order the batches of each step such that whoever has had the fewest atoms so far gets the largest."""
+    """Order the batches of each step so that the rank with the fewest atoms so far gets the largest."""
     had = np.zeros(len(steps[0]), np.int64)
     levelled = []
     for step in steps:
@@ -146,13 +146,13 @@ class BatchSampler(Sampler[BatchRequest]):
     Args:
         rows: [n] rows of the store.
         atoms: [n] their sizes.
-        edges: [n] edges of their graphs, or None where the budget doesn't bound them.
-        budget: of one batch on one device.
-        shuffle: a new order every epoch; else always the same.
-        seed: of the order.
-        rank, world_size: which share of the batches this process takes.
+        edges: [n] edges of their graphs, or None if not limited.
+        budget: limits of one batch on one device.
+        shuffle: a new order every epoch; else a fixed one.
+        seed: seed of the order.
+        rank, world_size: rank of this process and number of processes.
         multiple: the epoch's number of batches is a multiple of this (world size × accumulation).
-        start: the epoch to begin with, and how many of this rank's batches of it are done and left out.
+        start: initial epoch, and the number of its batches that this rank skips as completed.
     """
 
     def __init__(
@@ -173,12 +173,12 @@ class BatchSampler(Sampler[BatchRequest]):
         self.shuffle, self.seed, self.rank, self.world_size = shuffle, seed, rank, world_size
         self.multiple = multiple or world_size
         self.start = start
-        self.epoch = start[0]  # workers fetch ahead before Lightning names the epoch of a resumed run
+        self.epoch = start[0]  # workers prefetch before Lightning sets the epoch of a resumed run
         self._epoch_0: list[NDArray[np.int64]] | None = None
         self._packed: tuple[int, list[NDArray[np.int64]]] | None = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; Lightning calls this before each."""
+        """Set the epoch; Lightning calls this before each."""
         self.epoch = epoch
 
     def _batches(self) -> list[NDArray[np.int64]]:
@@ -188,7 +188,7 @@ class BatchSampler(Sampler[BatchRequest]):
         return self._packed[1]
 
     def _pack(self, epoch: int) -> list[NDArray[np.int64]]:
-        """Pack an epoch into as many batches as epoch 0 has; the schedule and the other ranks count on it."""
+        """Pack an epoch into as many batches as epoch 0, because the schedule and the other ranks rely on it."""
         n = len(self.rows)
         if not self.shuffle:
             return pack(self.atoms, self.edges, self.budget, self.multiple, np.arange(n))
@@ -206,7 +206,7 @@ class BatchSampler(Sampler[BatchRequest]):
         return self._epoch_0
 
     def __len__(self) -> int:
-        """Return this rank's batches of an epoch, those that are done included."""
+        """Return the number of this rank's batches per epoch, including completed ones."""
         return len(self._batches()) // self.world_size
 
     def __iter__(self) -> Iterator[BatchRequest]:

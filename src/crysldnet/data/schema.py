@@ -1,8 +1,8 @@
-"""The Parquet schema of crystals: the format that users import to and can read with any tool.
+"""The Parquet schema of crystals, readable by any tool.
 
-One row a crystal: ``material_id`` string, ``lattice`` 9 floats (row-major 3×3, Å, rows are lattice vectors),
+One row per crystal: ``material_id`` string, ``lattice`` 9 floats (row-major 3×3, Å, rows are lattice vectors),
 ``atomic_numbers`` n integers, ``frac_coords`` 3n floats; then any property columns, numbers with their unit in the
-field's metadata (``units``) or strings. Null means no value. Source, licence and citation stand in the schema's
+field's metadata (``units``) or strings. Null means no value. Source, license and citation are in the schema
 metadata.
 """
 
@@ -29,7 +29,7 @@ _TEXTS = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.larg
 
 
 def units_of(schema: pa.Schema) -> dict[str, str]:
-    """Return the unit of each property column that states one."""
+    """Return the unit of each property column that has one."""
     return {
         field.name: field.metadata[b"units"].decode()
         for field in schema
@@ -38,22 +38,22 @@ def units_of(schema: pa.Schema) -> dict[str, str]:
 
 
 def metadata_of(schema: pa.Schema) -> dict[str, str]:
-    """Return the metadata of the file itself: data set, source, licence, citation."""
+    """Return the metadata of the file: data set, source, license, citation."""
     return {
         k.decode(): v.decode() for k, v in (schema.metadata or {}).items() if not k.startswith((b"pandas", b"ARROW"))
     }
 
 
 def ids_of(table: pa.Table) -> pa.ChunkedArray:
-    """Return the ids of a table as texts.
+    """Return the ids of a table as text.
 
     Raises:
-        DataError: they are neither texts nor whole numbers.
+        DataError: they are neither text nor integers.
     """
     ids = table["material_id"]
     kind = ids.type.value_type if pa.types.is_dictionary(ids.type) else ids.type
     try:
-        if pa.types.is_floating(kind):  # pandas makes them of whole numbers where one is missing
+        if pa.types.is_floating(kind):  # pandas converts integers to float if one is missing
             ids = ids.cast(pa.int64())
         elif not (pa.types.is_integer(kind) or pa.types.is_null(kind) or kind in _TEXTS):
             raise DataError(f"column 'material_id' must hold texts, not {ids.type}")
@@ -63,10 +63,10 @@ def ids_of(table: pa.Table) -> pa.ChunkedArray:
 
 
 def refuse_repeated_columns(names: Sequence[str]) -> None:
-    """Refuse a table two of whose columns have one name.
+    """Reject a table with duplicate column names.
 
     Raises:
-        DataError: naming it.
+        DataError: naming the column.
     """
     if twice := next((name for name, count in Counter(names).items() if count > 1), None):
         raise DataError(f"the column name {twice!r} stands there twice; rename one")
@@ -94,7 +94,7 @@ def crystals_from_table(table: pa.Table) -> Crystals:
     """Read the structure columns of a table in the schema.
 
     Raises:
-        DataError: a column is missing or of the wrong type, or the lengths of a row's lists don't agree.
+        DataError: a column is missing or of the wrong type, or the lists of a row have inconsistent lengths.
     """
     refuse_repeated_columns(table.column_names)
     missing = [name for name in STRUCTURE_COLUMNS if name not in table.column_names]
@@ -122,7 +122,7 @@ def table_from_crystals(
     units: Mapping[str, str],
     metadata: Mapping[str, str],
 ) -> pa.Table:
-    """Write crystals and their properties as a table in the schema."""
+    """Return crystals and their properties as a table in the schema."""
     columns: dict[str, pa.Array] = {
         "material_id": pa.array(ids, pa.string()),
         "lattice": pa.ListArray.from_arrays(9 * np.arange(len(ids) + 1, dtype=np.int32), crystals.lattice.reshape(-1)),

@@ -1,4 +1,4 @@
-"""Train, validation and test: which rows belong to which."""
+"""Train, validation and test split."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class Split:
     """How a store is split.
 
     Attributes:
-        by: ``column`` reads the split from a text column. ``official`` is the split that the field uses for a
-            published data set and the chosen property. ``random`` draws rows; ``formula`` and ``chemical_system`` keep
-            all crystals of one reduced formula, or of one set of elements, on one side, ``leave_cluster_out`` those
-            of one cluster of alike structures. ``leave_element_out`` takes all crystals with certain elements as test.
-            ``time`` takes the oldest for training and the newest as test. ``file`` reads what an earlier run saved.
-        column: name of the column, where ``by`` is ``column`` or ``time``.
-        fractions: shares of train, val and test; where ``by`` is ``leave_element_out``, of train and val to each other.
-        seed: of the drawing.
-        train_fraction: use only this share of the training rows; smaller shares lie within larger ones.
-        elements: their symbols, where ``by`` is ``leave_element_out``.
-        clusters: their number, where ``by`` is ``leave_cluster_out``.
-        file: a ``split.json``, where ``by`` is ``file``.
+        by: ``column`` reads the split from a text column. ``official`` is the standard split of a published data set
+            for the chosen property. ``random`` samples rows; ``formula`` and ``chemical_system`` keep all crystals of
+            one reduced formula, or of one set of elements, on one side, ``leave_cluster_out`` those of one cluster of
+            similar structures. ``leave_element_out`` takes all crystals with certain elements as test. ``time`` uses
+            the oldest for training and the newest for testing. ``file`` reads the split of an earlier run.
+        column: column name for ``by`` ``column`` or ``time``.
+        fractions: fractions of train, val and test; for ``leave_element_out`` only the ratio of train to val.
+        seed: random seed.
+        train_fraction: fraction of the training rows used; smaller fractions are subsets of larger ones.
+        elements: element symbols for ``leave_element_out``.
+        clusters: number of clusters for ``leave_cluster_out``.
+        file: a ``split.json`` for ``by`` ``file``.
     """
 
     by: Literal[
@@ -76,10 +76,10 @@ class Split:
 
         Args:
             store: the crystals.
-            targets: the properties that are predicted; the published split depends on them.
+            targets: the target properties; the official split depends on them.
 
         Raises:
-            DataError: the store hasn't what the split needs.
+            DataError: the store lacks data that the split needs.
         """
         if self.by == "file":
             assert self.file is not None
@@ -149,7 +149,7 @@ class Split:
         return place
 
     def _hashed_places(self, keys: Sequence[str]) -> NDArray[np.float64]:
-        """Return a number between 0 and 1 for each key, the same for the same key and seed."""
+        """Return a number between 0 and 1 for each key, determined by key and seed."""
 
         def places(different: list[str]) -> NDArray[np.float64]:
             return np.frombuffer(digests([f"{self.seed}:{key}" for key in different]), ">u8") / 2.0**64
@@ -157,7 +157,7 @@ class Split:
         return per_text(keys, places)
 
     def _cluster_places(self, store: CrystalStore) -> NDArray[np.float64]:
-        """Put whole clusters one after another in a drawn order, each at its middle."""
+        """Arrange whole clusters in random order, each at its center."""
         cluster = clusters_of(store, self.clusters, self.seed)
         sizes = np.bincount(cluster)
         order = np.random.default_rng([self.seed, 2]).permutation(len(sizes))
@@ -181,14 +181,14 @@ class Split:
         return place
 
     def _time_places(self, store: CrystalStore) -> NDArray[np.float64]:
-        """Put rows in the order of the column, those of one time together; rows without a time are not used."""
+        """Sort rows by the column, with equal times together; rows without a time aren't used."""
         if self.column not in store.column_names:
             raise DataError(f"{store.name}: no column {self.column!r} of times; name it with data.split.column")
         times: NDArray
         try:
             times = store.numbers_of(self.column)
             known = np.isfinite(times)
-        except DataError:  # dates as text, such as 2021-08-18, have the order of their letters
+        except DataError:  # dates as text, such as 2021-08-18, sort alphabetically
             times = store.texts_of(self.column)
             known = np.array([time is not None for time in times])
         place = np.full(len(store), np.nan)

@@ -1,4 +1,4 @@
-"""The file of a split: ids, the rule that made it, and hashes, so that a study can be repeated on the same crystals."""
+"""Split file: ids, the rule that made it, and hashes, to repeat a study on the same crystals."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def split_text(store: CrystalStore, rows: Rows, rule: Mapping[str, Any]) -> str:
 
     Args:
         store: the crystals.
-        rows: of each split.
-        rule: how the split was made, plain values.
+        rows: rows of each split.
+        rule: how the split was made, as plain values.
     """
     ids = {name: store.ids_at(rows[name]) for name in SPLITS}
     content = {
@@ -49,8 +49,8 @@ def read_split_file(path: str | os.PathLike[str], store: CrystalStore) -> Rows:
     """Read a split file and find its crystals.
 
     Raises:
-        DataError: there is no such file, it is damaged or of a newer format, it is of another store, or the store lacks
-            a crystal of it.
+        DataError: it is missing, damaged, of a newer format or of another store, or the store lacks one of its
+            crystals.
     """
     path = Path(path)
     try:

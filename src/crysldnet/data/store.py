@@ -1,11 +1,11 @@
 """The crystal store: crystals as memory-mapped flat arrays.
 
 A store is a folder. ``lattice.bin``, ``ptr.bin``, ``numbers.bin`` and ``frac_coords.bin`` are little-endian arrays of
-all crystals one after another; ``columns.arrow`` (Arrow IPC) holds ids, properties and text columns; ``store.json``
-holds the counts, the sha256 of every file, units, source, licence and citation, and is written last. Opening maps the
-files and looks for what no import writes, 0.2 s for a million crystals; worker processes share one copy.
+all crystals in sequence; ``columns.arrow`` (Arrow IPC) holds ids, properties and text columns; ``store.json`` holds the
+counts, the sha256 of every file, units, source, license and citation, and is written last. Opening maps the files and
+checks basic validity, 0.2 s for a million crystals; worker processes share one copy.
 
-A store is written beside its final name and renamed when it is whole: a killed import leaves no half store.
+A store is written under a temporary name and renamed when complete: a killed import leaves no partial store.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class CrystalStore:
     """Crystals with ids and properties, read from a store, a Parquet file or a table.
 
     Attributes:
-        crystals: the structures, memory-mapped where they come from a store.
-        units: unit of each property that states one.
-        metadata: data set, source, licence, citation.
-        name: where it came from, for messages.
-        folder: the store folder that its arrays are mapped from; None if they are in memory.
+        crystals: the structures, memory-mapped if from a store.
+        units: unit of each property that has one.
+        metadata: data set, source, license, citation.
+        name: source, for messages.
+        folder: store folder of the mapped arrays; None if in memory.
     """
 
     def __init__(
@@ -107,12 +107,12 @@ class CrystalStore:
         """Return the Arrow type of a property or text column.
 
         Raises:
-            DataError: there is no such column.
+            DataError: the column doesn't exist.
         """
         return self._column(name).type
 
     def texts_of(self, name: str) -> NDArray[np.object_]:
-        """[B] a text column, None where there is no value."""
+        """[B] a text column, None for missing values."""
         return self._column(name).to_numpy(zero_copy_only=False)
 
     def _column(self, name: str) -> pa.ChunkedArray:
@@ -129,7 +129,7 @@ class CrystalStore:
 
     @classmethod
     def from_table(cls, table: pa.Table, name: str = "table") -> CrystalStore:
-        """Use a table in the Parquet schema."""
+        """Create a store from a table in the Parquet schema."""
         crystals = crystals_from_table(table)
         columns = table.drop_columns([c for c in STRUCTURE_COLUMNS if c != "material_id"])
         columns = columns.set_column(columns.column_names.index("material_id"), "material_id", ids_of(table))
@@ -145,11 +145,11 @@ class CrystalStore:
         """Open a store folder or a Parquet file.
 
         Args:
-            path: of the folder or file.
-            check: look for damage in the arrays of a folder.
+            path: folder or file.
+            check: check the arrays of a folder for damage.
 
         Raises:
-            DataError: there is nothing there, it is neither, or it is damaged; the message names the file.
+            DataError: it is missing, neither of these, or damaged; the message names the file.
         """
         path = utf8_path(Path(path))
         if path.is_dir():
@@ -209,16 +209,16 @@ class CrystalStore:
         return store
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travel to other processes as a path if the arrays are mapped, so that none copies them."""
+        """Pickle as a path if the arrays are mapped, so that processes don't copy them."""
         if self.folder is not None:
             return _reopen, (self.folder, self.name)
         return super().__reduce__()  # type: ignore[return-value]
 
     def refuse_faults(self) -> None:
-        """Check every crystal; an import has done so for a store.
+        """Check every crystal; for a store the import has done this.
 
         Raises:
-            DataError: naming the first crystals that can't be used, and why.
+            DataError: naming the first invalid crystals with reasons.
         """
         wrong = [(row, fault) for row, fault in enumerate(faults(self.crystals)) if fault is not None]
         if wrong:

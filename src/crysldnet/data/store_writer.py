@@ -22,7 +22,7 @@ from crysldnet.io import DISK_ERRORS, cannot_write
 
 
 def remove_partials(path: Path) -> None:
-    """Remove what processes that were killed have left of an output."""
+    """Remove partial output of killed processes."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
         try:
             os.kill(int(left.name.rpartition("-")[2]), 0)
@@ -36,14 +36,14 @@ def remove_partials(path: Path) -> None:
 
 
 class StoreWriter:
-    """Write a store, a table at a time, in flat memory; it appears under its name when it is whole.
+    """Write a store table by table with constant memory; it gets its final name when complete.
 
-    Use it as a context manager: leaving with an exception removes what was written.
+    Use it as a context manager: an exception removes what was written.
 
     Args:
-        path: of the folder.
-        overwrite: replace a store of that name.
-        hash_: sha256 that stands for the content; by default that of the files.
+        path: output folder.
+        overwrite: replace an existing store.
+        hash_: sha256 that identifies the content; by default that of the files.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False, hash_: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Read a column to be predicted: a number, or one of several classes."""
+"""Read a target column: a number, or one of several classes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from crysldnet.data.units import name_and_unit, same_unit
 from crysldnet.errors import DataError
 
 MOST_CLASSES = 256
-"""There are 230 space groups; a column with more values than this holds no classes."""
+"""Above this number of values a column isn't a classification; there are 230 space groups."""
 
 
 def column_called(store: CrystalStore, title: str) -> str:
-    """Return the column that a title means: its name, its header with the unit, or either in another spelling.
+    """Return the column for a title: its name, its header with unit, or either in another spelling.
 
     Raises:
-        DataError: the column has another unit than the title states.
+        DataError: the unit in the title differs from the column's.
     """
     if title in store.column_names:
         return title
@@ -30,7 +30,7 @@ def column_called(store: CrystalStore, title: str) -> str:
     wanted = {_spelling(title), _spelling(name)} - {""}
     found = [column for column in store.column_names if _spelling(column) in wanted]
     if len(found) != 1:
-        return title  # reading it says what there is
+        return title  # reading it reports the available columns
     known = store.units.get(found[0])
     if unit is not None and known is not None and not same_unit(unit, known):
         raise DataError(f"{store.name}: {title!r} isn't there; {found[0]!r} is in {known}")
@@ -44,18 +44,18 @@ def _spelling(name: str) -> str:
 def read_target(
     store: CrystalStore, name: str, kind: str | None = None
 ) -> tuple[NDArray[np.float64], list[str] | None]:
-    """Return a column's values [n], NaN where unknown, and where it holds classes their names.
+    """Return a column's values [n], NaN if unknown, and the names of any classes.
 
-    A class is given by its place among the names. Booleans and texts are classes, numbers are numbers unless ``kind``
-    says ``classification``.
+    Classes are given by index. Booleans and text are classes; numbers are numbers unless ``kind`` is
+    ``classification``.
 
     Args:
         store: the crystals.
-        name: of the column.
-        kind: what the configuration says of the target, if anything.
+        name: column name.
+        kind: target type in the configuration, if any.
 
     Raises:
-        DataError: there is no such column, it holds neither numbers nor classes, numbers as texts, or a number beyond
+        DataError: the column doesn't exist, is neither numeric nor classes, has numbers as text, or a number beyond
             single precision, in which models are trained.
     """
     type_ = store.type_of(name)
@@ -81,7 +81,7 @@ def read_target(
 
 
 def _refuse_numbers(store: CrystalStore, name: str) -> None:
-    """Refuse texts that look like numbers: a regression isn't to become a classification."""
+    """Reject text that looks like numbers, so that a regression doesn't become a classification."""
     counts = Counter(text for text in store.texts_of(name) if text is not None)
     try:
         numbers = read_numbers(counts)

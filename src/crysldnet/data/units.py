@@ -1,7 +1,7 @@
-"""Units as headers and cells state them: which texts are units, and which units are the same.
+"""Units in headers and cells: recognize units and compare them.
 
-``eV/atom``, ``eV / at`` and ``eV atom^-1`` are the same unit. A text with any other symbol is no unit, so the ``(PBE)``
-of a header ``band_gap (PBE)`` isn't taken for one.
+``eV/atom``, ``eV / at`` and ``eV atom^-1`` are the same unit. Text with an unknown symbol is no unit, so ``(PBE)`` in a
+header ``band_gap (PBE)`` isn't a unit.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _WORDS = (
 
 @lru_cache(1024)
 def factors_of(text: str) -> tuple[tuple[str, int], ...] | None:
-    """Return the symbols of a unit with their powers, in one order and spelling; None where the text is no unit."""
+    """Return the symbols of a unit with their powers in canonical order and spelling; None if the text isn't a unit."""
     text = unicodedata.normalize("NFKC", text).replace("−", "-").replace("µ", "μ").strip()
     if logarithm := re.fullmatch(r"(log10|log|ln)[\s(]+(.+?)\)?", text):
         inner = factors_of(logarithm[2])
@@ -81,13 +81,13 @@ def is_unit(text: str) -> bool:
 
 
 def same_unit(one: str | None, other: str | None) -> bool:
-    """Return whether two units are the same, however they are spelled; none is the same as none alone."""
+    """Return whether two units are the same in any spelling; no unit only equals no unit."""
     if one is None or other is None:
         return one is other
     return one == other or (is_unit(one) and factors_of(one) == factors_of(other))
 
 
 def name_and_unit(title: str) -> tuple[str, str | None]:
-    """Split ``band_gap (eV)`` or ``band_gap [eV]``; brackets that hold no unit are part of the name."""
+    """Split ``band_gap (eV)`` or ``band_gap [eV]``; parentheses without a unit are part of the name."""
     match = re.fullmatch(r"(.*\S)\s*[(\[]((?:[^()\[\]]|\([^()]*\))+)[)\]]", title)
     return (match[1], match[2].strip()) if match and is_unit(match[2]) else (title, None)

@@ -1,8 +1,8 @@
-"""The asymmetric unit: one atom of each set that the space group maps onto itself.
+"""The asymmetric unit: one atom per symmetry-equivalent set.
 
 R. Ruff et al., "Connectivity optimized nested line graph networks for crystal structures", Digital Discovery 3 (2024)
-594, compute messages for these atoms alone. For an encoder whose messages end at each target's own neighbors the
-features of equivalent atoms are equal, so this saves work and changes nothing but what the symmetry's tolerance hides.
+594, compute messages for these atoms only. For an encoder whose messages end at each target's own neighbors, equivalent
+atoms have equal features, so this saves work without changes beyond the symmetry tolerance.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SYMMETRY_TOLERANCE = 0.01
 
 
 def orbits(crystals: Crystals) -> NDArray[np.int64]:
-    """Return [N] the first equivalent atom of each atom; every atom is its own where spglib finds no symmetry."""
+    """Return [N] the first equivalent atom of each atom; without symmetry, every atom itself."""
     import spglib
 
     representative = np.arange(len(crystals.numbers))
@@ -37,9 +37,9 @@ def orbits(crystals: Crystals) -> NDArray[np.int64]:
 
 
 def reduce_to_unit(neighbors: Neighbors, representative: NDArray[np.int64]) -> Neighbors:
-    """Keep the edges that end at a representative, and let each begin at its source's representative.
+    """Keep the edges that end at a representative, and start each at its source's representative.
 
-    ``image`` and ``vector`` stay those of the source that was there; distances are what may be read from them.
+    ``image`` and ``vector`` remain those of the original source; only distances are meaningful.
     """
     kept = representative[neighbors.target] == neighbors.target
     return neighbors._replace(

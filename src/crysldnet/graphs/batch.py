@@ -1,6 +1,6 @@
-"""The one typed batch that travels through everything.
+"""The typed batch used everywhere.
 
-Shapes: ``B`` crystals, ``N`` atoms, ``E`` directed edges, ``M`` distances an atom, ``T`` targets, ``K`` descriptors.
+Shapes: ``B`` crystals, ``N`` atoms, ``E`` directed edges, ``M`` distances per atom, ``T`` targets, ``K`` descriptors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class CorruptionTargets:
-    """What the objective has to undo; see :class:`crysldnet.graphs.corruption.DenoisingTargets`."""
+    """Targets of the objective; see :class:`crysldnet.graphs.corruption.DenoisingTargets`."""
 
     numbers: Tensor
     """[N] true atomic numbers."""
@@ -48,13 +48,13 @@ class CrystalBatch:
     lattice: Tensor
     """[B, 3, 3] rows are lattice vectors in Å."""
     numbers: Tensor
-    """[N] atomic numbers, 0 where masked."""
+    """[N] atomic numbers, 0 if masked."""
     positions: Tensor
     """[N, 3] Cartesian coordinates in Å."""
     crystal: Tensor
     """[N] the crystal of each atom."""
     sizes: Tensor
-    """[B] atoms of each crystal."""
+    """[B] number of atoms."""
     edge_index: Tensor
     """[2, E]."""
     edge_vec: Tensor
@@ -62,30 +62,30 @@ class CrystalBatch:
     distances: Tensor
     """[N, M] nearest distances of each atom in Å, ascending."""
     cut: Tensor
-    """[N] distance in Å up to which each atom's own neighbors are kept: its k-th with the tolerance, or the radius."""
+    """[N] cutoff in Å for each atom's own neighbors: the k-th distance with tolerance, or the radius."""
     rows: Tensor
     """[B] row of each crystal in its store."""
     largest: int
-    """Atoms of the largest crystal, known without asking the device."""
+    """Atoms of the largest crystal, to avoid synchronizing with the device."""
     targets: Tensor | None = None
-    """[B, T] in physical units, NaN where unknown."""
+    """[B, T] in physical units, NaN if unknown."""
     descriptors: Tensor | None = None
-    """[B, K] further inputs of the head, in physical units."""
+    """[B, K] additional inputs of the head, in physical units."""
     undo: CorruptionTargets | None = None
     frame: Tensor | None = None
-    """[B, 3, 3] right-handed frame of three short lattice vectors in Å, where the graph asks for it."""
+    """[B, 3, 3] right-handed frame of three short lattice vectors in Å, if the graph has it."""
     pairs: Tensor | None = None
-    """[2, P] source and target of every ordered pair of a crystal's atoms, where the graph asks for potentials."""
+    """[2, P] source and target of every ordered pair of a crystal's atoms, if the graph has potentials."""
     potential: Tensor | None = None
     """[P] lattice sum of each pair's potential."""
     representative: Tensor | None = None
-    """[N] the atom of the asymmetric unit that stands for each atom, where edges end at those alone."""
+    """[N] representative of each atom in the asymmetric unit, if edges only end at those."""
     slots: Tensor | None = None
-    """[R, K] the edges of each atom in rows of K, E where a slot is empty, where the graph asks for slots."""
+    """[R, K] edges of each atom in rows of K, E for empty slots, if the graph has slots."""
     slot_atom: Tensor | None = None
     """[R] the atom of each row, ascending."""
     clean: CrystalBatch | None = None
-    """The same crystals before they were corrupted, atoms in the same order, where they are asked for."""
+    """The clean crystals with the same atom order, if requested."""
 
     @property
     def num_crystals(self) -> int:
@@ -122,7 +122,7 @@ class CrystalBatch:
         return self._apply(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
 
     def to_crystals(self) -> Crystals:
-        """Return the crystals, atoms at the positions that they have in the batch."""
+        """Return the crystals with atoms at their positions in the batch."""
         lattice = self.lattice.detach().double().cpu().numpy()
         crystal, sizes = self.crystal.cpu().numpy(), self.sizes.cpu().numpy()
         inverse = np.linalg.inv(lattice)[crystal]
@@ -159,12 +159,12 @@ def make_batch(
 
     Args:
         crystals: B crystals.
-        graph: the graph that the encoder needs.
-        rows: [B] where they stand in their store; 0 … B − 1 by default.
-        targets: [B, T] in physical units, NaN where unknown.
+        graph: the encoder's graph.
+        rows: [B] rows in their store; default 0 … B − 1.
+        targets: [B, T] in physical units, NaN if unknown.
         descriptors: [B, K] in physical units.
-        undo: what :meth:`Corruption.apply` did to them.
-        dtype: of all real values but the targets, which stay in float32.
+        undo: result of :meth:`Corruption.apply`.
+        dtype: type of all real values except targets, which stay float32.
     """
     built = graph.build(crystals)
     edges = built.neighbors
@@ -208,7 +208,7 @@ def make_batch(
 
 
 def cut(sizes: NDArray[np.int64], crystals: int, atoms: int) -> Iterator[tuple[int, int]]:
-    """Cut consecutive crystals into batches within both bounds; a larger crystal is a batch of its own."""
+    """Divide consecutive crystals into batches within both limits; a larger crystal gets its own batch."""
     start = total = 0
     for stop, size in enumerate(sizes.tolist()):
         if stop > start and (stop - start == crystals or total + size > atoms):

@@ -1,4 +1,4 @@
-"""What a denoising objective does to a crystal before it becomes a graph: species masked, atoms moved, cell strained.
+"""Corruption for denoising objectives: mask species, displace atoms, strain the cell.
 
 Shapes: ``B`` crystals, ``N`` atoms.
 """
@@ -14,26 +14,26 @@ from numpy.typing import NDArray
 from crysldnet.graphs.crystals import Crystals
 
 MASKED = 0
-"""The atomic number that a masked atom shows."""
+"""Atomic number of a masked atom."""
 
 
 class DenoisingTargets(NamedTuple):
-    """What was done, in the frame of the corrupted crystal."""
+    """The corruption in the frame of the corrupted crystal."""
 
     numbers: NDArray[np.int64]
     """[N] the true atomic numbers."""
     masked: NDArray[np.bool_]
-    """[N] the atoms whose species was hidden."""
+    """[N] the masked atoms."""
     displacement: NDArray[np.float64]
-    """[N, 3] Å, how far each atom was moved, its crystal's mean being zero."""
+    """[N, 3] Å, displacement of each atom, with zero mean per crystal."""
     strain: NDArray[np.float64]
-    """[B, 3, 3] the symmetric strain ε put on the cell: L' = L(1 + ε)."""
+    """[B, 3, 3] symmetric strain ε of the cell: L' = L(1 + ε)."""
     levels: NDArray[np.float64]
-    """[B, 2] standard deviations of displacement (Å) and strain that were drawn from; 0 where a crystal has none."""
+    """[B, 2] standard deviations of displacement (Å) and strain used for sampling; 0 without corruption."""
 
 
 Amount = float | list[float]
-"""A number, or the two ends of a range that every crystal's own is drawn from."""
+"""A number, or a range from which each crystal's value is sampled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,16 +41,15 @@ class Corruption:
     """Settings of the corruption.
 
     Attributes:
-        mask_fraction: share of each crystal's atoms whose species is hidden, rounded up; in a crystal of one atom
-            none is. A range is drawn from uniformly, and the number of atoms is rounded at random.
-        displacement: standard deviation per coordinate in Å, at full strength. A range is drawn from log-uniformly.
+        mask_fraction: fraction of masked atoms per crystal, rounded up; none in a crystal of one atom. A range is
+            sampled uniformly, and the number of atoms is rounded randomly.
+        displacement: standard deviation per coordinate in Å, at full strength. A range is sampled log-uniformly.
         strain: standard deviation of the strain's diagonal entries, at full strength (off the diagonal 1/√2 of it).
-            A range is drawn from log-uniformly.
-        vary: each crystal gets a strength drawn uniformly from 0 to 1, for displacement and strain given as numbers;
-            else 1.
-        clean_fraction: share of the crystals that are left as they are.
-        min_atoms: smaller crystals are left out.
-        resample: draw anew every epoch; else the same corruption always, but for batches that it brings over
+            A range is sampled log-uniformly.
+        vary: sample a strength uniformly from 0 to 1 per crystal, for displacement and strain given as numbers; else 1.
+        clean_fraction: fraction of crystals left uncorrupted.
+        min_atoms: smaller crystals are excluded.
+        resample: new draw every epoch; else always the same corruption, except for batches that exceed
             ``data.max_edges``.
     """
 
@@ -75,16 +74,16 @@ class Corruption:
             raise ValueError(f"clean_fraction={self.clean_fraction}: it must be at least 0 and below 1")
 
     def highest(self, name: Literal["displacement", "strain"]) -> float:
-        """Return the largest standard deviation that a crystal can get."""
+        """Return the largest possible standard deviation."""
         return _ends(getattr(self, name), name)[1]
 
     def lowest(self, name: Literal["displacement", "strain"]) -> float | None:
-        """Return the lower end of a range; None where a number is given."""
+        """Return the lower end of a range; None for a number."""
         value = getattr(self, name)
         return value[0] if isinstance(value, list) else None
 
     def apply(self, crystals: Crystals, rng: np.random.Generator) -> tuple[Crystals, DenoisingTargets]:
-        """Corrupt a batch; the input is left as it is."""
+        """Corrupt a copy of a batch."""
         owner, sizes = crystals.crystal, crystals.sizes
         masked = self._draw_mask(crystals, rng)
         strength = rng.random(len(crystals)) if self.vary else np.ones(len(crystals))

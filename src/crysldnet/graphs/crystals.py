@@ -1,6 +1,6 @@
-"""Crystals as flat arrays, and what makes one usable.
+"""Crystals as flat arrays, and validity checks.
 
-Shapes: ``B`` crystals, ``N`` atoms of all of them, crystal b owning the atoms ``ptr[b] … ptr[b + 1] − 1``.
+Shapes: ``B`` crystals, ``N`` atoms in total, crystal b has the atoms ``ptr[b] … ptr[b + 1] − 1``.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from crysldnet.graphs.neighbors import neighbor_list
 
 MAX_ATOMIC_NUMBER = 118
 MIN_DISTANCE = 0.4
-"""Å; atoms that are closer overlap."""
+"""Å; closer atoms overlap."""
 MIN_VOLUME_PER_ATOM = 0.5
 """Å³; no solid is denser (diamond has 5.7)."""
 MAX_LENGTH = 10_000.0
-"""Å; a longer lattice vector is a wrong unit."""
+"""Å; a longer lattice vector means a wrong unit."""
 MAX_FRACTION = 1000.0
-"""cells; a coordinate beyond has lost its digits, or isn't fractional"""
+"""cells; a coordinate beyond has lost its precision, or isn't fractional"""
 
 
 @dataclass(frozen=True)
 class Crystals:
-    """Any number of crystals side by side.
+    """Any number of crystals.
 
     Attributes:
         lattice: [B, 3, 3] float64, rows are lattice vectors in Å.
@@ -50,7 +50,7 @@ class Crystals:
 
     @property
     def crystal(self) -> NDArray[np.int64]:
-        """[N] the crystal that each atom belongs to."""
+        """[N] the crystal of each atom."""
         return np.repeat(np.arange(len(self)), self.sizes)
 
     @property
@@ -59,7 +59,7 @@ class Crystals:
         return np.einsum("ni,nij->nj", self.frac_coords.astype(np.float64), self.lattice[self.crystal])
 
     def take(self, index: NDArray[np.int64]) -> Crystals:
-        """Copy the crystals at ``index``, in that order; the work doesn't depend on the size of the store."""
+        """Copy the crystals at ``index`` in that order; the cost is independent of the size of the store."""
         begin = np.asarray(self.ptr[index])
         sizes = np.asarray(self.ptr[index + 1]) - begin
         ptr = np.concatenate([[0], np.cumsum(sizes)])
@@ -74,12 +74,12 @@ def from_lists(
     numbers: Sequence[NDArray[np.uint8]],
     frac_coords: Sequence[NDArray[np.float64]],
 ) -> Crystals:
-    """Put single crystals side by side.
+    """Combine single crystals.
 
     Args:
-        lattices: one [3, 3] a crystal, in Å.
-        numbers: one [n] a crystal.
-        frac_coords: one [n, 3] a crystal.
+        lattices: one [3, 3] per crystal, in Å.
+        numbers: one [n] per crystal.
+        frac_coords: one [n, 3] per crystal.
     """
     ptr = np.concatenate([[0], np.cumsum([len(z) for z in numbers])]).astype(np.int64)
     if not len(lattices):
@@ -93,7 +93,7 @@ def from_lists(
 
 
 def concatenate(parts: Sequence[Crystals]) -> Crystals:
-    """Put crystals side by side."""
+    """Concatenate crystals."""
     return Crystals(
         np.concatenate([part.lattice for part in parts]),
         np.concatenate([[0], np.cumsum(np.concatenate([part.sizes for part in parts]))]),
@@ -103,11 +103,11 @@ def concatenate(parts: Sequence[Crystals]) -> Crystals:
 
 
 def faults(crystals: Crystals, *, max_atoms: int | None = None) -> list[str | None]:
-    """Say what is wrong with each crystal, or None where nothing is.
+    """Return the fault of each crystal, or None.
 
-    A crystal is refused for: no atoms, more than ``max_atoms``, an atomic number that is not 1 to 118, a lattice or
-    coordinates that are not finite, a cell without volume (or absurdly small or large: wrong unit), and two atoms
-    closer than 0.4 Å.
+    A crystal is invalid with no atoms, more than ``max_atoms``, an atomic number outside 1 to 118, a nonfinite
+    lattice or coordinates, a cell without volume (or absurdly small or large: wrong unit), or two atoms closer than 0.4
+    Å.
     """
     found: list[str | None] = [None] * len(crystals)
 
@@ -156,7 +156,7 @@ def faults(crystals: Crystals, *, max_atoms: int | None = None) -> list[str | No
 
 
 def damage(crystals: Crystals) -> str | None:
-    """Say what can't stand in the files of a store, whose crystals were checked when it was written, or None."""
+    """Return invalid content in a store's files, or None; its crystals were checked on writing."""
     sizes = crystals.sizes
     if crystals.ptr[0] != 0 or crystals.ptr[-1] != len(crystals.numbers) or (sizes < 1).any():
         first = int(np.argmax(sizes < 1))
@@ -167,7 +167,7 @@ def damage(crystals: Crystals) -> str | None:
         "frac_coords": (crystals.frac_coords, -MAX_FRACTION, MAX_FRACTION),
     }
     for name, (array, low, high) in bounds.items():
-        if len(array) and not (array.min() >= low and array.max() <= high):  # also where one isn't a number
+        if len(array) and not (array.min() >= low and array.max() <= high):  # also false for NaN
             place = np.unravel_index(np.argmin((array >= low) & (array <= high)), array.shape)
             crystal = place[0] if name == "lattice" else np.searchsorted(crystals.ptr, place[0], side="right") - 1
             return f"{name}.bin has {array[place]} (crystal {crystal}), which isn't between {low:g} and {high:g}"

@@ -43,7 +43,7 @@ def undo_strain(lattice: Tensor, strain: Tensor) -> Tensor:
 def inverse(matrix: Tensor) -> Tensor:
     """Return the inverses of matrices [..., 3, 3] by their cofactors.
 
-    Unlike ``torch.linalg.inv`` this doesn't wait for the device to say whether a matrix is singular.
+    Unlike ``torch.linalg.inv``, this doesn't synchronize with the device to check for singular matrices.
     """
     a, b, c = matrix.unbind(-2)
     cofactors = torch.stack([torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)], dim=-1)
@@ -51,7 +51,7 @@ def inverse(matrix: Tensor) -> Tensor:
 
 
 def random_rotations(n: int, *, like: Tensor) -> Tensor:
-    """Draw n rotation matrices [n, 3, 3], uniform over all rotations, of the type and on the device of ``like``.
+    """Sample n uniform rotation matrices [n, 3, 3] with the type and device of ``like``.
 
     A unit quaternion (w, x, y, z) that is uniform on the sphere gives a uniform rotation.
     """

@@ -1,10 +1,10 @@
 """Edges along lattice vectors, and the frame of three shortest lattice vectors.
 
-Shapes: ``B`` crystals, ``N`` atoms, ``E`` directed edges, ``m`` lattice vectors a crystal.
+Shapes: ``B`` crystals, ``N`` atoms, ``E`` directed edges, ``m`` lattice vectors per crystal.
 
-K. Yan et al., "Periodic Graph Transformers for Crystal Material Property Prediction" (Matformer), NeurIPS 2022, joins
-every atom to its own images along the cell; K. Yan et al., "Complete and Efficient Graph Transformers for Crystal
-Material Property Prediction" (ComFormer), ICLR 2024, along the frame.
+K. Yan et al., "Periodic Graph Transformers for Crystal Material Property Prediction" (Matformer), NeurIPS 2022,
+connects every atom to its own images along the cell; K. Yan et al., "Complete and Efficient Graph Transformers for
+Crystal Material Property Prediction" (ComFormer), ICLR 2024, along the frame.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CELL_IMAGES = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [
 
 @njit(inline="always", error_model="numpy")
 def _cross(a, b):
-    """Return a × b as three numbers; numpy's takes numba seconds to compile, and so do its sums and products."""
+    """Return a × b as three numbers; numpy's version, and sums and products, take numba seconds to compile."""
     return a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]
 
 
@@ -32,7 +32,7 @@ def _dot(a, b):
 
 @njit(inline="always", error_model="numpy")
 def _along(image, lattice):
-    """Return the lattice vector of integers, as three numbers."""
+    """Return the lattice vector for integers, as three numbers."""
     n0, n1, n2 = image
     return (
         n0 * lattice[0, 0] + n1 * lattice[1, 0] + n2 * lattice[2, 0],
@@ -43,7 +43,7 @@ def _along(image, lattice):
 
 @njit(error_model="numpy")
 def _sort(order, first, last, by):
-    """Sort ``order[first:last]`` by what it points to, equal ones as they stand."""
+    """Stable sort of ``order[first:last]`` by the values it points to."""
     for place in range(first + 1, last):
         moved, back = order[place], place
         while back > first and by[order[back - 1]] > by[moved]:
@@ -95,16 +95,17 @@ def _reduced(lattice):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _sorted_images(lattice, tolerance):
-    """Return short lattice vectors, shortest first, as integers [26, 3], the three shortest independent ones with them.
+    """Return short lattice vectors, including the three shortest independent ones, sorted by length, as integers [26,
+    3].
 
-    In a reduced basis those have components −1, 0 and 1, however long the cell. Lengths that differ by less than the
+    In a reduced basis their components are −1, 0 and 1 for any cell. Lengths that differ by less than the
     tolerance count as equal; equal ones keep the order of their integers.
     """
     basis, count = _reduced(lattice), 26
     keys, images, found = np.empty(count), np.empty((count, 3), np.int64), np.empty(count)
     place = 0
     for n in range(27):
-        if n == 13:  # no vector at all
+        if n == 13:  # the zero vector
             continue
         by0, by1, by2 = n // 9 - 1, n // 3 % 3 - 1, n % 3 - 1
         for axis in range(3):
@@ -122,7 +123,7 @@ def _sorted_images(lattice, tolerance):
     order = np.arange(count)
     _sort(order, 0, count, found)
     first = 0
-    for place in range(1, count + 1):  # a run of equal lengths goes back to the order of its integers
+    for place in range(1, count + 1):  # sort a run of equal lengths by integers
         if place == count or found[order[place]] - found[order[place - 1]] > tolerance:
             if tolerance > 0.0:
                 _sort(order, first, place, np.arange(count))
@@ -166,15 +167,15 @@ def _frame_images(lattices, tolerance):
 def frames(lattices: NDArray[np.floating], tolerance: float) -> NDArray[np.int32]:
     """Find three short lattice vectors that span each lattice's space, as a right-handed frame.
 
-    v₁ is the shortest lattice vector, v₂ the next that isn't collinear, v₃ the next that isn't coplanar. v₂ and v₃
-    are turned to within 90° of v₁; all three change sign where they are left-handed. For a lattice without ties they
-    depend neither on the sign of the first pick nor on the choice of cell. With ties (all cubic, tetragonal and
-    hexagonal lattices) the order of the integers decides, so they depend on the cell.
+    v₁ is the shortest lattice vector, v₂ the next that isn't collinear, v₃ the next that isn't coplanar. v₂ and v₃ are
+    inverted if more than 90° from v₁; all three change sign if left-handed. For a lattice without ties they depend
+    neither on the sign of the first choice nor on the choice of cell. With ties (all cubic, tetragonal and hexagonal
+    lattices) the order of the integers decides, so they depend on the cell.
 
     Args:
         lattices: [B, 3, 3] in Å, rows are lattice vectors.
-        tolerance: Å by which equal lengths may differ, and the cosine by which a right angle may; 0 leaves both to
-            rounding, as the published code does.
+        tolerance: Å, tolerance for equal lengths, and tolerance of the cosine of a right angle; 0 leaves both to
+            rounding, as in the published code.
 
     Returns:
         [B, 3, 3] integers n, row m of crystal b being the vector n[b, m] · lattice[b].
@@ -184,7 +185,7 @@ def frames(lattices: NDArray[np.floating], tolerance: float) -> NDArray[np.int32
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _added(lattices, ptr, start, source, image, vector, images, wanted):
-    """Append each atom's edges along ± its crystal's images, those that it doesn't have yet."""
+    """Append each atom's missing edges along ± its crystal's images."""
     n_atoms = ptr[-1]
     room = len(source) + 2 * images.shape[1] * n_atoms
     out_source, out_target = np.empty(room, np.int64), np.empty(room, np.int64)
@@ -228,14 +229,14 @@ def add_lattice_edges(
     images: NDArray[np.int32],
     wanted: NDArray[np.bool_],
 ) -> Neighbors:
-    """Join every atom to its own images at ±n, unless it is already.
+    """Connect every atom to its own images at ±n, unless already connected.
 
     Args:
         neighbors: the edges so far, sorted by target.
         lattices: [B, 3, 3] in Å.
         ptr: [B + 1] first atom of each crystal.
         images: [B, m, 3] the integers n.
-        wanted: [B] the crystals that get them.
+        wanted: [B] crystals that get these edges.
     """
     start = np.searchsorted(neighbors.target, np.arange(ptr[-1] + 1))
     source, target, image, vector = _added(

@@ -5,7 +5,7 @@ ICML 2023 (arXiv 2306.10045).
 
 With v = x_source − x_target and the lattice Λ,
 
-    Coulomb  Z_{1/2}(v) = Σ_ℓ 1 / |v + ℓ|      by analytic continuation (a neutralising background)
+    Coulomb  Z_{1/2}(v) = Σ_ℓ 1 / |v + ℓ|      by analytic continuation (a neutralizing background)
     London   Z_3(v)     = Σ_ℓ 1 / |v + ℓ|⁶     the zero vector left out in both
     Pauli    X(v)       = Σ_ℓ exp(−3 |v + ℓ|)  with ℓ = 0
 
@@ -18,7 +18,7 @@ Ewald's method in a cell scaled to unit volume, g = V^{1/3}, k running over reci
 
 All incomplete Γ functions needed are elementary or erfc. ``published`` sums integers from −3 to 3 along each lattice
 vector in Z, which misses terms in skewed cells, and divides lengths in X by √g, so that its decay depends on the volume
-of the cell. ``corrected`` takes every term within a sphere in both spaces, and X as it is defined.
+of the cell. ``corrected`` includes every term within a sphere in both spaces, and X as defined.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _ZERO = 1e-10
 
 
 class LatticeSums(NamedTuple):
-    """Every ordered pair of atoms of every crystal, an atom with itself among them, sorted by target."""
+    """Every ordered pair of atoms of every crystal, including an atom with itself, sorted by target."""
 
     source: NDArray[np.int64]
     target: NDArray[np.int64]
@@ -67,10 +67,10 @@ def _length2(f0, f1, f2, m):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _images_within(lattice, radius, fixed):
-    """Return integers [n, 3] along each vector from −fixed to fixed, or where fixed is 0 as far as a sphere needs."""
+    """Return integers [n, 3] along each vector from −fixed to fixed, or if fixed is 0 as far as a sphere requires."""
     inverse = np.linalg.inv(lattice)
     reach = np.empty(3, np.int64)
-    for axis in range(3):  # one more, since v itself lies anywhere in the cell
+    for axis in range(3):  # one more, because v may be anywhere in the cell
         height = np.sqrt((inverse[:, axis] ** 2).sum())
         reach[axis] = fixed if fixed > 0 else int(np.ceil(radius * height)) + 1
     room = (2 * reach[0] + 1) * (2 * reach[1] + 1) * (2 * reach[2] + 1)
@@ -123,7 +123,7 @@ def _lattice_sums(lattices, frac, ptr, published):
         scaled = lattice / g
         real = _images_within(scaled, np.sqrt(RADIUS2), fixed)
         waves, coulomb_k, london_k = _reciprocal_terms(scaled, fixed)
-        unit = np.sqrt(g) if published else 1.0  # of lengths in the Pauli term, in Å
+        unit = np.sqrt(g) if published else 1.0  # unit of lengths in the Pauli term, in Å
         pauli = _images_within(lattice / unit, PAULI_RADIUS, 0)
         first, last = ptr[crystal], ptr[crystal + 1]
         for target in range(first, last):
@@ -172,10 +172,10 @@ def lattice_sums(
         lattices: [B, 3, 3] in Å, rows are lattice vectors.
         frac_coords: [N, 3].
         ptr: [B + 1] first atom of each crystal.
-        published: the terms and the scale of the released code, see the module's text.
+        published: use the terms and scale of the released code, see the module docstring.
     """
     sizes = np.diff(ptr)
-    each = np.repeat(sizes, sizes)  # of every target atom
+    each = np.repeat(sizes, sizes)  # for every target atom
     target = np.repeat(np.arange(ptr[-1]), each)
     begin = np.repeat(np.repeat(ptr[:-1], sizes), each)
     source = begin + np.arange(len(target)) - np.repeat(np.cumsum(each) - each, each)

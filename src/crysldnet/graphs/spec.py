@@ -1,4 +1,4 @@
-"""The graph of a crystal, as an encoder asks for it.
+"""The graph of a crystal, as defined by an encoder.
 
 Shapes: ``B`` crystals, ``N`` atoms, ``E`` directed edges, ``P`` ordered pairs of atoms, ``R`` rows of ``K`` slots.
 """
@@ -22,15 +22,15 @@ from crysldnet.graphs.potentials import lattice_sums
 
 @dataclass(frozen=True)
 class Graph:
-    """What a :class:`GraphSpec` builds; what it doesn't ask for is None.
+    """Result of a :class:`GraphSpec`; parts that it doesn't include are None.
 
     Attributes:
         neighbors: the edges, sorted by target.
         frame: [B, 3, 3] right-handed frame of three short lattice vectors in Å.
         pairs: [2, P] source and target of every ordered pair of a crystal's atoms.
         potential: [P] the lattice sum of each pair's potential.
-        representative: [N] the atom of the asymmetric unit that stands for each atom.
-        slots: [R, K] the edges of each atom in rows of K, E where a slot is empty.
+        representative: [N] representative of each atom in the asymmetric unit.
+        slots: [R, K] the edges of each atom in rows of K, E for empty slots.
         slot_atom: [R] the atom that each row belongs to; atoms with more than K edges have several rows.
     """
 
@@ -44,29 +44,29 @@ class Graph:
 
 
 MOST = {"k": 1000, "radius": 100.0, "n_distances": 10_000, "slots": 10_000}
-"""Beyond, a graph is a mistake, or made to fill the memory."""
+"""Limits; beyond these a graph is a mistake or would exhaust memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphSpec:
-    """Which graph an encoder needs; the data module reads it from the encoder, so that the two can't disagree.
+    """Definition of an encoder's graph; the data module reads it from the encoder, so that the two agree.
 
     Attributes:
         k: each target's k nearest neighbors and all that tie with the k-th; or
         radius: all neighbors within this many Å.
-        tolerance: Å by which distances of one shell, or lengths of lattice vectors, may differ.
+        tolerance: Å, tolerance for distances within a shell and lattice vector lengths.
         symmetric: add the reverse of every edge that lacks it.
         repeat_self_images: edges between an atom and its own images count twice (a quirk of the published graphs).
-        cut_beyond: exactly k edges an atom: ties are cut in the order of enumeration, and neighbors farther than this
+        cut_beyond: exactly k edges per atom: ties are cut in the order of enumeration, and neighbors farther than this
             many Å are replaced by edges from the crystal's first atom, 1 Å longer (quirks of CGCNN).
         n_distances: length of each atom's pairwise distance distribution; 0 for none.
-        lattice_edges: join every atom to its own images along a, b, c, a + b, a + c, b + c (``cell``) or along the
+        lattice_edges: connect every atom to its own images along a, b, c, a + b, a + c, b + c (``cell``) or along the
             three vectors of the frame (``frame``).
         lattice_edges_within: crystals with a k-th neighbor farther than this many Å get no lattice edges (a quirk of
             Matformer).
-        frame: give the frame of three short lattice vectors.
-        potential: give every pair's lattice sum of potentials, see :mod:`crysldnet.graphs.potentials`.
-        asymmetric_unit: edges end at one atom of each symmetry-equivalent set alone.
+        frame: include the frame of three short lattice vectors.
+        potential: include every pair's lattice sum of potentials, see :mod:`crysldnet.graphs.potentials`.
+        asymmetric_unit: edges only end at one atom per symmetry-equivalent set.
         slots: K of the padded layout; 0 for none.
     """
 
@@ -94,9 +94,9 @@ class GraphSpec:
             raise ValueError("cut_beyond needs k")
 
     def differences(self, stored: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Return the settings that differ from those stored with some weights, as (stored, own).
+        """Return the settings that differ from those stored with weights, as (stored, own).
 
-        A setting that the stored ones don't have was not yet known then, and had its default.
+        Settings missing in the stored ones are newer and count as their default.
         """
         defaults = {field.name: field.default for field in fields(self)}
         own = asdict(self)
@@ -104,7 +104,7 @@ class GraphSpec:
         return {key: (theirs, ours) for key, (theirs, ours) in pairs.items() if theirs != ours}
 
     def build(self, crystals: Crystals) -> Graph:
-        """Find the edges of all crystals at once, and whatever else is asked for."""
+        """Find the edges of all crystals at once, and the other parts of the graph."""
         lattices, ptr = crystals.lattice, crystals.ptr
         neighbors = neighbor_list(
             lattices,
@@ -141,8 +141,8 @@ class GraphSpec:
         )
 
     def near_cut(self, crystals: Crystals, move: float = 1e-3) -> NDArray[np.bool_]:
-        """Return [B] whether the neighbors of any atom may change when atoms move by this many Å."""
-        slack = move * (2.0 if self.k is None else 4.0)  # two atoms of a pair move, and those of the k-th
+        """Return [B] whether neighbors of any atom may change when atoms move by this many Å."""
+        slack = move * (2.0 if self.k is None else 4.0)  # both atoms of a pair move, and those of the k-th
         found = neighbor_list(
             crystals.lattice,
             crystals.frac_coords,
@@ -171,7 +171,7 @@ class GraphSpec:
 
 
 def _exactly(neighbors: Neighbors, ptr: NDArray[np.int64], k: int, beyond: float) -> Neighbors:
-    """Keep k edges an atom, the nearest first; replace those longer than ``beyond`` by ones from the first atom."""
+    """Keep k edges per atom, nearest first; replace those longer than ``beyond`` by edges from the first atom."""
     length = np.linalg.norm(neighbors.vector, axis=1)
     order = np.lexsort((length, neighbors.target))
     n_atoms = ptr[-1]
@@ -210,14 +210,14 @@ def _slots(target, n_atoms, k):
 
 
 def slot_table(target: NDArray[np.int64], n_atoms: int, k: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Lay edges out in rows of k slots; nothing is dropped, atoms with more than k edges take several rows.
+    """Arrange edges in rows of k slots; atoms with more than k edges take several rows.
 
     Args:
-        target: [E] of the edges, ascending.
+        target: [E] targets of the edges, ascending.
         n_atoms: N; an atom without edges has one row of empty slots.
         k: K.
 
     Returns:
-        [R, K] edges, E where a slot is empty, and [R] the atom of each row, ascending.
+        [R, K] edges, E for empty slots, and [R] the atom of each row, ascending.
     """
     return _slots(np.ascontiguousarray(target), int(n_atoms), k)

@@ -1,1 +1,1 @@
-"""One module a file format: each turns bytes, text or records into crystals and refuses what it would have to guess."""
+"""One module per file format: converts bytes, text or records to crystals and rejects ambiguous input."""

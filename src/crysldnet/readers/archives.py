@@ -1,7 +1,7 @@
-"""CIF and POSCAR files in zip and tar archives, read without unpacking anything.
+"""CIF and POSCAR files in zip and tar archives, read without unpacking to disk.
 
-A member's name is used to name its crystal and never as a path. A member that is encrypted, damaged or over 64 MiB, as
-it says or as it turns out, is rejected with the reason.
+A member's name only names its crystal and is never used as a path. A member that is encrypted, damaged or over 64 MiB,
+as declared or as found, is rejected with the reason.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _is_structure(name: str) -> bool:
 
 
 class _Archive(ABC):
-    """What both kinds of archive have in common; see :class:`crysldnet.readers.sources.Reader`."""
+    """Common part of both kinds of archive; see :class:`crysldnet.readers.sources.Reader`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -49,7 +49,7 @@ class _Archive(ABC):
 
 
 class ZipReader(_Archive):
-    """A zip archive; each process opens it and reads its members itself."""
+    """A zip archive; each process opens it and reads its members."""
 
     def _names(self) -> list[str]:
         try:
@@ -79,7 +79,7 @@ def _read_zip(path: str, members: list[tuple[str, str, str, int]], settings: Set
 
 
 def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes | str:
-    """Return what a member holds, or why it can't be read."""
+    """Return the content of a member, or why it can't be read."""
     if member.flag_bits & 1:
         return "it is encrypted; unpack the archive with its password and import the folder"
     if member.file_size > LIMIT:
@@ -92,7 +92,7 @@ def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes | str:
 
 
 class TarReader(_Archive):
-    """A tar archive, compressed or not; it is read once for its names and once for their content."""
+    """A tar archive, compressed or not; it is read once for names and once for content."""
 
     def _names(self) -> list[str]:
         return [member.name if member.isfile() else "" for _, member in self._walk()]

@@ -1,7 +1,7 @@
-"""Extended XYZ files and ASE databases, read by ase (the extra ``formats``).
+"""Extended XYZ files and ASE databases, read by ase (extra ``formats``).
 
-ase keeps energies in eV, lengths in Å and magnetic moments in Bohr magnetons. Of a database, only atoms and key-value
-pairs are read.
+ase uses eV for energies, Å for lengths and Bohr magnetons for magnetic moments. From a database, only atoms and
+key-value pairs are read.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from crysldnet.readers.sources import Settings
 from crysldnet.readers.structure_files import LIMIT, MAX_EMPTY_LINES, printable
 
 UNITS = {"energy": "eV", "free_energy": "eV", "magmom": "muB", "fmax": "eV/Angstrom", "smax": "eV/Angstrom^3"}
-"""Units of the properties that ase itself names."""
+"""Units of ase's own properties."""
 _RESULTS = ("energy", "free_energy", "magmom")
 
 
 def require_ase() -> None:
-    """Raise a DataError where ase isn't installed."""
+    """Raise a DataError if ase isn't installed."""
     try:
         import ase  # noqa: F401
     except ImportError as error:
@@ -37,10 +37,10 @@ def require_ase() -> None:
 
 
 def frames(stream: BinaryIO, name: str) -> Iterator[bytes]:
-    """Split an extended XYZ file into its frames, the last one as it is where the file ends too early.
+    """Split an extended XYZ file into frames; a truncated last frame is returned as is.
 
     Raises:
-        DataError: a frame doesn't begin with its number of atoms, so that no later one can be found.
+        DataError: a frame doesn't start with its number of atoms, so later frames can't be found.
     """
     line_number = last = 0
     while first := stream.readline(4096):
@@ -69,13 +69,13 @@ def frames(stream: BinaryIO, name: str) -> Iterator[bytes]:
 
 
 def read_frames(frames: Iterable[tuple[str, str, bytes]], settings: Settings) -> Piece:
-    """Read a piece of an extended XYZ file: place, default id and text of each frame."""
+    """Read a chunk of an extended XYZ file: place, default id and text of each frame."""
     entries = (Entry(place, default_id, _frame(text)) for place, default_id, text in frames)
     return read_entries(entries, settings, UNITS)
 
 
 def _frame(text: bytes) -> Any:
-    """Return a frame as a record, or as a record that says why there is none."""
+    """Return a frame as a record, or a record with the reason for its rejection."""
     from ase.io.extxyz import read_xyz
 
     count, lines = int(text.split(b"\n", 1)[0]), text.count(b"\n") + (not text.endswith(b"\n"))
@@ -85,7 +85,7 @@ def _frame(text: bytes) -> Any:
         return DataError(fault)
     try:
         (atoms,) = read_xyz(io.StringIO(text.decode("utf-8")), 0)
-    except Exception as error:  # ase's parser raises whatever its parts do
+    except Exception as error:  # ase's parser raises any kind of error
         what = " ".join(str(error).split())[:150] or type(error).__name__
         return DataError(f"not an extended XYZ frame that can be read ({what})")
     if b"attice=" not in text.split(b"\n", 2)[1]:
@@ -95,7 +95,7 @@ def _frame(text: bytes) -> Any:
 
 
 def _fault_of_columns(text: bytes) -> str | None:
-    """Say what is wrong with the columns that a frame claims; ase would make room for all of them."""
+    """Return errors in the columns declared by a frame; ase would allocate memory for all of them."""
     _, comment, *atoms = text.split(b"\n", 3)
     claimed = re.search(rb"""(?<!\w)Properties=["']?([^\s"']+)""", comment)
     if claimed is None or not atoms:
@@ -110,7 +110,7 @@ def _fault_of_columns(text: bytes) -> str | None:
 
 
 def is_sqlite(path: Path) -> bool:
-    """Return whether a file is an SQLite database by how it begins."""
+    """Return whether a file is an SQLite database, from its first bytes."""
     with path.open("rb") as file:
         return file.read(16) == b"SQLite format 3\0"
 
@@ -132,10 +132,10 @@ def refuse_what_computes(path: Path) -> None:
 
 
 def database_entries(path: Path, kind: str) -> Iterator[Entry]:
-    """Give the rows of an ASE database as records.
+    """Yield the rows of an ASE database as records.
 
     Args:
-        path: the file.
+        path: database file.
         kind: "db" (SQLite) or "json".
 
     Raises:
@@ -148,7 +148,7 @@ def database_entries(path: Path, kind: str) -> Iterator[Entry]:
         for row in connect(str(path), type=kind, use_lock_file=False).select(include_data=False):
             default_id = f"{printable(path.stem)}-{row.id}"
             try:
-                whole_numbers(row.numbers)  # ase would cut decimals off
+                whole_numbers(row.numbers)  # ase would truncate decimals
                 record: Any = {"structure": row.toatoms(), **row.key_value_pairs}
                 record |= {key: row.get(key) for key in UNITS if _scalar(row.get(key))}
             except DataError as error:
@@ -171,7 +171,7 @@ def is_ase_json(first: Any) -> bool:
 
 
 def size_of(path: Path, kind: str) -> int | None:
-    """Return how many rows a database has."""
+    """Return the number of rows of a database."""
     from ase.db import connect
 
     try:

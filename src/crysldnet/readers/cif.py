@@ -1,8 +1,8 @@
-"""Read the first crystal of a CIF file with gemmi; what could only be guessed is refused or noted.
+"""Read the first crystal of a CIF file with gemmi; ambiguous content is rejected or noted.
 
-gemmi reads the syntax. The atoms of the cell are made here, because gemmi merges images of an atom that are up to
-0.4 Å apart, which would hide a split site. Where a file contradicts itself, what it states of formula and number of
-formula units decides, and that is noted; otherwise it is refused.
+gemmi parses the syntax. The atoms of the cell are generated here, because gemmi merges images of an atom up to 0.4 Å
+apart, which would hide a split site. If a file contradicts itself, the stated formula and number of formula units
+decide, with a note; otherwise it is rejected.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ _SYMMETRY = re.compile(r"symop|equiv_pos|space_group_name|_ssg_|modulation_dimen
 _DECISIVE = re.compile(r"_cell_(length|angle)_|_atom_site_(?!aniso)|symop|equiv_pos|_(space_group|int_tables)_|_ssg_")
 _NO_SYMMETRY = {"", "0", "P1", "X,Y,Z", "+X,+Y,+Z"}
 Tags = dict[str, list[str]]
-"""the values of each tag of a block, the tag in lower case and with an underscore for a dot"""
+"""values of each tag of a block, with tags in lowercase and underscores for dots"""
 
 
 def read_cif(text: str, max_atoms: int | None, notes: list[str]) -> tuple[Any, Any, Any]:
-    """Return lattice, atomic numbers and fractional coordinates, as :func:`read_structure` describes them."""
+    """Return lattice, atomic numbers and fractional coordinates as in :func:`read_structure`."""
     tags = _block_with_atoms(text, notes)
     lattice = _lattice(tags)
     formulas = read_formula(_first(tags, ("_chemical_formula_sum",)))
@@ -120,7 +120,7 @@ def _tags(block: Any) -> Tags:
 
 
 def _text(raw: str) -> str:
-    """Return a value without its quotes; "" where it is "not known" or "doesn't apply"."""
+    """Return a value without quotes; "" for unknown or inapplicable values."""
     return "" if raw in ("?", ".") else cif.as_string(raw).strip()
 
 
@@ -132,12 +132,12 @@ def _first(tags: Tags, names: tuple[str, ...]) -> str:
 
 
 def _number(raw: str) -> float:
-    """Read a CIF number such as ``5.64(2)``; NaN where it isn't one."""
+    """Parse a CIF number such as ``5.64(2)``; NaN if invalid."""
     return cif.as_number(_text(raw)) if raw[0] in "'\"" else cif.as_number(raw)
 
 
 def _lattice(tags: Tags) -> NDArray[np.float64]:
-    """Return lattice vectors in rows, a along x and b in the plane of x and y."""
+    """Return lattice vectors as rows, a along x and b in the xy plane."""
     values = []
     for tag in _CELL:
         if not tags.get(tag):
@@ -155,7 +155,7 @@ def _lattice(tags: Tags) -> NDArray[np.float64]:
 
 
 def _sites(tags: Tags, max_atoms: int | None, formulas: list[Formula], notes: list[str]) -> Sites:
-    """Return the sites listed; refuse what isn't one whole atom each."""
+    """Return the listed sites; reject sites that aren't one whole atom."""
     count = len(tags[_FRACT[0]])
     if not count:
         raise DataError("it has no atoms: its list of them is empty")
@@ -191,7 +191,7 @@ def _sites(tags: Tags, max_atoms: int | None, formulas: list[Formula], notes: li
 
 
 def _first_fault(columns: Tags) -> tuple[int, str] | None:
-    """Return the first site that isn't one whole atom, and why."""
+    """Return the first site that isn't one whole atom, with the reason."""
     faults = []
     for tag, values in columns.items():
         if tag in _FAULTS:
@@ -219,11 +219,11 @@ _FAULTS: dict[str, tuple[Callable[[str], bool], str]] = {
     ),
     "_atom_site_calc_flag": (lambda raw: _text(raw).lower() != "dum", "is a dummy atom; leave it out"),
 }
-"""What says that a site isn't one whole atom: whether a value is sound, and what is wrong if it isn't."""
+"""Checks that a site is one whole atom: whether a value is valid, and the message if it isn't."""
 
 
 def _symmetry(tags: Tags, lattice: NDArray[np.float64], notes: list[str]) -> tuple[Operations, Named | None]:
-    """Return the operations that are listed, else those of the space group, and the name if the list contradicts it."""
+    """Return the listed operations, or those of the space group, and the name if the list contradicts it."""
     named, again = (
         Named(*(_first(tags, names[::step]).replace("_", "") for names in (_NAMES, _HALL, _TABLE_NUMBER)))
         for step in (1, -1)
@@ -269,7 +269,7 @@ def _decided(
     stated_units: float,
     notes: list[str],
 ) -> Cell:
-    """Return the cell that the listed operations give, or that of the space group which is named instead."""
+    """Return the cell from the listed operations, or that of the stated space group."""
     others: list[Cell] = []
     for setting in settings_of(named, lattice):
         if gives_same(cell, setting, sites, lattice):
@@ -299,7 +299,7 @@ def _atoms_of(cell: Cell) -> dict[str, int]:
 
 
 def _has_units(atoms: Mapping[str, int], formulas: list[Formula], stated: float) -> bool | None:
-    """Return whether atoms are the formula units stated, hydrogens aside; None where they aren't in that ratio."""
+    """Return whether atoms match the stated formula units, apart from hydrogen; None if their ratio differs."""
     heavy = without_hydrogen(atoms)
     for formula in filter(None, map(without_hydrogen, formulas)):
         if (units := formula_units(heavy, formula)) is not None:
@@ -317,10 +317,10 @@ def _compare(
     stated_units: float,
     notes: list[str],
 ) -> None:
-    """Note what a file states of its atoms and they don't give.
+    """Note where a file's statements don't match its atoms.
 
     Raises:
-        DataError: it states no symmetry and has another number of atoms than it states.
+        DataError: it states no symmetry, and its number of atoms differs from the stated one.
     """
     atoms = _atoms_of(cell)
     if formulas and all(formula_units(atoms, formula) is None for formula in formulas):
@@ -339,7 +339,7 @@ def _compare(
     if stated and (cell.operations > 1 or {*stated} != {"1"}):
         found = np.bincount(cell.site).tolist()
         known = {raw: _number(raw) for raw in {*stated}}
-        # SHELX writes the order of the site's symmetry there
+        # SHELX writes the order of the site symmetry here
         if len(stated) == len(found) and not all(
             (value := known[raw]) in (count, cell.operations / count) or math.isnan(value)
             for raw, count in zip(stated, found, strict=True)

@@ -1,4 +1,4 @@
-"""All atoms of a cell from the sites that a CIF lists and its symmetry operations."""
+"""Generate all atoms of a cell from a CIF's sites and symmetry operations."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from crysldnet.readers.cif_symmetry import Operations
 NOTE_MOVED = "have atoms beside a special position of their space group, which were moved onto it"
 
 _SAME = 0.05
-"""Å; images of one atom that are closer are one atom on a special position, written with few digits."""
+"""Å; closer images of an atom are one atom on a special position, written with few digits."""
 _MOVED = 0.01
-"""Å; from here on it is noted that an atom was moved onto its special position."""
+"""Å; moving an atom onto its special position by more than this is noted."""
 _GRID = 1 << 16
-"""steps of a cell edge in which images on special positions are told apart"""
+"""steps per cell edge for distinguishing images on special positions"""
 
 
 class Sites(NamedTuple):
-    """Atomic numbers [S] and fractional coordinates [S, 3] of the sites that a file lists."""
+    """Atomic numbers [S] and fractional coordinates [S, 3] of the listed sites."""
 
     numbers: NDArray[np.uint8]
     frac_coords: NDArray[np.float64]
 
 
 class Cell(NamedTuple):
-    """All atoms of a cell: the site [N] of each, atomic numbers [N], fractional coordinates [N, 3]; and how many
-    symmetry operations made them."""
+    """All atoms of a cell: site [N], atomic numbers [N], fractional coordinates [N, 3], and the number of symmetry
+    operations.
+    """
 
     site: NDArray[np.int64]
     numbers: NDArray[np.uint8]
@@ -40,8 +41,8 @@ class Cell(NamedTuple):
 def expand(sites: Sites, operations: Operations, lattice: NDArray[np.float64], notes: list[str]) -> Cell:
     """Return all atoms of the cell.
 
-    An atom on a special position is there once. It is moved onto it exactly, to the mean of its images under the
-    operations that keep it in place, because a file gives 0.3333 where 1/3 is meant.
+    An atom on a special position occurs once. It is moved onto the position exactly, to the mean of its images under
+    the operations that keep it in place, because files give 0.3333 for 1/3.
 
     Raises:
         DataError: two sites give the same atom, or there are too many.
@@ -55,7 +56,7 @@ def expand(sites: Sites, operations: Operations, lattice: NDArray[np.float64], n
     images, multiplicity = frac_coords[:, None], np.ones(len(numbers), np.int64)
     if count > 1:
         images, multiplicity = _images(frac_coords, rotations, translations, lattice, notes)
-    # the offset keeps decimal fractions and multiples of 1/24 off the borders between steps
+    # the offset keeps decimal fractions and multiples of 1/24 away from the boundaries between steps
     step = np.floor((images - np.floor(images)) * _GRID + 0.3779645).astype(np.int64) % _GRID
     keys = ((step[..., 0] * _GRID + step[..., 1]) * _GRID + step[..., 2]).reshape(-1)
     order = keys.argsort(kind="stable")
@@ -79,7 +80,7 @@ def _images(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return the images [S, M, 3] of sites, and how many of them are the same atom."""
     images = np.einsum("mij,sj->smi", rotations, frac_coords) + translations
-    near = images - np.rint(images - frac_coords[:, None])  # the copy of each image that is nearest to its site
+    near = images - np.rint(images - frac_coords[:, None])  # the copy of each image nearest to its site
     away = (near - frac_coords[:, None]) @ lattice
     stays = (away * away).sum(axis=2) < _SAME**2
     multiplicity = stays.sum(axis=1)
@@ -93,7 +94,7 @@ def _images(
 
 
 def gives_same(cell: Cell, operations: Operations, sites: Sites, lattice: NDArray[np.float64]) -> bool:
-    """Return whether operations make the same atoms of the sites listed."""
+    """Return whether operations generate the same atoms from the listed sites."""
     from scipy.spatial import cKDTree
 
     numbers, frac_coords = sites

@@ -1,7 +1,7 @@
-"""The symmetry of a CIF: the operations that it lists, and those of the space group that it names.
+"""Symmetry of a CIF: its listed operations, and those of its space group.
 
-gemmi parses operations and has the tables of space groups; spglib finds the space group of operations in a setting that
-isn't in the tables.
+gemmi parses operations and has the space group tables; spglib determines the space group of operations in a setting
+that isn't in the tables.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from crysldnet.errors import DataError
 
 MAX_OPERATIONS = 8 * 192
-"""No space group has more than 192 operations; a supercell of 2 by 2 by 2 may be written with eight times as many."""
+"""No space group has more than 192 operations; a 2 × 2 × 2 supercell may be written with eight times as many."""
 
 
 class Operations(NamedTuple):
-    """Rotations [M, 3, 3] and translations [M, 3] of a space group, its number, and what the rotations change of the
-    metric of a lattice, a matrix [U, 9]."""
+    """Rotations [M, 3, 3] and translations [M, 3] of a space group, its number, and the changes that the rotations make
+    to a lattice metric, a matrix [U, 9].
+    """
 
     rotations: NDArray[np.float64]
     translations: NDArray[np.float64]
@@ -30,13 +31,13 @@ class Operations(NamedTuple):
     strain: NDArray[np.float64]
 
     def same_as(self, other: Operations) -> bool:
-        """Return whether these are the operations of another list, up to lattice translations."""
+        """Return whether these equal another list of operations, up to lattice translations."""
         own, others = (np.sort(_keys(*operations[:2])) for operations in (self, other))
         return np.array_equal(own, others)
 
 
 class Named(NamedTuple):
-    """The space group that a file names: Hermann-Mauguin symbol, Hall symbol, number; "" where it doesn't."""
+    """The space group stated in a file: Hermann-Mauguin symbol, Hall symbol, number; "" if missing."""
 
     symbol: str
     hall: str
@@ -47,8 +48,8 @@ class Named(NamedTuple):
 
 
 def _operations(rotations: NDArray, translations: NDArray, number: int) -> Operations:
-    """Prepare operations, once for all files that list them."""
-    unlike = np.unique(rotations.reshape(-1, 9), axis=0).reshape(-1, 3, 3)  # centring repeats rotations
+    """Prepare operations once for all files that list them."""
+    unlike = np.unique(rotations.reshape(-1, 9), axis=0).reshape(-1, 3, 3)  # centering repeats rotations
     strain = np.einsum("mki,mlj->mijkl", unlike, unlike) - np.eye(9).reshape(3, 3, 3, 3)
     strain = (strain + strain.swapaxes(3, 4)).reshape(-1, 9) / 2  # the metric is symmetric
     return Operations(rotations, translations, number, np.unique(strain[np.any(strain, axis=1)], axis=0))
@@ -62,7 +63,7 @@ def listed(triplets: tuple[str, ...]) -> Operations:
     """Return the group of operations such as ``x,-y,z+1/2``.
 
     Raises:
-        DataError: one isn't understood, they are no group, or more than any group has.
+        DataError: an operation is invalid, they aren't a group, or there are more than in any group.
     """
     texts = list(dict.fromkeys(triplets))
     if len(texts) > MAX_OPERATIONS:
@@ -105,7 +106,7 @@ def _keys(rotations: NDArray, translations: NDArray) -> NDArray[np.int64]:
 
 
 def _number_of(rotations: NDArray, translations: NDArray) -> int:
-    """Return the number of the space group of operations in any setting."""
+    """Return the space group number of operations in any setting."""
     import spglib
 
     found = spglib.get_spacegroup_type_from_symmetry(rotations.astype(np.intc), translations)
@@ -120,7 +121,7 @@ def fits(operations: Operations, lattice: NDArray[np.float64]) -> bool:
 
 @lru_cache(512)
 def numbers_of(named: Named) -> frozenset[int]:
-    """Return the numbers of the space groups that the parts of a name stand for, leaving out what isn't understood."""
+    """Return the space group numbers for the parts of a name, ignoring unknown parts."""
     group = gemmi.find_spacegroup_by_name(named.symbol) if named.symbol else None
     numbers = {group.number} if group else set()
     if named.hall and (hall := _of_hall(named.hall)):
@@ -131,12 +132,12 @@ def numbers_of(named: Named) -> frozenset[int]:
 
 
 def settings_of(named: Named, lattice: NDArray[np.float64]) -> list[Operations]:
-    """Return the settings of a space group that agree with all parts of its name and fit the cell."""
+    """Return the settings of a space group that match all parts of its name and the cell."""
     return [setting for setting in _settings(named) if fits(setting, lattice)]
 
 
 def only_setting(named: Named, lattice: NDArray[np.float64]) -> Operations:
-    """Return the operations of the one tabulated setting that has this name and fits the cell."""
+    """Return the operations of the only tabulated setting that matches this name and the cell."""
     settings = settings_of(named, lattice)
     if not settings:
         raise DataError(f"its symmetry isn't understood ({named}): write it with its symmetry operations")
@@ -149,7 +150,7 @@ def only_setting(named: Named, lattice: NDArray[np.float64]) -> Operations:
 
 
 def same_settings(one: Named, other: Named, lattice: NDArray[np.float64]) -> bool:
-    """Return whether two names stand for the same settings in a cell."""
+    """Return whether two names refer to the same settings in a cell."""
     found = [settings_of(named, lattice) for named in (one, other)]
     return len(found[0]) == len(found[1]) and all(any(a.same_as(b) for b in found[1]) for a in found[0])
 
@@ -175,7 +176,7 @@ def _settings(named: Named) -> list[Operations]:
 
 
 def _of_hall(symbol: str) -> Operations | None:
-    """Return the operations of a Hall symbol, which fixes the setting and the origin; None if it isn't one."""
+    """Return the operations of a Hall symbol, which determines setting and origin; None if invalid."""
     plain = "".join(symbol.split()).lower()
     tabulated = next((g for g in gemmi.spacegroup_table() if "".join(g.hall.split()).lower() == plain), None)
     try:

@@ -1,4 +1,4 @@
-"""Open files as streams of bytes, decompressed by what their names say."""
+"""Open files as byte streams, decompressed according to their names."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import pyarrow as pa
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}
 """Suffixes of compressed files."""
 DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile)
-"""What reading a damaged or missing file raises."""
+"""Errors raised when reading a damaged or missing file."""
 _ZIPPED = re.compile(r"\.(json|jsonl|ndjson|csv)(?=\.zip$)", re.IGNORECASE)
-"""Suffixes of files of many crystals that a zip archive may hold one of, as those of JARVIS do."""
+"""Suffixes of multi-crystal files that a zip archive may contain one of, as in JARVIS."""
 
 
 def inner_name(name: str) -> str:
-    """Drop the suffix of a compression from a name or path."""
+    """Drop the compression suffix from a name or path."""
     suffix = os.path.splitext(name)[1].lower()
     if _ZIPPED.search(name):
         return name[: -len(".zip")]
@@ -29,10 +29,10 @@ def inner_name(name: str) -> str:
 
 
 def open_stream(path: str | os.PathLike[str], compression: str | None = None) -> BinaryIO:
-    """Open a file for reading in bytes, decompressed by its suffix or as told.
+    """Open a file for reading bytes, decompressed by its suffix or as specified.
 
     Raises:
-        OSError: it can't be opened. Damaged data raise one too, when they are read.
+        OSError: it can't be opened. Damaged data also raise an error on reading.
     """
     if zipped := _ZIPPED.search(os.fspath(path)):
         return _open_zipped(path, zipped[0].lower())
@@ -41,8 +41,8 @@ def open_stream(path: str | os.PathLike[str], compression: str | None = None) ->
         return open(path, "rb")
     if kind == "xz":
         return cast(BinaryIO, lzma.open(path, "rb"))
-    os.stat(path)  # so that a file that isn't there has the same error as elsewhere
-    # as bytes, because a name needn't be UTF-8
+    os.stat(path)  # so that a missing file has the same error as elsewhere
+    # as bytes, because a name may not be UTF-8
     return cast(BinaryIO, io.BufferedReader(pa.CompressedInputStream(pa.OSFile(os.fsencode(path)), kind)))
 
 
@@ -56,7 +56,7 @@ def _open_zipped(path: str | os.PathLike[str], suffix: str) -> BinaryIO:
 
 
 def decompressed(content: bytes, name: str, limit: int) -> bytes:
-    """Return the content of a file in an archive, decompressed by the file's name, up to ``limit`` bytes of it.
+    """Return up to ``limit`` bytes of a file in an archive, decompressed according to its name.
 
     Raises:
         OSError: it is damaged.

@@ -1,4 +1,4 @@
-"""CSV files with a column of CIFs, as CDVAE's data sets have them."""
+"""CSV files with a column of CIFs, as in CDVAE's data sets."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ LONGEST_LINE = 16 * 2**20
 
 
 class CsvRecords:
-    """The rows of a CSV file as records of texts.
+    """The rows of a CSV file as text records.
 
     Attributes:
-        units: of the columns that state one.
-        delimiter: what separates the cells.
+        units: units of the columns that have one.
+        delimiter: cell separator.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,7 +50,7 @@ class CsvRecords:
 
     @contextmanager
     def _rows(self) -> Iterator[tuple[list[str], Iterator[tuple[int, list[str]]]]]:
-        """Give the titles and an iterator over the rows that aren't empty, each with its line number."""
+        """Return the titles and an iterator over nonempty rows with line numbers."""
         before = csv.field_size_limit(min(LIMIT, sys.maxsize))
         reader = None
         try:
@@ -73,7 +73,7 @@ class CsvRecords:
             csv.field_size_limit(before)
 
     def entries(self) -> Iterator[Entry]:
-        """Give each row as a record."""
+        """Yield each row as a record."""
         with self._rows() as (_, lines):
             for number, (line, cells) in enumerate(lines, 1):
                 place = f"{printable(self._path.name)} line {line}"
@@ -86,14 +86,14 @@ class CsvRecords:
 
 
 def _short(line: str) -> str:
-    """Refuse a line that is no line of a table, before its cells fill the memory."""
+    """Reject an overlong line before its cells exhaust memory."""
     if len(line) == LONGEST_LINE:
         raise csv.Error(f"a line of over {LONGEST_LINE // 2**20} MiB")
     return line
 
 
 def _filled(reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """Give the rows that aren't empty, each with its line number."""
+    """Yield nonempty rows with line numbers."""
     last = 0
     for cells in reader:
         if any(cells):

@@ -1,4 +1,4 @@
-"""What the chemical formula of a CIF says about its atoms: their ratio, their number, and ambiguous labels."""
+"""Information in a CIF's chemical formula: ratio and number of atoms, and ambiguous labels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from crysldnet.errors import DataError
 from crysldnet.readers.species import symbols_in_label
 
 Formula = Mapping[str, float]
-"""The amount of each element; deuterium and tritium count as hydrogen."""
+"""Amount of each element; deuterium and tritium count as hydrogen."""
 
 _ELEMENTS = frozenset(SYMBOLS[1:])
 _PART = r"({})\s*(\d*\.?\d*)\s*"
@@ -19,14 +19,14 @@ _USUAL, _CAPITALS = (re.compile(_PART.format(symbol)) for symbol in ("[A-Z][a-z]
 
 
 def read_formula(text: str) -> list[Formula]:
-    """Return what a formula such as ``'Na2 O'`` can mean: two formulas if it is in capitals, as ``'CO2'``.
+    """Return the meanings of a formula such as ``'Na2 O'``: two if it is capitalized, as ``'CO2'``.
 
-    A text that isn't a plain sum formula gives none.
+    Text that isn't a plain sum formula gives none.
     """
     readings = [_parsed(text, _USUAL)]
     if text.isupper():
         capitals = _parsed(text, _CAPITALS)
-        # one element a word is the standard's way
+        # the standard separates elements by spaces
         readings = [capitals] if 1 < len(capitals) == len(text.split()) else [*readings, capitals]
     return [formula for i, formula in enumerate(readings) if formula and formula not in readings[:i]]
 
@@ -46,7 +46,7 @@ def _parsed(text: str, part: re.Pattern[str]) -> Formula:
 
 
 def formula_units(atoms: Formula, formula: Formula) -> float | None:
-    """Return how many formula units atoms are, or None if they aren't in the formula's ratio."""
+    """Return the number of formula units of atoms, or None if their ratio differs."""
     if atoms == formula:
         return 1.0
     units = sum(atoms.values()) / sum(formula.values())
@@ -55,22 +55,22 @@ def formula_units(atoms: Formula, formula: Formula) -> float | None:
 
 
 def without_hydrogen(amounts: Formula) -> Formula:
-    """Leave hydrogen out, which many files have no coordinates of."""
+    """Remove hydrogen, for which many files have no coordinates."""
     return {symbol: amount for symbol, amount in amounts.items() if symbol != "H"} if "H" in amounts else amounts
 
 
 def elements_of_labels(labels: Sequence[str], stated: Sequence[Collection[str]]) -> list[str]:
-    """Return the element of each label of a site; D and T stay.
+    """Return the element of each site label; D and T are kept.
 
-    A label in capitals such as CO1 may be cobalt or carbon. It is what makes the elements of all sites those that
-    the file states.
+    A capitalized label such as CO1 may be cobalt or carbon. The choice must make the elements of all sites match those
+    stated in the file.
 
     Args:
-        labels: as they stand in the file.
-        stated: the elements that the file states, once for each meaning of its formula.
+        labels: labels in the file.
+        stated: stated elements, for each meaning of the formula.
 
     Raises:
-        DataError: a label is of no element, or of one of two.
+        DataError: a label matches no element, or two.
     """
     candidates = {label: symbols_in_label(label) for label in dict.fromkeys(labels)}
     sure = {"H" if found[0] == "D" else found[0] for found in candidates.values() if len(found) == 1}
@@ -81,7 +81,7 @@ def elements_of_labels(labels: Sequence[str], stated: Sequence[Collection[str]])
     choices = {*product(*unsure)} if len(unsure) < 10 else set()
     found_by = {chosen: sure | {*chosen, "H"} for chosen in choices}
     fitting = [chosen for chosen, found in found_by.items() if found in elements]
-    if len(fitting) != 1:  # other atoms may be missing too
+    if len(fitting) != 1:  # other atoms may also be missing
         fitting = [chosen for chosen, found in found_by.items() if any(found <= known for known in elements)]
     if len(fitting) != 1:
         found, label = [*unsure.items()][-1]

@@ -1,7 +1,7 @@
-"""Read a large JSON file value by value, in flat memory.
+"""Read a large JSON file value by value with constant memory.
 
-A streaming parser from elsewhere would stop at NaN, which Python writes into JSON and which files of this field
-hold. So the values are found by the standard library's own decoder, on a window of the file.
+Existing streaming parsers stop at NaN, which Python writes to JSON and which files of this field contain. Values are
+therefore decoded by the standard library from a window of the file.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from crysldnet.readers.structure_files import LIMIT
 _BLOCK = 1 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
 MAX_BLANKS = 1 << 20
-"""characters in a row; more is no file of records"""
+"""maximum consecutive blanks; more isn't a file of records"""
 _BLANKS = f"over {MAX_BLANKS // 2**20} MiB of blanks in a row"
 
 
 class Item(NamedTuple):
-    """A value near the top of a file: an element of the top array, the value of a key of the top object, or an
-    element of the array that the key ``data`` holds."""
+    """A value near the top of a file: an element of the top-level array, the value of a key of the top-level object, or
+    an element of the array under the key ``data``.
+    """
 
     key: str | None
     element: bool
     value: Any
     size: int = 0
-    """characters that the value of a key takes"""
+    """characters of the value of a key"""
 
 
 def top_level(stream: BinaryIO) -> Iterator[Item]:
-    """Give the values near the top of a JSON file, one after another.
+    """Yield the values near the top of a JSON file.
 
     Raises:
         ValueError: the file isn't JSON, ends too early, or has a value of over 64 MiB.
@@ -56,7 +57,7 @@ def top_level(stream: BinaryIO) -> Iterator[Item]:
 
 
 class _Window:
-    """The part of a file that is in memory, and where reading stands in it."""
+    """The part of a file in memory, and the reading position."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -67,7 +68,7 @@ class _Window:
         """characters of the last value"""
 
     def _more(self) -> bool:
-        """Read on; False at the end of the file."""
+        """Read more; False at the end of the file."""
         if self._ended:
             return False
         rest = self._text[self._at :]
@@ -81,7 +82,7 @@ class _Window:
         return True
 
     def peek(self) -> str:
-        """Return the next character that is no space, "" at the end."""
+        """Return the next nonblank character, "" at the end."""
         skipped = 0
         while True:
             match = _SPACE.match(self._text, self._at)
@@ -95,7 +96,7 @@ class _Window:
                 return ""
 
     def next(self) -> str:
-        """Return that character and step over it."""
+        """Return that character and advance."""
         character = self.peek()
         self._at += 1
         return character
@@ -112,14 +113,14 @@ class _Window:
                 if not self._more():
                     raise
                 continue
-            # a number that ends where the window does may go on
+            # a number at the end of the window may continue
             if end == len(self._text) and self._more():
                 continue
             self.size, self._at = end - self._at, end
             return value
 
     def elements(self) -> Iterator[Any]:
-        """Give the elements of an array whose bracket was read."""
+        """Yield the elements of an array after its bracket."""
         if self.peek() == "]":
             self._at += 1
             return
@@ -129,7 +130,7 @@ class _Window:
                 return
 
     def members(self) -> Iterator[str]:
-        """Give the keys of an object whose brace was read; the caller reads the value of each."""
+        """Yield the keys of an object after its brace; the caller reads each value."""
         if self.peek() == "}":
             self._at += 1
             return

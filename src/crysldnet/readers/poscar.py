@@ -1,4 +1,4 @@
-"""Read POSCAR files. One that doesn't name its elements is refused, because pymatgen would guess them."""
+"""Read POSCAR files. Files without element names are rejected, because pymatgen would guess them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from crysldnet.readers.species import element_symbols
 
 
 def read_poscar(text: str, max_atoms: int | None, notes: list[str]) -> tuple[Any, Any, Any]:
-    """Return lattice, atomic numbers and fractional coordinates, as :func:`read_structure` describes them."""
+    """Return lattice, atomic numbers and fractional coordinates as in :func:`read_structure`."""
     lines = text.split("\n")
-    float(lines[1])  # the scale; without one it is no POSCAR, and the error that this raises says so
+    float(lines[1])  # the scale; otherwise it isn't a POSCAR, as the error says
     names = [re.split("[_/]", word)[0] for word in lines[5].split()]
     counts = [int(word) for word in lines[6].split() if word.isdigit()]
     if names and not names[0].isdigit():

@@ -19,7 +19,7 @@ from crysldnet.readers.structure_files import LIMIT, MAX_EMPTY_LINES, printable
 
 
 class FileOfMany:
-    """What all files of many crystals have in common."""
+    """Common part of all multi-crystal files."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -45,15 +45,16 @@ def json_reader(path: Path) -> FileOfMany:
 
 
 class JsonReader(FileOfMany):
-    """A JSON file: a list of records, an object of them by id, one record, a table as pandas splits it, or an OPTIMADE
-    response."""
+    """A JSON file: a list of records, an object of records by id, one record, a pandas table in split format, or an
+    OPTIMADE response.
+    """
 
     def tasks(self, settings: Settings) -> Iterator[Task]:
         for piece in pieces(self.entries()):
             yield partial(read_entries, piece, settings, {})
 
     def entries(self) -> Iterator[Entry]:
-        """Give the records; an object's members are kept until they tell whether they are records by id."""
+        """Yield the records; an object's members are kept until it is clear whether they are records by id."""
         head: dict[str, Any] = {}
         by_id, records, found, kept = False, 0, 0, 0
         try:
@@ -107,7 +108,7 @@ class JsonReader(FileOfMany):
         return Entry(self.name, self._stem, head)
 
     def _columns(self) -> list[Any] | None:
-        """Find the names of the columns, wherever they stand."""
+        """Find the column names anywhere in the file."""
         with open_stream(self._path) as stream:
             items = (item.value for item in top_level(stream) if item.key == "columns" and not item.element)
             names: list[Any] | None = next(items, None)
@@ -129,13 +130,13 @@ ROLES = (
     "primitive",
     "conventional",
 )
-"""Keys, besides those of :data:`PREFERRED`, that say what a structure is to its record."""
+"""Keys, in addition to those of :data:`PREFERRED`, that describe the role of a structure."""
 MOST_STRUCTURES = 8
-"""of one record"""
+"""per record"""
 MOST_KEYS = 100_000
-"""of an object that is no list of records by id; they are kept in memory"""
+"""of an object that isn't a mapping of records; they are kept in memory"""
 _ENVELOPES = ("data", "meta", "metadata", "links", "jsonapi", "response", "result")
-"""Keys of an object that are no ids."""
+"""Keys of an object that aren't ids."""
 
 
 def _is_value(key: str | None, value: Any) -> bool:
@@ -144,7 +145,7 @@ def _is_value(key: str | None, value: Any) -> bool:
 
 
 def _is_one(head: Mapping[str, Any]) -> bool:
-    """Return whether members of an object tell that it is one record: an id, a property, or a key that names a role."""
+    """Return whether an object's members show that it is one record: an id, a property, or a role key."""
     roles = {*ID_KEYS, *PREFERRED, *ROLES}
     return any(key in roles or _is_value(key, value) for key, value in head.items())
 
@@ -158,14 +159,14 @@ def _row_of(columns: Any, cells: list[Any]) -> Any:
 
 
 def _index_of(head: Mapping[str, Any], row: int) -> str | None:
-    """Return the label of a row where the table's index has texts."""
+    """Return the label of a row if the table's index is text."""
     index = head.get("index")
     label = index[row] if isinstance(index, list) and row < len(index) else None
     return label if isinstance(label, str) else None
 
 
 class LinesReader(FileOfMany):
-    """JSON lines: a record in each line."""
+    """JSON lines: one record per line."""
 
     def tasks(self, settings: Settings) -> Iterator[Task]:
         for piece in pieces(self._entries(), lambda entry: len(entry.record)):

@@ -1,16 +1,16 @@
-"""Read crystals from records: the mappings that JSON, CSV, data frames and data sets give, one a crystal.
+"""Read crystals from records: mappings from JSON, CSV, data frames and data sets, one per crystal.
 
 =========  =================================================================================================
 pymatgen   ``Structure.as_dict()``: ``lattice.matrix`` and ``sites`` with ``species`` and ``abc``
 JARVIS     ``lattice_mat``, ``coords``, ``elements`` and ``cartesian``, as in ``atoms`` of jarvis-tools' files
-OPTIMADE   ``lattice_vectors``, ``cartesian_site_positions``, ``species_at_sites``; LeMat-Bulk has these columns too
+OPTIMADE   ``lattice_vectors``, ``cartesian_site_positions``, ``species_at_sites``; also LeMat-Bulk's columns
 schema     ``lattice``, ``atomic_numbers``, ``frac_coords`` of this package's Parquet files
 objects    pymatgen's ``Structure`` and ASE's ``Atoms``
 text       a CIF, or one of the above as JSON
 =========  =================================================================================================
 
-A record is one of these itself or has one under some key, commonly ``structure``, ``atoms`` or ``cif``; its other
-numbers and texts are properties. Nothing that a record names is imported or called.
+A record is one of these, or contains one under a key such as ``structure``, ``atoms`` or ``cif``; its other numbers and
+texts are properties. Nothing named in a record is imported or called.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from crysldnet.readers.species import element_symbols
 from crysldnet.readers.structure_files import Structure, checked, parse_structure
 
 ID_KEYS = ("material_id", "id", "jid", "immutable_id", "mp_id", "mpid", "task_id", "__index_level_0__")
-"""Keys that hold a record's id, in the order in which they are looked for; the last is how pandas writes an index."""
+"""Keys of a record's id in order of preference; the last is how pandas writes an index."""
 PREFERRED = ("structure", "atoms", "cif", "final_structure", "optimized_structure", "relaxed_structure")
-"""Keys under which a record's crystal is looked for first."""
+"""Preferred keys of a record's crystal, in order."""
 JARVIS_UNITS = {
     "formation_energy_peratom": "eV/atom",
     "optb88vdw_total_energy": "eV/atom",
@@ -46,7 +46,7 @@ JARVIS_UNITS = {
     "magmom_outcar": "muB",
     "exfoliation_energy": "meV/atom",
 }
-"""Units that JARVIS-DFT documents for its columns."""
+"""Documented units of JARVIS-DFT columns."""
 
 _NUMBER = {symbol: number for number, symbol in enumerate(SYMBOLS)}
 _SYMBOLS = {*SYMBOLS[1:], "D", "T"}
@@ -66,9 +66,9 @@ _KEYS = {
 
 
 class Entry(NamedTuple):
-    """A record, where it stands, and the id of a crystal that has none of its own.
+    """A record, its location, and a default id.
 
-    The record is a mapping, such an object, a text in JSON, or a DataError that says why there is none.
+    The record is a mapping, an object, JSON text, or a DataError with the reason why there is none.
     """
 
     place: str
@@ -77,7 +77,7 @@ class Entry(NamedTuple):
 
 
 def read_entries(entries: Iterable[Entry], settings: Settings, units: Mapping[str, str]) -> Piece:
-    """Read a piece of a file of records."""
+    """Read a chunk of a file of records."""
     rows = Rows()
     rows.units.update(units)
     for place, default_id, record in entries:
@@ -105,7 +105,7 @@ def read_entries(entries: Iterable[Entry], settings: Settings, units: Mapping[st
 
 
 def is_record(value: Any) -> bool:
-    """Return whether a value is a record of a crystal, as far as its keys tell."""
+    """Return whether a value is a record of a crystal, from its keys."""
     return isinstance(value, Mapping) and bool(structures_in(_flat(value)))
 
 
@@ -117,7 +117,7 @@ def _loaded(text: str | bytes) -> Any:
 
 
 def _is_about(record: Any) -> bool:
-    """Return whether a record of an OPTIMADE file tells of the file and not of a crystal."""
+    """Return whether a record of an OPTIMADE file describes the file instead of a crystal."""
     return isinstance(record, Mapping) and (
         "x-optimade" in record or record.get("type") in ("info", "references", "links")
     )
@@ -139,7 +139,7 @@ def _id_of(record: Mapping[str, Any], id_column: str | None, default_id: str) ->
     value = record[key] if key is not None else default_id
     if isinstance(value, np.generic):
         value = value.item()
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:  # a column of numbers with a gap in it
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:  # a numeric column with missing values
         value = int(value)
     if value is None or value != value:
         return ""
@@ -151,7 +151,7 @@ def _id_of(record: Mapping[str, Any], id_column: str | None, default_id: str) ->
 def _read(
     record: Mapping[str, Any], settings: Settings, notes: list[str]
 ) -> tuple[Structure, dict[str, Any], dict[str, str]]:
-    """Return a record's structure, its properties, and the units that its layout defines."""
+    """Return a record's structure, its properties, and the units defined by its layout."""
     key = settings.structure or _chosen(structures_in(record), notes)
     value = _value_at(record, key)
     if isinstance(value, str) and value.lstrip()[:1] == "{":
@@ -165,9 +165,9 @@ def _read(
 
 
 def structures_in(record: Mapping[str, Any]) -> list[str]:
-    """Return the keys that a record has structures under: "" where it is one itself, ``a.b`` for those one level down.
+    """Return the keys of a record's structures: "" if it is itself a structure, ``a.b`` for nested ones.
 
-    The latter are looked for where there is no other.
+    Nested ones are only searched if there is no other.
     """
     if _layout(record):
         return [""]
@@ -207,7 +207,7 @@ def _layout(value: Any) -> str | None:
 
 
 def _is_structure(value: Any, expected: bool) -> bool:
-    """Return whether a value is a structure; of texts in JSON, those with a lattice, or where one is expected."""
+    """Return whether a value is a structure; JSON text counts if it has a lattice or if a structure is expected."""
     if isinstance(value, str):
         start = value.lstrip()
         json_ = start.startswith("{") and (expected or '"lattice' in value)
@@ -243,7 +243,7 @@ def _structure(value: Any, max_atoms: int, notes: list[str]) -> Structure:
 
 
 def _floats(value: Any, width: int) -> NDArray[np.float64]:
-    """Return [n, width] numbers from nested lists or arrays of arrays."""
+    """Return [n, width] numbers from nested lists or arrays."""
     rows = [[_float(x) for x in row] for row in value]
     if any(len(row) != width for row in rows):
         raise DataError(f"a vector of it doesn't have {width} numbers")
@@ -268,7 +268,7 @@ def whole_numbers(values: Iterable[Any]) -> list[int]:
     """Return atomic numbers.
 
     Raises:
-        DataError: one isn't a whole number from 1 to 118; true and false are none.
+        DataError: one isn't an integer from 1 to 118; booleans are invalid.
     """
     for value in values:
         whole = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)

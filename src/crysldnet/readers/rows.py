@@ -1,4 +1,4 @@
-"""What a piece of an import gives: a table of the crystals that can be used, and the account of the rest."""
+"""Result of reading a chunk: a table of valid crystals, and the issues of the rest."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from crysldnet.readers.structure_files import Structure
 
 PLACE = "__place"
 MOST_COLUMNS = 10_000
-"""properties of an import: every crystal has a place for each"""
+"""maximum properties of an import, because every crystal stores each"""
 NOTE_NESTED = "columns hold neither numbers nor text and were left out"
 NOTE_TAKEN = "columns have a name that the schema needs and were left out"
 
 
 class Piece(NamedTuple):
-    """Crystals that can be used, and the account of the rest.
+    """Valid crystals, and the issues of the rest.
 
     Attributes:
-        table: the columns of the Parquet schema and one more, ``PLACE``: the file, or row of one, that each came from.
-        read: how many crystals were read or rejected.
-        rejects: place, id and reason of what was left out.
-        notes: what was normalized on reading, the place, and the id.
-        dropped: columns that can't be kept, and why.
+        table: the columns of the Parquet schema, and ``PLACE``, the file or row of each crystal.
+        read: number of crystals read or rejected.
+        rejects: place, id and reason of each rejection.
+        notes: what was normalized, with place and id.
+        dropped: columns that can't be kept, with reasons.
     """
 
     table: pa.Table
@@ -44,10 +44,10 @@ class Piece(NamedTuple):
     dropped: dict[str, str]
 
     def enter_account(self, issues: ImportIssues) -> None:
-        """Record what was left out.
+        """Record the rejections.
 
         Raises:
-            DataError: something was, and the issues are strict.
+            DataError: something was rejected, and the issues are strict.
         """
         for reject in self.rejects:
             issues.reject(*reject)
@@ -56,24 +56,24 @@ class Piece(NamedTuple):
 
 
 Task = Callable[[], Piece]
-"""Reads one piece; it travels to another process, so it is a ``functools.partial`` of a module's function."""
+"""Reads one chunk; pickled for other processes, so it is a ``functools.partial`` of a module's function."""
 
 
 @dataclass
 class Found:
-    """Crystals as they were read, before they are checked.
+    """Crystals as read, before checks.
 
     Attributes:
-        places: the file or row that each crystal came from.
-        ids: of the crystals; an empty one is a fault.
-        order: place of each among all that were read, rejected ones too.
+        places: file or row of each crystal.
+        ids: crystal ids; an empty one is invalid.
+        order: position of each among all crystals read, including rejected ones.
         crystals: the structures.
-        properties: a column of numbers or text each.
-        units: of the properties that state one.
-        read: how many crystals were read or rejected.
-        rejects: order, place, id and reason of what was left out.
-        notes: what was normalized on reading, the place, and the id.
-        dropped: columns that can't be kept, and why.
+        properties: numeric or text columns.
+        units: units of the properties that have one.
+        read: number of crystals read or rejected.
+        rejects: order, place, id and reason of each rejection.
+        notes: what was normalized, with place and id.
+        dropped: columns that can't be kept, with reasons.
     """
 
     places: list[str]
@@ -88,7 +88,7 @@ class Found:
     dropped: dict[str, str] = field(default_factory=dict)
 
     def piece(self, max_atoms: int) -> Piece:
-        """Check every crystal and value, and return what can be used with the account of the rest."""
+        """Check every crystal and value, and return the valid ones with the issues of the rest."""
         good = []
         for i, fault in enumerate(faults(self.crystals, max_atoms=max_atoms)):
             fault = fault or (None if self.ids[i] else "the id is empty")
@@ -122,7 +122,7 @@ class Rows:
         self._read += 1
 
     def reject(self, place: str, material_id: str, reason: str) -> None:
-        """Record that a crystal can't be read."""
+        """Record the rejection of a crystal."""
         self._rejects.append((self._read, place, material_id, reason))
         self._read += 1
 
@@ -131,7 +131,7 @@ class Rows:
         self._notes.append((text, place, material_id))
 
     def piece(self, max_atoms: int) -> Piece:
-        """Return what :meth:`Found.piece` returns."""
+        """Return the result of :meth:`Found.piece`."""
         properties: dict[str, pa.Array] = {}
         dropped = {}
         for name in dict.fromkeys(name for row in self._rows for name in row[4]):
@@ -158,7 +158,7 @@ class Rows:
 
 
 def column_of(values: Sequence[Any]) -> pa.Array | None:
-    """Make a column of numbers or, where a value is a text, of texts; None where a value is neither."""
+    """Return a numeric column or, if a value is text, a text column; None if a value is neither."""
     plain = [_plain(value) for value in values]
     kinds = {type(value) for value in plain if value is not None}
     if not kinds:
@@ -170,7 +170,7 @@ def column_of(values: Sequence[Any]) -> pa.Array | None:
         if all(gone or not isinstance(value, str) for value, gone in zip(plain, missing, strict=True)):
             plain = [None if gone else value for value, gone in zip(plain, missing, strict=True)]
             kinds.remove(str)
-    if str in kinds or (bool in kinds and kinds != {bool}):  # decided when all pieces are there
+    if str in kinds or (bool in kinds and kinds != {bool}):  # decided when all chunks are read
         return pa.array([None if value is None else str(value) for value in plain], pa.string())
     if kinds == {bool}:
         return pa.array(plain, pa.bool_())
@@ -180,12 +180,12 @@ def column_of(values: Sequence[Any]) -> pa.Array | None:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as bool, int, float, str or None; ``object``'s instance where it is none of these."""
+    """Return a value as bool, int, float, str or None; otherwise an instance of ``object``."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, str):
         return value if value.strip() else None
-    if isinstance(value, int) and abs(value) > sys.float_info.max:  # as a decimal of this size is
+    if isinstance(value, int) and abs(value) > sys.float_info.max:  # like a decimal of this size
         return math.inf if value > 0 else -math.inf
     if value is None or isinstance(value, (bool, int)):
         return value
@@ -197,7 +197,7 @@ def _plain(value: Any) -> Any:
 
 
 def common_type(types: Sequence[pa.DataType]) -> pa.DataType:
-    """Return the type that a column takes whose pieces have these: text where one has texts, or not all booleans."""
+    """Return the common type of a column over chunks: text if one has text, or if only some are boolean."""
     stated = list(dict.fromkeys(kind for kind in types if not pa.types.is_null(kind)))
     if len(stated) == 1:
         return stated[0]

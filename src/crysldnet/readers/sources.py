@@ -1,4 +1,4 @@
-"""Where an import's crystals come from. A reader cuts its source into pieces, each read on its own."""
+"""Sources of an import. A reader divides its source into chunks that can be read independently."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from crysldnet.readers.structure_files import (
 )
 
 PIECE = 500
-"""crystals in a piece"""
+"""crystals per chunk"""
 PIECE_BYTES = 16 * 2**20
-"""bytes that a piece carries at most, where it has to carry them to another process"""
+"""maximum bytes of a chunk that is sent to another process"""
 
 T = TypeVar("T")
 
 
 class Settings(NamedTuple):
-    """What the readers need to know of an import.
+    """Settings of an import for the readers.
 
     Attributes:
         max_atoms: larger crystals are rejected.
-        id_column: the key of a record's id, where it is none of the usual ones.
-        structure: the key of a record's structure, ``output.structure`` for one inside another; None chooses.
+        id_column: key of a record's id, if not one of the usual ones.
+        structure: key of a record's structure, ``output.structure`` for a nested one; None for automatic.
     """
 
     max_atoms: int
@@ -52,9 +52,9 @@ class Reader(Protocol):
     """A source of crystals.
 
     Attributes:
-        name: what the crystals are from, for messages and for the store.
-        metadata: what the source says of itself.
-        total: how many crystals it has, None where that isn't known beforehand.
+        name: name of the source, for messages and the store.
+        metadata: metadata of the source.
+        total: number of crystals, None if not known in advance.
     """
 
     name: str
@@ -66,11 +66,11 @@ class Reader(Protocol):
     def total(self) -> int | None: ...
 
     def tasks(self, settings: Settings) -> Iterator[Task]:
-        """Cut the source into pieces, the same ones every time."""
+        """Divide the source into chunks, always in the same way."""
 
 
 def pieces(items: Iterable[T], size: Any = None) -> Iterator[list[T]]:
-    """Cut items into lists of up to 500, and of up to 16 MiB where ``size`` says what an item has."""
+    """Divide items into lists of up to 500, and of up to 16 MiB if ``size`` returns the size of an item."""
     piece: list[T] = []
     carried = 0
     for item in items:
@@ -102,7 +102,7 @@ class FileReader:
 
 
 def read_files(files: Iterable[tuple[str, str, str]], settings: Settings) -> Piece:
-    """Read a piece of a folder: place, id and path of each file."""
+    """Read a chunk of a folder: place, id and path of each file."""
 
     def structures() -> Iterator[tuple[str, str, Any]]:
         for place, material_id, path in files:
@@ -119,7 +119,7 @@ def _without_path(path: str, **options: Any) -> Any:
 
 
 def read_members(members: Iterable[tuple[str, str, str, bytes | str]], settings: Settings) -> Piece:
-    """Read a piece of an archive: place, id, name and content of each member, or why there is no content."""
+    """Read a chunk of an archive: place, id, name and content of each member, or why there is no content."""
 
     def structures() -> Iterator[tuple[str, str, Any]]:
         for place, material_id, name, content in members:
@@ -134,7 +134,7 @@ def _refuse(reason: str, **_options: Any) -> Any:
 
 
 def read_structures(structures: Iterable[tuple[str, str, Any]], settings: Settings) -> Piece:
-    """Read structures, given place, id and the function that reads it."""
+    """Read structures, given place, id and a function that reads each."""
     rows = Rows()
     for place, material_id, read in structures:
         notes: list[str] = []
@@ -151,28 +151,28 @@ def read_structures(structures: Iterable[tuple[str, str, Any]], settings: Settin
 
 
 def refuse_noted(notes: Sequence[str], settings: Settings) -> None:
-    """Refuse a crystal with notes where that is asked for.
+    """Reject a crystal with notes, if configured.
 
     Raises:
-        DataError: so it is.
+        DataError: it has notes.
     """
     if notes and settings.on_note == "reject":
         raise DataError(f"of those that {'; and of those that '.join(notes)} (on_note is reject)")
 
 
 OnBad = Callable[[str, str], None]
-"""Takes the name of a file that can't be opened, and why."""
+"""Called with the name of a file that can't be opened, and the reason."""
 
 
 def open_readers(source: Any, on_bad: OnBad | None = None) -> list[Reader]:
-    """Tell what a source is and return the readers of its parts.
+    """Identify a source and return the readers of its parts.
 
     Args:
-        source: as :func:`crysldnet.tools.importer.importer.import_crystals` describes it, or a reader.
-        on_bad: what to do with a file of many crystals that is damaged; None raises.
+        source: as in :func:`crysldnet.tools.importer.importer.import_crystals`, or a reader.
+        on_bad: called for a damaged multi-crystal file; None raises.
 
     Raises:
-        DataError: there is nothing to read, or nothing that is known.
+        DataError: there is nothing to read, or its kind is unknown.
     """
     if isinstance(source, (str, os.PathLike)):
         return _open_paths([source], on_bad)
@@ -237,7 +237,7 @@ def _open_paths(sources: Sequence[str | os.PathLike[str]], on_bad: OnBad | None)
 
 
 def _is_store(source: str | os.PathLike[str]) -> bool:
-    """Return whether a source is a store, a data set by its name, or a split of one."""
+    """Return whether a source is a store, a named data set, or a split of one."""
     name = os.fspath(source)
     if name.startswith(("embedded:", "published:")) or os.path.isfile(os.path.join(name, "store.json")):
         return True
@@ -246,7 +246,7 @@ def _is_store(source: str | os.PathLike[str]) -> bool:
 
 
 def _expanded(path: Path) -> list[Path]:
-    if os.path.lexists(path):  # a link to nothing is rejected when it is read
+    if os.path.lexists(path):  # a broken link is rejected on reading
         return [path]
     found = [file for file in matches(path) if not file.is_dir() and (kind_of(file) or suffix_of(file) in KINDS)]
     if not found:
@@ -255,7 +255,7 @@ def _expanded(path: Path) -> list[Path]:
 
 
 def suffix_of(path: Path) -> str:
-    """Return what a file's name ends in, in lower case and without a compression's suffix; ".tar" of "x.tgz" too."""
+    """Return a file's suffix in lowercase without that of a compression; ".tar" also for "x.tgz"."""
     name = path.name.lower()
     for short in (".tgz", ".tbz2", ".txz"):
         name = name[: -len(short)] + ".tar" if name.endswith(short) else name
@@ -274,17 +274,17 @@ KINDS: dict[str, str | Callable[[Path], Reader]] = {
     ".db": "record_files.DatabaseReader",
     ".parquet": "tables.ParquetReader",
 }
-"""The reader of each suffix: its name below ``crysldnet.readers``, or the class itself of a plugin."""
+"""The reader of each suffix: its name below ``crysldnet.readers``, or a plugin's class."""
 STORE = "tables.StoreReader"
 
 
 def register(suffix: str, reader: Callable[[Path], Reader]) -> None:
-    """Have files of a suffix, such as ``.xsf``, read by a class of a plugin; see :class:`Reader`."""
+    """Register a plugin's reader class for files with a suffix such as ``.xsf``; see :class:`Reader`."""
     KINDS[suffix.lower()] = reader
 
 
 def known_files() -> str:
-    """Return the patterns of the files that are read."""
+    """Return the patterns of readable files."""
     return "*.cif, *.vasp, *.poscar, POSCAR*, CONTCAR*, " + ", ".join(f"*{suffix}" for suffix in KINDS)
 
 
@@ -296,7 +296,7 @@ def _open_file(path: str | Path) -> Reader:
     suffix = suffix_of(Path(path))
     if suffix not in KINDS:
         raise DataError(f"{path}: not a file of crystals by its name; those read are {known_files()}")
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+    if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe would block
         raise DataError(f"{path}: not a file that can be read")
     return _open(KINDS[suffix], Path(path))
 

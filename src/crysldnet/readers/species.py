@@ -1,4 +1,4 @@
-"""Tell which element a structure file means by a species or by the label of a site."""
+"""Identify elements from species or site labels in a structure file."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def element_symbols(texts: Sequence[str], *, notes: list[str]) -> list[str]:
     """Return the element of each species ("Fe3+", "D").
 
     Args:
-        texts: as they stand in the file.
-        notes: ``NOTE_ISOTOPE`` is appended where deuterium or tritium became hydrogen.
+        texts: texts in the file.
+        notes: ``NOTE_ISOTOPE`` is appended if deuterium or tritium was converted to hydrogen.
 
     Raises:
-        DataError: one is no element.
+        DataError: one isn't an element.
     """
     known = {text: _symbol(text) for text in dict.fromkeys(texts)}
     return without_isotopes([known[text] for text in texts], notes)
@@ -45,10 +45,10 @@ def _symbol(text: str) -> str:
 
 
 def symbols_in_label(text: str) -> tuple[str, ...]:
-    """Return the elements, or D, that the label of a site ("Fe1A") may stand for: two for CO1, one for Co1.
+    """Return the possible elements, or D, for a site label ("Fe1A"): two for CO1, one for Co1.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no such element.
     """
     match = _LABEL.fullmatch(text)
     letters = match[1] if match else ""
@@ -57,7 +57,7 @@ def symbols_in_label(text: str) -> tuple[str, ...]:
         candidates += [letters[:2].capitalize(), letters[:1].upper()]
     elif letters[2:3].isupper():
         candidates.append(letters[:2])
-    # the label T1 is as a rule a tetrahedral site, not tritium
+    # the label T1 usually means a tetrahedral site, not tritium
     found = tuple(dict.fromkeys(symbol for symbol in candidates if symbol == "D" or symbol in _ELEMENTS))
     if not found:
         raise _no_element(text)

@@ -1,4 +1,4 @@
-"""Crystals of any source as a stream of batches: in the order of the source, in flat memory, read in the background."""
+"""Stream batches of crystals from any source: in order, with constant memory, read in the background."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ T = TypeVar("T")
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 POLL = 0.1
-"""seconds after which a thread that waits looks whether it is still needed"""
+"""seconds between checks of a waiting thread whether it is still needed"""
 
 
 Check = Callable[[Crystals, Sequence[str]], dict[int, str]]
-"""Given crystals and their ids, returns the rows that can't be used, and why."""
+"""Maps crystals and their ids to the rows that can't be used, with reasons."""
 
 
 class Refused(NamedTuple):
-    """A crystal that can't be used: the file or row it came from, its id, and why."""
+    """A rejected crystal: file or row, id, and reason."""
 
     source: str
     id: str
@@ -45,16 +45,16 @@ class Refused(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Crystals that go through models at once.
+    """Crystals that models process together.
 
     Attributes:
-        ids: [B] of the crystals.
-        sources: [B] the file, or the row of one, that each came from.
-        crystals: B crystals, which may be none.
-        batches: their graphs, one for each way to build it.
-        refused: what was left out on the way to these.
-        notes: what was normalized on reading, each with its file or row and its id.
-        columns: [B] of each column of numbers that was asked for.
+        ids: [B] crystal ids.
+        sources: [B] file, or file and row, of each.
+        crystals: B crystals, possibly none.
+        batches: their graphs, one per graph definition.
+        refused: crystals rejected up to here.
+        notes: what was normalized on reading, with file or row and id.
+        columns: [B] values of each requested numeric column.
     """
 
     ids: list[str]
@@ -68,14 +68,14 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSettings:
-    """How crystals are read and put into batches.
+    """How crystals are read and batched.
 
     Attributes:
-        batch_size: crystals of a batch at most.
-        batch_atoms: atoms of a batch at most; a larger crystal is a batch of its own.
-        max_atoms: larger crystals are refused.
-        workers: processes that read, where reading takes longer than what follows; as many as there are cores, but at
-            most 8, where None. The graphs are built in a thread.
+        batch_size: maximum crystals per batch.
+        batch_atoms: maximum atoms per batch; a larger crystal gets its own batch.
+        max_atoms: larger crystals are rejected.
+        workers: reader processes, started if reading is slower than processing; None for one per core, at most 8.
+            Graphs are built in a thread.
     """
 
     batch_size: int = 64
@@ -92,22 +92,22 @@ class StreamSettings:
 
 
 class CrystalStream:
-    """The crystals of a source, as often as it can be read; iterating gives :class:`Chunk` after portion.
+    """The crystals of a source; iterating yields :class:`Chunk` objects and may be repeated if the source allows.
 
     Args:
         source: anything that :func:`crysldnet.tools.importer.importer.import_crystals` reads, or :class:`Crystals`.
         graphs: the graphs to build.
         settings: how to read.
-        columns: of numbers that stand beside the crystals, with their units, empty where they aren't known; a crystal
-            without a value in one of them, or in another unit, is refused.
-        check: returns which crystals a model can't predict, and why; they are refused too.
+        columns: required numeric columns with units, empty if unknown; a crystal that lacks a value, or has another
+            unit, is rejected.
+        check: returns the crystals that a model can't predict, with reasons; they are also rejected.
 
     Attributes:
-        total: how many crystals there are, None where that isn't known beforehand.
-        units: of the properties that stand beside the crystals read so far and state one.
+        total: number of crystals, None if not known in advance.
+        units: units of the properties read so far that have one.
 
     Raises:
-        DataError: there is nothing to read, or nothing that is known.
+        DataError: there is nothing to read, or its kind is unknown.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class CrystalStream:
             self.units |= units_of(table.schema)
             ids, places = table["material_id"].to_pylist(), table[PLACE].to_pylist()
             crystals, notes = crystals_from_table(table), piece.notes
-            # the properties alone of a crystal that is kept are no refusal
+            # rejected properties of a kept crystal aren't rejections
             rejected = [Refused(*reject) for reject in piece.rejects if reject[0] not in kept]
             refused = [*rejected, *repeated, *unknown, *unfit]
             if not ids:
@@ -160,7 +160,7 @@ class CrystalStream:
 
 
 def _tasks(reader: Reader, settings: Settings) -> Iterator[Task]:
-    """Give a reader's tasks; what is damaged further on becomes a refused crystal, and other sources go on."""
+    """Yield a reader's tasks; damage found later becomes a rejected crystal, and other sources continue."""
     try:
         for task in reader.tasks(settings):
             yield partial(_read, task, reader.name, settings)
@@ -182,7 +182,7 @@ def _nothing(name: str, reason: str, settings: Settings) -> Piece:
 
 
 def _without_repeated(table: pa.Table, seen: set[int]) -> tuple[pa.Table, list[Refused]]:
-    """Leave out the crystals whose id came before; ``seen`` has the hashes of those ids."""
+    """Remove crystals with repeated ids; ``seen`` has the hashes of earlier ids."""
     ids = table["material_id"].to_pylist()
     good: list[int] = []
     repeated = []
@@ -198,7 +198,7 @@ def _without_repeated(table: pa.Table, seen: set[int]) -> tuple[pa.Table, list[R
 def _with_numbers(
     table: pa.Table, wanted: Mapping[str, str]
 ) -> tuple[pa.Table, dict[str, NDArray[np.float64]], list[Refused]]:
-    """Leave out the crystals without a number in one of the columns; return the rest, their numbers, and the former."""
+    """Remove crystals without a number in one of the columns; return the rest, their numbers, and the removed ones."""
     columns: dict[str, NDArray[np.float64]] = {}
     known: NDArray[np.bool_] = np.ones(len(table), bool)
     refused, units = [], units_of(table.schema)
@@ -221,7 +221,7 @@ def _with_numbers(
 def _without_unfit(
     table: pa.Table, columns: dict[str, NDArray[np.float64]], check: Check | None
 ) -> tuple[pa.Table, dict[str, NDArray[np.float64]], list[Refused]]:
-    """Leave out what can't be predicted; return the rest, their numbers, and the former."""
+    """Remove crystals that can't be predicted; return the rest, their numbers, and the removed ones."""
     reasons = {} if check is None or not len(table) else check(crystals_from_table(table), ids_of(table).to_pylist())
     if not reasons:
         return table, columns, []
@@ -232,7 +232,7 @@ def _without_unfit(
 
 
 def _numbers_of(column: pa.ChunkedArray) -> NDArray[np.float64]:
-    """Return a column as numbers, NaN for what is none."""
+    """Return a column as numbers, NaN for anything else."""
     if pa.types.is_string(column.type):
         return np.array([_number(text) for text in column.to_pylist()])
     if pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type):
@@ -248,10 +248,10 @@ def _number(text: str | None) -> float:
 
 
 def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
-    """Give items that a thread takes from an iterator ahead of time, at most ``depth`` of them.
+    """Yield items that a thread prefetches from an iterator, at most ``depth`` of them.
 
-    An error of the iterator is raised where its item would have come. The thread ends when the one who uses the items
-    stops, at the latest after its next item.
+    Errors of the iterator are raised in place of its item. The thread exits when the consumer stops, at the latest
+    after its next item.
     """
     queue: Queue[tuple[Sequence[T], BaseException | None]] = Queue(depth)
     stopped = threading.Event()
@@ -270,7 +270,7 @@ def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
                 if stopped.is_set():
                     break
             put(([], None))
-        except BaseException as error:  # it is raised again in the other thread
+        except BaseException as error:  # raised again in the other thread
             put(([], error))
         finally:
             if hasattr(items, "close"):
@@ -283,7 +283,7 @@ def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
             try:
                 found, error = queue.get(timeout=POLL)
             except Empty:
-                continue  # so that Ctrl-C is noticed
+                continue  # so that Ctrl-C works
             if error is not None:
                 raise error
             if not found:

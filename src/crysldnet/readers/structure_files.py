@@ -1,8 +1,7 @@
-"""Find CIF and POSCAR files, name the crystals in them, and read them.
+"""Find CIF and POSCAR files, name their crystals, and read them.
 
-CIF is read with gemmi, POSCAR with pymatgen; each is imported when the first file of its kind is read and not before.
-Where a file could be read only by guessing, it is refused, because a guessed crystal can't be told from a right one
-later.
+CIF is read with gemmi, POSCAR with pymatgen, each imported on first use. Ambiguous files are rejected, because a wrong
+guess can't be detected later.
 """
 
 from __future__ import annotations
@@ -32,20 +31,20 @@ SUFFIXES = {".cif": "CIF", ".vasp": "POSCAR", ".poscar": "POSCAR"}
 BARE_NAMES = ("POSCAR", "CONTCAR")
 KNOWN_NAMES = "*.cif, *.vasp, *.poscar, POSCAR*, CONTCAR*"
 LIMIT = 64 * 2**20
-"""bytes; a larger file is no crystal but a mistake, or made to fill the memory"""
+"""bytes; a larger file is a mistake, or would exhaust memory"""
 MAX_EMPTY_LINES = 100_000
-"""in a row; a file with more is a mistake, or made to take forever"""
+"""consecutive empty lines; a file with more is a mistake, or would take forever"""
 
 
 def kind_of(name: str | os.PathLike[str]) -> str | None:
-    """Return "CIF" or "POSCAR" by the file's name, in any case, or None where it is neither's."""
+    """Return "CIF" or "POSCAR" from the file name in any case, or None."""
     name = os.path.basename(inner_name(os.fspath(name)))
     kind = SUFFIXES.get(os.path.splitext(name)[1].lower())
     return kind or ("POSCAR" if name.upper().startswith(BARE_NAMES) else None)
 
 
 def without_suffix(name: str) -> str:
-    """Drop a structure file's suffix from a name or path, and nothing from other names."""
+    """Drop a structure file's suffix from a name or path; other names are unchanged."""
     bare = inner_name(name)
     stem, suffix = os.path.splitext(bare)
     return stem if suffix.lower() in SUFFIXES else bare if kind_of(bare) else name
@@ -79,10 +78,10 @@ def find_structure_files(sources: Source) -> list[Path]:
 
 
 def matches(pattern: Path) -> list[Path]:
-    """Return what a glob pattern matches; the longest part of it that exists as it stands is no pattern.
+    """Return the matches of a glob pattern; its longest existing part is taken literally.
 
     Raises:
-        DataError: it has no part that is a pattern.
+        DataError: no part of it is a pattern.
     """
     root = pattern
     while not root.exists() and root != root.parent:
@@ -90,7 +89,7 @@ def matches(pattern: Path) -> list[Path]:
     rest = str(pattern.relative_to(root))
     if not glob.has_magic(rest):
         raise DataError(f"{pattern}: {no_such_file(pattern)}")
-    found: dict[tuple[str, str], Path] = {}  # a folder that is reached through several links is taken once
+    found: dict[tuple[str, str], Path] = {}  # visit a folder reached through several links only once
     for name in sorted(glob.glob(rest, root_dir=root, recursive=True)):
         folder, bare = os.path.split(root / name)
         found.setdefault((os.path.realpath(folder), bare), root / name)
@@ -98,8 +97,9 @@ def matches(pattern: Path) -> list[Path]:
 
 
 def _in_folder(folder: Path) -> Iterator[Path]:
-    """Give the structure files in a folder at every depth, and what can't be opened; a linked folder is gone through
-    once, after the others."""
+    """Yield the structure files in a folder recursively, and what can't be opened; linked folders are visited once,
+    last.
+    """
     seen: set[str] = set()
     waiting = [str(folder)]
     refused: list[OSError] = []
@@ -116,21 +116,21 @@ def _in_folder(folder: Path) -> Iterator[Path]:
 
 
 def no_such_file(path: str | os.PathLike[str]) -> str:
-    """Say that a file isn't there, and where it should be if it is a link."""
+    """Return the message for a missing file, with the target if it is a link."""
     return f"no such file, but a link to {os.readlink(path)}" if os.path.islink(path) else "no such file or folder"
 
 
 def printable(name: str) -> str:
-    r"""Return a file's name as text: ``caf\xe9.cif`` where it isn't UTF-8."""
+    r"""Return a file name as text: ``caf\xe9.cif`` if it isn't UTF-8."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def material_ids(names: Sequence[str], folder: str) -> list[str]:
-    """Name crystals after their files: by the stem, or by the path where several files have the same stem.
+    """Name crystals after their files: by stem, or by path if several files have the same stem.
 
     Args:
         names: the files' paths relative to one folder, with forward slashes.
-        folder: that folder's name, for a file there that is just called POSCAR.
+        folder: name of the folder, for a file just named POSCAR.
     """
 
     def stem(name: str) -> str:
@@ -151,8 +151,8 @@ def read_structure(
     """Read the crystal in a CIF or POSCAR file, with every atom of the cell.
 
     Args:
-        path: the file; its name says which kind it is. It may be compressed (.gz, .bz2, .zst, .xz).
-        max_atoms: refuse a file that lists more sites than this before they are expanded.
+        path: the file; its name determines the kind. It may be compressed (.gz, .bz2, .zst, .xz).
+        max_atoms: reject a file that lists more sites, before expanding them.
         notes: what was normalized on reading is appended: the ``NOTE_`` texts of :mod:`crysldnet.readers.cif` and
             :mod:`crysldnet.readers.species`.
 
@@ -182,13 +182,13 @@ def read_structure(
 def parse_structure(
     raw: bytes | str, name: str, *, max_atoms: int | None = None, notes: list[str] | None = None
 ) -> Structure:
-    """Read a crystal from what a CIF or POSCAR file holds; see :func:`read_structure`.
+    """Read a crystal from the content of a CIF or POSCAR file; see :func:`read_structure`.
 
     Args:
         raw: the content.
-        name: of the file, which says which kind it is.
-        max_atoms: as there.
-        notes: as there.
+        name: file name, which determines the kind.
+        max_atoms: as in :func:`read_structure`.
+        notes: as in :func:`read_structure`.
     """
     kind = kind_of(name)
     if kind is None:
@@ -217,7 +217,7 @@ def _reader(kind: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """Describe what the bare errors of pymatgen's parser mean."""
+    """Explain the terse errors of pymatgen's parser."""
     if isinstance(error, IndexError):
         return "it ends too early"
     return " ".join(str(error).split())[:200] or type(error).__name__
@@ -237,7 +237,7 @@ def checked(lattice: Any, numbers: Any, frac_coords: Any) -> Structure:
     """Check a crystal's arrays and wrap its atoms into the cell.
 
     Args:
-        lattice: [3, 3] vectors in rows, in Å.
+        lattice: [3, 3] vectors as rows, in Å.
         numbers: [n] atomic numbers.
         frac_coords: [n, 3].
 

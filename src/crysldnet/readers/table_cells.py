@@ -1,4 +1,4 @@
-"""The cells of a table of properties: CSV, TSV and Excel files, as texts."""
+"""Cells of a property table in CSV, TSV or Excel, as text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from crysldnet.errors import DataError
 
 LARGEST = 512 * 2**20
-"""bytes of a table, when unpacked"""
+"""bytes of a table, uncompressed"""
 _TOO_LARGE = f"over {LARGEST // 2**20} MiB; import crystals with their properties as JSON lines or Parquet"
 EXCEL = (".xlsx", ".xlsm")
 NO_TABLE = {
@@ -20,7 +20,7 @@ NO_TABLE = {
     ".ods": "an OpenDocument spreadsheet",
     ".numbers": "a Numbers spreadsheet",
 }
-"""Spreadsheets that aren't read."""
+"""Unsupported spreadsheets."""
 _SIGNATURES = {b"PK\x03\x04": "an Excel or OpenDocument file, or a zip archive", b"\xd0\xcf\x11\xe0": NO_TABLE[".xls"]}
 
 
@@ -28,10 +28,10 @@ class Cells(NamedTuple):
     """A table.
 
     Attributes:
-        header: the titles of the columns.
-        rows: line and cells of each row that isn't empty.
-        commas: whether a comma within a cell can be a decimal comma, for it separates no cells.
-        others: sheets that aren't read.
+        header: column titles.
+        rows: line number and cells of each nonempty row.
+        commas: whether a comma within a cell can be a decimal comma, because it doesn't separate cells.
+        others: ignored sheets.
     """
 
     header: list[str]
@@ -41,10 +41,10 @@ class Cells(NamedTuple):
 
 
 def read_cells(path: Path) -> Cells:
-    """Read a table by its suffix; commas, semicolons or tabs separate the cells of a text.
+    """Read a table by its suffix; commas, semicolons or tabs separate text cells.
 
     Raises:
-        DataError: it can't be opened, is another kind of file than its name says, or is empty.
+        DataError: it can't be opened, doesn't match its suffix, or is empty.
     """
     suffix = path.suffix.lower()
     if suffix in NO_TABLE and path.exists():
@@ -53,7 +53,7 @@ def read_cells(path: Path) -> Cells:
 
 
 def delimiter_of(text: str) -> str:
-    """Return what separates the cells of a table, by its first line."""
+    """Return the cell separator of a table from its first line."""
     first = text.lstrip().split("\n", 1)[0]
     return max(",;\t", key=first.count)
 
@@ -91,7 +91,7 @@ def _with_header(path: Path, rows: list[tuple[int, list[str]]], commas: bool, ot
 
 
 def _of_excel(path: Path) -> Cells:
-    """Read the first sheet of an Excel file that isn't empty; formulas give the values that were saved with them."""
+    """Read the first nonempty sheet of an Excel file; formulas give their saved values."""
     try:
         from openpyxl import load_workbook
     except ImportError:
@@ -108,14 +108,14 @@ def _of_excel(path: Path) -> Cells:
         raise DataError(f"{path}: can't be opened ({error.strerror})") from error
     except DataError:
         raise
-    except Exception as error:  # openpyxl has no error of its own for most of what can be wrong
+    except Exception as error:  # openpyxl has no error class for most problems
         raise DataError(f"{path}: not a readable Excel file ({str(error).splitlines()[0] or type(error)})") from error
     filled = [title for title, rows in sheets.items() if rows]
     return _with_header(path, sheets[filled[0]] if filled else [], True, tuple(filled[1:]))
 
 
 def _rows_of(sheet: object) -> list[tuple[int, list[str]]]:
-    """Return line and cells of the rows that aren't empty, columns without title and values at the end left out."""
+    """Return line and cells of nonempty rows, without trailing columns that have neither title nor values."""
     sheet.reset_dimensions()  # type: ignore[attr-defined]  # those that it claims would be filled with empty cells
     rows = [
         (line, [_text(value) for value in values])
@@ -127,7 +127,7 @@ def _rows_of(sheet: object) -> list[tuple[int, list[str]]]:
 
 
 def _text(value: object) -> str:
-    """Return a cell as text; a whole number has no decimal point, as Excel shows it."""
+    """Return a cell as text; integers have no decimal point, as in Excel."""
     if value is None:
         return ""
     return str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else str(value)

@@ -30,17 +30,17 @@ from crysldnet.readers.rows import NOTE_NESTED, Found, Piece, Task
 from crysldnet.readers.sources import PIECE, Settings, pieces
 
 TABLE_PIECE = 4 * PIECE
-"""rows in the schema that are a piece; they are read many at a time"""
+"""rows per chunk of a table in the schema, which is read in bulk"""
 
 
 class ParquetReader(FileOfMany):
-    """A Parquet file, in the schema or with a column of structures; some of its columns, or all."""
+    """A Parquet file in the schema or with a column of structures; some or all of its columns."""
 
     def __init__(self, path: Path, columns: Sequence[str] | None = None) -> None:
         super().__init__(path)
         self._columns = columns
         try:
-            # Buffered ahead, what was read would be kept until the file is closed: memory that grows with it.
+            # With prebuffering, data would be kept until the file is closed, so memory would grow.
             self._file = pq.ParquetFile(pa.OSFile(os.fsencode(path)), page_checksum_verification=True, pre_buffer=False)
             schema = self._file.schema_arrow
             self.total = self._file.metadata.num_rows
@@ -71,7 +71,7 @@ class ParquetReader(FileOfMany):
 
 
 KNOWN_COLUMNS = {"structure", "atoms", "cif", "lattice_vectors", "lattice_mat"}
-"""Columns that tell a table with structures in another layout than the schema's."""
+"""Columns that identify a table with structures in another layout."""
 
 
 def _has_schema(schema: pa.Schema) -> bool:
@@ -79,7 +79,7 @@ def _has_schema(schema: pa.Schema) -> bool:
 
 
 def read_table(table: pa.Table, place: str, _default_id: str, row: int, settings: Settings) -> Piece:
-    """Read a piece of a table in the schema, all rows at once."""
+    """Read a chunk of a table in the schema, all rows at once."""
     _validate(table, place, row)
     places = [f"{place}{row + i}" for i in range(len(table))]
     ids = [(material_id or "").strip() for material_id in ids_of(table).to_pylist()]
@@ -125,7 +125,7 @@ def _row_fault(row: pa.Table) -> str | None:
 
 
 def _property_type(kind: pa.DataType) -> pa.DataType | None:
-    """Return the type that a property column is kept in, or None for a type that isn't kept."""
+    """Return the stored type of a property column, or None if it isn't kept."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
@@ -136,7 +136,7 @@ def _property_type(kind: pa.DataType) -> pa.DataType | None:
 
 
 def read_table_rows(table: pa.Table, place: str, default_id: str, row: int, settings: Settings) -> Piece:
-    """Read a piece of a table with structures in another layout, row by row."""
+    """Read a chunk of a table with structures in another layout, row by row."""
     _validate(table, place, row)
     entries = (
         Entry(f"{place}{number}", f"{default_id}{number}", record)
@@ -146,7 +146,7 @@ def read_table_rows(table: pa.Table, place: str, default_id: str, row: int, sett
 
 
 class StoreReader:
-    """A crystal store, a data set by its name, or one split of either, as :func:`open_part` takes them."""
+    """A crystal store, a named data set, or one split of either, as in :func:`open_part`."""
 
     def __init__(self, path: str) -> None:
         self._store, self._rows = open_part(path)
@@ -161,8 +161,7 @@ class StoreReader:
 
 
 class ObjectReader:
-    """Objects that were handed over in Python: a data frame, an Arrow table, or anything that gives structures or
-    records one by one."""
+    """Python objects: a data frame, an Arrow table, or an iterable of structures or records."""
 
     def __init__(self, source: Any) -> None:
         self._source = [source] if is_object(source) or isinstance(source, Mapping) else source
@@ -185,7 +184,7 @@ class ObjectReader:
 
 
 def _with_ids(frame: Any, id_column: str | None) -> Any:
-    """Make the index of a data frame a column where it has the ids: by its name, or where no column has them."""
+    """Convert the index of a data frame to a column if it has the ids: by its name, or if no column has them."""
     refuse_repeated_columns([str(name) for name in frame.columns])
     keys = {id_column, *ID_KEYS} - {None}
     if keys & set(frame.columns):
@@ -198,7 +197,7 @@ def _with_ids(frame: Any, id_column: str | None) -> Any:
 
 
 def _arrow(source: Any) -> pa.Table | None:
-    """Return a table in the schema as Arrow, whatever library it is of."""
+    """Return a table in the schema as Arrow, from any library."""
     if isinstance(source, Crystals):
         return table_from_crystals(source, [f"crystal-{row}" for row in range(1, len(source) + 1)], {}, {}, {})
     if isinstance(source, pa.Table):

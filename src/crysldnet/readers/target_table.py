@@ -1,4 +1,4 @@
-"""Read the CSV of targets that belongs to imported crystals."""
+"""Read the target table of imported crystals."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Targets:
 
     Attributes:
         name: the file's name.
-        columns: [R] a column of numbers or text for each property.
-        units: unit of each property whose header states one.
-        rows: the row of each id.
+        columns: [R] numeric or text column per property.
+        units: unit of each property with a unit in the header.
+        rows: row of each id.
     """
 
     name: str
@@ -51,10 +51,10 @@ class Targets:
 
 
 def check_table(path: Path, id_column: str | None) -> None:
-    """Refuse a table that can't be read or has no column of properties, before any crystal is read.
+    """Reject a table that can't be read or has no properties, before reading crystals.
 
     Raises:
-        DataError: as :func:`read_targets`.
+        DataError: as in :func:`read_targets`.
     """
     _checked_header(path, read_cells(path).header, id_column)
 
@@ -62,11 +62,10 @@ def check_table(path: Path, id_column: str | None) -> None:
 def read_targets(path: Path, ids: set[str], id_column: str | None, issues: ImportIssues) -> Targets:
     """Read a table of properties for crystals with these ids.
 
-    The column of ids is the one called so, in any case and spelling, or else the one that has ids of crystals.
+    The id column is identified by its name in any case and spelling, or else by its ids.
 
     Raises:
-        DataError: the file can't be read, has no column of ids or none of properties, or a cell that can't be read
-            without guessing.
+        DataError: the file can't be read, has no id column or no properties, or has an ambiguous cell.
     """
     header, rows, commas, others = read_cells(path)
     for text in others:
@@ -79,7 +78,7 @@ def read_targets(path: Path, ids: set[str], id_column: str | None, issues: Impor
     columns: dict[str, pa.Array] = {}
     units: dict[str, str] = {}
     values = [j for j, title in enumerate(header) if j != key and title]
-    others_have = commas and path.suffix.lower() not in EXCEL  # where numbers are no texts
+    others_have = commas and path.suffix.lower() not in EXCEL  # numbers aren't text there
     others_have = others_have and has_decimal_comma(row[j] for _, row in found.values() for j in values)
     for j in values:
         title = header[j]
@@ -108,7 +107,7 @@ def read_targets(path: Path, ids: set[str], id_column: str | None, issues: Impor
 def _rows_by_id(
     path: Path, header: list[str], key: int, rows: list[tuple[int, list[str]]], ids: set[str], issues: ImportIssues
 ) -> dict[str, tuple[str, list[str]]]:
-    """Return the place and cells of each crystal's row; rows that can't be told apart are all left out."""
+    """Return position and cells of each crystal's row; ambiguous rows are all dropped."""
     found: dict[str, list[tuple[str, list[str]]]] = defaultdict(list)
     table = printable(path.name)
     kind = f"rows of {table}"
@@ -144,15 +143,15 @@ def _rows_by_id(
 
 
 def _bare(material_id: str) -> str:
-    """Return an id without what programs change in it: case, suffix, leading zeros, composed characters."""
+    """Return an id without what programs change: case, suffix, leading zeros, composed characters."""
     return re.sub(r"\.(0|[a-z]\w{0,6})$", "", unicodedata.normalize("NFKC", material_id).casefold()).lstrip("0")
 
 
 def _checked_header(path: Path, header: list[str], id_column: str | None) -> int | None:
-    """Return the index of the column of ids, None where its name doesn't say, having checked all names.
+    """Validate all column names, and return the index of the id column, None if not identified by name.
 
     Raises:
-        DataError: no column has the name that was given, a name stands there twice, or no column is left.
+        DataError: no column has the given name, a name is duplicated, or no other column is left.
     """
     key = _named(header, id_column)
     if id_column is not None and key is None:
@@ -174,8 +173,8 @@ def _checked_header(path: Path, header: list[str], id_column: str | None) -> int
 
 
 def _named(header: list[str], id_column: str | None) -> int | None:
-    """Return the index of the column that is called so, or as ids usually are: exactly, else in another spelling."""
-    unnamed = header[:1] if header[0] == "" else []  # so pandas writes the index of a data frame
+    """Return the index of the column with this name or a usual id name: exactly, or else in another spelling."""
+    unnamed = header[:1] if header[0] == "" else []  # pandas writes the index of a data frame this way
     wanted = [id_column] if id_column is not None else [*ID_COLUMNS, *unnamed]
     spelled = [_bare_title(title) for title in header]
     found = [header.index(name) for name in wanted if name in header]
@@ -189,10 +188,10 @@ def _bare_title(title: str) -> str:
 def _matching(
     path: Path, header: list[str], rows: list[tuple[int, list[str]]], ids: set[str], named: int | None
 ) -> int:
-    """Return the index of the column that has the most ids of crystals; the named one where it has any.
+    """Return the index of the column with the most crystal ids; the named one if it has any.
 
     Raises:
-        DataError: none has an id.
+        DataError: no column has any id.
     """
     if named is not None and _has_ids(named, rows, ids):
         return named
@@ -215,7 +214,7 @@ def _matching(
 
 
 def _has_ids(place: int, rows: list[tuple[int, list[str]]], ids: set[str]) -> bool:
-    """Return whether a row has the id of a crystal in that column."""
+    """Return whether a row has a crystal id in that column."""
     return any(place < len(cells) and _id_of(cells[place].strip(), ids) is not None for _, cells in rows)
 
 
@@ -224,10 +223,10 @@ def _id_of(written: str, ids: set[str]) -> str | None:
 
 
 def _spellings(written: str) -> Iterator[str]:
-    """Give the ids that a table may mean: as written, without suffix, without folder, the folder of a POSCAR."""
+    """Yield the possible meanings of an id: as written, without suffix, without folder, the folder of a POSCAR."""
     bare = without_suffix(written)
     yield from (written, bare, *material_ids([written], ""), Path(written).name, Path(bare).name)
-    if written.startswith("'"):  # this program's own tables, where spreadsheets would take an id for a formula
+    if written.startswith("'"):  # this program's own tables, if a spreadsheet would interpret the id as a formula
         yield written[1:]
 
 
@@ -239,7 +238,7 @@ def _columns(
     others_have_commas: bool,
     issues: ImportIssues,
 ) -> tuple[dict[str, pa.Array], str | None]:
-    """Make a column of numbers, with one of their uncertainties where there are any, or a column of texts."""
+    """Return a numeric column, with its uncertainties if any, or a text column."""
     texts = [text for *_, text in cells]
     numbers = read_numbers(Counter(texts), unit, commas=may_have_commas, others_have_commas=others_have_commas)
     if numbers is None:

@@ -1,4 +1,4 @@
-"""Calls that run in processes once they turn out to take long, their results in order."""
+"""Run calls in processes if they take long, with results in order."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from crysldnet.errors import DataError
 T = TypeVar("T")
 
 PATIENCE = 2.0
-"""seconds; what takes less is read sooner in one process than it takes to start others"""
+"""seconds; shorter work finishes sooner in one process"""
 
 
 def run_in_order(calls: Iterator[Callable[[], T]], workers: int) -> Iterator[T]:
-    """Run calls and give their results in order: here, and in processes once the calls turn out to take long.
+    """Run calls and yield their results in order: here, and in processes if the calls take long.
 
-    Processes start after two seconds of work, where the calls take more time than whoever uses the results.
+    Processes start after two seconds of work if the calls are slower than the consumer of the results.
 
     Args:
-        calls: what to run, each a ``functools.partial`` of a module's function, for it travels to another process.
-        workers: processes; 1 runs everything here.
+        calls: calls to run, each a ``functools.partial`` of a module's function, so that it can be pickled.
+        workers: number of processes; 1 runs everything here.
 
     Raises:
-        DataError: a process died; and what the calls raise.
+        DataError: a process died; also whatever the calls raise.
     """
     workers = workers if _can_start_processes() else 1
     begun, busy = time.monotonic(), 0.0
@@ -46,7 +46,7 @@ def run_in_order(calls: Iterator[Callable[[], T]], workers: int) -> Iterator[T]:
 
 
 def _can_start_processes() -> bool:
-    """Return whether a new process can import the main module, as it must; it can't where that was read from a pipe."""
+    """Return whether a new process can import the main module, which isn't possible if it was read from a pipe."""
     file = getattr(sys.modules["__main__"], "__file__", None)
     return file is None or os.path.exists(file)
 
@@ -71,7 +71,7 @@ def _run_in_processes(calls: Iterator[Callable[[], T]], workers: int) -> Iterato
 
 
 def _end_with_parent() -> None:
-    """Let a process end when the one that started it is killed; it would wait for work forever."""
+    """Exit when the parent process is killed; otherwise this process would wait for work forever."""
 
     def wait() -> None:
         if (parent := parent_process()) is not None:
