@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import yaml
 pytest.importorskip("optuna")
 
 from crysldnet import cli
-from crysldnet.config import choices, compose
+from crysldnet.config import argument, choices, compose
 from crysldnet.errors import ConfigError
 from crysldnet.signals import RUN_NAME
 from crysldnet.tools import sweep
@@ -31,7 +32,7 @@ from crysldnet.tools.sweep.results import best_first, write_results
 from crysldnet.tools.sweep.study import JOURNAL, Study, Trial
 from crysldnet.tools.sweep.trials import metrics_of, read_history
 from crysldnet.training import processes
-from tiny import environment_of_a_shell
+from tiny import environment_of_a_shell, subset
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -377,6 +378,27 @@ def test_a_stopped_sweep_keeps_its_finished_runs(write: Any, tmp_path: Path, pro
     begun = [next(word for word in run["line"] if word.startswith("name=")) for run in program.runs]
     assert begun == ["name=run_001", "name=run_002", "name=run_002", "name=run_003"]
     assert program.runs[2]["line"][-1] == "resume=last"
+
+
+@pytest.mark.parametrize("replaced", ["data.path", "data.path.train", "pretrained", "data.split.file"])
+def test_a_sweep_is_not_resumed_with_other_files_under_the_same_names(
+    write: Any, tmp_path: Path, program: Program, replaced: str, pretrained: Path
+) -> None:
+    program.does(**{"lr0.001": {"values": [3.0]}, "lr-1.0": {"values": [2.0]}})
+    file, train = tmp_path / "file", tmp_path / "train.parquet"
+    subset(train, train=4)
+    paths = {"data.path": str(train), "data.path.train": {"train": str(train)}}
+    given = [argument("data.path", paths.get(replaced, "embedded:mp_starter"))]
+    if replaced in ("pretrained", "data.split.file"):
+        file.write_bytes(pretrained.read_bytes() if replaced == "pretrained" else b"{}")
+        given.append(f"{replaced}={file}")
+    line = ["sweep", f"sweep={write()}", "name=a", f"runs={tmp_path}", argument("args", shlex.join(given))]
+    assert cli.run([*line, "count=1"]) == 0
+    assert cli.run([*line, "count=2", "resume=last"]) == 0
+    file.write_bytes(b"other") if file.exists() else subset(train, train=5)
+    with pytest.raises(ConfigError, match=rf"{replaced}: the file isn't the one .*was begun with: its sha256 was"):
+        cli.run([*line, "count=3", "resume=last"])
+    assert len(results(tmp_path / "sweep" / "a")) == 2
 
 
 def test_a_sweep_of_an_earlier_version_is_refused(write: Any, tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from crysldnet.build import to_yaml
 from crysldnet.config.arguments import argument, arguments_for, split_words
-from crysldnet.config.compose import PRESETS, Composition, compose, refuse_unknown, refuse_unused, validate
+from crysldnet.config.compose import FILES, PRESETS, Composition, compose, refuse_unknown, refuse_unused, validate
 from crysldnet.config.files import choices, load_yaml, read_saved
 from crysldnet.config.help import help_text
 from crysldnet.config.resume import pin_files, refuse_changed
 from crysldnet.io import conf_folder
 
 __all__ = [
+    "FILES",
     "PRESETS",
     "Composition",
     "argument",

@@ -8,19 +8,23 @@ backend=wandb, the sweep is created on W&B, and its agents run on this machine.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from crysldnet.build import from_yaml
-from crysldnet.config import argument, split_words
+from crysldnet.config import FILES, argument, compose, split_words
 from crysldnet.console import note
+from crysldnet.data.datasets import open_store
+from crysldnet.data.store import file_hash
 from crysldnet.errors import ConfigError
 from crysldnet.tools.sweep.agents import run_agents, sweep_id
 from crysldnet.tools.sweep.proposals import Sweep, check_parameters, load_sweep
 from crysldnet.tools.sweep.results import finish, write_results
 from crysldnet.tools.sweep.study import Study, Trial
 from crysldnet.tools.sweep.trials import LocalRuns
+from crysldnet.training.inputs import hashes_of
 from crysldnet.training.processes import places, visible_gpus
 from crysldnet.training.run_folder import RunFolder
 
@@ -49,7 +53,22 @@ class SweepCommandConfig:
             raise ValueError(f"count={self.count} and parallel={self.parallel} must be at least 1")
 
 
-def _keep_sweep(folder: RunFolder, sweep: Sweep, values: dict[str, Any]) -> None:
+def _inputs(sweep: Sweep, common: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Return the sha256 of what all runs start from, by key: runs of other crystals or weights can't be compared."""
+    first = {name: parameter.used(parameter.all_drawn(ends=True)[0]) for name, parameter in sweep.parameters.items()}
+    values = compose(sweep.command, sweep.line(first, common)).values
+    found = hashes_of(**{key: values.get(key) for key in FILES})
+    data = values["data"]
+    if (split := data.get("split", {}).get("file")) is not None:
+        found["data.split.file"] = file_hash(Path(split))
+    paths = data["path"] if isinstance(data["path"], Mapping) else {None: data["path"]}
+    for part, path in paths.items():
+        if path is not None and not str(path).startswith("embedded:"):
+            found[f"data.path.{part}" if part else "data.path"] = open_store(str(path)).hash
+    return {"files": {key: digest for key, digest in found.items() if key not in sweep.parameters}}
+
+
+def _keep_sweep(folder: RunFolder, sweep: Sweep, values: dict[str, Any], common: Sequence[str]) -> None:
     """Save the sweep with the command's configuration; a resumed sweep must be the same."""
     if (folder.path / "trials.json").exists():
         raise ConfigError(
@@ -63,6 +82,7 @@ def _keep_sweep(folder: RunFolder, sweep: Sweep, values: dict[str, Any]) -> None
     for key in ("backend", "args", "seed", "sweep_config"):
         if before.get(key) != whole[key]:
             raise ConfigError(f"{folder.path} was begun with another {key}; choose another name", key)
+    folder.save_inputs(_inputs(sweep, common))
     folder.save_config(whole)
 
 
@@ -87,7 +107,7 @@ def run(config: SweepCommandConfig, values: dict[str, Any]) -> int:
     if config.backend == "wandb":
         return _run_online(sweep, config, common, values, environments)
     folder = RunFolder(config.runs, "sweep", config.name, resume=config.resume is not None, extend=True)
-    _keep_sweep(folder, sweep, values)
+    _keep_sweep(folder, sweep, values, common)
 
     study = Study(sweep, folder.path, config.seed)
 
@@ -106,7 +126,7 @@ def _run_online(
 ) -> int:
     """Create the sweep on W&B unless it exists, and run agents; every task of a SLURM job runs its own."""
     folder = RunFolder(config.runs, "sweep", config.name, resume=config.resume is not None)
-    _keep_sweep(folder, sweep, values)
+    _keep_sweep(folder, sweep, values, common)
     name = sweep_id(sweep, folder.path, common, config.count, config.entity)
     return run_agents(name, folder.path, places)
 
