@@ -22,7 +22,7 @@ pytest.importorskip("optuna")
 
 from crysldnet import cli
 from crysldnet.config import argument, choices, compose
-from crysldnet.errors import ConfigError
+from crysldnet.errors import ConfigError, CrysldnetError
 from crysldnet.signals import RUN_NAME
 from crysldnet.tools import sweep
 from crysldnet.tools.sweep import agents
@@ -399,6 +399,33 @@ def test_a_sweep_is_not_resumed_with_other_files_under_the_same_names(
     with pytest.raises(ConfigError, match=rf"{replaced}: the file isn't the one .*was begun with: its sha256 was"):
         cli.run([*line, "count=3", "resume=last"])
     assert len(results(tmp_path / "sweep" / "a")) == 2
+
+
+@pytest.mark.parametrize("full", ["at its start", "at its first result"])
+def test_a_sweep_on_a_full_disk_ends_in_a_sentence_and_goes_on_when_there_is_room(
+    write: Any, disk: tuple[Path, Any], program: Program, full: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, fill = disk
+    program.does(**{"lr0.001": {"values": [3.0]}, "lr-1.0": {"values": [2.0]}})
+    line = ["sweep", f"sweep={write()}", "name=a", f"runs={folder}", "count=2"]
+
+    def fill_and_write(*args: Any) -> None:
+        fill()
+        write_results(*args)
+
+    if full == "at its start":
+        fill()
+    else:
+        monkeypatch.setattr(sweep, "write_results", fill_and_write)
+    with pytest.raises(CrysldnetError, match=r"No space left on device") as caught:
+        cli.run(line)
+    assert str(folder / "sweep" / "a") in str(caught.value)
+    assert not list(folder.rglob("*.partial*"))
+    monkeypatch.setattr(sweep, "write_results", write_results)
+    (folder / "filler").unlink()
+    resume = ["resume=last"] if (folder / "sweep/a/config.yaml").exists() else []
+    assert cli.run([*line, *resume]) == 0
+    assert [row["state"] for row in results(folder / "sweep" / "a")] == ["finished"] * 2
 
 
 def test_a_sweep_of_an_earlier_version_is_refused(write: Any, tmp_path: Path) -> None:
