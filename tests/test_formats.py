@@ -28,6 +28,7 @@ from ase.io import write as write_ase
 from pymatgen.core import Lattice, Structure
 from pymatgen.io.ase import AseAtomsAdaptor
 
+from crysldnet.data import schema
 from crysldnet.data.datasets import EMBEDDED
 from crysldnet.data.schema import STRUCTURE_COLUMNS
 from crysldnet.data.store import CrystalStore
@@ -497,6 +498,32 @@ def test_what_only_calls_itself_a_database_is_refused(tmp_path: Path) -> None:
     for name in ("x.db", "y.db"):
         with pytest.raises(DataError, match=rf"{name}: (not an SQLite|ase can't read)"):
             import_crystals(tmp_path / name, tmp_path / "s.store")
+
+
+def test_a_parquet_file_few_bytes_of_which_are_many_values_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "MOST_VALUES", 1000)
+    path = tmp_path / "x.parquet"
+    numbers = np.full(1_000_000, 11, np.uint8)
+    columns = {"material_id": ["a"], "lattice": [np.eye(3).ravel()], "atomic_numbers": [numbers]}
+    pq.write_table(pa.table({**columns, "frac_coords": [np.zeros(3_000_000)]}), path)
+    for open_ in (CrystalStore.open, lambda path: import_crystals(path, tmp_path / "s.store")):
+        with pytest.raises(
+            DataError, match=r"x\.parquet: column 'atomic_numbers\S*' claims 1,000,000 values in"
+        ):
+            open_(path)
+
+
+def test_metadata_that_are_not_utf8_are_read(tmp_path: Path, references: dict[str, Structure]) -> None:
+    _, store = imported(EXAMPLES, tmp_path)
+    table = store.to_table().replace_schema_metadata({b"dataset": b"caf\xe9"})
+    field = pa.field("y", pa.float64(), metadata={b"units": b"\xb5eV"})
+    pq.write_table(table.append_column(field, pa.array([1.0] * len(table))), tmp_path / "x.parquet")
+    store = CrystalStore.open(tmp_path / "x.parquet")
+    assert (store.metadata, store.units) == ({"dataset": "caf\ufffd"}, {"y": "\ufffdeV"})
+    _, store = imported(tmp_path / "x.parquet", tmp_path)
+    assert_all_same(store, {f"{path.stem}": references[path.stem.split("_")[1]] for path in EXAMPLES.glob("*.cif")})
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def crystals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("hostile")
     whole = pq.read_table(subset(folder / "data.parquet", train=24, val=8, test=12))
     ids = [f"{HOSTILE[i % len(HOSTILE)]}{i}".replace("\x00", "") for i in range(len(whole))]
-    energies = pa.field(ALL, pa.float64(), metadata={b"unit": b"<b>$eV$</b>\n=1"})
+    energies = pa.field(ALL, pa.float64(), metadata={b"units": b"<b>$eV$</b>\n=1"})
     whole = whole.set_column(0, "material_id", pa.array(ids))
     whole = whole.append_column(energies, whole["formation_energy_per_atom"].cast(pa.float64()))
     whole = whole.append_column(f"kind {ALL}", pa.array([f"{ALL}{i % 2}" for i in range(len(whole))]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,9 @@ from numpy.typing import NDArray
 from crysldnet.errors import DataError
 from crysldnet.graphs.crystals import Crystals
 
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+
 STRUCTURE_COLUMNS = {
     "material_id": pa.string(),
     "lattice": pa.list_(pa.float64()),
@@ -25,13 +29,33 @@ STRUCTURE_COLUMNS = {
     "frac_coords": pa.list_(pa.float32()),
 }
 
+MOST_VALUES = 1 << 27
+"""of a column that may stand in a thousandth as many bytes"""
 _TEXTS = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary())
+
+
+def refuse_claims(file: pq.ParquetFile, size: int) -> None:
+    """Refuse a Parquet file some bytes of which stand for more values than fit into memory.
+
+    Args:
+        file: opened.
+        size: its bytes.
+
+    Raises:
+        DataError: naming the column.
+    """
+    groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+    for j in range(file.metadata.num_columns):
+        parts = [group.column(j) for group in groups]
+        values, held = sum(p.num_values for p in parts), min(size, sum(p.total_compressed_size for p in parts))
+        if values > MOST_VALUES and values > 1000 * held:
+            raise DataError(f"column {parts[0].path_in_schema!r} claims {values:,} values in {held:,} bytes")
 
 
 def units_of(schema: pa.Schema) -> dict[str, str]:
     """Return the unit of each property column that has one."""
     return {
-        field.name: field.metadata[b"units"].decode()
+        field.name: field.metadata[b"units"].decode(errors="replace")
         for field in schema
         if field.name not in STRUCTURE_COLUMNS and field.metadata and b"units" in field.metadata
     }
@@ -40,7 +64,9 @@ def units_of(schema: pa.Schema) -> dict[str, str]:
 def metadata_of(schema: pa.Schema) -> dict[str, str]:
     """Return the metadata of the file: data set, source, license, citation."""
     return {
-        k.decode(): v.decode() for k, v in (schema.metadata or {}).items() if not k.startswith((b"pandas", b"ARROW"))
+        key.decode(errors="replace"): text.decode(errors="replace")
+        for key, text in (schema.metadata or {}).items()
+        if not key.startswith((b"pandas", b"ARROW"))
     }
 
 

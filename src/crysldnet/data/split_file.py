@@ -59,7 +59,7 @@ def read_split_file(path: str | os.PathLike[str], store: CrystalStore) -> Rows:
         version, digest, of_store = content["format_version"], content["sha256"], content["store_sha256"]
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; a run saves its split as split.json") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: not a split file ({type(error).__name__}: {error})") from error
     if version != FORMAT_VERSION:
         raise DataError(

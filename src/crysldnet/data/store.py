@@ -28,6 +28,7 @@ from crysldnet.data.schema import (
     crystals_from_table,
     ids_of,
     metadata_of,
+    refuse_claims,
     table_from_crystals,
     units_of,
 )
@@ -166,7 +167,10 @@ class CrystalStore:
             )
         try:
             with pq.ParquetFile(path) as file:
+                refuse_claims(file, path.stat().st_size)
                 table = file.read()
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path}: not a readable Parquet file ({error})") from error
         try:

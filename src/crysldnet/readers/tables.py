@@ -18,6 +18,7 @@ from crysldnet.data.schema import (
     crystals_from_table,
     ids_of,
     metadata_of,
+    refuse_claims,
     refuse_repeated_columns,
     table_from_crystals,
     units_of,
@@ -47,6 +48,7 @@ class ParquetReader(FileOfMany):
             self.metadata = {"source": self.name} | metadata_of(schema)
             names = set(schema.names)
             refuse_repeated_columns(schema.names)
+            refuse_claims(self._file, path.stat().st_size)
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
