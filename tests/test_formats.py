@@ -509,9 +509,7 @@ def test_a_parquet_file_few_bytes_of_which_are_many_values_is_refused_before_it_
     columns = {"material_id": ["a"], "lattice": [np.eye(3).ravel()], "atomic_numbers": [numbers]}
     pq.write_table(pa.table({**columns, "frac_coords": [np.zeros(3_000_000)]}), path)
     for open_ in (CrystalStore.open, lambda path: import_crystals(path, tmp_path / "s.store")):
-        with pytest.raises(
-            DataError, match=r"x\.parquet: column 'atomic_numbers\S*' claims 1,000,000 values in"
-        ):
+        with pytest.raises(DataError, match=r"x\.parquet: column 'atomic_numbers\S*' claims 1,000,000 values in"):
             open_(path)
 
 

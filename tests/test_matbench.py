@@ -24,7 +24,7 @@ from crysldnet.artifacts.model_file import load_property_model
 from crysldnet.config import compose, validate
 from crysldnet.data.datasets import EMBEDDED
 from crysldnet.data.store import CrystalStore
-from crysldnet.errors import ConfigError, DataError
+from crysldnet.errors import ConfigError, CrysldnetError, DataError
 from crysldnet.finetune import make_encoder
 from crysldnet.signals import RUN_NAME
 from crysldnet.tools.report.run_files import matbench_tasks
@@ -34,8 +34,10 @@ from tiny import pretrain_config
 if importlib.util.find_spec("matbench") is None:
     pytest.skip("matbench isn't installed", allow_module_level=True)
 
+from crysldnet.tools import matbench
 from crysldnet.tools.matbench import MatbenchConfig, check_settings, folds, submission, tasks
 from crysldnet.tools.matbench.recipes import make_recipes
+from crysldnet.tools.matbench.submission import write_submission
 
 TASK = "matbench_jdft2d"
 TINY = [
@@ -485,3 +487,29 @@ def test_a_report_shows_the_scores_of_each_fold(whole: Whole, tmp_path: Path) ->
         assert row is not None
         assert re.findall(r">([^<]+)<", row[1]) == [f"{value:.4g}" for value in scores.values()]
     assert f"<h2>Learning curves of {TASK}</h2>" in text
+
+
+def test_a_submission_on_a_full_disk_is_an_error_that_leaves_no_half_and_is_written_when_there_is_room(
+    whole: Whole, disk: tuple[Path, Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, fill = disk
+    copied = root / "matbench" / "whole"
+    ignored = shutil.ignore_patterns("summary.json", whole.submission.name, "checkpoints")
+    shutil.copytree(whole.folder, copied, ignore=ignored)
+    line = f"runs={root}", "name=whole", "resume=last"
+
+    def fill_and_write(*given: Any, **named: Any) -> Any:
+        fill()
+        return write_submission(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(matbench, "write_submission", fill_and_write)
+        with pytest.raises((CrysldnetError, OSError), match="No space left on device") as caught:
+            run(*line)
+    assert str(root) in str(caught.value)
+    assert not list(copied.rglob("*partial*"))
+    assert not (copied / "summary.json").exists()
+    assert not list(copied.rglob("results.json.gz"))
+    (root / "filler").unlink()
+    run(*line)
+    assert results_of(copied / whole.submission.name)["tasks"] == results_of(whole.submission)["tasks"]

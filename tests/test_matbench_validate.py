@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from crysldnet import cli
+from crysldnet.errors import DataError
 
 if importlib.util.find_spec("matbench") is None:
     pytest.skip("matbench isn't installed", allow_module_level=True)
@@ -82,6 +83,13 @@ def found(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     printed = capsys.readouterr()
     assert "NOT VALID" in printed.out
     return printed.err
+
+
+def test_results_that_are_larger_than_any_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "MOST_RESULTS", 1000)
+    (tmp_path / "results.json.gz").write_bytes(gzip.compress(b" " * 1001))
+    with pytest.raises(DataError, match=r"results\.json\.gz is damaged \(over 0 MB when unpacked"):
+        validation._read_results(tmp_path / "results.json.gz")
 
 
 def test_a_good_submission_passes_with_a_table(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,6 +178,11 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "results.json.gz").write_bytes((f / "results.json.gz").read_bytes()[:900]),
         "results.json.gz is damaged",
     ),
+    "nested": (
+        lambda f: (f / "results.json.gz").write_bytes(gzip.compress(b"[" * 100_000)),
+        "results.json.gz is damaged (maximum recursion depth",
+    ),
+    "info that is nested": (lambda f: (f / "info.json").write_text("[" * 100_000), "info.json isn't JSON"),
     "no results": (lambda f: (f / "results.json.gz").unlink(), "results.json.gz is missing"),
     "no info": (lambda f: (f / "info.json").unlink(), "info.json is missing"),
     "info that isn't JSON": (lambda f: (f / "info.json").write_text("authors: me"), "info.json isn't JSON"),

@@ -141,6 +141,14 @@ def test_the_command_names_file_and_column_and_takes_a_value_for_all(run, data, 
         crysldnet.load(run, device="cpu").predict(celsius)
 
 
+def test_a_descriptor_that_states_no_unit_is_taken_in_that_of_the_model_with_a_note(run, data, few, tmp_path) -> None:
+    model = crysldnet.load(run, device="cpu")
+    note = "temperature states no unit, and was taken to be in K, in which the model learned it"
+    assert note in model.predict(measured(tmp_path / "bare.parquet", few, unit={})).notes
+    assert note not in model.predict(data).notes
+    assert note not in model.predict(few, descriptors={"temperature": 300}).notes
+
+
 def test_crystals_without_a_value_are_left_out(run: Path, data: Path, tmp_path: Path) -> None:
     table = pq.read_table(data)
     values = table["temperature"].to_pylist()

@@ -318,6 +318,7 @@ def cut(path: Path) -> None:
     [
         (lambda r: (r / "summary.json").unlink(), r"summary\.json: missing, so the run isn't finished.*resume=last"),
         (lambda r: cut(r / "summary.json"), r"summary\.json: damaged"),
+        (lambda r: (r / "summary.json").write_text("[" * 100_000), r"summary\.json: damaged"),
         (lambda r: (r / "summary.json").write_text("{}"), r"summary\.json: it doesn't say which command"),
         (lambda r: (r / "summary.json").write_text('{"command": "sweep"}'), "a sweep; name its runs"),
         (lambda r: (r / "config.yaml").unlink(), r"not the folder of a run \(no config\.yaml\)"),

@@ -159,9 +159,10 @@ def test_a_split_file_is_refused_where_it_is_not_that_split(some: CrystalStore, 
     refused("made for other data", store_sha256="0" * 64)
     refused("format version is 2", format_version=2)
     refused("not a split file", train=None)
-    path.write_text("{")
-    with pytest.raises(DataError, match="not a split file"):
-        read_split_file(path, some)
+    for text in ("{", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(DataError, match="not a split file"):
+            read_split_file(path, some)
     with pytest.raises(DataError, match="no such file"):
         read_split_file(tmp_path / "absent.json", some)
     fewer = CrystalStore.from_table(some.to_table().slice(0, 900), "fewer")

@@ -11,7 +11,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -127,9 +128,10 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
         print(escaped(to_yaml(composition.values)), end="")
         return 0
     _quieten_libraries()
-    if not composition.groups:
-        return module.run(settings, composition.values)
-    status = module.run(settings, composition.values, composition.choices)
+    with _naming(composition.values.get("runs")):
+        if not composition.groups:
+            return module.run(settings, composition.values)
+        status = module.run(settings, composition.values, composition.choices)
     if own and status == 0 and name == "finetune" and not signals.started_by_the_first():
         _write_page(composition.values)
     return status
@@ -139,6 +141,17 @@ def _docstring(module: str) -> str:
     """Return the docstring of a module without importing it, which takes seconds."""
     origin = importlib.util.find_spec(module).origin  # type: ignore[union-attr]
     return (ast.get_docstring(ast.parse(Path(origin).read_text(encoding="utf-8"))) or "").strip()  # type: ignore[arg-type]
+
+
+@contextmanager
+def _naming(folder: object) -> Iterator[None]:
+    """Name the folder of runs where a disk is full and the system doesn't say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_ERRORS and error.filename is None and isinstance(folder, str):
+            error.filename = folder
+        raise
 
 
 def with_own_data(command: str, arguments: Sequence[str]) -> tuple[list[str], bool]:

@@ -261,7 +261,7 @@ def _read_info(path: Path) -> dict[str, Any]:
         info = json.loads((path / "store.json").read_text())
     except FileNotFoundError:
         raise DataError(f"{path}: not a crystal store (no store.json in it)") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path / 'store.json'}: unreadable ({error})") from error
     if not isinstance(info, dict) or not isinstance(info.get("format_version"), int):
         raise DataError(f"{path / 'store.json'}: not the description of a crystal store")

@@ -150,13 +150,14 @@ class Predictor(Embedder):
         return [] if own is None else own.names
 
     def other_units(self, stream: CrystalStream) -> list[str]:
-        """Return a note on each target that the input has in a unit different from the prediction's."""
+        """Return a note on each target that the input has in a unit different from the prediction's, and on each
+        descriptor whose unit the input doesn't state."""
         units = zip(self.targets, self.units, strict=True)
         return [
             f"{name} is predicted in {unit or 'no unit'} and stands beside the crystals in {stream.units[name]}"
             for name, unit in units
             if name in stream.units and not same_unit(unit, stream.units[name])
-        ]
+        ] + stream.unstated()
 
     @torch.inference_mode()
     def predict_portion(self, portion: Chunk, interval: float) -> Predictions:

@@ -129,6 +129,14 @@ class CrystalStream:
     def __iter__(self) -> Iterator[Chunk]:
         return ahead(self._portions(), 2)
 
+    def unstated(self) -> list[str]:
+        """Return a note on each column beside the crystals read so far that states no unit where one is needed."""
+        return [
+            f"{name} states no unit, and was taken to be in {unit}, in which the model learned it"
+            for name, unit in self._columns.items()
+            if unit and name not in self.units
+        ]
+
     def _pieces(self) -> Iterator[Piece]:
         settings = Settings(self._settings.max_atoms, None)
         workers = min(os.cpu_count() or 1, 8) if self._settings.workers is None else self._settings.workers

@@ -153,7 +153,7 @@ def run(config: ExplainConfig, _values: dict[str, Any]) -> int:
         with output:
             for one in kept:
                 output.append(_table(one, target, unit))
-    account.finish()
+    account.finish(stream.unstated())
     return 0
 
 

@@ -20,7 +20,7 @@ from crysldnet import __version__
 from crysldnet.artifacts.provenance import describe_overlap, encoder_file
 from crysldnet.config import argument, arguments_for
 from crysldnet.errors import ConfigError
-from crysldnet.io import write_atomically
+from crysldnet.io import whole_file, write_atomically
 from crysldnet.tools.matbench.benchmark_run import BenchmarkRun
 from crysldnet.tools.matbench.scores import TaskScores
 from crysldnet.tools.matbench.settings import submission_name
@@ -158,7 +158,8 @@ def write_submission(begun: BenchmarkRun, told: Mapping[str, TaskResult]) -> Pat
     data = {name: t.source.label for name, t in told.items()}
     begun.benchmark.add_metadata({"algorithm": config.algorithm, "seed": config.seed, "data": data})
     content = json.dumps(begun.benchmark.as_dict()).encode()
-    (folder / RESULTS).write_bytes(gzip.compress(content, mtime=0))  # the package itself writes no gzip
+    with whole_file(folder / RESULTS) as file:
+        file.write(gzip.compress(content, mtime=0))  # the package itself writes no gzip
     command = json.loads((begun.folder.path / COMMAND).read_text())
     packages = ("torch", "lightning", "torch-geometric", "pymatgen", "matminer", "matbench")
     info = {

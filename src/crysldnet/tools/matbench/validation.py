@@ -30,6 +30,8 @@ NOT_EMPTY = ("authors", "algorithm", "algorithm_long", "bibtex_refs", "requireme
 BANNED = ".ipynb_checkpoints"
 MAX_BYTES = 10_000_000
 """Maximum size of any file but the results."""
+MOST_RESULTS = 500_000_000
+"""Maximum size of the unpacked results, in bytes."""
 FOLD_KEYS = {"data", "parameters", "scores"}
 TOLERANCE = 1e-9
 """Relative tolerance between stated and recomputed scores."""
@@ -95,7 +97,7 @@ def _check_info(path: Path) -> tuple[str, list[str]]:
         return "", []
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return "", [f"{INFO} isn't JSON ({error})"]
     if not isinstance(info, dict):
         return "", [f"{INFO} must hold an object, not {type(info).__name__}"]
@@ -111,13 +113,18 @@ def _check_info(path: Path) -> tuple[str, list[str]]:
 
 
 def _read_results(path: Path) -> dict[str, Any]:
-    data = path.read_bytes()
-    if data[:2] != b"\x1f\x8b":
-        plain = " but plain JSON, as matbench 0.6 writes it; compress it" if data.lstrip()[:1] == b"{" else ""
+    with path.open("rb") as file:
+        start = file.read(100)
+    if start[:2] != b"\x1f\x8b":
+        plain = " but plain JSON, as matbench 0.6 writes it; compress it" if start.lstrip()[:1] == b"{" else ""
         raise DataError(f"{RESULTS} isn't gzip{plain}")
     try:
-        content = json.loads(gzip.decompress(data))
-    except (OSError, EOFError, zlib.error, ValueError) as error:
+        with gzip.open(path) as unpacked:
+            text = unpacked.read(MOST_RESULTS + 1)
+        if len(text) > MOST_RESULTS:
+            raise ValueError(f"over {MOST_RESULTS // 10**6} MB when unpacked")
+        content = json.loads(text)
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise DataError(f"{RESULTS} is damaged ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict) or not content["tasks"]:
         raise DataError(f"{RESULTS} holds no tasks")

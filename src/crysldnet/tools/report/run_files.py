@@ -97,7 +97,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
             f"{file}: missing, so the run isn't finished; finish it with crysldnet {path.parent.name} "
             f"name={path.absolute().name} resume=last"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file}: damaged ({error}); bring it back, or train again") from error
     command = summary.get("command") if isinstance(summary, dict) else None
     if command == "sweep":

@@ -19,7 +19,6 @@ from crysldnet.console import note
 from crysldnet.data.datasets import open_store
 from crysldnet.data.store import file_hash
 from crysldnet.errors import ConfigError
-from crysldnet.io import cannot_write
 from crysldnet.tools.sweep.agents import run_agents, sweep_id
 from crysldnet.tools.sweep.proposals import Sweep, check_parameters, load_sweep
 from crysldnet.tools.sweep.results import finish, write_results
@@ -110,19 +109,16 @@ def run(config: SweepCommandConfig, values: dict[str, Any]) -> int:
     folder = RunFolder(config.runs, "sweep", config.name, resume=config.resume is not None, extend=True)
     _keep_sweep(folder, sweep, values, common)
 
-    try:
-        study = Study(sweep, folder.path, config.seed)
+    study = Study(sweep, folder.path, config.seed)
 
-        def changed(trial: Trial) -> None:
-            write_results(folder.path, sweep, list(study.trials().values()))
-            _tell(sweep, folder.path, trial)
+    def changed(trial: Trial) -> None:
+        write_results(folder.path, sweep, list(study.trials().values()))
+        _tell(sweep, folder.path, trial)
 
-        LocalRuns(sweep, folder.path, common, study, environments, changed).run(config.count)
-        trials = list(study.trials().values())
-        write_results(folder.path, sweep, trials)
-        return finish(sweep, folder, trials, config.seed)
-    except OSError as error:
-        raise cannot_write(error.filename or folder.path, error) from error
+    LocalRuns(sweep, folder.path, common, study, environments, changed).run(config.count)
+    trials = list(study.trials().values())
+    write_results(folder.path, sweep, trials)
+    return finish(sweep, folder, trials, config.seed)
 
 
 def _run_online(
