@@ -58,7 +58,7 @@ def _mptrj(definition: PublishedSet, folder: Path, _: CrystalStore | None) -> It
     path = folder / definition.files[0].name
     try:
         with open_stream(path) as stream:
-            for material, _element, frames, _ in top_level(stream):
+            for material, _element, frames, _size in top_level(stream):
                 for name, frame in frames.items():
                     yield Entry(f"{path.name} {material} {name}", name, {**frame, "material_id": name})
     except (*DAMAGED, AttributeError, TypeError, ValueError) as error:
