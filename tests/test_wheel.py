@@ -2,13 +2,17 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from tiny import environment_of_a_shell
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,6 +42,41 @@ def test_public_modules_are_imported_without_a_warning():
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", f"import {modules}"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+CONDA = {"torch": "pytorch", "torch-geometric": "pytorch_geometric", "matplotlib": "matplotlib-base"}
+"""Names of packages that differ on conda-forge."""
+
+
+def test_the_recipe_for_conda_asks_for_what_the_package_asks_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = (ROOT / "packaging/meta.yaml").read_text()
+    assert f'version = "{project["version"]}"' in text
+    run = text.split("  run:\n")[1].split("\n\n")[0]
+    asked = [re.fullmatch(r"([\w-]+)(.*)", line).groups() for line in project["dependencies"]]
+    wanted = [f"{CONDA.get(name, name)} {versions}" for name, versions in asked]
+    assert re.findall(r"^    - (.+)$", run, re.MULTILINE) == [f"python {project['requires-python']}", *wanted]
+
+
+def test_the_image_copies_what_is_there_and_what_the_ignore_file_lets_through():
+    text = (ROOT / "Dockerfile").read_text()
+    copied = [word for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE) for word in line.split()[:-1]]
+    assert copied
+    assert all((ROOT / name).exists() for name in copied)
+    assert {f"!{name}" for name in copied} <= set((ROOT / ".dockerignore").read_text().split())
+    script = text.split("\nRUN ")[1].split("\nWORKDIR")[0]
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(re.search(r"\.\[([\w,]+)\]", script)[1].split(",")) <= set(extras)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make isn't installed")
+def test_make_says_what_an_installation_takes_and_shows_the_bar_of_pip(tmp_path):
+    words = ["make", "-n", "install", f"VENV={tmp_path}/venv"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment_of_a_shell())
+    said = done.stdout.split("-m venv")[0]
+    assert re.search(r"[\d.]+ GB.*minutes", said, re.DOTALL)
+    assert "--quiet" not in done.stdout
 
 
 @pytest.fixture(scope="module")
