@@ -54,6 +54,7 @@ ALLOWED = {
     "crysldnet.training.strategies.deepspeed",
     "crysldnet.training.trainer.TrainerSettings",
     "crysldnet.training.loggers.csv",
+    "crysldnet.training.loggers.tensorboard",
     "crysldnet.training.loggers.wandb",
 }
 """All classes and functions of this package that configuration may instantiate."""

@@ -7,6 +7,7 @@ import io
 import os
 import secrets
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.errors import ConfigError, DataError
 from crysldnet.io import write_atomically
 from crysldnet.training.run_folder import code_version
+from crysldnet.training.tensorboard_run import TensorBoardRun
 from crysldnet.training.wandb_run import WandbRun, with_epoch_from_one
 
 SERVICE_WAIT_S = 120
@@ -129,6 +131,19 @@ def csv(*, folder: Part[Path], name: Part[str], config: Part[dict[str, Any]]) ->
     """Log only to the run folder's ``metrics.csv``, which every run writes."""
     del folder, name, config
     return []
+
+
+def tensorboard(*, folder: Part[Path], name: Part[str], config: Part[dict[str, Any]]) -> list[Logger]:
+    """Also write event files for TensorBoard to the run folder.
+
+    Raises:
+        ConfigError: tensorboard isn't installed.
+    """
+    del name, config
+    if find_spec("tensorboard") is None:
+        text = "logger=tensorboard needs the tensorboard package: pip install 'crysldnet[tensorboard]'"
+        raise ConfigError(text, "logger")
+    return [TensorBoardRun(folder)]
 
 
 def _begin(logger: WandbRun, config: dict[str, Any]) -> None:

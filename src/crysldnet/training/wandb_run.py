@@ -231,8 +231,8 @@ def prediction_tables(path: Path) -> dict[str, Any]:
 def begin_stage(loggers: Iterable[Logger], stage: str) -> None:
     """Tell the loggers that a stage starts."""
     for logger in loggers:
-        if isinstance(logger, WandbRun):
-            logger.begin_stage(stage)
+        if (begin := getattr(logger, "begin_stage", None)) is not None:
+            begin(stage)
 
 
 def publish_submission(loggers: Iterable[Logger], folder: Path, scores: Mapping[str, float], submission: Path) -> None:
