@@ -164,10 +164,10 @@ def test_the_number_of_batches_is_a_multiple_of_ranks_times_accumulation(
 def test_a_crystal_over_the_budget_is_named_by_its_cost() -> None:
     atoms = np.array([4, 90, 7])
     with pytest.raises(
-        DataError, match=r"one crystal alone \(90 atoms\) is over the budget of a batch.*, 50; .*max_atoms"
+        DataError, match=r"one crystal alone \(90 atoms\) exceeds the limit of a batch.*, 50; .*max_atoms"
     ):
         pack(atoms, None, BatchLimits(crystals=8, atoms=50), 1, np.arange(3))
-    with pytest.raises(DataError, match=r"\(700 edges\) is over the budget of a batch.*, 600; .*max_edges"):
+    with pytest.raises(DataError, match=r"\(700 edges\) exceeds the limit of a batch.*, 600; .*max_edges"):
         pack(atoms, np.array([700, 30, 60]), BatchLimits(crystals=8, edges=600), 1, np.arange(3))
     assert len(pack(atoms, None, BatchLimits(crystals=8, atoms=90), 1, np.arange(3))) == 2
 

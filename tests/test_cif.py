@@ -185,7 +185,7 @@ REFUSED = {
         text_of(CUBIC, TWO, "_space_group_IT_number 221\n_symmetry_Int_Tables_number 225"),
         "names two space groups, 221 and 225",
     ),
-    "tag_twice": (text_of(CUBIC, TWO, "_cell_length_a 5.5"), "_cell_length_a stands there twice"),
+    "tag_twice": (text_of(CUBIC, TWO, "_cell_length_a 5.5"), "_cell_length_a occurs twice"),
     "empty_operations": (text_of(CUBIC, TWO, "loop_\n_symmetry_equiv_pos_as_xyz"), "operations is empty"),
     "no_identity": (text_of(CUBIC, TWO, "loop_\n_symmetry_equiv_pos_as_xyz\n-x+1/2,y,z"), "don't form a group"),
     "half_a_group": (
@@ -377,7 +377,7 @@ def test_only_a_tag_that_decides_on_the_crystal_must_not_stand_there_twice() -> 
         assert len(read(text_of(CUBIC, TWO, twice, salt))) == 8
     assert len(read(text_of(CUBIC, TWO, "_cell_length_a 5.4", salt))) == 8  # the same value
     for tag in ("_cell_length_a 5.41", "_symmetry_Int_Tables_number 225\n_symmetry_Int_Tables_number 227"):
-        with pytest.raises(DataError, match="stands there twice"):
+        with pytest.raises(DataError, match="occurs twice"):
             read(text_of(CUBIC, TWO, tag, salt))
 
 

@@ -181,7 +181,7 @@ def test_a_stopped_run_exits_non_zero_and_resumes(tmp_path, monkeypatch, small, 
     epochs = int(torch.load(last, weights_only=True)["epoch"]) + 2
     assert cli.run(["pretrain", f"stages.vae.epochs={epochs}", "resume=last"]) == 0
     config = yaml.safe_load((tmp_path / "runs/pretrain/cut/config.yaml").read_text())
-    assert config["encoder"]["width"] == 32, "a resumed run keeps the settings it was begun with"
+    assert config["encoder"]["width"] == 32, "a resumed run keeps the settings it was started with"
     assert json.loads((tmp_path / "runs/pretrain/cut/summary.json").read_text())["status"] == "complete"
 
 
@@ -193,7 +193,7 @@ def test_a_run_with_other_choices_resumes_with_them_and_refuses_others(tmp_path,
     folder = tmp_path / "runs/pretrain/p"
     for file in ("summary.json", "diffusion/pretraining.safetensors", "diffusion/checkpoints/last.ckpt"):
         (folder / file).unlink()
-    with pytest.raises(CrysldnetError, match=r"was begun with encoder\.variant="):
+    with pytest.raises(CrysldnetError, match=r"was started with encoder\.variant="):
         cli.run(["pretrain", "name=p", "resume=last", "encoder.variant=corrected"])
     assert cli.run(["pretrain", "name=p", "resume=last"]) == 0
     assert yaml.safe_load((folder / "config.yaml").read_text())["objective"]["_target_"].endswith("Published")

@@ -95,7 +95,7 @@ def test_every_preset_is_a_whole_configuration_and_the_help_lists_it(command, ca
 
 
 def test_a_preset_of_another_command_is_refused():
-    for command, words in (("pretrain", "there are: published"), ("finetune", "matformer"), ("sweep", "no presets")):
+    for command, words in (("pretrain", "available: published"), ("finetune", "matformer"), ("sweep", "no presets")):
         with pytest.raises(ConfigError, match=words):
             compose(command, ["preset=cogn" if command == "pretrain" else "preset=published"])
 
@@ -135,7 +135,7 @@ def test_overrides_win_over_presets_and_presets_over_groups():
     ("argument", "says"),
     [
         ("enocder=pddformer", ["enocder", "encoder"]),
-        ("encoder=pddfromer", ["pddformer", "there are"]),
+        ("encoder=pddfromer", ["pddformer", "available"]),
         ("encoder.widht=3", ["encoder.widht", "width", "on the command line"]),
         ("encoder.width=wide", ["encoder.width", "integer"]),
         ("encoder.width=3.5", ["encoder.width", "integer"]),

@@ -262,7 +262,7 @@ def test_rows_that_could_be_mistaken_are_refused(table, structures, tmp_path):
         "could not convert": (structures, ["high"] * 40),
         "infinite": (structures, np.full(40, np.inf)),
         "a.json: a list with paths": ([tmp_path / "a.json", tmp_path / "b.cif"], y[:2]),
-        "stands there twice": (structures, pd.DataFrame({"a": y, "a (eV)": y})),
+        "occurs twice": (structures, pd.DataFrame({"a": y, "a (eV)": y})),
         "states eV": (structures, y.rename("gap (eV)").to_frame()),
         "Structure: a list with paths": ([structures[0], "nothing"], y[:2]),
     }

@@ -123,7 +123,7 @@ def test_a_killed_worker_is_said_and_the_run_resumes(tmp_path, small, monkeypatc
 
     with monkeypatch.context() as patch:
         at_batch(patch, 8, kill_a_worker)
-        with pytest.raises(DataError, match=r"a process that builds batches died .*resume=last"):
+        with pytest.raises(DataError, match=r"a data loader process died .*resume=last"):
             run(tmp_path, small, "data.num_workers=1")
     assert (run(tmp_path, small, "data.num_workers=0", "resume=last") / "summary.json").exists()
 

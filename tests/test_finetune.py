@@ -349,7 +349,7 @@ def test_metrics_equal_those_of_scikit_learn():
         (["pretrained=nowhere.safetensors"], CheckpointError, "nowhere.safetensors: no such file"),
         (["data.split.column=part"], DataError, "data.split.by=formula"),
         (["data.batch_size=16", "trainer.accumulate_grad_batches=3"], DataError, "choose a multiple"),
-        (["data.max_atoms=3"], DataError, "over the budget of a batch"),
+        (["data.max_atoms=3"], DataError, "exceeds the limit of a batch"),
         (["data.targets=[band_gap,band_gap]"], ConfigError, "targets: name each once"),
         (["data.calibration_fraction=0.99"], DataError, "validation crystals leaves none for validation"),
         (["data.calibration_fraction=0.01"], DataError, "validation crystals leaves none for calibration"),

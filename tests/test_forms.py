@@ -25,7 +25,7 @@ DIFFUSION_FORMS = {
     "ema": ["diffusion.target=ema"],
     "clean teacher": ["diffusion.target=clean"],
     "told of the atoms": ["diffusion.target=clean", "diffusion.condition=atoms"],
-    "told of the crystal": ["diffusion.target=clean", "diffusion.condition=crystal"],
+    "given the crystal": ["diffusion.target=clean", "diffusion.condition=crystal"],
     "no noise": ["diffusion.target=clean", "diffusion.condition=atoms", "diffusion.noise=false"],
     "frozen, with a skip": [
         "diffusion.target=frozen",
@@ -82,7 +82,7 @@ def trained_a_little(model, batch, steps=3):
         ("ema", {"encoder", "posterior", "flow"}),
         ("clean teacher", {"encoder", "posterior", "flow"}),
         ("told of the atoms", {"encoder", "flow"}),
-        ("told of the crystal", {"encoder", "flow"}),
+        ("given the crystal", {"encoder", "flow"}),
         ("no noise", {"encoder", "flow"}),
         ("frozen, with a skip", {"encoder", "flow"}),
     ],
@@ -148,7 +148,7 @@ def test_the_clean_batch_holds_the_same_atoms_in_the_same_order(sixteen):
     assert parts_of(sixteen, *DIFFUSION_FORMS["ema"])[1].clean is None
 
 
-@pytest.mark.parametrize("form", ["joint", "told of the atoms", "told of the crystal", "no noise", "self-conditioned"])
+@pytest.mark.parametrize("form", ["joint", "told of the atoms", "given the crystal", "no noise", "self-conditioned"])
 def test_every_form_learns_sixteen_crystals_by_heart(sixteen, form):
     diffuses = form in DIFFUSION_FORMS
     arguments = [*DIFFUSION_FORMS[form], "diffusion.weight=1.0"] if diffuses else OTHER_FORMS[form]

@@ -385,7 +385,7 @@ def test_dialects_of_csv_are_read(folder: Path, text: bytes) -> None:
         (b"", "the table is empty"),
         (b"a,1\n", "no column is called material_id, id"),
         (b"id\na\n", "no column beside the ids"),
-        (b"id,gap,gap (eV)\na,1,2\n", "'gap' is taken or stands there twice"),
+        (b"id,gap,gap (eV)\na,1,2\n", "'gap' is taken or occurs twice"),
         (b"id,lattice\na,1\n", "'lattice' is taken"),
         (b"id,gap\nx,1\n", "no row belongs to a crystal"),
         (b'id,gap\na,"1\n', "t.csv line 2"),
@@ -476,7 +476,7 @@ def test_a_place_that_cannot_be_written_is_said_before_anything_is_read(tmp_path
 def test_only_an_earlier_import_is_overwritten_and_only_when_asked(tmp_path: Path, folder: Path) -> None:
     for out in (tmp_path / "s.store", tmp_path / "s.parquet"):
         import_crystals(folder, out)
-        with pytest.raises(DataError, match="exists already"):
+        with pytest.raises(DataError, match="already exists"):
             import_crystals(folder, out)
         assert import_crystals(folder, out, overwrite=True).kept == 3
     with pytest.raises(DataError, match="is not a crystal store"):

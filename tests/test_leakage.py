@@ -207,7 +207,7 @@ def test_dedupe_keeps_the_first_of_each_and_lists_the_rest(
     assert {r["material_id"] for r in removed if r["reason"] == "same structure"} == {f"copy-{i}" for i in range(5)}
     assert cli.run([*arguments, "--by", "id", "--overwrite"]) == 0
     assert len(CrystalStore.open(tmp_path / "unique.store")) == 80
-    with pytest.raises(DataError, match="exists already"):
+    with pytest.raises(DataError, match="already exists"):
         cli.run(arguments)
 
 

@@ -61,7 +61,7 @@ def test_a_run_of_many_targets_shows_the_first_and_keeps_all(
     written = Path("page.html").read_text()
     assert f"{SHOWN + 2} more are in metrics.csv" in written
     assert LAST not in written
-    assert written.count("<h3>Predicted over true</h3>") == 2
+    assert written.count("<h3>Predicted against true</h3>") == 2
 
 
 def test_a_description_shows_the_first_of_many_properties(folder: Path) -> None:

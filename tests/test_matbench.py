@@ -380,7 +380,7 @@ def test_a_submission_elsewhere_is_not_overwritten(tmp_path: Path) -> None:
     config = settings(f"out={tmp_path}")
     check_settings(config)
     (tmp_path / "matbench_v0.1_CrysLDNet").mkdir()
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="already exists"):
         check_settings(config)
     check_settings(replace(config, algorithm="another"))
 

@@ -325,7 +325,7 @@ def test_folds_that_fail_are_named_with_their_logs(tmp_path: Path, monkeypatch: 
 
 
 def test_a_fold_of_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no run was begun there"):
+    with pytest.raises(ConfigError, match="no run exists there"):
         cli.run(["matbench", "fold", str(tmp_path), "matbench_jdft2d", "0"])
 
 
@@ -410,7 +410,7 @@ def test_a_finetuned_model_is_taken_or_refused_by_the_crystals_it_has_seen(tmp_p
     notes = json.loads(next((tmp_path / "matbench/taken").rglob("info.json")).read_text())["notes"]
     assert "Then trained on labels (formation_energy_per_atom) of 4" in notes
     script = next((tmp_path / "matbench/taken").rglob("reproduce.py"))
-    assert "What it has learned is in info.json" in script.read_text()
+    assert "Its training history is in info.json" in script.read_text()
     (tmp_path / "finetune/others/model.safetensors").write_bytes(b"")
     assert (
         "isn't the file with sha256" in subprocess.run([sys.executable, script], capture_output=True, text=True).stderr

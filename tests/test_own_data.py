@@ -101,7 +101,7 @@ def test_a_store_may_stand_where_the_name_of_a_data_set_is_expected(folder):
     with pytest.raises(ConfigError, match=r"data\.targets: it has no default"):
         cli.run(["finetune", "data=my.store", "--print-config"])
     assert cli.run(["finetune", "data=my.store", "data.targets=bildungsenergie", "--print-config"]) == 0
-    with pytest.raises(ConfigError, match="imported already"):
+    with pytest.raises(ConfigError, match="already imported"):
         with_own_data("finetune", ["my.store", "werte.csv"])
 
 

@@ -90,7 +90,7 @@ def test_a_verdict_says_better_worse_or_not_told_apart():
         "100% above trees on descriptors (0.1 eV)"
     ]
     close = {**found, "measure": "error_rate", "trees": measured(0.25, 0.05, -0.1, 0.2)}
-    assert verdict({"metal": close})[0].endswith("; not told apart from trees on descriptors (0.25)")
+    assert verdict({"metal": close})[0].endswith("; not distinguishable from trees on descriptors (0.25)")
 
 
 def test_users_of_make_are_told_what_to_type(capsys, monkeypatch):

@@ -392,7 +392,7 @@ def test_a_fetch_that_is_cut_off_goes_on_where_it_stopped(server: Server, tmp_pa
     server.files, server.cut_after = {"file.bin": content}, 2_000_000
     with pytest.raises(DataError, match="was cut off") as caught:
         fetch_all(one_file(server), tmp_path)
-    assert "continued by the next try" in str(caught.value)
+    assert "the next try resumes it" in str(caught.value)
     assert not (tmp_path / "file.bin").exists()
     kept = (tmp_path / "file.bin.part").stat().st_size
     assert 0 < kept <= 2_000_000
@@ -429,7 +429,7 @@ def test_only_https_is_fetched_from_and_redirected_to(
 ) -> None:
     server.files = {"b": b"good"}
     server.redirects = {"a": url.replace("http:", "https:"), "file.bin": f"{server.base}b"}
-    with pytest.raises(DataError, match=r"not fetched, for it isn't https|is not allowed"):
+    with pytest.raises(DataError, match=r"not downloaded, because it isn't https|is not allowed"):
         fetch_all(one_file(server, "a"), tmp_path)
     assert list(tmp_path.iterdir()) == []
     fetch_all(one_file(server), tmp_path)
@@ -437,7 +437,7 @@ def test_only_https_is_fetched_from_and_redirected_to(
     monkeypatch.undo()
     assert download.SCHEMES == ("https",)
     other = published()["gnome"].model_copy(update={"files": (File(name="other", url=url),)})
-    with pytest.raises(DataError, match=f"{url}: not fetched, for it isn't https"):
+    with pytest.raises(DataError, match=f"{url}: not downloaded, because it isn't https"):
         fetch_all(other, tmp_path)
 
 

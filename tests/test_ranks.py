@@ -180,7 +180,7 @@ def test_ranks_that_cannot_meet_end_and_say_why(tmp_path: Path, killed: bool) ->
         assert f"process {run.pid}, which started this one, is gone; this one ends" in said(tmp_path)
     else:
         assert run.returncode == 2, said(tmp_path)
-        assert f"error: the processes of this run can't meet at 127.0.0.1:{port}: " in said(tmp_path)
+        assert f"error: the processes of this run can't connect at 127.0.0.1:{port}: " in said(tmp_path)
         assert "set MASTER_PORT to a free one, or leave it unset" in said(tmp_path)
         assert "which started this one" not in said(tmp_path)
 

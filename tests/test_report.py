@@ -176,7 +176,7 @@ def test_several_runs_are_compared_on_their_common_crystals(folder: Path) -> Non
     assert all(f"{mean:.4g}" in said for mean in means)
     settings = text[text.index("Settings that differ") :].split("</table>")[0]
     assert re.findall(r"<tr><td>([^<]+)", settings) == ["seed"]
-    assert "Runs that differ in the seed alone" in said
+    assert "Runs that differ only in the seed" in said
 
 
 def first_id(folder: Path) -> str:
@@ -216,7 +216,7 @@ def test_without_the_data_all_else_is_shown(folder: Path) -> None:
     text = report("runs/finetune/seed0")
     assert "data.parquet: no such file or folder" in text
     assert "run the command where the run was started" in text
-    assert "Predicted over true" in text
+    assert "Predicted against true" in text
     assert re.findall(r"off by ([^<]+)<", text) == re.findall(r"off by ([^<]+)<", whole)
     for what in ('class="structure"', 'class="elements"', "atoms in the cell"):
         assert what in whole
@@ -265,8 +265,8 @@ def test_classes_have_an_accuracy_and_a_table(folder: Path) -> None:
     text = report("runs/finetune/seed0", "runs/finetune/seed1")
     assert f"<b>{right / len(rows):.4g}</b>accuracy" in text
     assert "Predicted and true classes" in text
-    assert "share of wrong classes" in text
-    assert "Predicted over true" not in text
+    assert "error rate" in text
+    assert "Predicted against true" not in text
     surest = sorted(
         (row for row in rows if row["true"] != row["prediction"]), key=lambda row: -float(row["probability"])
     )

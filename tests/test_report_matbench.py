@@ -127,7 +127,7 @@ def test_the_numbers_of_a_page_are_those_of_a_plain_loop(run: Path) -> None:
         assert f"<b>{value:.4g}</b>{name}" in shown
     assert f"<b>{len(rows)}</b>test crystals" in shown
     assert re.findall(r"off by ([^<]+)<", shown) == [f"{error:.4g}" for error in sorted(errors, reverse=True)[:20]]
-    for title in ("Predicted over true", "Errors", "Error by number of atoms", "Calibration"):
+    for title in ("Predicted against true", "Errors", "Error by number of atoms", "Calibration"):
         assert f"<h3>{title}</h3>" in shown
 
     store = open_store(f"embedded:{TASK}")
@@ -155,7 +155,7 @@ def test_other_true_values_have_no_structures(run: Path) -> None:
     change_rows(run, lambda row: {**row, "true": "1000"} if row["material_id"] == "mb-jdft2d-012" else row)
     text = report(run)
     assert f"embedded:{TASK} has another value than was tested on: {TARGET} of mb-jdft2d-012 was 1000 and" in text
-    assert "Predicted over true" in text
+    assert "Predicted against true" in text
     assert 'class="structure"' not in text
 
 
@@ -181,7 +181,7 @@ def test_runs_are_compared_on_the_folds_that_both_have(run: Path) -> None:
     assert (cells[6], cells[7], cells[9]) == ("b", f"{means[1]:.4g}", f"{means[1] - means[0]:+.3g}")
     low, high = map(float, cells[10].split(" to "))
     assert low < means[1] - means[0] < high
-    assert "differ in the seed alone" not in text  # nor the folds
+    assert "differ only in the seed" not in text  # nor the folds
 
 
 def test_runs_on_other_data_differ_in_more_than_the_seed(run: Path) -> None:
@@ -189,12 +189,12 @@ def test_runs_on_other_data_differ_in_more_than_the_seed(run: Path) -> None:
     shutil.copytree(run, again)
     config = yaml.safe_load((again / "config.yaml").read_text())
     (again / "config.yaml").write_text(yaml.safe_dump({**config, "seed": 1, "parallel": 2}))
-    assert f"MAE {TASK} (meV/atom)" in report(run, again, "worst=0").split("Runs that differ in the seed alone")[1]
+    assert f"MAE {TASK} (meV/atom)" in report(run, again, "worst=0").split("Runs that differ only in the seed")[1]
     summary = json.loads((again / "summary.json").read_text())
     summary["tasks"][TASK]["data_sha256"] = "other"
     (again / "summary.json").write_text(json.dumps(summary))
     text = report(run, again, "worst=0")
-    assert "Runs that differ in the seed alone" not in text
+    assert "Runs that differ only in the seed" not in text
     assert f"<td>data_sha256 {TASK}</td>" in text.split("Settings that differ")[1]
 
 

@@ -115,7 +115,7 @@ def test_what_cannot_change_a_result_may_change_on_resume_and_what_can_is_refuse
         ("trainer.swa_fraction", "None", "0.25"),
         ("trainer.ema_decay", "None", "0.9"),
     ):
-        with pytest.raises(ConfigError, match=f"{key}: .* was begun with {key}={then}, not {now}; resume it as it was"):
+        with pytest.raises(ConfigError, match=f"{key}: .* was started with {key}={then}, not {now}; resume"):
             cli.run([*line, f"{key}={now}"])
     free = "data.num_workers=0 trainer.progress_bar=true trainer.log_every_n_steps=3 trainer.checkpoint_every_steps=3"
     more = "trainer.keep_checkpoints=1 trainer.activation_checkpointing=true logger=wandb logger.mode=disabled"
@@ -350,7 +350,7 @@ def test_a_damaged_checkpoint_of_the_best_epoch_is_said_with_its_mend(tmp_path, 
     best = tmp_path / "finetune/a/checkpoints/best.ckpt"
     whole = best.read_bytes()
     best.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match=r"best\.ckpt is damaged .*delete this file and go on with resume=last"):
+    with pytest.raises(CheckpointError, match=r"best\.ckpt is damaged .*delete this file and continue with resume"):
         train("resume=last")
     assert not (tmp_path / "finetune/a/model.safetensors").exists()
     best.unlink()
@@ -363,7 +363,7 @@ def test_a_damaged_checkpoint_of_the_best_epoch_is_said_with_its_mend(tmp_path, 
 def test_a_file_where_the_checkpoints_belong_is_said_before_the_first_step(tmp_path, small):
     (tmp_path / "pretrain/run/vae").mkdir(parents=True)
     (tmp_path / "pretrain/run/vae/checkpoints").write_text("")
-    with pytest.raises(CheckpointError, match=r"there is a file where the checkpoints' folder belongs"):
+    with pytest.raises(CheckpointError, match=r"a file is in place of the checkpoints folder"):
         run(tmp_path, small)
 
 
@@ -393,7 +393,7 @@ def test_a_run_is_not_resumed_with_other_data_under_the_same_path(tmp_path, smal
         name = "formation_energy_per_atom"
         other = table.set_column(table.column_names.index(name), name, pc.multiply(table[name], 2.0))
     pq.write_table(other, path)
-    with pytest.raises(ConfigError, match=r"was begun with other data: .*bring the data back"):
+    with pytest.raises(ConfigError, match=r"was started with other data: .*restore the data"):
         run(tmp_path, path, "resume=last")
     pq.write_table(table, path)
     run(tmp_path, path, "resume=last")
@@ -497,7 +497,7 @@ def test_a_folder_in_use_is_refused_and_a_killed_process_leaves_no_lock(tmp_path
         time.sleep(600)
     os.read(ready, 1)
     os.environ.pop(RUN_NAME, None)
-    with pytest.raises(ConfigError, match=f"process {pid} on .* is working in this folder"):
+    with pytest.raises(ConfigError, match=f"process {pid} on .* is using this folder"):
         RunFolder(str(tmp_path), "pretrain", "shared", resume=True)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)

@@ -1,4 +1,4 @@
-"""A run goes on with the command that began it: what is composed for it again is what it was begun with."""
+"""A run goes on with the command that began it: what is composed for it again is what it was started with."""
 
 from functools import cache
 from pathlib import Path
@@ -88,8 +88,8 @@ def test_a_group_named_again_keeps_the_values_given_when_the_run_was_begun(tmp_p
     ("begun", "again", "says"),
     [
         (["data=jdft2d"], ["data=starter"], "data.path: the run"),
-        (["preset=matformer"], ["preset=cogn"], "preset=cogn: the run in .* was begun with preset=matformer"),
-        ([], ["preset=cogn"], "was begun with no preset"),
+        (["preset=matformer"], ["preset=cogn"], "preset=cogn: the run in .* was started with preset=matformer"),
+        ([], ["preset=cogn"], "was started with no preset"),
         ([], ["trainer.precision=bf16-mixed"], "trainer.precision"),
         ([], ["trainer.ema_decay=0.9"], "trainer.ema_decay"),
         ([], ["trainer.swa_fraction=0.25"], "trainer.swa_fraction"),

@@ -256,7 +256,7 @@ def test_a_run_gets_each_value_as_the_file_has_it(write: Any, tmp_path: Path, va
 
 
 def test_a_sweep_that_is_not_there_is_refused_with_those_that_are() -> None:
-    with pytest.raises(ConfigError, match=r"no such sweep; there are: finetune, matbench, pretrain"):
+    with pytest.raises(ConfigError, match=r"no such sweep; available: finetune, matbench, pretrain"):
         sweep.load_sweep("fintune")
 
 
@@ -396,7 +396,7 @@ def test_a_sweep_is_not_resumed_with_other_files_under_the_same_names(
     assert cli.run([*line, "count=1"]) == 0
     assert cli.run([*line, "count=2", "resume=last"]) == 0
     file.write_bytes(b"other") if file.exists() else subset(train, train=5)
-    with pytest.raises(ConfigError, match=rf"{replaced}: the file isn't the one .*was begun with: its sha256 was"):
+    with pytest.raises(ConfigError, match=rf"{replaced}: the file isn't the one .*was started with: its sha256 was"):
         cli.run([*line, "count=3", "resume=last"])
     assert len(results(tmp_path / "sweep" / "a")) == 2
 
@@ -433,7 +433,7 @@ def test_a_sweep_of_an_earlier_version_is_refused(write: Any, tmp_path: Path) ->
     folder.mkdir(parents=True)
     for name in ("config.yaml", "trials.json"):
         (folder / name).write_text("[]")
-    with pytest.raises(ConfigError, match=r"begun by an earlier version and can't be continued .*choose another name"):
+    with pytest.raises(ConfigError, match=r"started by an earlier version .*choose another name"):
         cli.run(["sweep", f"sweep={write()}", "name=old", f"runs={tmp_path}", "resume=last"])
 
 

@@ -449,9 +449,9 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     table = table.append_column("y", table["y"])
     pq.write_table(table, tmp_path / "x.parquet")
     for source in (tmp_path / "x.parquet", table, pandas.DataFrame([crystal("a")], columns=[*crystal("a"), "lattice"])):
-        with pytest.raises(DataError, match=r"column name '(y|lattice)' stands there twice"):
+        with pytest.raises(DataError, match=r"column name '(y|lattice)' occurs twice"):
             import_crystals(source, tmp_path / "x.store")
-    with pytest.raises(DataError, match="column name 'y' stands there twice"):
+    with pytest.raises(DataError, match="column name 'y' occurs twice"):
         module(str(tmp_path / "x.parquet"), ["y"])
 
 

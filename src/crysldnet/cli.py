@@ -35,17 +35,17 @@ COMMANDS = {
         "predict properties of crystals in files, tables or stores",
     ),
     "embed": ("crysldnet.inference.embed", "EmbedConfig", "write an encoder's features of crystals or atoms"),
-    "explain": ("crysldnet.tools.explain", "ExplainConfig", "show which atoms and descriptors predictions come from"),
+    "explain": ("crysldnet.tools.explain", "ExplainConfig", "attribute predictions to atoms and descriptors"),
     "suggest": ("crysldnet.tools.suggest", "SuggestConfig", "choose the crystals to measure next"),
     "matbench": ("crysldnet.tools.matbench", "MatbenchConfig", "run Matbench tasks and write a submission folder"),
-    "sweep": ("crysldnet.tools.sweep", "SweepCommandConfig", "run a W&B sweep configuration on this machine"),
-    "report": ("crysldnet.tools.report", "ReportConfig", "write a page about finished runs, and compare them"),
+    "sweep": ("crysldnet.tools.sweep", "SweepCommandConfig", "search hyperparameters with a W&B sweep configuration"),
+    "report": ("crysldnet.tools.report", "ReportConfig", "write an HTML report on finished runs and compare them"),
 }
 """Commands with module, configuration class and help line."""
 
 FLAGGED = {
     "data": ("crysldnet.tools.importer.command", "import, describe, compare and download crystals"),
-    "weights": ("crysldnet.tools.hub", "list, fetch and share pretrained encoders"),
+    "weights": ("crysldnet.tools.hub", "list, download and share pretrained encoders"),
 }
 """Commands with flags: module whose ``main`` runs them, and help line."""
 
@@ -75,7 +75,7 @@ def usage() -> str:
         *(f"  {name:<10} {text}" for name, (_, text) in FLAGGED.items()),
         f"  {'completion':<10} print a script with which bash, zsh or fish complete these commands",
         "",
-        "crysldnet COMMAND --help lists every key with its default; --print-config shows what would be run.",
+        "crysldnet COMMAND --help lists every key with its default; --print-config shows the resulting configuration.",
         "",
         "  crysldnet pretrain",
         "  crysldnet finetune pretrained=runs/pretrain/latest/encoder.safetensors",
@@ -213,7 +213,7 @@ def run(arguments: Sequence[str]) -> int:
         _quieten_libraries()
         return importlib.import_module(PARTS[command, rest[0]]).main(rest[1:])
     if command not in COMMANDS:
-        raise CrysldnetError(f"no command {command!r}; there are: {', '.join([*COMMANDS, *FLAGGED])}")
+        raise CrysldnetError(f"no command {command!r}; available: {', '.join([*COMMANDS, *FLAGGED])}")
     return _run_command(command, rest)
 
 

@@ -157,7 +157,7 @@ def ignore() -> None:
 
 def _message(number: int) -> str:
     name = signal.Signals(number).name
-    return f"stopped by {name}; continue with resume=last, or begin again where there was no run folder yet"
+    return f"stopped by {name}; continue with resume=last, or start again if there was no run folder yet"
 
 
 def leave_to_parent(_: int = 0) -> None:

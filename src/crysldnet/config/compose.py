@@ -120,8 +120,8 @@ def compose(command: str | Path, arguments: Sequence[str] = (), saved: Path | No
         if presets not in ((), begun_with):
             then = f"preset={','.join(begun_with)}" if begun_with else "no preset"
             raise ConfigError(
-                f"preset={','.join(presets)}: the run in {saved.parent} was begun with {then}; resume it as it was, or "
-                "begin another",
+                f"preset={','.join(presets)}: the run in {saved.parent} was started with {then}; resume it unchanged, "
+                "or start another",
                 "preset",
             )
         presets = begun_with

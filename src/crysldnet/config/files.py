@@ -102,7 +102,7 @@ def group_file(group: str, choice: str) -> Path:
         key = group.partition("/")[0]
         close = get_close_matches(choice, choices(group), n=1, cutoff=0.4)
         hint = f"did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"{key}={choice}: no such choice; {hint} there are: {', '.join(choices(group))}", key)
+        raise ConfigError(f"{key}={choice}: no such choice; {hint} available: {', '.join(choices(group))}", key)
     return path
 
 

@@ -68,8 +68,8 @@ def refuse_changed(command: str, composition: Composition, saved: Path, *, compl
             continue
         if not _is_in(name, (*EXECUTION, *ALSO.get(command, ()))):
             raise ConfigError(
-                f"{name}: the run in {saved.parent} was begun with {name}={then}, not {now}; "
-                "resume it as it was, or begin another",
+                f"{name}: the run in {saved.parent} was started with {name}={then}, not {now}; "
+                "resume it unchanged, or start another",
                 name,
             )
         effect = "its learning rates stay as they were planned" if length else "its results may change"

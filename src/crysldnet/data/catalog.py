@@ -147,5 +147,5 @@ def definition_of(name: str) -> PublishedSet:
     if name not in known:
         close = get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise DataError(f"{name}: no such published data set; {hint}there are: {', '.join(known)}")
+        raise DataError(f"{name}: no such published data set; {hint}available: {', '.join(known)}")
     return known[name]

@@ -181,7 +181,7 @@ def read_numbers(
     if unit is None and not empty and (there < max(other, 1) or (not numbers and _are_codes(parts.values()))):
         return None
     if words and not there:
-        reason = f"where the column has the unit {unit}, and no cell is a number; mend the cells, or the column's name"
+        reason = f"where the column has the unit {unit}, but no cell is a number; correct the cells or rename it"
         raise CellError(next(iter(words)), reason)
     for text in words:
         if text.strip().lower() in ("true", "false", "yes", "no"):

@@ -98,7 +98,7 @@ class CrystalDataModule(pl.LightningDataModule):
         if len({*self.descriptors, *self.targets}) < len(self.descriptors) + len(self.targets):
             raise ValueError(f"descriptors: name each once, and no target, not {', '.join(self.descriptors)}")
         if batch_size is None and batch_atoms is None:
-            raise ValueError("batch_size or batch_atoms: one of them has to say how large a step is")
+            raise ValueError("batch_size or batch_atoms: set at least one of them")
         self.corruption, self.with_clean, self.seed = corruption, with_clean, seed
         self.batch_size, self.batch_atoms = batch_size, batch_atoms
         self.max_atoms, self.max_edges, self.max_crystal_atoms = max_atoms, max_edges, max_crystal_atoms

@@ -51,7 +51,7 @@ class FileOutput(ABC):
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         self._path = utf8_path(Path(path))
         if self._path.is_dir() or (self._path.exists() and not overwrite):
-            raise DataError(f"{self._path} exists already; choose another name or pass --overwrite")
+            raise DataError(f"{self._path} already exists; choose another name or pass --overwrite")
         self._partial = self._path.with_name(f".{self._path.name}.partial-{os.getpid()}")
 
     def __enter__(self) -> FileOutput:

@@ -84,7 +84,7 @@ def pack(
     for name, cost, limit in bounds:
         if cost is not None and limit is not None and cost.max() > limit:
             raise DataError(
-                f"one crystal alone ({cost.max()} {name}) is over the budget of a batch on one device, {limit}; raise "
+                f"one crystal alone ({cost.max()} {name}) exceeds the limit of a batch on one device, {limit}; raise "
                 f"data.max_{name}{' or data.batch_atoms' if name == 'atoms' else ''}, or leave such crystals out with "
                 "data.max_crystal_atoms"
             )

@@ -95,7 +95,7 @@ def refuse_repeated_columns(names: Sequence[str]) -> None:
         DataError: naming the column.
     """
     if twice := next((name for name, count in Counter(names).items() if count > 1), None):
-        raise DataError(f"the column name {twice!r} stands there twice; rename one")
+        raise DataError(f"the column name {twice!r} occurs twice; rename one")
 
 
 def _lists(table: pa.Table, name: str, dtype: type) -> tuple[NDArray, NDArray[np.int64]]:

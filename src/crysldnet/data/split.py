@@ -131,7 +131,7 @@ class Split:
             columns = ["split"]
         if missing := [column for column in columns if column not in there]:
             raise DataError(
-                f"{store.name}: it has no published split {missing[0]!r}; there are: {', '.join(there) or 'none'}. "
+                f"{store.name}: it has no published split {missing[0]!r}; available: {', '.join(there) or 'none'}. "
                 "Choose another property or data.split.by=formula; pretraining has no property, so it keeps the test "
                 "crystals of one out by data.split.by=column and that column in data.split.column"
             )
@@ -172,7 +172,7 @@ class Split:
             raise DataError(f"{store.name}: no crystal has {' or '.join(self.elements)}; the test split would be empty")
         known = self.fractions[0] + self.fractions[1]
         if known <= 0:
-            raise DataError(f"split.fractions: nothing is left to train on with {self.fractions}")
+            raise DataError(f"split.fractions: no training rows are left with {self.fractions}")
         others = np.flatnonzero(~has)
         place = np.ones(len(store))
         place[np.random.default_rng(self.seed).permutation(others)] = (

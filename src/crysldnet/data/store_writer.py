@@ -50,7 +50,7 @@ class StoreWriter:
         self.path = utf8_path(Path(path))
         if self.path.exists():
             if not overwrite:
-                raise DataError(f"{self.path} exists already; choose another name or pass --overwrite")
+                raise DataError(f"{self.path} already exists; choose another name or pass --overwrite")
             if not (self.path / "store.json").is_file():
                 raise DataError(f"{self.path} isn't a crystal store and won't be overwritten; choose another name")
         self._partial = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")

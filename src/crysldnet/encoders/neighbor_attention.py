@@ -152,7 +152,7 @@ class NeighborAttention(Encoder):
         super().__init__()
         messages = width if messages is None else messages
         if messages % heads:
-            raise ValueError(f"messages={messages} can't be shared out among {heads} heads")
+            raise ValueError(f"messages={messages} can't be divided among {heads} heads")
         self.width = width
         self.graph = GraphSpec(k=k, tolerance=fade or tolerance, slots=slots)
         self.smooth = fade > 0.0

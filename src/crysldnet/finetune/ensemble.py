@@ -128,7 +128,7 @@ def train_member(
     if split.exists():
         before = json.loads(split.read_text())
         if any(before[name] != data.store.ids_at(own) for name, own in rows.items()):
-            raise ConfigError(f"{path}: begun with another division of the crystals; begin another run", "resume")
+            raise ConfigError(f"{path}: begun with another division of the crystals; start another run", "resume")
     if not (path / "model.safetensors").exists():
         train_part(train, config, values, path, data, rows, name)
     info = load_property_model(path)[1]
@@ -136,7 +136,7 @@ def train_member(
     if info.get("pretrained_sha256", start) != start:
         raise ConfigError(
             f"{path}: this model started from a file of sha256 {info['pretrained_sha256']}, and that of "
-            f"pretrained={config.pretrained} is {start} now; bring that file back, or begin another run",
+            f"pretrained={config.pretrained} is {start} now; restore that file, or start another run",
             "pretrained",
         )
     return info

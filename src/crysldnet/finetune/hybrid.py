@@ -208,7 +208,7 @@ def _drop_networks_that_add_nothing(model: HybridModel, fits: list[FittedStack])
     with_them, without = (float(np.mean([fitted.error for fitted in own])) for own in (fits, alone))
     gain = 1 - with_them / without
     kept = gain >= WORTH_IT
-    note(f"networks change the error out of fold by {-100 * gain:+.1f} % and are {'kept' if kept else 'left out'}")
+    note(f"networks change the out-of-fold error by {-100 * gain:+.1f} % and are {'kept' if kept else 'left out'}")
     if not kept:
         model.networks = torch.nn.ModuleList()
     return fits if kept else alone
@@ -314,4 +314,4 @@ def _export(
 def _print_members(members: dict[str, dict[str, dict[str, float]]]) -> None:
     for target, own in members.items():
         rows = [[TITLES[name], f"{of['weight']:.2f}", f"{of['error']:.4g}"] for name, of in own.items()]
-        print_table(f"Members, {target}", ["", "weight", "error out of fold"], rows)
+        print_table(f"Members, {target}", ["", "weight", "out-of-fold error"], rows)

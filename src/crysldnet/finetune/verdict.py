@@ -8,7 +8,7 @@ from typing import Any
 
 from crysldnet.console import SHOWN
 
-NAMES = {"mae": "the MAE", "error_rate": "the share of wrong classes"}
+NAMES = {"mae": "the MAE", "error_rate": "the error rate"}
 CONSTANTS = {"mae": "the training mean", "error_rate": "the most frequent class"}
 
 
@@ -34,7 +34,7 @@ def _sentence(target: str, found: Mapping[str, Any]) -> str:
 def _compared(found: Mapping[str, Any], name: str, title: str, unit: str) -> str:
     other, interval = found[name]["error"], found[name]["difference_interval"]
     if interval is None or interval[0] <= 0 <= interval[1]:
-        return f"not told apart from {title} ({other:.4g}{unit})"
+        return f"not distinguishable from {title} ({other:.4g}{unit})"
     better = interval[0] > 0
     share = f"{abs(1 - found['model']['error'] / other):.0%} " if other > 0 else ""
     return f"{share}{'below' if better else 'above'} {title} ({other:.4g}{unit})"

@@ -84,7 +84,7 @@ MEASURES = (
     Measure("lattice_length_error", "lattice length error", "Å", form="{:.4f}", plotted=True, **CORRUPTED),
     Measure("lattice_angle_error", "lattice angle error", "°", form="{:.3f}", **CORRUPTED),
     Measure("strain_squared_error", "squared strain error", form="{:.3f}", learned="strain", **CORRUPTED),
-    Measure("masked_accuracy_conditioned", "species, told of the crystal", **FOUND),
+    Measure("masked_accuracy_conditioned", "species, given the crystal", **FOUND),
     Measure("coordinates", unit="Å"),
     Measure("lattice", unit="Å"),
 )

@@ -52,7 +52,7 @@ def frames(stream: BinaryIO, name: str) -> Iterator[bytes]:
         if not (first.strip().isdigit() and len(first.strip()) < 10):
             raise DataError(
                 f"{name} line {line_number}: {first[:40].decode(errors='replace').strip()!r} stands where a frame "
-                "should begin with its number of atoms; mend it there, later frames can't be found"
+                "should begin with its number of atoms; correct it, because later frames can't be found"
             )
         lines, size = [first], 0
         for _ in range(int(first) + 1):

@@ -112,7 +112,7 @@ def _tags(block: Any) -> Tags:
             tag, column = name.lower().replace(".", "_"), values[j :: len(names)]
             if tag in tags:
                 if tags[tag] != column and _DECISIVE.search(tag):
-                    raise DataError(f"{name} stands there twice")
+                    raise DataError(f"{name} occurs twice")
                 if any(map(_text, tags[tag])):
                     continue
             tags[tag] = column

@@ -46,7 +46,7 @@ class CsvRecords:
         self._names = [name for name, _ in named]
         self.units = {name: unit for name, unit in named if unit}
         if twice := [name for name in self._names if name and self._names.count(name) > 1]:
-            raise DataError(f"{path}: the column name {twice[0]!r} stands there twice; rename one")
+            raise DataError(f"{path}: the column name {twice[0]!r} occurs twice; rename one")
 
     @contextmanager
     def _rows(self) -> Iterator[tuple[list[str], Iterator[tuple[int, list[str]]]]]:

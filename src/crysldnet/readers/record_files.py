@@ -113,9 +113,7 @@ class JsonReader(FileOfMany):
             items = (item.value for item in top_level(stream) if item.key == "columns" and not item.element)
             names: list[Any] | None = next(items, None)
         if isinstance(names, list) and len(set(map(str, names))) < len(names):
-            raise DataError(
-                f"{self._path}: a column name stands there twice; rename one of {', '.join(map(str, names))}"
-            )
+            raise DataError(f"{self._path}: a column name occurs twice; rename one of {', '.join(map(str, names))}")
         return names
 
 

@@ -164,9 +164,9 @@ def _checked_header(path: Path, header: list[str], id_column: str | None) -> int
         raise DataError(f"{path}: it has {len(names):,} columns; an import takes {MOST_COLUMNS:,} properties")
     for name, count in Counter(names).items():
         if count > 1 or name in STRUCTURE_COLUMNS:
-            raise DataError(f"{path}: the column name {name!r} is taken or stands there twice; rename it")
+            raise DataError(f"{path}: the column name {name!r} is taken or occurs twice; rename it")
     if title_of_ids is not None and header.count(title_of_ids) > 1:
-        raise DataError(f"{path}: {title_of_ids!r} stands there twice; rename one")
+        raise DataError(f"{path}: {title_of_ids!r} occurs twice; rename one")
     if len(names) < (2 if key is None else 1):
         raise DataError(f"{path}: it has no column beside the ids; are its cells separated by commas?")
     return key

@@ -143,7 +143,7 @@ def run(config: ExplainConfig, _values: dict[str, Any]) -> int:
                 kept.append(explain_portion(model, portion, place))
             advance(portion)
             if is_page and len(kept) == LARGEST_PAGE:
-                note(f"a page has room for {LARGEST_PAGE} crystals; out=explanations.csv holds all")
+                note(f"a page is limited to {LARGEST_PAGE} crystals; use out=explanations.csv for all")
                 break
         account.refuse_nothing_used()
     target, unit = model.targets[place], model.units[place]

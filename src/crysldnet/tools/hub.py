@@ -15,9 +15,9 @@ from crysldnet.errors import CheckpointError
 from crysldnet.io import cannot_write, replacing
 
 DESCRIPTION = """\
-List the encoders that have a name, show their model cards, and exchange encoders with the Hugging Face hub.
+List named encoders, show their model cards, and exchange encoders with the Hugging Face hub.
 
-A name stands for its file wherever an encoder is asked for, as in pretrained=NAME and model=NAME."""
+Use a name in place of a file, as in pretrained=NAME and model=NAME."""
 
 EXAMPLES = """\
 examples:
@@ -54,15 +54,15 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("crysldnet weights", description=DESCRIPTION, epilog=EXAMPLES)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     actions = parser.add_subparsers(dest="action", metavar="list | show | pull | push")
-    actions.add_parser("list", help="list the encoders that have a name (the default)")
+    actions.add_parser("list", help="list named encoders (the default)")
     actions.add_parser("show", help="print a model card").add_argument("name", help="of an encoder")
-    fetch = actions.add_parser("pull", help="fetch an encoder from the Hugging Face hub")
+    fetch = actions.add_parser("pull", help="download an encoder from the Hugging Face hub")
     fetch.add_argument("repository", help="OWNER/REPOSITORY")
-    fetch.add_argument("--name", help="to give it here; REPOSITORY by default")
+    fetch.add_argument("--name", help="local name; default REPOSITORY")
     fetch.add_argument("--revision", help="branch, tag or commit")
     share = actions.add_parser("push", help="share an encoder on the Hugging Face hub (first: hf auth login)")
     share.add_argument("file", help="encoder.safetensors, or the name of an encoder")
-    share.add_argument("repository", help="OWNER/REPOSITORY; made if it isn't there")
+    share.add_argument("repository", help="OWNER/REPOSITORY; created if missing")
     share.add_argument("--license", required=True, help="of the weights in the hub's words, such as mit or cc-by-4.0")
     return parser
 
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
 def _named(name: str) -> Path:
     known = weights.named_encoders()
     if name not in known:
-        raise CheckpointError(f"{name}: no encoder of that name; there are: {', '.join(known) or 'none'}")
+        raise CheckpointError(f"{name}: no encoder of that name; available: {', '.join(known) or 'none'}")
     return known[name]
 
 
@@ -91,7 +91,7 @@ def list_them() -> None:
             ]
         )
     if not rows:
-        note("no encoder has a name yet; pull one, or make one with crysldnet pretrain")
+        note("no named encoders yet; pull one, or train one with crysldnet pretrain")
         return
     print_table("", ["name", "encoder", "parameters", "size", "pretrained on", "where"], rows)
 

@@ -127,7 +127,7 @@ def run(config: SuggestConfig, _values: dict[str, Any]) -> int:
     value, std = found.values[:, place], uncertainty(found, place, config.interval)
     learned = np.array(["trained" in flags for flags in found.flags])
     if learned.all():
-        raise DataError(f"the model has learned from all {len(learned)} candidates; give others")
+        raise DataError(f"the model was trained on all {len(learned)} candidates; give others")
     best = config.best
     if best is None:
         seen = value[learned] if learned.any() else value

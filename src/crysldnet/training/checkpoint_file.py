@@ -67,7 +67,7 @@ class CheckpointFile(CheckpointIO):
         except (OSError, RuntimeError) as error:  # torch's archive writer converts OSError to RuntimeError
             reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or error
             raise CheckpointError(
-                f"can't write {path}: {reason}; the checkpoints before it are intact, go on with resume=last"
+                f"can't write {path}: {reason}; the checkpoints before it are intact, continue with resume=last"
             ) from error
 
     def _move_up(self, path: Path) -> None:
@@ -142,7 +142,7 @@ class CheckpointFile(CheckpointIO):
                 rank_zero_only(note)(f"{text}; going on from {file.name}")
             return file, header
         if damage:
-            raise CheckpointError(f"no checkpoint is left to resume from: {'; '.join(damage)}; begin the run again")
+            raise CheckpointError(f"no checkpoint is left to resume from: {'; '.join(damage)}; start the run again")
         return None
 
 
@@ -161,7 +161,7 @@ def check_best(folder: Path) -> Path | None:
         verify(best)
     except DamagedError as error:
         raise CheckpointError(
-            f"{error}; no other file has the weights of that epoch. Begin the run again, or delete this file and go on "
+            f"{error}; no other file has the weights of that epoch. Start the run again, or delete this file and go on "
             "with resume=last: the best of the epochs to come is taken then, or the last where none is better"
         ) from error
     return best

@@ -217,13 +217,13 @@ def check_position(path: Path, header: Mapping[str, Any], trainer: pl.Trainer, s
     before, strategy = header.get("strategy"), name_of(trainer.strategy)
     if before is not None and before != strategy and {before, strategy} & set(SHARDED):
         raise CheckpointError(
-            f"{path}: the run was begun with strategy={before}, and the state of the optimizer has another form under "
-            f"strategy={strategy}, because one of them shards it. Go on with strategy={before}"
+            f"{path}: the run was started with strategy={before}, and the optimizer state has another form with "
+            f"strategy={strategy}, because one of them shards it. Continue with strategy={before}"
         )
     if header["batch"] and header.get("order", 1) != ORDER:
         raise CheckpointError(
             f"{path}: the run stopped inside epoch {header['epoch'] + 1} under an earlier version, which ordered its "
-            "batches otherwise. Go on with that version to the end of the epoch, or begin another run"
+            "batches otherwise. Go on with that version to the end of the epoch, or start another run"
         )
     planned, epochs = header.get("steps_per_epoch", steps_per_epoch), header.get("epochs", trainer.max_epochs)
     off = abs(planned - steps_per_epoch)

@@ -101,9 +101,9 @@ def _no_meeting(error: BaseException, nodes: int) -> str:
     if "in use" in reason:
         mend = f"set MASTER_PORT to a free one{', or leave it unset' if nodes == 1 else ''}"
     else:
-        mend = "where one of them isn't there, its own error stands further up"
+        mend = "if one of them is missing, its own error is further up"
     place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    return f"the processes of this run can't meet at {place}: {reason}; {mend}"
+    return f"the processes of this run can't connect at {place}: {reason}; {mend}"
 
 
 def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule) -> Metrics:
@@ -181,6 +181,6 @@ def _run(
             raise
         preemption.stop_if_signalled("where it can't go on without its workers; the last checkpoint stands")
         raise DataError(
-            f"a process that builds batches died ({died}); if memory ran out, lower "
-            "data.num_workers or data.batch_size, and go on with resume=last"
+            f"a data loader process died ({died}); if memory ran out, lower "
+            "data.num_workers or data.batch_size, and continue with resume=last"
         ) from error

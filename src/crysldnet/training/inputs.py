@@ -76,13 +76,13 @@ def refuse_other_inputs(folder: Path, before: Mapping[str, Any], now: Mapping[st
         if name.startswith("files."):
             key = name.removeprefix("files.")
             raise ConfigError(
-                f"{key}: the file isn't the one that the run in {folder} was begun with: its sha256 was {then}, and is "
-                f"{found} now; bring that file back, or begin another run",
+                f"{key}: the file isn't the one that the run in {folder} was started with: its sha256 was {then}, and "
+                f"is {found} now; restore that file, or start another run",
                 key,
             )
         raise ConfigError(
-            f"the run in {folder} was begun with other data: {name} was {then!r} then, and is {found!r} now; "
-            "bring them back, or begin another run",
+            f"the run in {folder} was started with other data: {name} was {then!r} then, and is {found!r} now; "
+            "restore them, or start another run",
             "data",
         )
 

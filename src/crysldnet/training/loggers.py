@@ -107,7 +107,7 @@ class MetricsFile(Logger):
                 file.write(csv_text([self._cells(row)]))
         except OSError as error:
             raise DataError(
-                f"can't write {self.path}: {error.strerror}; the checkpoints are intact, go on with resume=last"
+                f"can't write {self.path}: {error.strerror}; the checkpoints are intact, continue with resume=last"
             ) from error
 
 

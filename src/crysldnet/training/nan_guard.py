@@ -91,7 +91,7 @@ class RefuseNonFinite(Callback):
         text = self._report(trainer, float(norm))
         if self.skipped > self.limit:
             raise DivergedError(
-                f"{text}. The weights are those before this step. Look at these crystals, lower optimizer.lr or "
+                f"{text}. The weights are those before this step. Check these crystals, lower optimizer.lr or "
                 f"gradient_clip_val, or let trainer.max_nonfinite_steps (now {self.limit}) such steps be skipped; "
                 f"resume=last "
                 "goes on from the last checkpoint"

@@ -156,7 +156,7 @@ def reliability(errors: NDArray[np.float64], std: NDArray[np.float64] | None, fo
     for name, shares in curves_of(errors, std, levels, 20).items():
         color, line = styles[name]
         axis.plot(levels, shares, color=color, linestyle=line, linewidth=1.5, label=names[name])
-    axis.set(xlabel="expected share", ylabel="share of true values inside", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axis.set(xlabel="expected share", ylabel="fraction of true values inside", xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axis.set_title(drawable(f"{target}, {known.sum()} calibration crystals"), fontsize=10)
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)

@@ -99,7 +99,7 @@ def is_free(folder: Path) -> bool:
     """Return whether no other process works in a folder, such as one that is exiting because its parent was killed."""
     owner = owner_of(folder)
     if owner is not None:
-        _note_once(f"{folder}: {owner} is working in this folder; waiting until it ends")
+        _note_once(f"{folder}: {owner} is using this folder; waiting until it ends")
     return owner is None
 
 

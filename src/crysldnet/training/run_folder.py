@@ -209,10 +209,10 @@ class RunFolder:
         try:
             owner = _lock(self._lock)
         except OSError:
-            note(f"{part}: its file system knows no locks; see that no other run uses this folder")
+            note(f"{part}: its file system doesn't support locks; make sure that no other run uses this folder")
             return
         if owner is not None:
-            raise ConfigError(f"{part}: {owner} is working in this folder; choose another name", "name")
+            raise ConfigError(f"{part}: {owner} is using this folder; choose another name", "name")
         try:
             self._lock.truncate(0)
             self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -262,8 +262,8 @@ class RunFolder:
             before, now = json.loads(file.read_text()), json.loads(text)
             if any(before.get(key) != now[key] for key in ("store_sha256", "sha256")):
                 raise ConfigError(
-                    f"{self.path} was begun with other data: {before['counts']} crystals of {before['store']} then, "
-                    f"{now['counts']} now, or other values; bring the data back, or begin another run",
+                    f"{self.path} was started with other data: {before['counts']} crystals of {before['store']} then, "
+                    f"{now['counts']} now, or other values; restore the data, or start another run",
                     "data",
                 )
         self._write("split.json", text)

@@ -150,8 +150,8 @@ class TrainerSettings:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             if self.devices > cores:
                 raise DeviceError(
-                    f"trainer.devices={self.devices}: there is no GPU here, and {self.devices} CPU processes need more "
-                    f"than the {cores} cores of this machine; ask for at most {cores}"
+                    f"trainer.devices={self.devices}: this machine has no GPU, and {self.devices} CPU processes need "
+                    f"more than its {cores} cores; ask for at most {cores}"
                 )
             return "cpu"
         if not gpus:
@@ -284,7 +284,7 @@ def _preemption_checkpoint(
 
 def _free(checkpoints: Path) -> Path:
     if checkpoints.exists() and not checkpoints.is_dir():
-        raise CheckpointError(f"{checkpoints}: there is a file where the checkpoints' folder belongs; move it away")
+        raise CheckpointError(f"{checkpoints}: a file is in place of the checkpoints folder; move it")
     return checkpoints
 
 

@@ -19,13 +19,13 @@ from crysldnet.data.matching import matches
 from crysldnet.data.store import CrystalStore
 from crysldnet.io import replacing
 
-HELP = "what a training and a test set have in common"
+HELP = "overlap of a training and a test set"
 DESCRIPTION = """\
-Count the crystals of a test set that a training set has too: by id, by reduced formula, by structure (pymatgen's
+Count the crystals of a test set that are also in a training set: by id, by reduced formula, by structure (pymatgen's
 StructureMatcher, behind a filter). A set is a store, a Parquet file, embedded:NAME or published:NAME; @SPLIT behind it
 takes the rows whose column split says so. Several sets may be given; every pair is compared.
 
-The exit status is 0 whatever is shared: 1 with --strict, where anything is."""
+The exit status is 0, or with --strict 1 if anything is shared."""
 EXAMPLE = """\
 example:
   crysldnet data audit --train embedded:mp_starter@train --test embedded:mp_starter@test embedded:matbench_phonons"""
@@ -130,9 +130,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("--train", metavar="SET", nargs="+", required=True)
     parser.add_argument("--test", metavar="SET", nargs="+", required=True)
-    parser.add_argument("--no-structures", action="store_true", help="compare ids and formulas alone, which is fast")
+    parser.add_argument("--no-structures", action="store_true", help="only compare ids and formulas, which is fast")
     parser.add_argument("--out", metavar="CSV", help="write every shared crystal")
-    parser.add_argument("--strict", action="store_true", help="exit with status 1 where anything is shared")
+    parser.add_argument("--strict", action="store_true", help="exit with status 1 if anything is shared")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ from crysldnet.data.store import CrystalStore
 from crysldnet.data.store_writer import StoreWriter
 from crysldnet.io import replacing
 
-HELP = "keep each crystal once, and none that another set has"
+HELP = "remove duplicates and crystals of other sets"
 DESCRIPTION = """\
 Write a store without repeats. By id keeps the first row of each id, by structure the first of crystals that are the
 same structure (pymatgen's StructureMatcher, behind a filter of formula, volume and distances).
@@ -28,7 +28,7 @@ same structure (pymatgen's StructureMatcher, behind a filter of formula, volume 
 --against leaves out what other sets have, so that they can be tested on after pretraining on the result; by formula
 (every crystal of a formula that they have) or by structure. What was left out, and why, is listed in OUT.removed.csv.
 
-The exit status is 0 where crystals were kept, 1 where none was left."""
+The exit status is 0 if crystals were kept, 1 if none was left."""
 EXAMPLE = """\
 examples:
   crysldnet data dedupe my.store --out unique.store
@@ -87,9 +87,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=("id", "structure"),
         default=["id", "structure"],
-        help="what makes a repeat (default: both)",
+        help="what counts as a duplicate (default: both)",
     )
-    parser.add_argument("--against", metavar="SET", nargs="+", default=[], help="sets that the result must not share")
+    parser.add_argument("--against", metavar="SET", nargs="+", default=[], help="sets to exclude from the result")
     parser.add_argument(
         "--against-by",
         choices=("formula", "structure"),
@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
         lines.append(f"{count:,} left out: {reason} as an earlier one")
     lines += [f"{r['crystals']:,} left out: {r['by']} also in {r['name']}" for r in records]
     if not len(left):
-        sys.stdout.write(lines_of([*lines, "no crystal is left, nothing written"]) + "\n")
+        sys.stdout.write(lines_of([*lines, "no crystals left, nothing written"]) + "\n")
         return 1
     write_rows(store, left, arguments.out, overwrite=arguments.overwrite)
     listed = _write_removed(store, removed, Path(arguments.out))

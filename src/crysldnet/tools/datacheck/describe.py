@@ -26,9 +26,9 @@ from crysldnet.io import replacing
 HELP = "counts, histograms, properties, duplicates, suspicious rows"
 DESCRIPTION = """\
 Describe a data set: crystals, atoms, elements, properties with units, duplicates, and rows to look at before training
-on them. --html writes one page that needs no network, --png a picture.
+on them. --html writes an offline page, --png an image.
 
-Suspicious are atoms closer than 1 Å (0.7 Å where one is hydrogen), less than 4 or more than 200 Å³ for an atom, and
+Suspicious crystals have atoms closer than 1 Å (0.7 Å with hydrogen), less than 4 or more than 200 Å³ per atom, or
 formation energies over 5 eV/atom in magnitude. They are reported, not removed."""
 EXAMPLE = """\
 example:
@@ -224,7 +224,7 @@ def as_text(d: Description) -> str:
         f"  crystals  {d.crystals:,}",
         f"  atoms     {d.atoms:,}, {d.atoms / d.crystals:.1f} a crystal",
         *_bars("atoms a crystal", d.atoms_per_crystal, whole=True),
-        *_bars("volume of an atom (Å³)", d.volume_per_atom),
+        *_bars("volume per atom (Å³)", d.volume_per_atom),
         f"  elements  {len(d.elements)}, in how many crystals:",
         *_wrapped([f"{symbol} {count:,}" for symbol, count in sorted(d.elements.items(), key=lambda item: -item[1])]),
     ]
@@ -274,7 +274,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="SET", help="a store, a Parquet file, embedded:NAME or published:NAME[@SPLIT]")
     parser.add_argument("--html", metavar="FILE", help="write a page")
     parser.add_argument("--png", metavar="FILE", help="write a picture")
-    parser.add_argument("--no-structures", action="store_true", help="don't look for repeated structures")
+    parser.add_argument("--no-structures", action="store_true", help="don't find duplicate structures")
 
 
 def run(arguments: argparse.Namespace) -> int:

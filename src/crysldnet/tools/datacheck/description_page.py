@@ -30,7 +30,7 @@ def page(d: Description) -> str:
     ]
     charts = [
         _chart("Atoms a crystal", d.atoms_per_crystal, f"{d.crystals:,} crystals", whole=True),
-        _chart("Volume of an atom (Å³)", d.volume_per_atom, f"{d.crystals:,} crystals"),
+        _chart("Volume per atom (Å³)", d.volume_per_atom, f"{d.crystals:,} crystals"),
     ]
     for p in d.properties[:SHOWN]:
         low, five, middle, ninety_five, high = p.quantiles
@@ -52,7 +52,7 @@ def page(d: Description) -> str:
             f'<div class="charts">{"".join(charts)}</div>',
             f'<p class="soft">and {more:,} more properties</p>' if more > 0 else "",
             "<h2>Elements</h2>",
-            '<p class="soft">Number of crystals that have each; the deeper the color, the more.</p>',
+            '<p class="soft">Number of crystals with each element; darker means more.</p>',
             periodic_table(elements, "none"),
             "<h2>Suspicious rows</h2>",
             _suspicious(d),
@@ -101,7 +101,7 @@ def write_png(description: Description, path: Path) -> None:
     d = description
     panels = [
         ("atoms a crystal", d.atoms_per_crystal),
-        ("volume of an atom (Å³)", d.volume_per_atom),
+        ("volume per atom (Å³)", d.volume_per_atom),
         *((f"{p.name} ({p.unit})", p.histogram) for p in d.properties[:SHOWN]),
     ]
     columns = 3
@@ -112,7 +112,7 @@ def write_png(description: Description, path: Path) -> None:
     commonest = sorted(d.elements.items(), key=lambda item: -item[1])[:30]
     axis.bar([symbol for symbol, _ in commonest], [count for _, count in commonest])
     axis.set_ylabel("crystals")
-    title = f"{d.name}: {d.crystals:,} crystals, {len(d.elements)} elements, the commonest shown"
+    title = f"{d.name}: {d.crystals:,} crystals, {len(d.elements)} elements, the most common shown"
     axis.set_title(drawable(title))
     axes = [axis]
     for place, (title, histogram) in enumerate(panels):

@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     """Return what reads the arguments of ``crysldnet data``."""
     parser = argparse.ArgumentParser(
         prog="crysldnet data",
-        description="Import crystals, look at them, check them, hand them on.",
+        description="Import, inspect, check and export crystals.",
         epilog="crysldnet data COMMAND --help explains a command and gives an example.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -86,10 +86,10 @@ def parser() -> argparse.ArgumentParser:
         added.set_defaults(run=OWN.get(name))
         return added
 
-    _add_import_arguments(command("import", "files of crystals into a store", IMPORT_HELP, IMPORT_EXAMPLE))
+    _add_import_arguments(command("import", "import structure files into a store", IMPORT_HELP, IMPORT_EXAMPLE))
     export = command(
         "export",
-        "a store into one Parquet file",
+        "export a store to one Parquet file",
         "Write a store as one Parquet file, which pandas, polars and others can read.",
         "example:\n  crysldnet data export my.store my.parquet",
     )
@@ -98,14 +98,14 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--overwrite", action="store_true", help="replace OUT.parquet")
     verify = command(
         "verify",
-        "compare a store with its checksums",
-        "Compare every file of a store with the sha256 that was taken when it was written.",
+        "check a store against its checksums",
+        "Check every file of a store against its recorded sha256.",
         "example:\n  crysldnet data verify my.store",
     )
     verify.add_argument("store", metavar="STORE")
     show = command(
         "show",
-        "what is in a store",
+        "summarize a store",
         "Show a store or Parquet file on one screen: crystals, atoms, elements, properties, source, licence.",
         "example:\n  crysldnet data show my.store",
     )
@@ -125,12 +125,12 @@ def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--id-column",
         metavar="NAME",
-        help="the column of ids of the table or the records, if not called material_id or id",
+        help="id column of the table or records, if not named material_id or id",
     )
     parser.add_argument(
         "--structure",
         metavar="KEY",
-        help="the key that records have their structure under, where they have several, as output.structure",
+        help="structure key of records with several structures, as output.structure",
     )
     parser.add_argument(
         "--units",
@@ -138,28 +138,28 @@ def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         default=[],
-        help="units that no header states, as band_gap=eV",
+        help="units that headers don't state, as band_gap=eV",
     )
     parser.add_argument(
         "--on-error",
         choices=("report", "raise"),
         default="report",
-        help="leave out and list what can't be used, or stop at the first (default: report)",
+        help="skip and list invalid input, or stop at the first (default: report)",
     )
     parser.add_argument(
         "--on-note",
         choices=("keep", "reject"),
         default="keep",
-        help="keep crystals with a note, such as a formula that their atoms don't give, or reject them (default: keep)",
+        help="keep crystals with a note, such as a formula that doesn't match, or reject them (default: keep)",
     )
     parser.add_argument(
         "--max-atoms", metavar="N", type=int, default=1000, help="reject larger crystals (default: 1000)"
     )
-    parser.add_argument("--source-name", metavar="TEXT", help="where the crystals come from (default: SOURCE's name)")
+    parser.add_argument("--source-name", metavar="TEXT", help="source of the crystals (default: SOURCE's name)")
     parser.add_argument("--licence", metavar="TEXT", help="their licence")
     parser.add_argument("--citation", metavar="TEXT", help="what to cite when they are used")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier import")
-    parser.add_argument("--workers", metavar="N", type=int, help="processes that read (default: cores, at most 8)")
+    parser.add_argument("--workers", metavar="N", type=int, help="reader processes (default: cores, at most 8)")
 
 
 def _import(arguments: argparse.Namespace) -> int:

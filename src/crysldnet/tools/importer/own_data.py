@@ -47,7 +47,7 @@ def with_own_data(command: str, arguments: Sequence[str]) -> tuple[list[str], bo
     rest = [f"{key}={value}" for key, value in pairs if key not in (DATA_WORDS, "data", "data.path", TABLE)]
     if is_opened(source):
         if table is not None:
-            raise ConfigError(f"{TABLE}={table}: {source} is imported already, with its table if it had one", TABLE)
+            raise ConfigError(f"{TABLE}={table}: {source} is already imported, with its table if it had one", TABLE)
         store = Path(source)
     else:
         store = _imported(Path(str(given.get("runs", "runs"))), source, table)

@@ -43,7 +43,7 @@ def run_folds(begun: BenchmarkRun) -> None:
     failed = [name for name, status in statuses.items() if status not in (0, UNFINISHED)]
     if failed:
         shown = "; ".join(f"{name}, see {logs[name]}" for name in failed)
-        raise CrysldnetError(f"{len(failed)} of {len(jobs)} folds failed: {shown}. The others are kept: resume=last")
+        raise CrysldnetError(f"{len(failed)} of {len(jobs)} folds failed: {shown}. The others are saved: resume=last")
     if any(statuses.values()):
         raise Interrupted("folds were stopped; continue with resume=last")
 
@@ -54,9 +54,7 @@ def _tell(job: Job, status: int) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Train one fold of an existing run; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="crysldnet matbench fold", description="Train one fold of a run that was begun."
-    )
+    parser = argparse.ArgumentParser(prog="crysldnet matbench fold", description="Train one fold of an existing run.")
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("task", help="one of its tasks")
     parser.add_argument("fold", type=int, choices=range(FOLDS), help="number of the fold")
@@ -64,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     path = arguments.run.absolute()
     saved = path / "config.yaml"
     if not saved.is_file():
-        raise ConfigError(f"{path}: no run was begun there; begin one with crysldnet matbench", "run")
+        raise ConfigError(f"{path}: no run exists there; start one with crysldnet matbench", "run")
     composition = compose("matbench", [], saved)
     config: MatbenchConfig = validate(composition, MatbenchConfig)
     if arguments.task not in config.names:

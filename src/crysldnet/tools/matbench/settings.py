@@ -76,7 +76,7 @@ def check_settings(config: MatbenchConfig) -> None:
     _check_recipes(config)
     if config.out is not None and config.resume is None and (Path(config.out) / submission_name(config)).exists():
         raise ConfigError(
-            f"{Path(config.out) / submission_name(config)} exists already; choose another algorithm or out", "out"
+            f"{Path(config.out) / submission_name(config)} already exists; choose another algorithm or out", "out"
         )
 
 

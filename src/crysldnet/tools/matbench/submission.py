@@ -190,7 +190,7 @@ def _encoder(begun: BenchmarkRun, sha256: str | None) -> str:
     file, provenance = encoder_file(begun.config.pretrained), begun.provenance
     if file is None:
         return ""
-    made, mend = " What it has learned is in info.json.", ', and try again."'
+    made, mend = " Its training history is in info.json.", ', and try again."'
     words = None
     if "config" in provenance and not provenance.get("labels"):
         with suppress(ConfigError):  # from a version with other keys

@@ -63,7 +63,7 @@ def task_metadata(task: str) -> Any:
         return metadata[task]
     if task not in metadata:
         close = get_close_matches(task, metadata, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(fit)}"
+        hint = f"did you mean {close[0]!r}?" if close else f"available: {', '.join(fit)}"
         raise ConfigError(f"tasks: Matbench has no task {task!r}; {hint}", "tasks")
     raise ConfigError(
         f"tasks: {task} can't be run: it gives compositions without structures, and the encoders need structures; "
@@ -143,7 +143,7 @@ def find_source(name: str) -> Path | None:
     if file is None and name not in EMBEDDED_TARGETS:
         raise DataError(
             f"{name}: its crystals aren't here; put {name}.json.gz ({metadata.url}) into a folder and name that "
-            f"folder in the environment variable {MATMINER_DATA}. Without a file there are: "
+            f"folder in the environment variable {MATMINER_DATA}. Without a file available: "
             f"{', '.join(EMBEDDED_TARGETS)}"
         )
     return file

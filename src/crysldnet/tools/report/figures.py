@@ -158,7 +158,7 @@ def reliability(found: CalibrationOfRun, color: str) -> Figure:
     axis.plot([0, 1], [0, 1], color=LIGHT["soft"], linewidth=1, linestyle="--")
     axis.plot(found.expected, found.observed, color=color)
     axis.fill_between(found.expected, found.expected, found.observed, color=color, alpha=0.2, linewidth=0)
-    axis.set(xlabel="expected share inside", ylabel="observed share inside", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axis.set(xlabel="expected coverage", ylabel="observed coverage", xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 

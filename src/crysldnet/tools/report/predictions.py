@@ -67,7 +67,7 @@ class Predictions:
     @property
     def measure(self) -> str:
         """Name of the mean error."""
-        return "MAE" if self.classes is None else "share of wrong classes"
+        return "MAE" if self.classes is None else "error rate"
 
     @property
     def suffix(self) -> str:
@@ -88,7 +88,7 @@ def read_predictions(file: Path, types: Mapping[str, str], *more: str) -> dict[s
     """
     rows = _read_rows(file, [*COLUMNS, *more])
     if not rows:
-        raise DataError(f"{file}: it has no rows; bring it back, or train again")
+        raise DataError(f"{file}: it has no rows; restore it, or train again")
     targets = dict.fromkeys(row["target"] for row in rows)
     return {
         target: _of_target(
@@ -106,15 +106,15 @@ def _read_rows(file: Path, columns: Sequence[str]) -> list[dict[str, str]]:
             reader = csv.DictReader(lines)
             missing = [name for name in columns if name not in (reader.fieldnames or [])]
             if missing:
-                raise DataError(f"{file}: it lacks the column {missing[0]}; bring it back, or train again")
+                raise DataError(f"{file}: it lacks the column {missing[0]}; restore it, or train again")
             rows = []
             for row in reader:
                 if None in row or None in row.values():
-                    raise DataError(f"{file}, line {reader.line_num}: cut off; bring it back, or train again")
+                    raise DataError(f"{file}, line {reader.line_num}: cut off; restore it, or train again")
                 rows.append({name: from_spreadsheet(cell) for name, cell in row.items()} | {"": str(reader.line_num)})
             return rows
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{file}: unreadable ({error}); bring it back, or train again") from error
+        raise DataError(f"{file}: unreadable ({error}); restore it, or train again") from error
 
 
 def _is_number(text: str) -> bool:
@@ -147,6 +147,6 @@ def _numbers(rows: list[dict[str, str]], name: str, file: Path, *, or_nothing: b
         if not (_is_number(text) or (text == "" and or_nothing)):
             raise DataError(
                 f"{file}, line {row['']}: {name} of {row['material_id']} is {text!r}, not a number; "
-                "bring the file back, or train again"
+                "restore the file, or train again"
             )
     return np.array([float(row.get(name) or "nan") for row in rows])

@@ -178,9 +178,9 @@ class Report:
             title = f"{name}: {p.target}" if run.command == "matbench" else name
             yield f"<h2>{escape(title)}{escape(p.suffix)}</h2>"
             if run.command == "matbench":
-                yield '<p class="soft">Of all folds together; the score of Matbench is the mean over the folds.</p>'
+                yield '<p class="soft">Over all folds; the Matbench score is the mean over the folds.</p>'
             elif p.folds is not None:
-                yield '<p class="soft">Each crystal is predicted by a model that was trained on other formulas.</p>'
+                yield '<p class="soft">Each crystal is predicted by a model trained on other formulas.</p>'
             yield from self._errors_of(f"{self.names[place]}_{name}", p, crystals.get(name), _disagreement(run, name))
             yield baseline_table(run, name)
             yield _intervals(run, name)
@@ -189,7 +189,7 @@ class Report:
         found = statistics.metrics(p)
         known = int((~np.isnan(p.true)).sum())
         if not found:
-            yield "<p>No true value of it is known in the test split.</p>"
+            yield "<p>The test split has no true values of it.</p>"
             return
         missing = [("without a true value", f"{len(p.ids) - known:,}")] if known < len(p.ids) else []
         yield html.facts([*((k, f"{v:.4g}") for k, v in found.items()), ("test crystals", f"{known:,}"), *missing])
@@ -198,24 +198,24 @@ class Report:
         color = html.SERIES[0]
         charts = []
         if p.classes is None:
-            charts.append(self.figure(figures.parity(p, color), f"parity_{name}", "Predicted over true"))
-            note = "The end bars hold the 1 % beyond." if known >= 100 else ""
+            charts.append(self.figure(figures.parity(p, color), f"parity_{name}", "Predicted against true"))
+            note = "The end bars include the 1 % beyond." if known >= 100 else ""
             charts.append(self.figure(figures.error_histogram(p, color), f"errors_{name}", "Errors", note))
         else:
             charts.append(self.figure(figures.confusion(p, color), f"confusion_{name}", "Predicted and true classes"))
         if crystals is not None:
             groups = statistics.errors_by_size(p.errors, crystals.sizes)
             drawn = figures.errors_by_size(groups, f"{p.measure}{p.suffix}", color)
-            note = "Groups of about as many crystals; the lines are standard errors of the means."
+            note = "Groups of similar size; the lines are standard errors of the means."
             charts.append(self.figure(drawn, f"atoms_{name}", "Error by number of atoms", note))
         calibration = statistics.CalibrationOfRun.of(p)
         if calibration is not None:
             charts.append(self._calibration(calibration, p, f"calibration_{name}"))
         yield f'<div class="charts">{"".join(charts)}</div>'
         if crystals is not None:
-            yield f"<h3>Error by element: {escape(p.measure + p.suffix)} of the crystals that have it</h3>"
+            yield f"<h3>Error by element: {escape(p.measure + p.suffix)} of the crystals that contain it</h3>"
             yield _element_table(p, crystals)
-            yield '<p class="soft">Point at an element to see of how many crystals; few say little.</p>'
+            yield '<p class="soft">Point at an element to see its number of crystals; small numbers mean little.</p>'
         if worst := _worst_places(p, self.worst):
             yield f"<h3>{len(worst)} worst predictions</h3>"
             yield _worst_cards(p, crystals, worst)

@@ -81,9 +81,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = from_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: not readable as YAML ({error}); bring it back, or train again") from error
+        raise DataError(f"{path}: not readable as YAML ({error}); restore it, or train again") from error
     if not isinstance(config, dict):
-        raise DataError(f"{path}: it must hold keys and values; bring it back, or train again")
+        raise DataError(f"{path}: it must hold keys and values; restore it, or train again")
     config.pop("defaults", None)  # choices of groups
     return config
 
@@ -98,12 +98,12 @@ def _read_summary(path: Path) -> dict[str, Any]:
             f"name={path.absolute().name} resume=last"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file}: damaged ({error}); bring it back, or train again") from error
+        raise DataError(f"{file}: damaged ({error}); restore it, or train again") from error
     command = summary.get("command") if isinstance(summary, dict) else None
     if command == "sweep":
         raise DataError(f"{path}: a sweep; name its runs, which are in {path}/finetune or {path}/pretrain")
     if command not in COMMANDS:
-        raise DataError(f"{file}: it doesn't say which command was run ({', '.join(COMMANDS)}); bring it back")
+        raise DataError(f"{file}: it doesn't say which command was run ({', '.join(COMMANDS)}); restore it")
     return summary
 
 
@@ -138,11 +138,11 @@ def _read_metrics(file: Path, run: Path) -> Curves:
     try:
         curves = read_curves(file)
     except FileNotFoundError:
-        raise DataError(f"{file}: missing although {run} is finished; bring it back, or train again") from None
+        raise DataError(f"{file}: missing although {run} is finished; restore it, or train again") from None
     except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{file}: damaged ({error}); bring it back, or train again") from error
+        raise DataError(f"{file}: damaged ({error}); restore it, or train again") from error
     if not curves:
-        raise DataError(f"{file}: it has no epoch with a loss or a validation; bring it back, or train again")
+        raise DataError(f"{file}: it has no epoch with a loss or a validation; restore it, or train again")
     return curves
 
 
@@ -156,5 +156,5 @@ def _read_tested(path: Path, config: Mapping[str, Any], summary: Mapping[str, An
     if file.exists():
         return read_predictions(file, types)
     if any(name.startswith("test/") for name in summary):
-        raise DataError(f"{file}: missing although summary.json has errors of the test split; bring it back")
+        raise DataError(f"{file}: missing although summary.json has errors of the test split; restore it")
     return {}

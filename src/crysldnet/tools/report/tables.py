@@ -135,7 +135,7 @@ def seed_table(runs: Sequence[Run], names: Sequence[str]) -> str:
                 rows.append([", ".join(names[i] for i in group), title, f"{len(known)}", spread])
     if not rows:
         return ""
-    return "<h2>Runs that differ in the seed alone</h2>" + html.table(
+    return "<h2>Runs that differ only in the seed</h2>" + html.table(
         ["runs", "", "number", "mean ± standard deviation"], rows
     )
 

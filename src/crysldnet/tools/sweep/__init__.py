@@ -72,7 +72,7 @@ def _keep_sweep(folder: RunFolder, sweep: Sweep, values: dict[str, Any], common:
     """Save the sweep with the command's configuration; a resumed sweep must be the same."""
     if (folder.path / "trials.json").exists():
         raise ConfigError(
-            f"{folder.path} was begun by an earlier version and can't be continued (it has trials.json, not an Optuna "
+            f"{folder.path} was started by an earlier version and can't be continued (it has trials.json, no Optuna "
             "study); its runs and results.csv stay as they are: choose another name",
             "name",
         )
@@ -81,7 +81,7 @@ def _keep_sweep(folder: RunFolder, sweep: Sweep, values: dict[str, Any], common:
     before = from_yaml(path.read_text()) if path.exists() else whole
     for key in ("backend", "args", "seed", "sweep_config"):
         if before.get(key) != whole[key]:
-            raise ConfigError(f"{folder.path} was begun with another {key}; choose another name", key)
+            raise ConfigError(f"{folder.path} was started with another {key}; choose another name", key)
     folder.save_inputs(_inputs(sweep, common))
     folder.save_config(whole)
 

@@ -179,7 +179,7 @@ def load_sweep(name: str, *, allow_command: bool = False) -> Sweep:
     try:
         config = from_yaml(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"sweep={name}: no such sweep; there are: {', '.join(choices('sweep'))}", "sweep") from None
+        raise ConfigError(f"sweep={name}: no such sweep; available: {', '.join(choices('sweep'))}", "sweep") from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}", "sweep") from error
     try:

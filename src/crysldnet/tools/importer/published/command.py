@@ -16,15 +16,15 @@ from crysldnet.errors import DataError
 from crysldnet.tools.importer.published.download import fetch_all
 from crysldnet.tools.importer.published.store_maker import Made, make_store
 
-HELP = "a published data set into a store"
+HELP = "download a published data set into a store"
 DESCRIPTION = f"""\
 Fetch the files of a published data set into data/raw/NAME, compare them with their sha256, and make data/NAME.store,
 which data=NAME and published:NAME read. The environment variable {DATA_VARIABLE} names another folder than data.
 
-A fetch that is cut off goes on where it stopped. Without a network the message says which file to put where; files that
-are there are not fetched again. Counts that aren't as published are reported.
+Interrupted downloads resume. Without a network, the message says which file to put where; existing files aren't
+downloaded again. Counts that differ from the publication are reported.
 
-NAME.yaml defines a data set of your own, as the files of conf/published do. Without NAME, the data sets are listed."""
+NAME.yaml defines your own data set, like the files in conf/published. Without NAME, the data sets are listed."""
 EXAMPLE = """\
 examples:
   crysldnet data download
@@ -40,11 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help="of the data set, or NAME.yaml; without it they are listed",
     )
-    parser.add_argument("--info", action="store_true", help="show the definition and fetch nothing")
+    parser.add_argument("--info", action="store_true", help="show the definition without downloading")
     parser.add_argument(
         "--structures", metavar="STORE", help="Materials Project crystals, for data sets that only name them"
     )
-    parser.add_argument("--overwrite", action="store_true", help="make the store again from the files")
+    parser.add_argument("--overwrite", action="store_true", help="recreate the store from the files")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -58,11 +58,11 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     raw, out = data_folder() / "raw" / definition.name, published_path(definition.name)
     if out.exists() and not arguments.overwrite:
-        raise DataError(f"{out} exists already; use it, or make it again with --overwrite")
+        raise DataError(f"{out} already exists; use it, or recreate it with --overwrite")
     structures = None if arguments.structures is None else open_store(arguments.structures)
     with alone(out):
         if out.exists() and not arguments.overwrite:
-            sys.stdout.write(f"{out} was made by another process meanwhile\n")
+            sys.stdout.write(f"{out} was created by another process meanwhile\n")
             return 0
         digests = fetch_all(definition, raw)
         made = make_store(definition, raw, out, structures=structures, overwrite=arguments.overwrite, digests=digests)

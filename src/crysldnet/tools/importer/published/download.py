@@ -34,7 +34,7 @@ def _check_scheme(url: str) -> None:
         DataError: it isn't https.
     """
     if urlsplit(url).scheme not in SCHEMES:
-        raise DataError(f"{url}: not fetched, for it isn't https")
+        raise DataError(f"{url}: not downloaded, because it isn't https")
 
 
 def fetch_all(definition: PublishedSet, folder: Path) -> dict[str, str]:
@@ -49,7 +49,7 @@ def fetch_all(definition: PublishedSet, folder: Path) -> dict[str, str]:
             found = sorted(folder.glob(file.name))
             if not found:
                 raise DataError(
-                    f"{definition.name}: its files can't be fetched by name. {_by_hand(definition, file, folder)}"
+                    f"{definition.name}: its files must be downloaded manually. {_by_hand(definition, file, folder)}"
                 )
             digests |= {path.name: file_hash(path) for path in found}
             continue
@@ -91,7 +91,7 @@ def _fetch(definition: PublishedSet, file: File, path: Path) -> None:
         reason = getattr(error, "reason", None) or error
         raise DataError(
             f"{file.url}: can't be reached, or was cut off ({reason}). Without a network: {hint}. "
-            "What has arrived is kept, and continued by the next try"
+            "The partial file is kept, and the next try resumes it"
         ) from error
     except OSError as error:
         raise DataError(f"can't write to {path.parent}: {error.strerror}") from error
