@@ -378,10 +378,19 @@ def test_dialects_of_csv_are_read(folder: Path, text: bytes) -> None:
     assert (store.column_names, store.numbers_of("gap")[:2].tolist()) == (["gap"], [1, 2])
 
 
+def test_a_header_in_the_encoding_of_windows_is_read_with_a_note(folder: Path, capsys) -> None:
+    _, store = with_targets(folder, b"id;L\xfccke (eV/\xc5)\r\na;1,5\r\nb;2,5\r\n")
+    assert (store.column_names, store.numbers_of("Lücke")[:2].tolist()) == (["Lücke"], [1.5, 2.5])
+    assert store.units["Lücke"] == "eV/Å"
+    assert "its header isn't UTF-8; read in the encoding of Windows (cp1252): id;Lücke" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "pattern"),
     [
         (b"id,gap\na,1\nb,\xe9\n", "t.csv line 3: not UTF-8"),
+        (b"id,g\xe4p\na,1\n\xe9,2\n", "t.csv line 1: not UTF-8"),
+        (b"id,g\x81p\na,1\n", "t.csv line 1: not UTF-8"),
         (b"", "the table is empty"),
         (b"a,1\n", "no column is called material_id, id"),
         (b"id\na\n", "no column beside the ids"),
@@ -390,7 +399,18 @@ def test_dialects_of_csv_are_read(folder: Path, text: bytes) -> None:
         (b"id,gap\nx,1\n", "no row belongs to a crystal"),
         (b'id,gap\na,"1\n', "t.csv line 2"),
     ],
-    ids=["encoding", "empty", "no_id", "no_property", "twice", "taken", "foreign", "quote"],
+    ids=[
+        "encoding",
+        "encoding_of_ids",
+        "undefined",
+        "empty",
+        "no_id",
+        "no_property",
+        "twice",
+        "taken",
+        "foreign",
+        "quote",
+    ],
 )
 def test_a_table_that_cannot_be_read_says_why(folder: Path, text: bytes, pattern: str) -> None:
     with pytest.raises(DataError, match=pattern):

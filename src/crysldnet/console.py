@@ -80,7 +80,7 @@ def from_spreadsheet(cell: str) -> str:
 
 @contextmanager
 def silenced(*kinds: str) -> Iterator[None]:
-    """Suppress ``tables`` or ``notes`` within this context."""
+    """Suppress ``tables``, ``notes`` or ``next`` within this context."""
     before = _silent.set(kinds)
     try:
         yield
@@ -121,4 +121,6 @@ def note(text: str) -> None:
 
 def suggest_next(command: str, make: str | None = None) -> None:
     """Print the suggested next command, as a ``make`` command if this one was started by make."""
+    if "next" in _silent.get():
+        return
     note(f"next: {make if make is not None and 'MAKELEVEL' in os.environ else command}")

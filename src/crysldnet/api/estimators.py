@@ -87,7 +87,7 @@ class _Finetuned(BaseEstimator):
         if not isinstance(seed, int | np.integer):
             seed = check_random_state(seed).randint(2**31 - 1)
         names = [y] if isinstance(y, str) else y
-        quiet = () if self.verbose else ("notes",)
+        quiet = ("next",) if self.verbose else ("notes",)  # the run is in a folder that is removed
         in_place = is_path(X) and isinstance(names, list) and all(isinstance(name, str) for name in names)
         with tempfile.TemporaryDirectory(prefix="crysldnet-") as folder, silenced("tables", *quiet):
             settings = self._settings()

@@ -118,7 +118,8 @@ def train_hybrid(
         data = make_data(config, encoder)
     data = _pooled(config, encoder, data)
     types = make_types(config, data)
-    note(f"finetune: {len(data.rows['train']):,} crystals of {data.store.name}, recipe={config.recipe}")
+    sizes = f"{len(data.rows['train']):,} training and {len(data.rows['test']):,} test"
+    note(f"finetune: {sizes} crystals of {data.store.name}, recipe={config.recipe}")
     for reason, count in data.left_out.items():
         note(f"{count:,} crystals left out: {reason}")
     networks = Networks([], None)

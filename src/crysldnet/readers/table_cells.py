@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+from crysldnet.console import note
 from crysldnet.errors import DataError
 
 LARGEST = 512 * 2**20
@@ -58,13 +59,32 @@ def delimiter_of(text: str) -> str:
     return max(",;\t", key=first.count)
 
 
+def _decoded(path: Path, raw: bytes) -> str:
+    """Return the text of a table; in the encoding of Windows where that concerns the header alone, with a note.
+
+    Raises:
+        UnicodeDecodeError: ids or values aren't UTF-8.
+    """
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return raw.decode("utf-16")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        header, end, rows = raw.partition(b"\n")
+        if not rows.isascii() or raw[:4] in _SIGNATURES or b"\0" in raw:
+            raise
+        text = header.decode("cp1252")
+        note(f"{path}: its header isn't UTF-8; read in the encoding of Windows (cp1252): {text.strip()}")
+        return text + (end + rows).decode("ascii")
+
+
 def _of_text(path: Path) -> Cells:
     try:
         with path.open("rb") as file:
             raw = file.read(LARGEST + 1)
         if len(raw) > LARGEST:
             raise DataError(f"{path}: {_TOO_LARGE}")
-        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        text = _decoded(path, raw)
     except OSError as error:
         raise DataError(f"{path}: can't be opened ({error.strerror})") from error
     except UnicodeDecodeError as error:

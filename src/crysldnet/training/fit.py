@@ -34,14 +34,20 @@ def total_steps(trainer: pl.Trainer) -> int:
     return data.steps_per_epoch(trainer.world_size, trainer.accumulate_grad_batches) * (trainer.max_epochs or 1)
 
 
+def split_sizes(data: CrystalDataModule) -> str:
+    """Return how many crystals there are to train, validate and test with."""
+    train, val, test = (f"{len(data.rows[part]):,}" for part in ("train", "val", "test"))
+    return f"{train} training, {val} validation and {test} test"
+
+
 @rank_zero_only
 def announce(stage: str, trainer: pl.Trainer, model: nn.Module, data: CrystalDataModule) -> None:
     """Print the setup once: crystals, parameters, devices, and exclusions."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     device = f"{trainer.world_size} × {trainer.accelerator.__class__.__name__.removesuffix('Accelerator')}"
     note(
-        f"{stage}: {len(data.rows['train']):,} training and {len(data.rows['val']):,} validation crystals of "
-        f"{data.store.name}, {trainable:,} parameters, {trainer.max_epochs} epochs on {device}"
+        f"{stage}: {split_sizes(data)} crystals of {data.store.name}, {trainable:,} parameters, "
+        f"{trainer.max_epochs} epochs on {device}"
     )
     for reason, count in data.left_out.items():
         note(f"{count:,} crystals left out: {reason}")
