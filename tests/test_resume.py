@@ -357,7 +357,7 @@ def test_a_damaged_checkpoint_of_the_best_epoch_is_said_with_its_mend(tmp_path, 
     with monkeypatch.context() as patch:  # as if no later epoch were better
         patch.setattr(ModelCheckpoint, "_save_topk_checkpoint", lambda *_: None)
         assert train("resume=last") == 0
-    assert "the weights of the last epoch are taken" in capsys.readouterr().err
+    assert "using the weights of the last epoch" in capsys.readouterr().err
 
 
 def test_a_file_where_the_checkpoints_belong_is_said_before_the_first_step(tmp_path, small):

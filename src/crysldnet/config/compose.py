@@ -273,7 +273,7 @@ def _missing(values: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 def _needed(key: str, composition: Composition) -> ConfigError:
     place = composition.origin.get(key, "")
-    return ConfigError(f"{key}: it has no default; give it as {key}=VALUE (it stands in {place})", key)
+    return ConfigError(f"{key}: it has no default; give it as {key}=VALUE (see {place})", key)
 
 
 OTHER_WORDS = {

@@ -73,7 +73,7 @@ def refuse_changed(command: str, composition: Composition, saved: Path, *, compl
                 name,
             )
         effect = "its learning rates stay as they were planned" if length else "its results may change"
-        note(f"{name} is {now} from here on, and was {then} when the run was begun; {effect}")
+        note(f"{name} is {now} from here on, and was {then} at the start of the run; {effect}")
     return changed
 
 

@@ -31,7 +31,7 @@ def refuse_repeated_ids(store: CrystalStore) -> None:
     first = values[int(np.flatnonzero(numbers > 1)[0])]
     rows = np.flatnonzero(pc.equal(ids, first).to_numpy())
     raise DataError(
-        f"{store.name}: material_id {first.as_py()!r} stands in rows {', '.join(map(str, rows[:3].tolist()))} "
+        f"{store.name}: material_id {first.as_py()!r} is in rows {', '.join(map(str, rows[:3].tolist()))} "
         f"({int((numbers > 1).sum())} such ids); an id is of one crystal, so rename one, or keep the first of each: "
         f"crysldnet data import {store.name} --out clean.store"
     )

@@ -33,7 +33,7 @@ def column_called(store: CrystalStore, title: str) -> str:
         return title  # reading it reports the available columns
     known = store.units.get(found[0])
     if unit is not None and known is not None and not same_unit(unit, known):
-        raise DataError(f"{store.name}: {title!r} isn't there; {found[0]!r} is in {known}")
+        raise DataError(f"{store.name}: {title!r} doesn't exist; {found[0]!r} is in {known}")
     return found[0]
 
 

@@ -252,5 +252,5 @@ def _refuse_nothing_to_learn(data: CrystalDataModule, place: int, kind: TargetTy
     if spread < SMALLEST_SPREAD or spread < LEAST_RELATIVE_SPREAD * size:
         raise DataError(
             f"{data.store.name}: the training values of {name!r} differ by {spread:.3g} at a size of {size:.3g}, which "
-            "single precision, in which models are trained, can't tell apart; use another unit, or subtract a constant"
+            "single precision, in which models are trained, can't resolve; use another unit, or subtract a constant"
         )

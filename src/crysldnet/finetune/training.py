@@ -266,7 +266,7 @@ def write_model(
 def _best(checkpoints: Path, has_validation: bool) -> Path:
     best = check_best(checkpoints) if has_validation else None
     if best is None and has_validation:
-        note(f"{checkpoints / BEST} isn't there: the weights of the last epoch are taken")
+        note(f"{checkpoints / BEST} is missing; using the weights of the last epoch")
     return best or checkpoints / LAST
 
 

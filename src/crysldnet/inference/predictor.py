@@ -154,7 +154,7 @@ class Predictor(Embedder):
         descriptor whose unit the input doesn't state."""
         units = zip(self.targets, self.units, strict=True)
         return [
-            f"{name} is predicted in {unit or 'no unit'} and stands beside the crystals in {stream.units[name]}"
+            f"{name} is predicted in {unit or 'no unit'} but the input has it in {stream.units[name]}"
             for name, unit in units
             if name in stream.units and not same_unit(unit, stream.units[name])
         ] + stream.unstated()

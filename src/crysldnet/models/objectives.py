@@ -72,7 +72,7 @@ MEASURES = (
     Measure(
         "masked_accuracy",
         "masked species found",
-        baseline="commonest species",
+        baseline="most common species",
         learned="species",
         plotted=True,
         **FOUND,

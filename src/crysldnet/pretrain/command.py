@@ -56,7 +56,7 @@ def run(config: PretrainConfig, values: dict[str, Any], choices: Mapping[str, An
     """
     stages: list[Stage] = ["vae", "diffusion"] if config.stage == "both" else [config.stage]
     if config.init is not None and config.stage != "diffusion":
-        raise ConfigError(f"init is for stage=diffusion; stage={config.stage} begins with fresh weights", "init")
+        raise ConfigError(f"init is for stage=diffusion; stage={config.stage} starts with new weights", "init")
     if config.init is None and config.stage == "diffusion":
         raise ConfigError("stage=diffusion needs init=PATH, the pretraining.safetensors of a first stage", "init")
     settings = checked_settings(config.trainer, config.strategy)

@@ -137,7 +137,7 @@ def _rows_by_id(
     for material_id, same in found.items():
         if len(same) > 1:
             for place, _ in same:
-                reason = f"the id stands in {len(same)} rows, so none of them is used"
+                reason = f"the id is in {len(same)} rows, so none of them is used"
                 issues.leave_out(kind, material_id, place, material_id, reason)
     return {material_id: same[0] for material_id, same in found.items() if len(same) == 1}
 

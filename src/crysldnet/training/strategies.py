@@ -261,7 +261,7 @@ def refusals(name: str, settings: Settings, accelerator: Literal["cpu", "gpu"]) 
         )
     if settings.compile and settings.activation_checkpointing:
         yield ConfigError(
-            "trainer.compile=true chooses by itself what is computed again; set trainer.activation_checkpointing=false",
+            "trainer.compile=true decides itself what to recompute; set trainer.activation_checkpointing=false",
             "trainer.activation_checkpointing",
         )
 

@@ -225,13 +225,13 @@ def main(argv: Sequence[str]) -> int:
     """Check a submission folder and print the result; return 1 if it has problems."""
     parser = argparse.ArgumentParser(
         prog="crysldnet matbench validate",
-        description="Check a submission folder as Matbench does, and score its predictions anew.",
+        description="Check a submission folder as Matbench does, and recompute its scores.",
     )
     parser.add_argument("folder", type=Path, help=f"{BENCHMARK}_ALGORITHM, with {RESULTS}, {INFO} and a script")
     folder: Path = parser.parse_args(list(argv)).folder
     checked = check_submission(folder)
     for scores in checked.scores:
-        print_scores(f"{scores.task}, scored anew", checked.algorithm, scores)
+        print_scores(f"{scores.task}, recomputed", checked.algorithm, scores)
     for problem in checked.problems:
         note(f"{folder}: {problem}")
     state = f"NOT VALID, {len(checked.problems)} problems" if checked.problems else "valid"

@@ -223,7 +223,7 @@ class Report:
     def _calibration(self, found: statistics.CalibrationOfRun, p: Predictions, name: str) -> str:
         covered = ", ".join(f"{100 * share:.1f} % in {100 * level:g} %" for level, share in found.coverage.items())
         note = (
-            "How many true values lie in central intervals of normal distributions with the predicted standard "
+            "True values in central intervals of normal distributions with the predicted standard "
             f"deviations: {covered}. Miscalibration area {found.area:.3f}. Mean standard deviation "
             f"{found.mean_std:.4g}, RMSE {found.rmse:.4g}{p.suffix}."
         )
@@ -240,7 +240,7 @@ def _intervals(run: Run, name: str) -> str:
     area, scaled = (found.get(f"miscalibration_area{end}") for end in ("", "_scaled"))
     areas = "" if area is None else f" Miscalibration area of the standard deviations {area:.3f}, scaled {scaled:.3f}."
     return (
-        f"<h3>Intervals of crysldnet predict</h3><p>How many true values lie in them, of the {found['crystals']:,.0f} "
+        f"<h3>Intervals of crysldnet predict</h3><p>True values in the intervals, of the {found['crystals']:,.0f} "
         "calibration crystals, none of which was trained on; made from one half of them and measured on the other: "
         f"{escape(', '.join(covered))}.{areas}</p>"
     )

@@ -180,7 +180,7 @@ def compare(target: str, runs: Sequence[tuple[int, Predictions]], resamples: int
             )
         tables.append({id_: i for i, id_ in enumerate(p.ids) if not np.isnan(p.true[i])})
         if len(set(p.ids)) < len(p.ids):
-            raise DataError(f"{target}: test crystals with the same id can't be told apart")
+            raise DataError(f"{target}: test crystals with the same id can't be distinguished")
     common = [id_ for id_ in tables[0] if all(id_ in table for table in tables)]
     if len(common) < 2:
         raise DataError(f"{target}: the runs have {len(common)} test crystals in common, so they can't be compared")
