@@ -20,6 +20,7 @@ CASES = [
     ("finetune", "trainer.accumulate=3", "trainer.accumulate_grad_batches", 3),
     ("finetune", "trainer.log_every=4", "trainer.log_every_n_steps", 4),
     ("finetune", "trainer.average_last=0.3", "trainer.swa_fraction", 0.3),
+    ("finetune", "trainer.time_limit_minutes=5.5", "trainer.max_time", 5.5),
     ("finetune", "trainer.max_bad_steps=5", "trainer.max_nonfinite_steps", 5),
     ("finetune", "optimizer.final=0.1", "optimizer.min_lr_ratio", 0.1),
     ("finetune", "element_references=[a]", "atomic_references", ["a"]),

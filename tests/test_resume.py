@@ -129,7 +129,7 @@ def test_signals_and_the_time_limit_save_and_stop(tmp_path, small, whole, monkey
     arguments = []
     with monkeypatch.context() as patch:
         if stop == "time limit":
-            arguments = ["trainer.time_limit_minutes=60"]
+            arguments = ["trainer.max_time=60"]
             clock = iter([time.monotonic()] * 4 + [time.monotonic() - 3601.0] * 99)
             patch.setattr(checkpointing, "started", lambda: next(clock))
         else:
@@ -156,7 +156,7 @@ def test_a_signal_after_the_last_step_is_not_lost(tmp_path, small, whole, monkey
 def test_a_time_limit_shorter_than_the_start_still_takes_a_step_each_time(tmp_path, small):
     for step in (1, 2):
         with pytest.raises(Interrupted, match="the time limit"):
-            run(tmp_path, small, "trainer.time_limit_minutes=1e-9", *(["resume=last"] if step > 1 else []))
+            run(tmp_path, small, "trainer.max_time=1e-9", *(["resume=last"] if step > 1 else []))
         assert verify(tmp_path / "pretrain/run/vae/checkpoints" / LAST)["step"] == step
 
 

@@ -57,7 +57,7 @@ def everything(command: str) -> list[list[str]]:
 def test_the_same_arguments_with_resume_compose_what_a_run_was_begun_with(command, tmp_path):
     assert len(everything(command)) > 50
     for arguments in everything(command):
-        arguments = [*arguments, "seed=3", "optimizer.lr=0.5", "trainer.time_limit_minutes=7"]
+        arguments = [*arguments, "seed=3", "optimizer.lr=0.5", "trainer.max_time=7"]
         begun = compose(command, arguments)
         saved = save(tmp_path, begun)
         again = compose(command, [*arguments, "resume=last"], saved)
@@ -119,7 +119,7 @@ def test_stages_may_become_longer_and_nothing_else_of_them_may_change(tmp_path, 
         "data.num_workers=3",
         "trainer.progress_bar=false",
         "trainer.log_every_n_steps=3",
-        "trainer.time_limit_minutes=9",
+        "trainer.max_time=9",
         "trainer.checkpoint_every_steps=5",
         "trainer.keep_checkpoints=1",
         "logger=wandb",

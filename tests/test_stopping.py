@@ -13,6 +13,7 @@ import pytest
 
 from crysldnet import cli
 from crysldnet.training.checkpoint_file import verify
+from crysldnet.training.trainer import TrainerSettings
 from tiny import DENOISER, ENCODER, QUIET, subset
 
 BRIEF = ["epochs=1", "min_steps=0", "baselines=false"]
@@ -75,8 +76,8 @@ def test_pretraining_is_stopped_while_it_reads_and_between_its_stages(tmp_path, 
 @pytest.mark.slow
 def test_finetuning_is_stopped_between_its_members_and_while_it_is_tested(tmp_path, small):
     words = [*ENCODER, *QUIET, f"data.path={small}", "data.batch_size=8", *BRIEF, "ensemble=2"]
-    stopped(run(tmp_path, "finetune", *words, "name=a", "trainer.time_limit_minutes=1e-9"), "the time limit")
-    words = [*words, "resume=last", "trainer.time_limit_minutes=null"]
+    stopped(run(tmp_path, "finetune", *words, "name=a", "trainer.max_time=1e-9"), "the time limit")
+    words = [*words, "resume=last", "trainer.max_time=null"]
     between = ("crysldnet.finetune.training", "", "calibrate", "1", "SIGTERM")
     stopped(run(tmp_path, "finetune", *words, "name=a", at=between), "SIGTERM")
     testing = ("crysldnet.finetune.module", "FinetuneModule", "test_step", "1", "SIGUSR1")
@@ -152,3 +153,12 @@ def test_a_signal_to_all_processes_leaves_those_that_build_batches_until_the_ste
     assert (header["epoch"], header["batch"]) == (int(found[1]) - (1 if found[2] else 0), batch)
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # none of them is left behind
+
+
+def test_a_time_limit_is_written_as_lightning_does_or_in_minutes() -> None:
+    assert TrainerSettings(max_time="01:02:30:45").limit_minutes == pytest.approx((24 + 2) * 60 + 30.75)
+    assert TrainerSettings(max_time=90).limit_minutes == 90
+    assert TrainerSettings().limit_minutes is None
+    for wrong in ("1h", "2:30", "00:00:00:00", -1.0):
+        with pytest.raises(ValueError, match="max_time must be"):
+            TrainerSettings(max_time=wrong)

@@ -15,6 +15,7 @@ KEYS = {
     "trainer.nodes": "trainer.num_nodes",
     "trainer.accumulate": "trainer.accumulate_grad_batches",
     "trainer.log_every": "trainer.log_every_n_steps",
+    "trainer.time_limit_minutes": "trainer.max_time",
     "trainer.average_last": "trainer.swa_fraction",
     "trainer.max_bad_steps": "trainer.max_nonfinite_steps",
     "optimizer.final": "optimizer.min_lr_ratio",

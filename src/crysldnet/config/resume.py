@@ -19,7 +19,7 @@ FREE = (
         f"trainer.{key}"
         for key in ("progress_bar", "log_every_n_steps", "activation_checkpointing", "keep_checkpoints")
     ),
-    *(f"trainer.{key}" for key in ("checkpoint_every_steps", "checkpoint_every_minutes", "time_limit_minutes")),
+    *(f"trainer.{key}" for key in ("checkpoint_every_steps", "checkpoint_every_minutes", "max_time")),
     *("baselines", "parallel", "folds", "out", "algorithm", "authors"),
 )
 """Keys that can't change a result."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ class TrainerSettings:
             none.
         checkpoint_every_minutes: minutes between checkpoints; null for none.
         keep_checkpoints: number of recent checkpoints to keep.
-        time_limit_minutes: minutes after which the run saves a checkpoint and stops; null for no limit.
+        max_time: after which the run saves a checkpoint and stops, as DD:HH:MM:SS or in minutes; null for no limit.
         max_nonfinite_steps: maximum number of skipped steps per stage with nonfinite loss or gradient.
     """
 
@@ -94,7 +95,7 @@ class TrainerSettings:
     checkpoint_every_steps: int | None = None
     checkpoint_every_minutes: float | None = 10.0
     keep_checkpoints: int = 2
-    time_limit_minutes: float | None = None
+    max_time: float | str | None = None
     max_nonfinite_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -106,12 +107,26 @@ class TrainerSettings:
             raise ValueError(f"swa_fraction must lie between 0 and 1, not {self.swa_fraction}")
         if self.swa_fraction is not None and self.ema_decay is not None:
             raise ValueError("ema_decay and swa_fraction both average the weights; set one of them to null")
-        for name in ("checkpoint_every_steps", "checkpoint_every_minutes", "time_limit_minutes", "keep_checkpoints"):
+        for name in ("checkpoint_every_steps", "checkpoint_every_minutes", "limit_minutes", "keep_checkpoints"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"{name} must be over 0, not {value}")
+                raise ValueError(f"{name.replace('limit_minutes', 'max_time')} must be over 0, not {value}")
         if self.max_nonfinite_steps < 0:
             raise ValueError(f"max_nonfinite_steps must be 0 or more, not {self.max_nonfinite_steps}")
+
+    @property
+    def limit_minutes(self) -> float | None:
+        """``max_time`` in minutes.
+
+        Raises:
+            ValueError: it isn't written as DD:HH:MM:SS.
+        """
+        if not isinstance(self.max_time, str):
+            return self.max_time
+        if not (match := re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", self.max_time)):
+            raise ValueError(f"max_time must be DD:HH:MM:SS or a number of minutes, not {self.max_time!r}")
+        days, hours, minutes, seconds = map(int, match.groups())
+        return (days * 24 + hours) * 60 + minutes + seconds / 60
 
     def check(self, strategy: Strategy | str) -> None:
         """Check that this machine and the strategy support the settings, before anything is written.
@@ -276,7 +291,7 @@ def _preemption_checkpoint(
         _free(checkpoints),
         every_steps=settings.checkpoint_every_steps,
         every_minutes=settings.checkpoint_every_minutes,
-        limit_minutes=settings.time_limit_minutes,
+        limit_minutes=settings.limit_minutes,
         every_epochs=every_epochs,
         start=start,
     )
