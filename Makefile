@@ -46,7 +46,7 @@ runs_folder = $(if $(filter /%,$(RUNS)),,$(CURDIR)/)$(RUNS)
 slurm_script = sed $(call fill,NODES,$(NODES)) $(call fill,GPUS,$(GPUS)) $(call fill,CPUS,$(CPUS)) $(call fill,TIME,$(TIME)) \
 	$(call fill,RUNS,$(RUNS)) $(call fill,RUN,$(RUN)) $(call fill,COMMAND,$(1)) $(call fill,ARGS,$(2)) \
 	$(call fill,LOGS,$(runs_folder)/slurm) $(call fill,ROOT,$(call single,$(CURDIR))) -e 's|@SBATCH@|$(sbatch_lines)|' conf/slurm.sh
-# Some of what SLURM or the shell would stumble over later, said now.
+# Check early for input on which SLURM or the shell would fail later.
 said = { echo "$(1)" >&2; exit 2; }
 checked = for pair in 'GPUS=$(call single,$(GPUS))' 'NODES=$(call single,$(NODES))' 'CPUS=$(call single,$(CPUS))'; do \
 	case $${pair\#*=} in ''|0*|*[!0-9]*) $(call said,$$pair: give a whole number from 1 on);; esac; done; \
@@ -65,17 +65,17 @@ FINETUNE := pretrained=$(ENCODER) $(PARALLEL) $(ARGS)
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo '  make pretrain GPUS=8                      one process a GPU; without GPUS, CPU processes'
+	@echo '  make pretrain GPUS=8                      one process per GPU; CPU processes without GPUs'
 	@echo '  make pretrain GPUS=8 NODES=4 SLURM=1 SBATCH="--partition=gpu --account=me"'
 	@echo '  make pretrain ARGS="encoder=pddformer stages.vae.epochs=50"'
 	@echo '  make finetune ENCODER=none                from scratch'
 	@echo '  make predict FILES="my_cifs/*.cif"        with the model just finetuned, or MODEL=runs/finetune/NAME'
 	@echo '  make sweep SWEEP=finetune COUNT=20 LOCAL=1'
-	@echo '  make … PYTHON=python3.12 VENV=none        use an environment that has torch already'
+	@echo '  make … PYTHON=python3.12 VENV=none        use an existing environment with torch'
 
-install: $(READY) ## make .venv with the exact versions of constraints.txt, their sha256 checked
+install: $(READY) ## create .venv with the exact versions in constraints.txt, checked by sha256
 
-# Torch comes first and by its version alone: every index has builds of its own, for CPUs and for each CUDA.
+# Torch comes first, pinned by version only: every index has its own builds for CPUs and each CUDA.
 $(VENV)/.ready: pyproject.toml constraints.txt requirements.lock
 	@echo 'Installing into $(VENV). About 0.7 GB are downloaded, or 3.5 GB where torch comes with CUDA (from PyPI, on Linux);'
 	@echo 'that takes from 3 minutes to half an hour.'
@@ -85,7 +85,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt requirements.lock
 	$(VENV)/bin/python -m pip install --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[matbench,wandb,sweep,hub,formats,tensorboard,docs,dev]"
 	@touch $@
 
-lock: constraints.txt ## write requirements.lock, the sha256 of all files of the versions in constraints.txt (needs uv)
+lock: constraints.txt ## write requirements.lock, the sha256 of all files for the versions in constraints.txt (needs uv)
 	grep -v -e '^#' -e '^torch==' constraints.txt | uv pip compile --no-deps --generate-hashes --no-header --no-annotate \
 		--python-version 3.11 --output-file requirements.lock -
 
@@ -95,7 +95,7 @@ pretrain: $(READY) ## pretrain an encoder on the embedded crystals (GPUS=, NODES
 finetune: $(READY) ## train a property model (ENCODER=name, path or none, GPUS=, ARGS=; SLURM=1 submits a job)
 	$(if $(call on,$(SLURM)),@$(call submit,finetune,$(FINETUNE)),$(RUN) crysldnet finetune $(FINETUNE))
 
-slurm-script: ## print the script that make pretrain SLURM=1 would submit, and make the folder of its log (SBATCH=, …)
+slurm-script: ## print the script that make pretrain SLURM=1 submits, and create its log folder (SBATCH=, …)
 	@$(call checked,pretrain,$(PRETRAIN)); mkdir -p $(RUNS)/slurm && $(call slurm_script,pretrain,$(PRETRAIN))
 
 predict: $(READY) ## predict for CIF or POSCAR files (FILES="…", MODEL=, OUT=)
@@ -104,19 +104,19 @@ predict: $(READY) ## predict for CIF or POSCAR files (FILES="…", MODEL=, OUT=)
 matbench: $(READY) ## run Matbench tasks and write a submission folder (TASK=, ENCODER=, ARGS=)
 	$(RUN) crysldnet matbench tasks=$(TASK) pretrained=$(ENCODER) $(ARGS)
 
-sweep: $(READY) ## run a sweep on W&B, or here without an account (SWEEP=, COUNT=, LOCAL=1, ARGS=; SLURM=1 inside a job)
+sweep: $(READY) ## run a sweep on W&B, or locally without an account (SWEEP=, COUNT=, LOCAL=1, ARGS=; SLURM=1 inside a job)
 	$(if $(call on,$(SLURM)),srun env )$(RUN) crysldnet sweep sweep=$(SWEEP) count=$(COUNT) backend=$(if $(call on,$(LOCAL)),local,wandb) $(ARGS)
 
-bench: $(READY) ## measure speed: graphs, loading, encoders, waiting for data, pretraining, scaling (minutes, on a quiet machine)
+bench: $(READY) ## measure speed: graphs, loading, encoders, waiting for data, pretraining, scaling (minutes, on an idle machine)
 	for part in data encoders epoch pretrain scaling sets imports.run; do $(RUN) benchmarks.$$part || exit 1; done
 
-docs: $(READY) ## write the documentation as a site, dist/site/index.html
+docs: $(READY) ## build the documentation site, dist/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
 
 test: $(READY) ## run the tests
 	$(RUN) pytest -n auto --dist loadfile $(ARGS)
 
-test-distributed: $(READY) ## run the tests that start several processes or wait for timeouts, one after the other
+test-distributed: $(READY) ## run the tests that start several processes or wait for timeouts, one at a time
 	$(RUN) pytest -m 'distributed and not slow' $(ARGS)
 
 test-slow: $(READY) ## run the tests that take many minutes: runs killed dozens of times, studies, long examples
