@@ -1,7 +1,6 @@
-"""numba's compiler with a cache that may fail: what can't be kept is compiled anew at every start.
+"""numba compilation with an optional cache: functions that can't be cached are recompiled at every start.
 
-Compiling takes seconds, so a function may run in Python while there is little to do: what it returns is the same, bit
-for bit.
+Compilation takes seconds, so small inputs run in Python, with bit-identical results.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ from numba.core.dispatcher import Dispatcher
 
 
 def _called_by(function: Callable) -> dict[str, Dispatcher]:
-    """Return the compiled functions that a function names."""
+    """Return the compiled functions that a function calls."""
     names = {name: function.__globals__.get(name) for name in function.__code__.co_names}
     return {name: value for name, value in names.items() if isinstance(value, Dispatcher)}
 
 
 def _files_of(function: Callable) -> set[str]:
-    """Return the files of a function and of all compiled ones that it calls."""
+    """Return the files of a function and of all compiled functions that it calls."""
     called = (_files_of(other.py_func) for other in _called_by(function).values())
     return {function.__code__.co_filename}.union(*called)
 
 
 class _Cache(FunctionCache):
-    """Numba's cache; a damaged entry is as good as none, and one that can't be written is left out.
+    """numba's cache, ignoring damaged entries and entries that can't be written.
 
-    Numba itself recompiles a function when its own file changed. This one does so too when a file changed that compiled
-    functions which it calls are in.
+    numba recompiles a function when its own file changes. This cache also does so when the file of a compiled function
+    that it calls changes.
     """
 
     def __init__(self, function: Callable) -> None:
@@ -50,7 +49,7 @@ class _Cache(FunctionCache):
     def load_overload(self, *arguments: Any) -> Any:
         try:
             return super().load_overload(*arguments)
-        except Exception:  # a damaged pickle raises anything
+        except Exception:  # a damaged pickle may raise anything
             with suppress(OSError):
                 self.flush()
             return None
@@ -79,7 +78,7 @@ def _say_once(reason: str) -> None:
 
 @once
 def in_python(compiled: Any) -> Callable:
-    """Return the Python code of a compiled function, which calls that of other compiled functions in its turn."""
+    """Return the Python code of a compiled function, which calls the Python code of other compiled functions."""
     function = compiled.py_func
     names = dict(function.__globals__)
     names |= {name: in_python(called) for name, called in _called_by(function).items()}
@@ -87,7 +86,7 @@ def in_python(compiled: Any) -> Callable:
 
 
 class _CompiledLater:
-    """Runs in Python until it was given ``numbers`` numbers in arrays, compiled from then on."""
+    """Runs in Python until given ``numbers`` numbers in arrays, then compiled."""
 
     def __init__(self, compiled: Any, numbers: int) -> None:
         self.compiled, self.py_func, self._left = compiled, compiled.py_func, numbers
@@ -102,13 +101,13 @@ class _CompiledLater:
 
 
 def njit(*, cache: bool = False, python_up_to: int = 0, **options: Any) -> Callable[[Callable], Any]:
-    """Compile a function as numba does.
+    """Compile a function with numba.
 
     Args:
-        cache: keep the result for later processes where that is possible.
-        python_up_to: numbers in arrays of arguments that are dealt with in Python before it is compiled. A function
-            that compiled ones call can't have it.
-        options: numba's.
+        cache: cache the result for later processes, if possible.
+        python_up_to: total size of array arguments handled in Python before compiling. Not for functions called by
+            compiled ones.
+        options: numba options.
     """
 
     def compile_(function: Callable) -> Any:

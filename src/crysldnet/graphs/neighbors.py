@@ -2,10 +2,10 @@
 
 Shapes: ``B`` crystals, ``N`` atoms, ``E`` directed edges.
 
-:mod:`crysldnet.graphs.search` enumerates every lattice point within a radius exactly. By number (``k``), the sphere
-starts at the radius that the density suggests and grows until the k-th distance, with its tolerance, is provably
-inside; all neighbors at that distance are kept, so the result doesn't depend on order. Squared distances are bitwise
-equal seen from both ends, which makes the symmetric union exact too.
+:mod:`crysldnet.graphs.search` enumerates every lattice point within a radius exactly. For ``k`` neighbors, the sphere
+starts at a radius estimated from the density and grows until the k-th distance, with its tolerance, is provably inside;
+all neighbors at that distance are kept, so the result doesn't depend on order. Squared distances are bitwise equal from
+both ends, which also makes the symmetric union exact.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ class Neighbors(NamedTuple):
     target: NDArray[np.int64]
     """[E] index of the target atom in the batch."""
     image: NDArray[np.int32]
-    """[E, 3] the cell n that the source lies in, seen from the target: its position is x_source + n · lattice."""
+    """[E, 3] cell n of the source relative to the target: its position is x_source + n · lattice."""
     vector: NDArray[np.float64]
     """[E, 3] displacement x_target − (x_source + n · lattice) in Å."""
     distances: NDArray[np.float64]
-    """[N, n_distances] each atom's nearest distances in Å, ascending, multiplicity counted."""
+    """[N, n_distances] each atom's nearest distances in Å, ascending, with multiplicity."""
     shell: NDArray[np.float64]
-    """[N] distance in Å up to which each atom's own neighbors were kept: of its k-th, or the radius."""
+    """[N] cutoff in Å for each atom's own neighbors: the k-th distance, or the radius."""
 
 
 @njit(cache=True, python_up_to=50_000, nogil=True, error_model="numpy")
 def _with_reverses(lattices, frac, ptr, start, source, image, d2s, limit2, symmetric, repeat_self_images):
-    """Return the edges and vectors sorted by target, with the reverses and repeats asked for."""
+    """Return the edges and vectors sorted by target, with the requested reverse and repeated edges."""
     n_atoms = len(limit2)
     offset = np.zeros(n_atoms + 1, np.int64)
     for i in range(n_atoms):
@@ -99,15 +99,15 @@ def neighbor_list(
         lattices: [B, 3, 3] in Å, rows are lattice vectors, of non-zero volume.
         frac_coords: [N, 3] fractional coordinates, wrapped or not.
         ptr: [B + 1], crystal b has the atoms ptr[b] … ptr[b + 1] − 1.
-        k: keep each target's k nearest and all others no farther than the k-th plus ``tolerance``.
-        radius: or else keep all within this many Å (≤). Exactly one of ``k`` and ``radius`` is given.
-        tolerance: in Å; distances that differ by less are one shell.
+        k: keep each target's k nearest and all others up to the k-th distance plus ``tolerance``.
+        radius: keep all within this many Å (≤). Give exactly one of ``k`` and ``radius``.
+        tolerance: in Å; distances that differ by less are in one shell.
         symmetric: add the reverse of every edge that lacks it (the union of the k-nearest relations).
-        repeat_self_images: count an edge between an atom and its own image twice, as the published graphs do.
+        repeat_self_images: count an edge between an atom and its own image twice, as in the published graphs.
         n_distances: also return this many nearest distances of each atom.
 
     Returns:
-        The edges sorted by target. The only pair left out is an atom with itself in its own cell.
+        The edges sorted by target. Only the pair of an atom with itself in its own cell is excluded.
     """
     if (k is None) == (radius is None):
         raise ValueError("give either k or radius")

@@ -1,15 +1,15 @@
-"""The search for periodic neighbors, compiled; see :mod:`crysldnet.graphs.neighbors`.
+"""Compiled search for periodic neighbors; see :mod:`crysldnet.graphs.neighbors`.
 
-The images of the cell's atoms that come within a radius of the cell are listed first, in the order of the edges. An
-atom looks through them in single precision with a margin, and only what is in doubt is decided in double precision. In
-large cells the list is divided into lists for boxes of the cell, so that an atom's work doesn't grow with the cell.
+First, the images of the cell's atoms within a radius of the cell are listed in the order of the edges. Each atom
+searches them in single precision with a margin, and only uncertain cases are decided in double precision. In large
+cells the list is divided into lists for boxes of the cell, so that the work per atom doesn't grow with the cell.
 
-Where the cell is so small or skewed that it has many images, every lattice point j + n within the radius of an atom i
-is enumerated instead: the lattice is brought to lower triangular form, so that the third, then the second, then the
-first component of n runs over just the integers whose coordinate can lie inside the sphere. Nothing is assumed of the
-cell: needles, plates and skewed cells are exact too. Both ways find the same edges in the same order, to the last bit.
+If the cell is so small or skewed that it has many images, every lattice point j + n within the radius of an atom i is
+enumerated instead: the lattice is brought to lower triangular form, so that the third, then the second, then the
+first component of n runs over exactly the integers whose coordinate can be inside the sphere. Needles, plates and
+skewed cells are exact too. Both methods find the same edges in the same order, to the last bit.
 
-Arrays are flat, and indices unsigned where it matters: numba computes less for them.
+Arrays are flat, and indices unsigned where it matters, which is faster in numba.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from crysldnet.graphs.compiled import njit
 from crysldnet.graphs.images import U, exactly, inlined, inner, lists_of, points_in_sphere, room_for, triangular, within
 
 ROOM = 512
-"""Images that there is room for at first."""
+"""Initial capacity for images."""
 DONE, MORE_EDGES, MORE_ROOM, LARGER_RADIUS = 0, 1, 2, 3
 
 
 class _Edges(NamedTuple):
-    """What was found so far, with room for more."""
+    """Edges found so far, with spare capacity."""
 
     source: NDArray[np.int64]
     target: NDArray[np.int64]
     image: NDArray[np.int32]  # [· 3]
-    vector: NDArray[np.float64]  # [· 3], or nothing where it isn't asked for
+    vector: NDArray[np.float64]  # [· 3], or empty if not requested
     d2: NDArray[np.float64]  # likewise
 
 
 @inner
 def _first_radius(t, atoms, wanted, radius):
-    """Return a radius within which an atom probably has as many neighbors as wanted."""
+    """Return a radius within which an atom probably has the required number of neighbors."""
     volume = t[0, 0] * t[1, 1] * t[2, 2]
     if not 0.0 < volume < np.inf:
         raise ValueError("a cell without volume has no neighbor list")
@@ -68,24 +68,24 @@ def _kth_smallest(values, count, k):
             values[i] = values[middle]
             values[middle] = value
             middle += U(value <= pivot)
-        if k < middle or middle == low:  # that is where one isn't a number
+        if k < middle or middle == low:  # the latter with a NaN
             return pivot
         low = middle
 
 
 @inner
 def _edges(room, vectors, squares):
-    """Return room for edges, for their vectors and for their squared distances."""
+    """Return capacity for edges, their vectors and their squared distances."""
     source, target, image = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(3 * room, np.int32)
     return _Edges(source, target, image, np.empty(3 * vectors), np.empty(squares))
 
 
 @inner
 def _more_edges(edges, size, more):
-    """Return arrays with room for ``more`` edges after the first ``size``."""
+    """Return arrays with capacity for ``more`` edges after the first ``size``."""
     room = 2 * len(edges.source) + more + 64
     grown = _edges(room, room if len(edges.vector) > 0 else 0, room if len(edges.d2) > 0 else 0)
-    for e in range(size):  # copied one by one: a slice takes numba seconds to compile
+    for e in range(size):  # copy one by one: a slice takes numba seconds to compile
         grown.source[e], grown.target[e] = edges.source[e], edges.target[e]
         if len(edges.d2) > 0:
             grown.d2[e] = edges.d2[e]
@@ -119,7 +119,7 @@ def _write(
     kept,
     d2s,
 ):
-    """Append the edges to an atom from ``label[kept[:count]]``, but for itself; return the new size."""
+    """Append the edges to an atom from ``label[kept[:count]]``, except itself; return the new size."""
     l00, l01, l02 = lattice[0, 0], lattice[0, 1], lattice[0, 2]
     l10, l11, l12 = lattice[1, 0], lattice[1, 1], lattice[1, 2]
     l20, l21, l22 = lattice[2, 0], lattice[2, 1], lattice[2, 2]
@@ -156,7 +156,7 @@ def _sort(values, count):
 
 @inner
 def _shell(d2s, count, k, radius, tolerance, scratch, distances):
-    """Return the distance up to which an atom's neighbors are kept and its square; write its nearest distances."""
+    """Return the cutoff distance of an atom's neighbors and its square; write its nearest distances."""
     n_distances = len(distances)
     for m in range(count):
         scratch[m] = d2s[m]
@@ -169,15 +169,15 @@ def _shell(d2s, count, k, radius, tolerance, scratch, distances):
         _sort(scratch, n_distances)
         for m in range(n_distances):
             distances[m] = np.sqrt(scratch[m])
-    return limit, max(limit * limit, least2)  # the square of a root may lie one rounding below
+    return limit, max(limit * limit, least2)  # the square of a root may be one rounding below
 
 
 @inlined
 def _candidates(c0, c1, c2, t, lists, room, search):
-    """Write to ``room.kept`` which images in the list of an atom's box may lie within a radius.
+    """Write to ``room.kept`` which images in the list of an atom's box may be within a radius.
 
     Returns:
-        Their number, how many of them are in doubt, and the cell that the atom is in.
+        Their number, how many are uncertain, and the cell of the atom.
     """
     s0, s1, s2 = int(np.floor(c0)), int(np.floor(c1)), int(np.floor(c2))
     w0, w1, w2 = c0 - s0, c1 - s1, c2 - s2
@@ -206,7 +206,7 @@ def _candidates(c0, c1, c2, t, lists, room, search):
 
 @inlined
 def _up_to(limit2, count, kept, d2s):
-    """Keep what isn't farther than a distance; return how many."""
+    """Keep images up to a distance; return their number."""
     left = U(0)
     for m in range(count):
         d2, c = d2s[m], kept[m]
@@ -217,10 +217,10 @@ def _up_to(limit2, count, kept, d2s):
 
 @inner
 def _atoms(t, lattice, frac, first, last, i, search, k, radius, tolerance, lists, room, edges, start, shells):
-    """Find the neighbors of the atoms of a crystal from i on.
+    """Find the neighbors of the atoms of a crystal, starting at i.
 
     Returns:
-        The atom that more is needed for, what, and the radius, larger if that is it.
+        The atom that needs more capacity, which one, and the radius, increased if needed.
     """
     limit2, distances, scratch = shells
     wanted = max(k, distances.shape[1])
@@ -278,12 +278,12 @@ def _atoms(t, lattice, frac, first, last, i, search, k, radius, tolerance, lists
 def directed(lattices, frac, ptr, k, radius, tolerance, n_distances, room_for_edges, final):
     """Find each target's own neighbors.
 
-    The arguments are those of :func:`crysldnet.graphs.neighbors.neighbor_list`, coordinates flat, 0 for what isn't
-    given, the number of edges to make room for at first, and whether no further edges follow.
+    The arguments are those of :func:`crysldnet.graphs.neighbors.neighbor_list`, flat coordinates, 0 if not given, the
+    initial capacity for edges, and whether the edges are final.
 
     Returns:
         start [N + 1]; the edges start[i] … start[i + 1] − 1 of each atom i, in arrays longer than start[N], with
-        vectors if they are final and squared distances if not; the square [N] of the distance kept up to; distances
+        vectors if they are final and squared distances if not; the squared cutoff [N]; distances
         [N, n_distances].
     """
     atoms = len(frac) // 3
