@@ -208,7 +208,7 @@ def table_by_name(records: Sequence[Record]) -> str:
     measures = list(dict.fromkeys((r.metric, r.unit) for r in records))
     cells = {(r.name, r.metric, r.unit): _cell(r) for r in records}
     lines = [
-        "| | " + " | ".join(f"{metric} ({unit})" for metric, unit in measures) + " |",
+        "| | " + " | ".join(f"{metric} ({unit})" if unit else metric for metric, unit in measures) + " |",
         "|---" * (len(measures) + 1) + "|",
     ]
     for name in dict.fromkeys(r.name for r in records):
