@@ -620,6 +620,10 @@ def test_a_data_set_of_ones_own_is_one_yaml_file(data_folder: Path, tmp_path: Pa
         ("version: 0.1", "version: input should be a valid string"),
         ("files: [{name: a, url: b, sha: c}]", r"files\.0\.sha: extra inputs"),
         ("version: 2024-01-01", "not readable"),
+        *(
+            (f"files: [{{name: {json.dumps(name)}, url: 'https://x'}}]", r"files\.0\.name: .* is no file's name")
+            for name in ("../evil", "/etc/evil", ".profile", "a\\b", "\x1b[31m", "..")
+        ),
     ],
 )
 def test_a_definition_with_an_unknown_key_or_another_type_is_refused(line: str, message: str, tmp_path: Path) -> None:

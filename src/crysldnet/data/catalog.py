@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from crysldnet.build import from_yaml
 from crysldnet.errors import DataError
@@ -40,6 +40,13 @@ class File(_Strict):
     sha256: str | None = None
     manual: bool = False
     split: str | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_name(cls, name: str) -> str:
+        if not name.isprintable() or {*name} & {*"/\\"} or name.startswith("."):
+            raise ValueError(f"{name!r} is no file's name: no path, no dot at its start, no control characters")
+        return name
 
 
 class Sizes(_Strict):
