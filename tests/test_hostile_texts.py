@@ -18,6 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save
 
@@ -25,7 +27,7 @@ from conftest import drawing
 from crysldnet import cli, pretrain
 from crysldnet.artifacts import model_file
 from crysldnet.config import argument, compose
-from crysldnet.console import from_spreadsheet, spreadsheet_safe
+from crysldnet.console import csv_text, from_spreadsheet, spreadsheet_safe
 from crysldnet.data.datasets import EMBEDDED
 from crysldnet.html.page import facts, page, table
 from crysldnet.signals import RUN_NAME
@@ -50,7 +52,7 @@ HOSTILE = [
     "結晶 😀 é",
 ]
 """Each begins, ends or names something in one of the languages that are written."""
-FORMULA = tuple("=+-@\t\r")
+FORMULA = tuple("=+-@\t\r\n＝＋－＠")
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u202e]")
 ALL = "=1+1" + "".join(text.replace("\x00", "") for text in HOSTILE)
 
@@ -277,11 +279,26 @@ def test_values_of_a_sweep_reach_its_runs_and_pages_as_values(text: str, tmp_pat
     is_safe_page(re.sub("<script>.*</script>", "", (tmp_path / "sweep.html").read_text(), flags=re.DOTALL))
 
 
-@pytest.mark.parametrize("text", [*HOSTILE, "'=1", "''+1", "-1.5", "'-1.5", "'", "-"])
+@pytest.mark.parametrize("text", [*HOSTILE, "'=1", "''+1", "-1.5", "'-1.5", "'", "-", "\n=1", "＝1+1", "－1", "－1.5"])
 def test_a_cell_is_no_formula_and_is_read_as_it_was(text: str) -> None:
     cell = str(spreadsheet_safe(text))
-    assert cell[:1] not in FORMULA or text == "-1.5"
+    assert cell[:1] not in FORMULA or float(text) == -1.5
     assert from_spreadsheet(cell) == text
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_no_cell_becomes_a_formula_where_a_spreadsheet_has_another_separator(separator: str) -> None:
+    for text in ("a;=1+1", "a\t=1+1", 'a";=1+1;"', "a,=1+1"):
+        rows = list(csv.reader(csv_text([["x", text, 1.5]]).splitlines(), delimiter=separator))
+        assert not [cell for row in rows for cell in row if cell.startswith("=")]
+
+
+@settings(max_examples=500, deadline=None, database=None, derandomize=True)
+@given(text=st.text("'=+-@;\t\r\n1e.a＝", max_size=9))
+def test_every_text_survives_a_cell(text: str) -> None:
+    cell = str(spreadsheet_safe(text))
+    assert from_spreadsheet(cell) == text
+    assert not re.search(r"[;\t\r\n][=+\-@＝]", cell)
 
 
 @pytest.mark.parametrize("text", HOSTILE)

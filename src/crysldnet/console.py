@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+_FORMULA = (*"=+-@\t\r\n", *"＝＋－＠")
+"""What a formula, or a cell that hides one, starts with."""
+_NEXT = re.compile(r"(?<=[;\t\r\n])('*)(?=[=+\-@＝＋－＠])")
 _silent: ContextVar[tuple[str, ...]] = ContextVar("silent", default=())
 
 SHOWN = 20
@@ -52,11 +55,15 @@ def drawable(text: str) -> str:
 def spreadsheet_safe(value: object) -> object:
     """Return a value for a CSV cell: text that a spreadsheet would interpret as a formula gets a leading ``'``.
 
-    This applies to text that starts with ``=``, ``+``, ``-``, ``@``, a tab or a carriage return (OWASP, CSV injection)
-    and isn't a number, also after existing ``'``.
+    This applies to text that starts with ``=``, ``+``, ``-``, ``@``, also in full width, a tab or a line break (OWASP,
+    CSV injection) and isn't a number, also after existing ``'``. Within a text the same signs get one after a
+    semicolon, a tab or a line break, where a spreadsheet may begin another cell.
     """
-    text = value.lstrip("'") if isinstance(value, str) else ""
-    if text[:1] not in ("=", "+", "-", "@", "\t", "\r") or not text:
+    if not isinstance(value, str):
+        return value
+    value = _NEXT.sub(r"'\1", value)
+    text = value.lstrip("'")
+    if not text.startswith(_FORMULA):
         return value
     try:
         float(text)
@@ -75,7 +82,8 @@ def csv_text(rows: Iterable[Iterable[object]]) -> str:
 
 def from_spreadsheet(cell: str) -> str:
     """Return the inverse of :func:`spreadsheet_safe`."""
-    return cell[1:] if cell.startswith("'") and spreadsheet_safe(cell[1:]) == cell else cell
+    text = _NEXT.sub(lambda quotes: quotes[1][1:], cell)
+    return text[1:] if text.startswith("'") and spreadsheet_safe(text[1:]) == cell else text
 
 
 @contextmanager

@@ -60,9 +60,11 @@ def whole_file(path: Path, before: Callable[[], object] = lambda: None) -> Itera
         before()
         partial.replace(path)
         sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # as where the disk is full
+            error.filename = os.fspath(path)
         raise
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from crysldnet.console import listed
+from crysldnet.console import from_spreadsheet, listed
 from crysldnet.data.cells import MISSING_TEXT, CellError, has_decimal_comma, plain_numbers, read_numbers
 from crysldnet.data.schema import STRUCTURE_COLUMNS
 from crysldnet.data.units import name_and_unit
@@ -226,8 +226,8 @@ def _spellings(written: str) -> Iterator[str]:
     """Yield the possible meanings of an id: as written, without suffix, without folder, the folder of a POSCAR."""
     bare = without_suffix(written)
     yield from (written, bare, *material_ids([written], ""), Path(written).name, Path(bare).name)
-    if written.startswith("'"):  # this program's own tables, if a spreadsheet would interpret the id as a formula
-        yield written[1:]
+    if "'" in written:  # this program's own tables, if a spreadsheet would interpret the id as a formula
+        yield from_spreadsheet(written)
 
 
 def _columns(
