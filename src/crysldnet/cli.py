@@ -145,7 +145,7 @@ def _docstring(module: str) -> str:
 
 @contextmanager
 def _naming(folder: object) -> Iterator[None]:
-    """Name the folder of runs where a disk is full and the system doesn't say which file it was."""
+    """Name the runs folder if a disk is full and the system doesn't report the file."""
     try:
         yield
     except OSError as error:
@@ -218,7 +218,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _completion(shell: str) -> str:
-    """Return the script that completes command lines in a shell."""
+    """Return the completion script for a shell."""
     from crysldnet.config.completion import Command, actions_of, script, words_of
 
     found = {}

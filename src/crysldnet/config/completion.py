@@ -1,4 +1,4 @@
-"""Completion of command lines by bash, zsh and fish, made from the commands, their groups and their keys."""
+"""Command-line completion for bash, zsh and fish, generated from the commands, their groups and their keys."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ FISH = """\
 
 @dataclass(frozen=True)
 class Command:
-    """What may follow a command.
+    """Possible words after a command.
 
     Attributes:
-        help: a line about it.
+        help: help line.
         words: ``key=``, ``group=choice`` and flags.
-        actions: name to the words that may follow that.
+        actions: possible words after each action.
     """
 
     help: str
@@ -84,7 +84,7 @@ class Command:
 
 
 def words_of(command: str, schema: type) -> list[str]:
-    """Return what may follow a command that takes groups and keys."""
+    """Return the possible words after a command with groups and keys."""
     found = ["--help", "--print-config"]
     values, groups = merge_files(command, (), (), {})
     for group in groups:
@@ -98,7 +98,7 @@ def words_of(command: str, schema: type) -> list[str]:
 
 
 def actions_of(parser: argparse.ArgumentParser) -> dict[str, list[str]]:
-    """Return the actions of a command that takes flags, and the flags of each."""
+    """Return the actions of a command with flags, and the flags of each."""
     (actions,) = (action.choices for action in parser._actions if isinstance(action.choices, dict))
     return {name: sorted(set(re.findall(r"(?<![\w-])--[\w-]+", own.format_help()))) for name, own in actions.items()}
 
@@ -114,7 +114,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _words_for(type_: Any, value: Any) -> list[str]:
-    """Return the values of a key that has only a few."""
+    """Return the values of a key with few choices."""
     if isinstance(value, bool):
         return ["true", "false"]
     literals = [type_, *get_args(type_)]
@@ -122,10 +122,10 @@ def _words_for(type_: Any, value: Any) -> list[str]:
 
 
 def script(shell: str, commands: Mapping[str, Command]) -> str:
-    """Return the script that completes these commands in a shell.
+    """Return the completion script of these commands for a shell.
 
     Raises:
-        CrysldnetError: it is another shell.
+        CrysldnetError: the shell isn't supported.
     """
     if shell not in SHELLS:
         raise CrysldnetError(f"crysldnet completion SHELL: the shells are {', '.join(SHELLS)}, not {shell!r}")

@@ -30,20 +30,12 @@ STRUCTURE_COLUMNS = {
 }
 
 MOST_VALUES = 1 << 27
-"""of a column that may stand in a thousandth as many bytes"""
+"""of a column, which may be encoded in a thousandth as many bytes"""
 _TEXTS = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary())
 
 
 def refuse_claims(file: pq.ParquetFile, size: int) -> None:
-    """Refuse a Parquet file some bytes of which stand for more values than fit into memory.
-
-    Args:
-        file: opened.
-        size: its bytes.
-
-    Raises:
-        DataError: naming the column.
-    """
+    """Reject a Parquet file whose encoded values would exceed memory."""
     groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
     for j in range(file.metadata.num_columns):
         parts = [group.column(j) for group in groups]

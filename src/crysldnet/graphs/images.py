@@ -1,4 +1,4 @@
-"""The images of a cell that may lie within a radius of an atom, compiled; see :mod:`crysldnet.graphs.search`."""
+"""Compiled lists of the images of a cell that may be within a radius of an atom; see :mod:`crysldnet.graphs.search`."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from numpy.typing import NDArray
 from crysldnet.graphs.compiled import njit
 
 inner = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-"""For functions that only compiled ones call, which compile faster."""
+"""For functions called only by compiled ones, which compile faster."""
 inlined = njit(nogil=True, error_model="numpy", inline="always")
-"""For what is done for every atom: a call counts the references to every array."""
+"""For per-atom functions, because a call counts the references to every array."""
 U = np.uint64
-"""Numba takes a signed index for one that may count from the end, which costs."""
+"""Signed indices may count from the end, which costs time in numba."""
 BLOCK = 64
-"""Points that one turn of a vectorized loop takes."""
+"""Points per iteration of a vectorized loop."""
 MOST_IMAGES = 60.0
-"""Images of the cell up to which they are listed, but fewer where atoms are few."""
+"""Number of images of the cell up to which they are listed; lower for few atoms."""
 LEAST_IMAGES = 10.0
-"""Their number for each atom, and one more."""
+"""Minimum limit per atom, plus one."""
 BOX = 0.9
 """Length of a box in units of the radius."""
 FEWEST = 3
-"""Atoms of a box in the mean, at the least. All four are measured."""
+"""Minimum mean number of atoms per box. All four constants are measured."""
 
 
 class Room(NamedTuple):
-    """Arrays to work in, which serve one crystal after another."""
+    """Work arrays reused for successive crystals."""
 
-    x: NDArray[np.float32]  # [C] Cartesian coordinates of each image, from the middle of the cell
+    x: NDArray[np.float32]  # [C] Cartesian coordinates of each image, relative to the middle of the cell
     y: NDArray[np.float32]
     z: NDArray[np.float32]
     row: NDArray[np.int32]  # [C] 0, 1, 2 …
     label: NDArray[np.int32]  # [C · 4] atom j and cell n of each image, ascending by j, n₂, n₁, n₀
-    own: NDArray[np.int32]  # [C] row of label where each atom of the crystal stands itself
+    own: NDArray[np.int32]  # [C] row of label of each atom of the crystal itself
     inside: NDArray[np.uint8]  # [C]
-    kept: NDArray[np.int32]  # [C] rows of label that were found for an atom
+    kept: NDArray[np.int32]  # [C] rows of label found for an atom
     d2s: NDArray[np.float64]  # [C] their squared distances
 
 
 class Lists(NamedTuple):
-    """What may lie within a radius of each box of a cell."""
+    """Points that may be within a radius of each box of a cell."""
 
     parts: NDArray[np.int64]  # [3] boxes along each lattice vector; 0 for no lists
     begin: NDArray[np.int64]  # [boxes + 1] where the list of each box begins
@@ -50,12 +50,12 @@ class Lists(NamedTuple):
     y: NDArray[np.float32]
     z: NDArray[np.float32]
     row: NDArray[np.int32]  # [L] row of label
-    margin: float  # Å by which single precision may be wrong
+    margin: float  # Å, maximum error of single precision
 
 
 @inner
 def room_for(images):
-    """Return room for images."""
+    """Return capacity for images."""
     size = images + BLOCK
     x, y, z = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
     row, label, own = np.empty(size, np.int32), np.empty(4 * size, np.int32), np.empty(size, np.int32)
@@ -82,7 +82,7 @@ def triangular(lattice):
 
 @inner
 def points_in_sphere(t, frac, first, last, center, radius, label, kept, d2s):
-    """List all (j, n) within ``radius`` of atom ``center``; return their number, or −1 where the arrays are full."""
+    """List all (j, n) within ``radius`` of atom ``center``; return their number, or −1 if the arrays are full."""
     r2 = radius * radius
     slack, size = 1e-9, 0
     t00, t10, t11, t20, t21, t22 = t[0, 0], t[1, 0], t[1, 1], t[2, 0], t[2, 1], t[2, 2]
@@ -134,7 +134,7 @@ def _reach(t, radius):
 
 @inner
 def _fill(t, frac, first, last, reach, room):
-    """List the images within ``reach`` of the cell; return how many."""
+    """List the images within ``reach`` of the cell; return their number."""
     xs, ys, zs, label, own = room.x, room.y, room.z, room.label, room.own
     t00, t10, t11, t20, t21, t22 = t[0, 0], t[1, 0], t[1, 1], t[2, 0], t[2, 1], t[2, 2]
     reach0, reach1, reach2 = reach[0], reach[1], reach[2]
@@ -163,11 +163,13 @@ def _fill(t, frac, first, last, reach, room):
 
 @inlined
 def within(xs, ys, zs, rows, start, stop, x, y, z, radius, doubt, inside, kept):
-    """Write which of ``rows[start:stop]`` lie within a radius of a point; return how many, and how many in doubt."""
+    """Write which of ``rows[start:stop]`` are within a radius of a point; return their number, and how many are
+    uncertain.
+    """
     x, y, z, bound = np.float32(x), np.float32(y), np.float32(z), np.float32(radius * radius)
     sure, doubtful = np.float32(max(0.0, radius - doubt) ** 2), 0
     begin, many = U(start), stop - start
-    for c in range((many + BLOCK - 1) // BLOCK * BLOCK):  # a loop of its own, whole blocks: vectorized
+    for c in range((many + BLOCK - 1) // BLOCK * BLOCK):  # separate loop over whole blocks: vectorized
         dx, dy, dz = xs[begin + U(c)] - x, ys[begin + U(c)] - y, zs[begin + U(c)] - z
         square = dx * dx + dy * dy + dz * dz
         inside[c] = square <= bound
@@ -185,7 +187,7 @@ def within(xs, ys, zs, rows, start, stop, x, y, z, radius, doubt, inside, kept):
 
 @inner
 def _half_diagonal(t, parts):
-    """Return half of the longest diagonal of a box."""
+    """Return half the longest diagonal of a box."""
     longest = 0.0
     for sign1 in (-1.0, 1.0):
         for sign2 in (-1.0, 1.0):
@@ -227,9 +229,9 @@ def _divided(t, parts, count, radius, margin, room):
 
 @inner
 def lists_of(t, frac, first, last, radius, room):
-    """Return the :class:`Lists` of a crystal for a radius and the :class:`Room` that they are in.
+    """Return the :class:`Lists` of a crystal for a radius and the :class:`Room` that contains them.
 
-    There are none where a small or skewed cell has many images, nor where a coordinate isn't finite.
+    There are none for a small or skewed cell with many images, or if a coordinate isn't finite.
     """
     parts, reach, atoms = np.zeros(3, np.int64), _reach(t, radius), last - first
     images = (1.0 + 2.0 * reach[0]) * (1.0 + 2.0 * reach[1]) * (1.0 + 2.0 * reach[2])
@@ -255,7 +257,7 @@ def lists_of(t, frac, first, last, radius, room):
 
 @inlined
 def exactly(t, frac, c0, c1, c2, radius, label, own, s0, s1, s2, near, kept, d2s):
-    """Keep what lies within a radius indeed, and its squared distances; return how many."""
+    """Keep the points within the exact radius and their squared distances; return their number."""
     r2 = radius * radius
     t00, t10, t11, t20, t21, t22 = t[0, 0], t[1, 0], t[1, 1], t[2, 0], t[2, 1], t[2, 2]
     count = U(0)

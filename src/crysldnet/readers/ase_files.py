@@ -116,7 +116,7 @@ def is_sqlite(path: Path) -> bool:
 
 
 def refuse_what_computes(path: Path) -> None:
-    """Refuse a database in SQLite that holds more than tables: a view could give rows without end.
+    """Reject an SQLite database that contains more than tables, because a view could return endless rows.
 
     Raises:
         DataError: it does, or can't be read.

@@ -130,7 +130,7 @@ class CrystalStream:
         return ahead(self._portions(), 2)
 
     def unstated(self) -> list[str]:
-        """Return a note on each column beside the crystals read so far that states no unit where one is needed."""
+        """Return a note on each input column read so far that lacks a required unit."""
         return [
             f"{name} states no unit, and was taken to be in {unit}, in which the model learned it"
             for name, unit in self._columns.items()

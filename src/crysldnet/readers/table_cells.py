@@ -60,11 +60,7 @@ def delimiter_of(text: str) -> str:
 
 
 def _decoded(path: Path, raw: bytes) -> str:
-    """Return the text of a table; in the encoding of Windows where that concerns the header alone, with a note.
-
-    Raises:
-        UnicodeDecodeError: ids or values aren't UTF-8.
-    """
+    """Return the text of a table; in Windows encoding if only the header requires it, with a note."""
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return raw.decode("utf-16")
     try:
