@@ -38,12 +38,7 @@ from crysldnet.training.diagnostics import Diagnostics
 from crysldnet.training.loggers import MetricsFile
 from crysldnet.training.nan_guard import RefuseNonFinite
 from crysldnet.training.progress import RunProgress
-from crysldnet.training.strategies import (
-    FirstRanksBuffers,
-    check_combination,
-    environment,
-    timeout_of,
-)
+from crysldnet.training.strategies import FirstRanksBuffers, check_combination, environment, timeout_of
 from crysldnet.training.watchdog import RankWatchdog
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # mallopt(3) options
@@ -65,15 +60,12 @@ class TrainerSettings:
         compile: compile the encoder (torch.compile); the first steps take a minute or more.
         activation_checkpointing: recompute the encoder's layers in the backward pass: less memory, more time.
         accumulate_grad_batches: batches per optimizer step; ``data.batch_size`` is divided over them.
-        swa_fraction: average the weights over this last fraction of the steps (SWA) for validation and export; null for
-            none.
-        ema_decay: exponential moving average of the weights for validation and export; null for none. The decay is
-            warmed up: min(decay, (1 + n) / (10 + n)).
+        swa_fraction: average the weights over this last fraction of the steps (SWA), or null.
+        ema_decay: exponential moving average of the weights with decay min(decay, (1 + n) / (10 + n)), or null.
         deterministic: only allow operations that are reproducible on this device.
         progress_bar: show a progress bar.
         log_every_n_steps: steps between logged training losses; shorter runs log their last step.
-        checkpoint_every_steps: optimizer steps between checkpoints within an epoch, in addition to its end; null for
-            none.
+        checkpoint_every_steps: optimizer steps between checkpoints within an epoch, or null.
         checkpoint_every_minutes: minutes between checkpoints; null for none.
         keep_checkpoints: number of recent checkpoints to keep.
         max_time: after which the run saves a checkpoint and stops, as DD:HH:MM:SS or in minutes; null for no limit.
@@ -116,11 +108,7 @@ class TrainerSettings:
 
     @property
     def limit_minutes(self) -> float | None:
-        """``max_time`` in minutes.
-
-        Raises:
-            ValueError: it isn't written as DD:HH:MM:SS.
-        """
+        """``max_time`` in minutes."""
         if not isinstance(self.max_time, str):
             return self.max_time
         if not (match := re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", self.max_time)):

@@ -54,7 +54,7 @@ class SweepCommandConfig:
 
 
 def _inputs(sweep: Sweep, common: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Return the sha256 of all initial files by key, because runs on different crystals or weights aren't comparable."""
+    """Return the sha256 of all initial files by key, because other crystals or weights aren't comparable."""
     first = {name: parameter.used(parameter.all_drawn(ends=True)[0]) for name, parameter in sweep.parameters.items()}
     values = compose(sweep.command, sweep.line(first, common)).values
     found = hashes_of(**{key: values.get(key) for key in FILES})
