@@ -5,7 +5,7 @@ their structures, and calibration if predictions have standard deviations. Sever
 test crystals, with confidence intervals.
 
   crysldnet report runs/finetune/latest
-  crysldnet report runs/finetune/pretrained runs/finetune/scratch out=compared.html images=true
+  crysldnet report runs/finetune/pretrained runs/finetune/scratch out=compared.html figures=pdf
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from crysldnet.errors import ConfigError
 from crysldnet.io import cannot_write, replacing
@@ -28,6 +28,7 @@ class ReportConfig:
     runs: list[str]
     out: str
     images: bool
+    figures: Literal["pdf", "svg"] | None
     worst: int
     resamples: int
     seed: int
@@ -63,15 +64,15 @@ def run(config: ReportConfig, _values: dict[str, Any]) -> int:
     runs = [read_run(Path(path)) for path in config.runs]
     if len({run.path.absolute() for run in runs}) < len(runs):
         raise ConfigError("runs: a run is named twice", "runs")
-    report = Report(runs, names_of(runs), config.worst, config.resamples, config.seed, keep=config.images)
+    report = Report(runs, names_of(runs), config.worst, config.resamples, config.seed, config.images, config.figures)
     text = report.html()
     folder = out.with_name(f"{out.stem}_images")
     with replacing(out) as partial:
         partial.write_text(text, encoding="utf-8")
-    if config.images:
+    if report.images:
         _write_images(report.images, folder)
     print(f"written: {out} ({len(text) / 1e6:.1f} MB)")  # noqa: T201
-    if config.images:
+    if report.images:
         print(f"written: {folder} ({len(report.images)} images)")  # noqa: T201
     return 0
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 SIZE = (4.4, 3.3)
 """inches"""
+COLUMN = 3.35
+"""Inches (85 mm), the width of a column in most journals."""
 _COLORS = {
     "text.color": "text",
     "axes.labelcolor": "text",
@@ -81,10 +83,34 @@ def png(figure: Figure, title: str) -> bytes:
     return out.getvalue()
 
 
-def curves(name: str, runs: Mapping[str, Curves], *, legend: bool) -> Figure:
+def for_print(figure: Figure, kind: str) -> bytes:
+    """Return a figure as ``pdf`` or ``svg`` at the width of a journal's column; the figure stays as it was.
+
+    Texts are 7.5 points, and fonts are embedded (PDF) or outlines (SVG).
+    """
+    from matplotlib import rc_context
+    from matplotlib.text import Text
+
+    width, height = figure.get_size_inches()
+    texts = [(text, text.get_fontsize()) for text in figure.findobj(Text)]
+    out = io.BytesIO()
+    figure.set_size_inches(COLUMN, COLUMN * height / width)
+    for text, size in texts:
+        text.set_fontsize(0.75 * size)
+    dates = {"pdf": "CreationDate", "svg": "Date"}
+    with rc_context({"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "crysldnet"}):
+        figure.savefig(out, format=kind, facecolor="white", metadata={dates[kind]: None})
+    figure.set_size_inches(width, height)
+    for text, size in texts:
+        text.set_fontsize(size)
+    return out.getvalue()
+
+
+def curves(name: str, runs: Mapping[str, Curves], *, legend: bool, unit: str = "") -> Figure:
     """Plot a metric against epochs."""
     figure, axis = _new()
     draw_curves(axis, name, runs, SERIES, legend=legend)
+    axis.set(ylabel=drawable(f"{name.partition('/')[2]} ({unit})") if unit else "")
     return figure
 
 
@@ -104,6 +130,7 @@ def error_histogram(p: Predictions, color: str) -> Figure:
     axis.hist(errors.clip(low, high), bins=40 if len(errors) >= 200 else 20, color=color)
     axis.axvline(0, color=LIGHT["soft"], linewidth=1)
     axis.set(xlabel=drawable(f"predicted − true{p.suffix}"), ylabel="crystals")
+    axis.locator_params(axis="y", integer=True)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from crysldnet.graphs.crystals import Crystals
 from crysldnet.html import page as html
 from crysldnet.html.periodic_table import ElementCell, periodic_table
 from crysldnet.html.structure_drawing import draw_structure
+from crysldnet.measures import find
 from crysldnet.tools.report import figures, statistics
 from crysldnet.tools.report.predictions import Predictions
 from crysldnet.tools.report.run_files import Run, matbench_tasks
@@ -64,6 +66,7 @@ class Report:
     resamples: int
     seed: int
     keep: bool = False
+    printed: str | None = None
     images: dict[str, bytes] = field(default_factory=dict)
     stores: dict[str, CrystalStore] = field(default_factory=dict)
 
@@ -84,6 +87,8 @@ class Report:
         """Return a figure in a card, and keep its image."""
         name = file_name(name)
         drawn = figures.svg(figure, name, title)
+        if self.printed is not None:
+            self.images[f"{name}.{self.printed}"] = figures.for_print(figure, self.printed)
         if self.keep:
             self.images[f"{name}.png"] = figures.png(figure, title)
         caption = f"<figcaption>{escape(note)}</figcaption>" if note else ""
@@ -146,9 +151,12 @@ class Report:
             for metric in dict.fromkeys(m for curves in lines.values() for m in curves)
             if not metric.endswith("_baseline") and metric.split("/", 2)[-1] not in self.hidden
         ]
+        units = {target: p.unit for run in self.runs for target, p in run.predictions.items()}
         shown = "".join(
             self.figure(
-                figures.curves(metric, lines, legend=len(lines) <= IN_DRAWING), f"curve_{name}_{metric}", metric
+                figures.curves(metric, lines, legend=len(lines) <= IN_DRAWING, unit=_unit_of(metric, units)),
+                f"curve_{name}_{metric}",
+                metric,
             )
             for metric in sorted(metrics, key=lambda metric: (not metric.startswith("train/"), metric))
         )
@@ -216,7 +224,7 @@ class Report:
             yield f"<h3>Error by element: {escape(p.measure + p.suffix)} of the crystals that contain it</h3>"
             yield _element_table(p, crystals)
             yield '<p class="soft">Point at an element to see its number of crystals; small numbers mean little.</p>'
-        if worst := _worst_places(p, self.worst):
+        if worst := _worst_places(p, min(self.worst, -(-known // 10))):
             yield f"<h3>{len(worst)} worst predictions</h3>"
             yield _worst_cards(p, crystals, worst)
 
@@ -228,6 +236,11 @@ class Report:
             f"{found.mean_std:.4g}, RMSE {found.rmse:.4g}{p.suffix}."
         )
         return self.figure(figures.reliability(found, html.SERIES[0]), name, "Calibration", note)
+
+
+def _unit_of(metric: str, targets: Mapping[str, str]) -> str:
+    measure, target = find(metric)
+    return measure.unit_in(targets, target)
 
 
 def _intervals(run: Run, name: str) -> str:
@@ -316,6 +329,11 @@ def _value(p: Predictions, value: float) -> str:
     return f"{value:.4g}" if p.classes is None else p.classes[int(value)]
 
 
+def _symbol(group: str) -> str:
+    """Return the symbol of a space group with its screw axes as subscripts."""
+    return re.sub(r"_(\d)", r"<sub>\1</sub>", escape(group))
+
+
 def _structure_lines(crystals: Crystals, i: int) -> list[str]:
     """Return a structure drawing, and lines with formula, space group and cell."""
     begin, end = int(crystals.ptr[i]), int(crystals.ptr[i + 1])
@@ -326,6 +344,6 @@ def _structure_lines(crystals: Crystals, i: int) -> list[str]:
     atoms = f"{end - begin} atom{'s' * (end - begin > 1)}"
     return [
         draw_structure(lattice, numbers, crystals.frac_coords[begin:end]),
-        f"{html.formula(reduced_formula(numbers))}{f', {escape(group)}' if group else ''}",
+        f"{html.formula(reduced_formula(numbers))}{f', {_symbol(group)}' if group else ''}",
         f'<span class="soft">{atoms}, {cell}</span>',
     ]
