@@ -224,7 +224,7 @@ def refuse_unknown(command: str, composition: Composition) -> None:
         ConfigError: with the key and a suggestion.
     """
     known = [key for key in read_yaml(root_of(command)) if key != CHOICES]
-    known += composition.groups
+    known += [*composition.groups, "preset"]
     for key in composition.given:
         if key.split(".")[0] not in known:
             raise ConfigError(

@@ -161,8 +161,8 @@ def check_best(folder: Path) -> Path | None:
         verify(best)
     except DamagedError as error:
         raise CheckpointError(
-            f"{error}; no other file has the weights of that epoch. Start the run again, or delete this file and go on "
-            "with resume=last: the best of the epochs to come is taken then, or the last where none is better"
+            f"{error}; no other file has the weights of that epoch. Start the run again, or delete this file and "
+            "continue with resume=last: it then uses the best of the remaining epochs, or the last if none is better"
         ) from error
     return best
 
