@@ -263,6 +263,18 @@ def test_an_output_of_another_kind_is_refused_before_anything_is_read(tmp_path, 
         predict(f"model={model}", f"files={EXAMPLES}", f"out={tmp_path}/out.xlsx")
 
 
+@pytest.mark.parametrize("command", ["predict", "embed", "suggest", "explain"])
+def test_an_output_does_not_replace_a_file_that_is_read(tmp_path, table, model, command):
+    own = tmp_path / "own.parquet"
+    own.write_bytes(table.read_bytes())
+    (tmp_path / "link.parquet").symlink_to(own)
+    target = ["target=formation_energy_per_atom"] if command in ("suggest", "explain") else []
+    for files in (own, f"[{table},{own}]", tmp_path / "link.parquet"):
+        with pytest.raises(DataError, match=r"out=.*own\.parquet: one of the files to read; choose another name"):
+            run([command, f"model={model}", f"files={files}", f"out={own}", *target])
+    assert own.read_bytes() == table.read_bytes()
+
+
 def test_several_models_read_each_crystal_once(tmp_path, ensemble, monkeypatch):
     graphs = []
     build = streams.make_batch

@@ -27,7 +27,7 @@ class Account:
     """
 
     def __init__(self, out: str, done: str) -> None:
-        self._out, self._done = out, done
+        self.out, self._done = out, done
         self._issues = ImportIssues(strict=False)
         self.used = self.refused = 0
 
@@ -78,13 +78,13 @@ class Account:
         """List what was rejected and noted next to the output, and print a summary."""
         for noted in (*self._issues.notes, *notes):
             note(f"note: {noted}")
-        note(f"{self.used:,} crystals {self._done}, {self.refused:,} refused: {self._out}{self._reasons()}")
+        note(f"{self.used:,} crystals {self._done}, {self.refused:,} refused: {self.out}{self._reasons()}")
 
     def _reasons(self) -> str:
         """List what was rejected and noted next to the output; return the location, as the end of a line."""
-        if self._out == "-":
+        if self.out == "-":
             return ""
-        out = Path(self._out)
+        out = Path(self.out)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             refused, notes = self._issues.save(out, "refused")
@@ -93,14 +93,31 @@ class Account:
         return (f", reasons in {refused}" if refused else "") + (f", notes in {notes}" if notes else "")
 
 
+def refuse_overwriting(out: str, files: str | list[str]) -> None:
+    """Refuse an output that would replace one of the files to read.
+
+    Raises:
+        DataError: it would.
+    """
+    for name in [files] if isinstance(files, str) else files:
+        if os.path.exists(out) and os.path.exists(name) and os.path.samefile(out, name):
+            raise DataError(f"out={out}: one of the files to read; choose another name")
+
+
 def named_files(files: str | list[str], account: Account) -> str | list[str]:
     """Return the files to read: as named, or several separated by commas if each exists.
 
     ``-`` reads names from standard input, one per line. Missing files in that list are rejected; the others are read.
 
     Raises:
-        DataError: the list is empty.
+        DataError: the list is empty, or the output would replace a file of it.
     """
+    found = _named_files(files, account)
+    refuse_overwriting(account.out, found)
+    return found
+
+
+def _named_files(files: str | list[str], account: Account) -> str | list[str]:
     if isinstance(files, str) and "," in files and not os.path.exists(files):
         several = [name.strip() for name in files.split(",") if name.strip()]
         return several if all(map(_is_there, several)) else files

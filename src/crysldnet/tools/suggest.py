@@ -21,6 +21,7 @@ from crysldnet.console import note
 from crysldnet.data.output import open_table
 from crysldnet.errors import ConfigError, DataError
 from crysldnet.inference import Device, load
+from crysldnet.inference.command import refuse_overwriting
 from crysldnet.inference.results import Predictions
 from crysldnet.readers.stream import StreamSettings
 
@@ -118,6 +119,7 @@ def run(config: SuggestConfig, _values: dict[str, Any]) -> int:
     place = model.targets.index(target)
     if model.members[0].classes[place] is not None:
         raise ConfigError(f"target: {target} has classes; suggestions need numbers", "target")
+    refuse_overwriting(config.out, config.files)
     output = open_table(config.out)
     settings = StreamSettings(batch_size=config.batch_size, max_atoms=config.max_atoms)
     found = model.predict(config.files, interval=config.interval, on_error="report", settings=settings)

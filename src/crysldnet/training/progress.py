@@ -42,7 +42,7 @@ class RunProgress(Callback):
         console = Console(stderr=True)
         if console.is_terminal:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TaskProgressColumn(),
                 TextColumn("{task.fields[end]}"),
