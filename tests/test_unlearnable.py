@@ -52,11 +52,15 @@ def model_of(folder: Path, crystals: pa.Table, values: list[Any], *arguments: st
         ([1e6 + 1e-3 * i for i in range(8)], r"differ by 0.00229 at a size of 1e\+06.*subtract a constant"),
         (
             ["0,5", "1,25"] * 4,
-            r"column 'y' holds texts that look like numbers, such as '0,5'.*target_types=\{y: classes\}",
+            r"column 'y' holds texts that look like numbers, such as '0,5'.*target_types=\{y: classification\}",
         ),
         (["1", "2"] * 4, r"holds texts that look like numbers, such as '1'"),
+        (["5-6", "6-7", None, "high"] * 2, r"holds texts that look like numbers, such as '5-6'"),
+        (["$5", "$6", "~ 7", "--8"] * 2, r"holds texts that look like numbers, such as '\$5'"),
+        (["inf", "-Infinity", "7", "x"] * 2, r"holds texts that look like numbers, such as 'inf'"),
+        (["+-1e5", "1.2.3", "a", "b"] * 2, r"holds texts that look like numbers, such as '\+-1e5'"),
     ],
-    ids=["constant", "one", "beyond", "tiny", "narrow", "commas", "digits"],
+    ids=["constant", "one", "beyond", "tiny", "narrow", "commas", "digits", "ranges", "prices", "endless", "signs"],
 )
 def test_a_target_that_cannot_be_learned_is_refused(
     tmp_path: Path, crystals: pa.Table, values: list, says: str
@@ -71,6 +75,8 @@ def test_what_can_be_learned_is_not_refused(tmp_path: Path, crystals: pa.Table) 
     model_of(tmp_path, crystals, [1e30 * i for i in range(12)])
     model_of(tmp_path, crystals, ["FM", "AFM", "NM", None] * 3)
     model_of(tmp_path, crystals, ["1", "2"] * 6, "target_types={y: classification}")
+    model_of(tmp_path, crystals, ["5-6", "6-7"] * 6, "target_types={y: classification}")
+    model_of(tmp_path, crystals, ["225 Fm-3m", "2H", "1/3 a"] * 4)
     model_of(tmp_path, crystals, [True, False] * 6)
 
 

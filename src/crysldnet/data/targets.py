@@ -14,6 +14,9 @@ from crysldnet.data.store import CrystalStore
 from crysldnet.data.units import name_and_unit, same_unit
 from crysldnet.errors import DataError
 
+_EXPONENT = re.compile(r"(?<=\d)[eE](?=[-+]?\d)")
+_NO_NAME = re.compile(r"[^A-Za-z]*\d[^A-Za-z]*|[-+]?(?:inf(?:inity)?|nan)", re.IGNORECASE)
+"""Matches texts without a letter, such as ``5-6`` and ``$5``, which name no class unless that is asked for."""
 MOST_CLASSES = 256
 """Above this number of values a column isn't a classification; there are 230 space groups."""
 
@@ -88,10 +91,13 @@ def _refuse_numbers(store: CrystalStore, name: str) -> None:
         like = None if numbers is None else next((t for t in counts if t in numbers.read), None)
     except CellError as error:
         like = error.text
+    alike = {text: count for text, count in counts.items() if _NO_NAME.fullmatch(_EXPONENT.sub("", text.strip()))}
+    if like is None and 2 * sum(alike.values()) >= counts.total() > 0:
+        like = next(iter(alike))
     if like is not None:
         raise DataError(
             f"{store.name}: column {name!r} holds texts that look like numbers, such as {like!r}; import it anew, so "
-            f"that they are read, or ask for classes with target_types={{{name}: classes}}"
+            f"that they are read, or ask for classes with target_types={{{name}: classification}}"
         )
 
 
