@@ -379,12 +379,12 @@ def test_an_id_in_two_rows_stops_a_training(tmp_path: Path) -> None:
     table = table.set_column(0, "material_id", pa.array(["a", "b", "a", "c", "c", "d", "e", "f"]))
     pq.write_table(table, tmp_path / "x.parquet")
     with pytest.raises(
-        DataError, match=r"x.parquet: material_id 'a' stands in rows 0, 2 \(2 such ids\).*crysldnet data import"
+        DataError, match=r"x.parquet: material_id 'a' is in rows 0, 2 \(2 such ids\).*crysldnet data import"
     ):
         module(str(tmp_path / "x.parquet"), ["y"])
     pq.write_table(table.slice(0, 4), tmp_path / "train.parquet")
     pq.write_table(table.slice(5), tmp_path / "val.parquet")
-    with pytest.raises(DataError, match=r"train.parquet: material_id 'a' stands in rows 0, 2"):
+    with pytest.raises(DataError, match=r"train.parquet: material_id 'a' is in rows 0, 2"):
         module({name: str(tmp_path / f"{name}.parquet") for name in ("train", "val")}, ["y"])
     pq.write_table(table.set_column(0, "material_id", pa.array([None, *"bcdefgh"])), tmp_path / "x.parquet")
     with pytest.raises(DataError, match="row 0 has no material_id"):
