@@ -49,7 +49,7 @@ def structures_per_second(build: Callable[[int], object], n: int) -> float:
 
 
 def all_distances(crystals: Crystals, radius: float) -> list[torch.Tensor]:
-    """Find neighbors by the plain formula: all distances to all images that a sphere can reach."""
+    """Find neighbors by brute force: distances to all images within the cutoff's reach."""
     found = []
     for b in range(len(crystals)):
         lattice = torch.from_numpy(crystals.lattice[b])
@@ -63,7 +63,7 @@ def all_distances(crystals: Crystals, radius: float) -> list[torch.Tensor]:
 
 
 def graph_building(crystals: Crystals, rounds: int) -> dict[str, list[float]]:
-    """Return structures per second of each contender, one value a round."""
+    """Return structures per second for each contender, one value per round."""
     n = len(crystals)
     batches = {
         first: crystals.take(np.arange(first, min(first + BATCH, n), dtype=np.int64)) for first in range(0, n, BATCH)
@@ -97,7 +97,7 @@ def graph_building(crystals: Crystals, rounds: int) -> dict[str, list[float]]:
 
 
 def loading(crystals: Crystals, rounds: int) -> tuple[list[float], list[float], list[float]]:
-    """Return batches per second, seconds to open the store, and seconds from there to the first batch."""
+    """Return batches per second, seconds to open the store, and seconds from then to the first batch."""
     n = len(crystals)
     speeds, opened, first_batch = [], [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -130,7 +130,7 @@ def loading(crystals: Crystals, rounds: int) -> tuple[list[float], list[float], 
 
 
 def pyg_graphs(crystals: Crystals, n: int) -> list[Data]:
-    """Return n crystals as PyG graphs with their edges, those given repeated."""
+    """Repeat the given crystals to n PyG graphs with edges."""
     graphs = []
     for b in range(len(crystals)):
         batch = make_batch(crystals.take(np.array([b])), GraphSpec(k=12))
@@ -139,7 +139,7 @@ def pyg_graphs(crystals: Crystals, n: int) -> list[Data]:
 
 
 def others_loading(crystals: Crystals, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Measure a pickled list of graphs and PyG's InMemoryDataset of the same, edges stored."""
+    """Measure a pickled list of graphs and PyG's InMemoryDataset of the same graphs, with stored edges."""
     results: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         graphs = pyg_graphs(crystals, STORED)
@@ -169,7 +169,7 @@ def others_loading(crystals: Crystals, rounds: int) -> dict[str, dict[str, list[
 
 
 def main() -> None:
-    """Measure, write results.json and the table."""
+    """Measure; write results.json and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data", default="embedded:mp_starter", help="crystals: embedded:NAME, a store or Parquet file"

@@ -42,7 +42,7 @@ COMMAND = "python -m benchmarks.encoders"
 PUBLISHED = ("cgcnn", "cogn", "potnet", "pddformer", "cartnet", "ecomformer", "icomformer", "matformer")
 OWN = ("neighbor_attention", "neighbor_attention_small")
 MAX_ATOMS = 20
-"""Larger crystals are left out."""
+"""Skip larger crystals."""
 
 
 def make_encoder(name: str, variant: str | None = None) -> Encoder:
@@ -61,7 +61,7 @@ def draw(data: str, n: int) -> Crystals:
 
 @dataclass
 class Contender:
-    """One encoder and what a step of it needs."""
+    """One encoder with its graph and optimizer."""
 
     encoder: Encoder
     batch: CrystalBatch
@@ -70,7 +70,7 @@ class Contender:
 
     @classmethod
     def make(cls, encoder: Encoder, crystals: Crystals, device: str) -> Contender:
-        """Put an encoder and its graph onto a device."""
+        """Move an encoder and its graph to a device."""
         encoder = encoder.to(device)
         head = PropertyHead(width=encoder.width, outputs=1, layers=0).to(device)
         optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=1e-4)
@@ -94,14 +94,14 @@ class Contender:
         return time.perf_counter() - start
 
     def flops(self) -> int:
-        """Count floating-point operations of matrix products in one step."""
+        """Count the floating-point operations of the matrix products in one step."""
         with FlopCounterMode(display=False) as counter:
             self.step()
         return counter.get_total_flops()
 
 
 def peak_memory(name: str, variant: str | None, data: str, batch: int) -> float:
-    """Return the MB that three steps of an encoder need, measured in a process of its own."""
+    """Return the peak memory of three steps in MB, measured in a separate process."""
     code = (
         f"import sys; sys.path.insert(0, {str(HERE.parent)!r})\n"
         "from pathlib import Path\n"
@@ -118,7 +118,7 @@ def peak_memory(name: str, variant: str | None, data: str, batch: int) -> float:
 
 
 def measure(crystals: Crystals, rounds: int, device: str) -> tuple[dict[str, Contender], dict[str, list[float]]]:
-    """Time every contender once a round; return them and their seconds."""
+    """Time every contender once per round; return the contenders and their seconds."""
     contenders: dict[str, Contender] = {}
     for name in PUBLISHED:
         for factorised in (True, False):
@@ -137,7 +137,7 @@ def measure(crystals: Crystals, rounds: int, device: str) -> tuple[dict[str, Con
 
 
 def main() -> None:
-    """Measure, write results.json and the table."""
+    """Measure; write results.json and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data", default="embedded:mp_starter", help="crystals: embedded:NAME, a store or Parquet file"

@@ -35,7 +35,7 @@ MAX_ATOMS = 20
 
 
 def epoch(encoder: Encoder, data: CrystalDataModule, steps: int) -> tuple[float, float, int]:
-    """Train for some steps; return seconds waited, seconds in all, and crystals seen."""
+    """Train for some steps; return seconds waited, total seconds, and crystals seen."""
     head = PropertyHead(width=encoder.width, outputs=1, layers=0)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=1e-4)
     batches = iter(data.train_dataloader())
@@ -53,7 +53,7 @@ def epoch(encoder: Encoder, data: CrystalDataModule, steps: int) -> tuple[float,
 
 
 def main() -> None:
-    """Measure, write results.json and the table."""
+    """Measure; write results.json and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="embedded:mp_starter")
     parser.add_argument("--workers", type=int, default=1)

@@ -1,4 +1,4 @@
-"""Measure the memory of `crysldnet predict` over stores of more and more crystals.
+"""Measure the memory of `crysldnet predict` for stores of increasing size.
 
 python -m benchmarks.predict [--crystals N …]
 
@@ -29,7 +29,7 @@ TINY = ["encoder=neighbor_attention_small", "encoder.width=32", "encoder.layers=
 
 
 def repeated(count: int) -> Iterator[pa.Table]:
-    """Yield the starter set until there are so many crystals, with ids of their own."""
+    """Yield the starter set repeatedly, with unique ids, up to the given number of crystals."""
     table = (
         open_store("embedded:mp_starter").to_table().select(["material_id", "lattice", "atomic_numbers", "frac_coords"])
     )

@@ -42,12 +42,12 @@ def make_model(recipe: str, stage: str) -> PretrainingModel:
 
 
 def gradient_bytes(model: PretrainingModel) -> float:
-    """Return the bytes of a gradient in float32."""
+    """Return the size of a float32 gradient in bytes."""
     return 4.0 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def make_stage_batch(model: PretrainingModel, crystals: Crystals) -> CrystalBatch:
-    """Make the batch that a stage is trained on, corrupted where it reconstructs."""
+    """Make a stage's training batch; corrupt it for reconstruction."""
     undo = None
     if model.reconstructs:
         crystals, undo = model.objective.corruption.apply(crystals, np.random.default_rng(0))
@@ -55,14 +55,14 @@ def make_stage_batch(model: PretrainingModel, crystals: Crystals) -> CrystalBatc
 
 
 class Stage:
-    """A stage's model, its batch and its optimizer on a device."""
+    """A stage's model, batch and optimizer on a device."""
 
     def __init__(self, model: PretrainingModel, crystals: Crystals, device: str) -> None:
         self.model, self.batch = model.to(device), make_stage_batch(model, crystals).to(device)
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def timed(self) -> float:
-        """Take one step; return its seconds."""
+        """Time one step in seconds."""
         self._wait()
         start = time.perf_counter()
         self.optimizer.zero_grad()
@@ -78,7 +78,7 @@ class Stage:
 
 
 def main() -> None:
-    """Measure, write results.json and the table."""
+    """Measure; write results.json and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="embedded:mp_starter")
     parser.add_argument("--batch", type=int, default=64)

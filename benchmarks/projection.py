@@ -1,4 +1,4 @@
-"""Project, on paper, how pretraining scales: gradient bytes and interconnect against the time of a step.
+"""Estimate how pretraining scales from gradient size, interconnect and step time.
 
 The bytes of the gradient are counted and the time of a step on a CPU is measured, by ``benchmarks/pretrain.py``; that
 of a step on a GPU is assumed, as a range, until ``benchmarks/pretrain.py --device cuda`` has measured it. How even
@@ -20,28 +20,28 @@ from experiments import evidence
 
 HERE = Path(__file__).parent
 A_NODE = 8
-"""Processes of a node."""
+"""Processes per node."""
 PROCESSES = (8, 64, 512)
 ASSUMED_S = (0.02, 0.1)
-"""Forward, backward and update of one GPU's share, fast and slow."""
+"""Seconds for forward, backward and update on one GPU, fast and slow."""
 LATENCY_S = 20e-6
-"""Assumed, of one of the 2 log2(n) messages that follow each other."""
+"""Assumed latency of each of the 2 log2(n) successive messages."""
 CRYSTALS = 8
-"""In the batch of one process, where it is asked how even batches are."""
+"""Crystals per process and batch when checking how even batches are."""
 HIDDEN = 0.5
-"""Assumed share of a step that gradients can travel in while the backward pass goes on."""
+"""Assumed share of a step during which communication overlaps with the backward pass."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """How processes are connected: assumed bytes/s of an all-reduce inside a node, and of a node to the others."""
+    """How processes are connected: assumed all-reduce bandwidth in bytes/s, within a node and between nodes."""
 
     name: str
     inside: float
     between: float
 
     def all_reduce_s(self, size: float, processes: int) -> float:
-        """Return the seconds of an all-reduce of ``size`` bytes, by rings inside nodes and between them."""
+        """Return the seconds for a ring all-reduce of ``size`` bytes, within nodes and between them."""
         inside = min(processes, A_NODE)
         nodes = processes // inside
         travel = 2 * size * ((inside - 1) / inside / self.inside + (nodes - 1) / nodes / self.between)
@@ -53,12 +53,12 @@ OF_CPUS = (Link("one 25 Gbit/s port a node", 10e9, 3.125e9),)
 
 
 def efficiency(step_s: float, reduce_s: float, hidden: float) -> float:
-    """Return the share of the time that isn't spent waiting for gradients, of which ``hidden`` steps cost nothing."""
+    """Return the share of time not spent waiting for gradients; the share ``hidden`` of a step overlaps with them."""
     return step_s / (step_s + max(0.0, reduce_s - hidden * step_s))
 
 
 def measured(stage: str, command: str) -> float | None:
-    """Return the seconds of a step of the published recipe that a benchmark has measured, None where it hasn't."""
+    """Return the measured seconds per step of the published recipe, None if no benchmark has measured it."""
     records = [r for r in evidence.read(HERE / "results.json") if (r.metric, r.command) == ("step", command)]
     return next((r.value for r in records if r.name.startswith(f"published, {stage}")), None)
 
@@ -91,7 +91,7 @@ def table() -> str:
 
 
 def evenness() -> str:
-    """Return as Markdown how even the batches of the embedded crystals are: in a step, and over an epoch."""
+    """Return as Markdown how even batches of the embedded crystals are, per step and per epoch."""
     atoms = open_store("embedded:mp_starter").crystals.sizes
     lines = [
         "| processes × crystals | largest batch of a step over the mean | worst step | a process's epoch, worst |",

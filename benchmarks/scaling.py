@@ -1,4 +1,4 @@
-"""Measure whether the cost of an atom stays flat: from a thousand crystals to a million, and from 4 atoms to 400.
+"""Measure whether the cost per atom stays flat from a thousand crystals to a million, and from 4 atoms to 400.
 
 python -m benchmarks.scaling [--largest N]
 
@@ -42,7 +42,7 @@ FACES = np.array([[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])
 
 
 def stored(crystals: Crystals, n: int, folder: Path) -> Path:
-    """Write a store of n crystals, those given repeated."""
+    """Write a store of n crystals by repeating the given ones."""
     index = np.arange(n, dtype=np.int64) % len(crystals)
     tables = (
         table_from_crystals(
@@ -54,7 +54,7 @@ def stored(crystals: Crystals, n: int, folder: Path) -> Path:
 
 
 def reading(path: Path) -> tuple[float, float, float]:
-    """Return seconds to set the data module up, seconds of the first batch, and microseconds an atom after it."""
+    """Return seconds to set up the data module, seconds for the first batch, and then microseconds per atom."""
     data = CrystalDataModule(
         path=str(path), graph=GraphSpec(k=12), split=Split(by="random", fractions=[1.0, 0.0, 0.0]), batch_size=BATCH
     )
@@ -72,7 +72,7 @@ def reading(path: Path) -> tuple[float, float, float]:
 
 
 def supercells(n_atoms: int, total: int) -> Crystals:
-    """Return copper in cells of n atoms, ``total`` atoms together."""
+    """Return copper cells of n atoms each, ``total`` atoms in all."""
     repeats = {4: (1, 1, 1), 16: (2, 2, 1), 64: (4, 2, 2), 128: (4, 4, 2), 400: (5, 5, 4)}[n_atoms]
     shifts = np.stack(np.meshgrid(*map(np.arange, repeats), indexing="ij"), axis=-1).reshape(-1, 1, 3)
     frac = ((shifts + FACES) / repeats).reshape(-1, 3)
@@ -82,7 +82,7 @@ def supercells(n_atoms: int, total: int) -> Crystals:
 
 
 def main() -> None:
-    """Measure, write results.json and the table."""
+    """Measure; write results.json and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--largest", type=int, default=1_000_000)
     settings = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Measure splits, exclusion, fingerprints and the opening of Parquet for a million crystals, in processor time.
+"""Measure the CPU time of splits, exclusion, fingerprints and opening Parquet for a million crystals.
 
 python -m benchmarks.sets [--crystals N]
 
@@ -55,7 +55,7 @@ def stored(n: int, path: Path) -> CrystalStore:
 
 
 def seconds(work: Callable[[], object], rounds: int = ROUNDS) -> list[float]:
-    """Return the processor time of each round, of all threads together."""
+    """Return each round's CPU time, summed over threads."""
     taken = []
     for _ in range(rounds):
         start = time.process_time()
@@ -65,7 +65,7 @@ def seconds(work: Callable[[], object], rounds: int = ROUNDS) -> list[float]:
 
 
 def main() -> None:
-    """Measure, write results.json and the table."""
+    """Measure; write results.json and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--crystals", type=int, default=1_000_000)
     n = parser.parse_args().crystals

@@ -18,13 +18,13 @@ BOX, GAP, MARGIN, WIDTH = (118, 30), (10, 16), 12, 1060
 
 
 def box_of(module: str) -> str:
-    """Return the box that a module lies in, such as ``data`` or ``tools.sweep``."""
+    """Return a module's box, such as ``data`` or ``tools.sweep``."""
     parts = module.split(".")[1:] or ["__init__"]
     return ".".join(parts[:2]) if parts[0] == "tools" and len(parts) > 1 else parts[0]
 
 
 def imports() -> dict[str, set[str]]:
-    """Return what each box imports, inside functions too."""
+    """Return each box's imports, including those inside functions."""
     files = {
         path: ".".join(("crysldnet", *path.relative_to(PACKAGE).with_suffix("").parts))
         for path in PACKAGE.rglob("*.py")

@@ -1,4 +1,4 @@
-"""Make the pages of the repository those of the site: MkDocs calls the functions whose names begin with ``on_``.
+"""Build the site from the repository's pages: MkDocs calls the functions named ``on_…``.
 
 A page in ``docs/`` links to files as they lie in the repository. The README is the first page of the site, and whatever
 a page links to outside ``docs/`` comes along, so that the same links work in both.
@@ -21,12 +21,12 @@ FIRST = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "experiments/README.md"
 
 
 def site_path(path: str) -> str:
-    """Return where a file of the repository lies on the site."""
+    """Return a repository file's path on the site."""
     return "index.md" if path == "README.md" else path.removeprefix("docs/")
 
 
 def repository_path(path: str) -> str:
-    """Return where a file of the site lies in the repository."""
+    """Return a site file's path in the repository."""
     if path == "index.md":
         return "README.md"
     return f"docs/{path}" if (ROOT / "docs" / path).exists() else path
@@ -41,7 +41,7 @@ def links_of(path: str) -> list[str]:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the README, and all that pages link to outside ``docs/``."""
+    """Add the README and all files outside ``docs/`` that pages link to."""
     waiting = [*FIRST, *(f"docs/{name}" for name in os.listdir(ROOT / "docs"))]
     seen = set(waiting)
     while waiting:
@@ -67,5 +67,5 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Leave out the roles of Sphinx in docstrings; the name behind one stays."""
+    """Remove Sphinx roles from docstrings but keep the names they mark."""
     return ROLE.sub("", html)

@@ -37,7 +37,7 @@ BLOCK = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One measured figure.
+    """One measured value.
 
     Attributes:
         name: what was measured.
@@ -67,7 +67,7 @@ class Record:
 
 
 def settings(schema: type[T], folder: Path, description: str, may_change: Collection[str]) -> T:
-    """Return the settings of a study: those of ``config.yaml`` in its folder, and key=value of its command line.
+    """Return a study's settings: its ``config.yaml``, overridden by key=value arguments.
 
     ``--help`` prints the description and the file. An unknown key or a wrong value ends the program with status 2, and
     so does a folder of runs that were made with other settings: they would be taken for these.
@@ -105,7 +105,7 @@ def _keep(runs: Path, values: dict[str, Any]) -> None:
 
 
 def describe_machine() -> str:
-    """Return processor, cores and the versions that matter for speed."""
+    """Return the processor, its cores, and the versions that affect speed."""
     import numba
     import torch
 
@@ -143,7 +143,7 @@ def summarise(
     command: str,
     commit: str,
 ) -> Record:
-    """Make the record of one figure measured with several seeds: mean and standard deviation."""
+    """Make a record of a value over several seeds: mean and standard deviation."""
     return Record(
         name=name,
         metric=metric,
@@ -162,7 +162,7 @@ def summarise(
 def timed(
     values: Sequence[float], *, name: str, metric: str, unit: str, data: str, command: str, commit: str
 ) -> Record:
-    """Make the record of one figure measured in several rounds: median and half the interquartile range."""
+    """Make a record of a value over several rounds: median and half the interquartile range."""
     quarters = statistics.quantiles(values, n=4) if len(values) > 1 else None
     record = summarise(
         [statistics.median(values)],
@@ -178,7 +178,7 @@ def timed(
 
 
 def launch(runs: Path, command: str, name: str, *arguments: str) -> dict[str, Any]:
-    """Run one command to its end, unless it has been, and return its summary; an interrupted run goes on."""
+    """Run a command unless it has finished, and return its summary; resume an interrupted run."""
     summary = runs / command / name / "summary.json"
     if not summary.exists():
         resume = ["resume=last"] if (summary.parent / "config.yaml").exists() else []
@@ -194,7 +194,7 @@ def launch(runs: Path, command: str, name: str, *arguments: str) -> dict[str, An
 
 
 def table(records: Sequence[Record]) -> str:
-    """Return records as a Markdown table, a row each."""
+    """Return records as a Markdown table, one row per record."""
     lines = ["| what | measure | value | spread | seeds | data |", "|---|---|---|---|---|---|"]
     for r in records:
         spread = "" if r.spread is None else f"± {r.spread:.3g}"
@@ -204,7 +204,7 @@ def table(records: Sequence[Record]) -> str:
 
 
 def table_by_name(records: Sequence[Record]) -> str:
-    """Return records as a Markdown table, a row a name and a column a measure."""
+    """Return records as a Markdown table, one row per name and one column per measure."""
     measures = list(dict.fromkeys((r.metric, r.unit) for r in records))
     cells = {(r.name, r.metric, r.unit): _cell(r) for r in records}
     lines = [
@@ -225,7 +225,7 @@ def _cell(record: Record) -> str:
 
 
 def _source(records: Sequence[Record]) -> str:
-    """Return the commits, dates and machines of records, each once."""
+    """Return the distinct commits, dates and machines of records."""
     commits, dates, machines = (
         ", ".join(dict.fromkeys(getattr(r, field) for r in records)) for field in ("commit", "date", "machine")
     )
@@ -238,7 +238,7 @@ def read(path: Path) -> list[Record]:
 
 
 def render(text: str, records: Sequence[Record]) -> str:
-    """Return a README's text with every table made anew from the records."""
+    """Return a README's text with its tables regenerated from the records."""
 
     def block(match: re.Match[str]) -> str:
         command = match["command"]
@@ -250,12 +250,12 @@ def render(text: str, records: Sequence[Record]) -> str:
 
 
 def _program(record: Record) -> list[str]:
-    """Return what was run, such as ``python``, a script and its options, without its settings."""
+    """Return the command, such as ``python``, a script and its options, without settings."""
     return [word for word in record.command.split() if "=" not in word]
 
 
 def write(folder: Path, records: Sequence[Record]) -> None:
-    """Write ``results.json``, and the tables in ``README.md`` where there is one; other programs' records are kept."""
+    """Write ``results.json`` and any tables in ``README.md``; keep other programs' records."""
     file, programs = folder / "results.json", [_program(r) for r in records]
     others = [r for r in read(file) if _program(r) not in programs] if file.exists() else []
     everything = [*others, *records]

@@ -1,4 +1,4 @@
-"""The tasks that encoders are compared on: crystals with values, and which of them are labelled in each draw.
+"""Tasks for comparing encoders: crystals with values, and which are labeled in each draw.
 
 Every task is drawn from crystals whose formulas no encoder has seen. All crystals of a formula are labelled together or
 tested together.
@@ -18,7 +18,7 @@ from crysldnet.data.elements import reduced_formula
 from crysldnet.data.store import CrystalStore
 
 TESTED = 2000
-"""Crystals at most that a draw is tested on."""
+"""Maximum number of test crystals per draw."""
 VACUUM_AXIS = 2
 """The crystals of matbench_jdft2d are single layers across c."""
 
@@ -68,7 +68,7 @@ def open_files(folder: Path, names: tuple[str, ...], columns: list[str]) -> Crys
 
 
 def formulas_of_store(store: CrystalStore) -> NDArray[np.str_]:
-    """Return the reduced formula of every crystal."""
+    """Return each crystal's reduced formula."""
     crystals = store.crystals
     return np.array([reduced_formula(n) for n in np.split(crystals.numbers, crystals.ptr[1:-1])])
 
@@ -92,7 +92,7 @@ class Labelled:
     groups: NDArray[np.str_]
 
     def draw(self, labels: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
-        """Return which of the n crystals are labelled and which are tested, None where there are too few.
+        """Return which of the n crystals are labeled and which are tested, None if there are too few.
 
         Formulas are drawn in a random order until there are enough labels; the others are for the test.
         """
@@ -109,7 +109,7 @@ class Labelled:
         return np.sort(train), np.sort(rng.permutation(rest)[:TESTED])
 
     def write(self, labels: int, seed: int, folder: Path) -> bool:
-        """Write a draw as train, val and test.parquet with the column ``y``; False where there are too few crystals.
+        """Write a draw as train, val and test.parquet with the column ``y``; False if there are too few crystals.
 
         A sixth of the labels validate.
         """
@@ -132,7 +132,7 @@ class Labelled:
 
 
 def finetuning(folder: Path, seed: int) -> list[str]:
-    """Return the arguments of ``crysldnet finetune`` for a draw that :meth:`Labelled.write` wrote."""
+    """Return the ``crysldnet finetune`` arguments for a draw written by :meth:`Labelled.write`."""
     files = ", ".join(f"{name}: {folder / name}.parquet" for name in ("train", "val", "test"))
     return ["data=custom", "data.targets=[y]", f"data.path={{{files}}}", f"seed={seed}"]
 
