@@ -227,6 +227,11 @@ def test_each_fold_takes_the_recipe_of_the_lowest_error_on_its_validation_part(
     assert parameters["validation_mae"] == errors[1]
     info = json.loads((Path(summary["submission"]) / "info.json").read_text())
     assert recipes[1] in info["notes"]
+    tables = better == "recipe=frozen"
+    assert ("out of fold" in info["notes"]) == tables
+    assert ("kernel ridge" in info["algorithm_long"]) == tables
+    assert any(line.startswith("scikit-learn==") for line in info["requirements"]["python"]) == tables
+    assert not any("+" in line for line in info["requirements"]["python"])
 
 
 def test_a_report_shows_the_classes_of_a_task_and_the_curves_of_each_recipe(

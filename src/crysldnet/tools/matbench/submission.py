@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from crysldnet import __version__
 from crysldnet.artifacts.provenance import describe_overlap, encoder_file
+from crysldnet.artifacts.weights import named_encoders
 from crysldnet.config import argument, arguments_for
 from crysldnet.errors import ConfigError
 from crysldnet.io import whole_file, write_atomically
@@ -32,9 +33,11 @@ PER_RUN = ("name", "runs", "resume", "out", "parallel")
 """Keys that set where a run is stored, not what it is."""
 COMMAND = "command.json"
 """File name in the run folder."""
-ALGORITHM = (
-    "CrysLDNet: a crystal graph encoder, pretrained without labels by a variational autoencoder and latent diffusion "
-    "where the notes name a pretraining set, then finetuned with a readout and an MLP."
+ENCODED = "a crystal graph encoder, pretrained without labels where the notes name a pretraining set"
+NETWORK = f"CrysLDNet: {ENCODED}, then finetuned with a readout and an MLP."
+TABLES = (
+    "CrysLDNet: trees and kernel ridge regression on descriptors of composition and geometry and on frozen features of "
+    f"{ENCODED}, combined with out-of-fold weights."
 )
 REFERENCES = [
     "@misc{mukherjee2026crysldnet, title={Latent Diffusion Pretraining for Crystal Property Prediction}, "
@@ -56,7 +59,7 @@ main()
 '''
 ENCODER = """
 # Every fold starts from this file.{made}
-ENCODER = Path({file!r})
+ENCODER = {file}
 SHA256 = "{sha256}"
 if not ENCODER.is_file() or hashlib.sha256(ENCODER.read_bytes()).hexdigest() != SHA256:
     sys.exit(f"{{ENCODER}} isn't there, or isn't the file with sha256 {{SHA256}}. Put that there{mend})
@@ -126,21 +129,32 @@ def _notes(begun: BenchmarkRun, told: Mapping[str, TaskResult]) -> str:
         notes += [f"{name}: {describe_overlap(t.overlap)}" for name, t in told.items() if t.overlap is not None]
     else:
         notes.append("Trained from scratch, without pretraining.")
-    if config.ensemble == 1 or config.ensemble_by == "seeds" or config.recipes:
+    kinds = _kinds(begun)
+    if kinds != {"frozen"} and (config.ensemble == 1 or config.ensemble_by == "seeds" or config.recipes):
         notes.append(
             f"{'Best epoch' if config.ensemble == 1 or config.ensemble_by == 'seeds' else 'Recipe'} chosen on "
-            f"{config.validation_fraction:g} of each fold's training part, drawn with the seed; targets normalised by "
+            f"{config.validation_fraction:g} of each fold's training part, drawn with the seed; targets normalized by "
             "the rest of it."
+        )
+    if kinds & {"frozen", "hybrid"}:
+        notes.append(
+            "Models on tables learned all of each fold's training part; their errors and weights are out of fold, "
+            "grouped by formula."
         )
     if config.recipes:
         recipes = "; ".join(config.recipes)
-        notes.append(f"Each fold took, of {len(config.recipes)} recipes, the one of lowest error there: {recipes}.")
+        notes.append(f"Each fold took the one of {len(config.recipes)} recipes with the lowest such error: {recipes}.")
     if config.ensemble > 1:
         by = "that differ by seed"
         if config.ensemble_by == "folds":
             by = f"that each choose their epoch on another {config.ensemble}th of the training part's formulas"
         notes.append(f"Predictions are the means of {config.ensemble} models {by}; std is their spread.")
     return " ".join(notes)
+
+
+def _kinds(begun: BenchmarkRun) -> set[str]:
+    """Return the values of ``recipe`` among the recipes of a run."""
+    return {recipe.config.recipe for recipe in begun.recipes}
 
 
 def write_submission(begun: BenchmarkRun, told: Mapping[str, TaskResult]) -> Path:
@@ -161,22 +175,29 @@ def write_submission(begun: BenchmarkRun, told: Mapping[str, TaskResult]) -> Pat
     with whole_file(folder / RESULTS) as file:
         file.write(gzip.compress(content, mtime=0))  # the package itself writes no gzip
     command = json.loads((begun.folder.path / COMMAND).read_text())
-    packages = ("torch", "lightning", "torch-geometric", "pymatgen", "matminer", "matbench")
+    packages = ["torch", "lightning", "torch-geometric", "pymatgen", "matminer", "matbench"]
+    kinds = _kinds(begun)
+    if kinds & {"frozen", "hybrid"}:
+        packages.append("scikit-learn")
+    versions = [f"{p}=={importlib.metadata.version(p).partition('+')[0]}" for p in packages]  # no builds, such as +cpu
+    described = [
+        text for text, used in ((NETWORK, {"network", "hybrid"}), (TABLES, {"frozen", "hybrid"})) if kinds & used
+    ]
     info = {
         "authors": config.authors,
         "algorithm": config.algorithm,
-        "algorithm_long": ALGORITHM,
+        "algorithm_long": " ".join(described),
         "bibtex_refs": REFERENCES,
         "notes": _notes(begun, told),
-        "requirements": {
-            "python": [f"crysldnet=={__version__}", *(f"{p}=={importlib.metadata.version(p)}" for p in packages)]
-        },
+        "requirements": {"python": [f"crysldnet=={__version__}", *versions]},
         "command": shlex.join(command),
         "seed": config.seed,
     }
     write_atomically(folder / INFO, json.dumps(info, indent=1, ensure_ascii=False))
     encoder = _encoder(begun, next(iter(told.values())).inputs["pretrained_sha256"])
     imports = "import hashlib\nimport shlex\nimport sys\nfrom pathlib import Path" if encoder else "import sys"
+    if "ENCODER = find(" in encoder:
+        imports += "\n\nfrom crysldnet.artifacts.weights import find"
     script = SCRIPT.format(version=code_version(), imports=imports, argv=_list(command), encoder=encoder)
     write_atomically(folder / "reproduce.py", script)
     return folder
@@ -198,7 +219,9 @@ def _encoder(begun: BenchmarkRun, sha256: str | None) -> str:
     if words is not None:
         text = _list(["crysldnet", "pretrain", *words])
         made, mend = MADE.format(version=provenance.get("code_version"), words=text), MEND
-    return ENCODER.format(file=str(file), sha256=sha256, made=made, mend=mend)
+    name = str(begun.config.pretrained)
+    place = f"find({name!r})" if file == named_encoders().get(name) else f"Path({str(file)!r})"
+    return ENCODER.format(file=place, sha256=sha256, made=made, mend=mend)
 
 
 def _list(words: Sequence[str]) -> str:
