@@ -385,6 +385,8 @@ def test_axes_have_units_and_counts_have_whole_ticks() -> None:
     axis = figures.error_histogram(few, "C0").axes[0]
     assert all(tick == round(tick) for tick in axis.get_yticks())
     assert axis.get_xlabel() == "predicted − true (eV)"
+    single = figures.curves("val/mae", {"": {"val/mae": ([1.0], [0.3])}}, legend=False).axes[0]
+    assert [tick for tick in single.get_xticks() if tick != round(tick)] == []
     lines = {"": {"val/mae": ([1.0, 2.0], [0.3, 0.2])}}
     assert figures.curves("val/mae", lines, legend=False, unit="eV").axes[0].get_ylabel() == "mae (eV)"
     assert _unit_of("val/mae/gap", {"gap": "eV", "energy": "eV/atom"}) == "eV"

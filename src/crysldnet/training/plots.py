@@ -81,7 +81,7 @@ def draw_curves(
     if legend and axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False, fontsize="small")
     axis.set(xlabel="epoch")
-    axis.locator_params(axis="x", integer=True)
+    axis.locator_params(axis="x", integer=True, min_n_ticks=1)
     axis.spines[["top", "right"]].set_visible(False)
 
 

@@ -130,7 +130,7 @@ def error_histogram(p: Predictions, color: str) -> Figure:
     axis.hist(errors.clip(low, high), bins=40 if len(errors) >= 200 else 20, color=color)
     axis.axvline(0, color=LIGHT["soft"], linewidth=1)
     axis.set(xlabel=drawable(f"predicted − true{p.suffix}"), ylabel="crystals")
-    axis.locator_params(axis="y", integer=True)
+    axis.locator_params(axis="y", integer=True, min_n_ticks=1)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 
