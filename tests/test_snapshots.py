@@ -19,6 +19,7 @@ NEEDED = {
     "embed": ["files=b"],
     "suggest": ["model=a", "files=b"],
     "explain": ["model=a", "files=b"],
+    "export": ["model=a"],
     "report": ["runs=[a]"],
 }
 """Keys without a default."""

@@ -37,6 +37,7 @@ COMMANDS = {
     "embed": ("crysldnet.inference.embed", "EmbedConfig", "write an encoder's features of crystals or atoms"),
     "explain": ("crysldnet.tools.explain", "ExplainConfig", "attribute predictions to atoms and descriptors"),
     "suggest": ("crysldnet.tools.suggest", "SuggestConfig", "choose the crystals to measure next"),
+    "export": ("crysldnet.tools.export", "ExportConfig", "export a finetuned network as a torch.export program"),
     "matbench": ("crysldnet.tools.matbench", "MatbenchConfig", "run Matbench tasks and write a submission folder"),
     "sweep": ("crysldnet.tools.sweep", "SweepCommandConfig", "search hyperparameters with a W&B sweep configuration"),
     "report": ("crysldnet.tools.report", "ReportConfig", "write an HTML report on finished runs and compare them"),

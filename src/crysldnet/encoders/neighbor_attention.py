@@ -97,7 +97,7 @@ class NeighborLayer(nn.Module):
         around = torch.addmm(around, slots.basis.flatten(0, 1), self.edge.weight.T).unflatten(0, slots.source.shape)
         hidden = silu(around.add_(as_target.index_select(0, slots.atom).unsqueeze(1)))
         weights = torch.exp(CLIP * torch.tanh(self.weights(hidden) / CLIP)) * slots.filled
-        x = x + self.output(torch.cat(self._means(hidden, weights, slots, len(x)), dim=-1))
+        x = x + self.output(torch.cat(self._means(hidden, weights, slots, x.shape[0]), dim=-1))
         return x + self.mlp(x)
 
     def _means(self, hidden: Tensor, weights: Tensor, slots: Slots, n_atoms: int) -> list[Tensor]:

@@ -26,7 +26,7 @@ def scatter(values: Tensor, index: Tensor, groups: int, reduce: Literal["sum", "
     total = values.new_zeros(groups, *values.shape[1:]).scatter_add_(0, place, values)
     if reduce == "sum":
         return total
-    count = values.new_zeros(groups).scatter_add_(0, index, values.new_ones(len(index))).clamp(min=1)
+    count = values.new_zeros(groups).scatter_add_(0, index, values.new_ones(index.shape[0])).clamp(min=1)
     return total / count.view(-1, *[1] * (values.dim() - 1))
 
 

@@ -90,12 +90,12 @@ class CrystalBatch:
     @property
     def num_crystals(self) -> int:
         """B."""
-        return len(self.sizes)
+        return self.sizes.shape[0]
 
     @property
     def num_atoms(self) -> int:
         """N."""
-        return len(self.numbers)
+        return self.numbers.shape[0]
 
     def _apply(self, function: Callable[[Tensor], Tensor]) -> CrystalBatch:
         changed: dict[str, Tensor | CorruptionTargets | CrystalBatch] = {}

@@ -1,0 +1,184 @@
+"""Export a finetuned network as a torch.export program, which torch runs without this package.
+
+Its inputs are the tensors of a batch of graphs, of any number of crystals. The program is compared with the model on a
+hundred crystals before it is written. Networks on the package's own encoder (neighbor_attention) can be exported.
+
+  crysldnet export model=runs/finetune/latest out=model.pt2
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from crysldnet.artifacts import model_file
+from crysldnet.console import note
+from crysldnet.data.datasets import open_store
+from crysldnet.encoders.neighbor_attention import NeighborAttention
+from crysldnet.errors import CheckpointError, ConfigError
+from crysldnet.graphs.batch import CrystalBatch, make_batch
+from crysldnet.graphs.crystals import Crystals
+from crysldnet.graphs.spec import GraphSpec
+from crysldnet.io import replacing
+from crysldnet.models.head import PropertyModel
+
+INPUTS = {
+    "numbers": {0: "atoms"},
+    "crystal": {0: "atoms"},
+    "sizes": {0: "crystals"},
+    "edge_index": {1: "edges"},
+    "edge_vec": {0: "edges"},
+    "cut": {0: "atoms"},
+    "slots": {0: "rows"},
+    "slot_atom": {0: "rows"},
+}
+"""Fields of a batch that the program takes, with the dimensions whose sizes vary."""
+CHECKED = 100
+"""Crystals on which the program is compared with the model."""
+TOLERANCE = 1e-5
+"""Largest difference, in standard deviations of the training targets."""
+ABOUT = "crysldnet.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Every key of ``conf/export.yaml``."""
+
+    model: str
+    out: str
+    format: Literal["torch"]
+    plugins: list[str] = field(default_factory=list)
+
+
+class Program(nn.Module):
+    """Predict from the tensors of a batch.
+
+    Args:
+        model: a network on the package's own encoder.
+    """
+
+    def __init__(self, model: PropertyModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        numbers: Tensor,
+        crystal: Tensor,
+        sizes: Tensor,
+        edge_index: Tensor,
+        edge_vec: Tensor,
+        cut: Tensor,
+        slots: Tensor,
+        slot_atom: Tensor,
+    ) -> dict[str, Tensor]:
+        """Return ``value`` [B, T] in physical units, and ``std`` and ``probability`` if the model has them.
+
+        The arguments are those of :class:`crysldnet.graphs.batch.CrystalBatch`.
+        """
+        tensors = dict(zip(INPUTS, (numbers, crystal, sizes, edge_index, edge_vec, cut, slots, slot_atom), strict=True))
+        unused = edge_vec.new_zeros(0)
+        other = dict.fromkeys(("lattice", "positions", "distances", "rows"), unused)
+        found = self.model.predict(CrystalBatch(**tensors, **other, largest=0))
+        return {name: value for name, value in found._asdict().items() if value is not None}
+
+
+def inputs(crystals: Crystals, graph: GraphSpec) -> dict[str, Tensor]:
+    """Return the inputs of an exported program for crystals; ``graph`` is that of the model's encoder."""
+    batch = make_batch(crystals, graph)
+    return {name: getattr(batch, name) for name in INPUTS}
+
+
+def refusal(models: list[Any]) -> str | None:
+    """Return why models can't be exported; None if they can."""
+    model = models[0]
+    if len(models) > 1:
+        return "it is an ensemble; export a member by its own model.safetensors"
+    if not isinstance(model, PropertyModel):
+        return "it has trees and kernel ridge, which aren't networks; finetune with recipe=network"
+    if not isinstance(model.encoder, NeighborAttention):
+        kind = type(model.encoder).__name__
+        return f"its encoder is {kind}, and only that of encoder=neighbor_attention was written for torch.export"
+    if model.per:
+        name, per = next(iter(model.per.items()))
+        return f"it learns {name} per {per}, which is computed outside of torch"
+    if model.descriptors is not None:
+        return "it reads descriptors, which are computed outside of torch"
+    return None
+
+
+def make_program(model: PropertyModel, crystals: Crystals) -> torch.export.ExportedProgram:
+    """Return a model as a program for any number of crystals, atoms, edges and rows."""
+    dimensions = {name: torch.export.Dim(name) for places in INPUTS.values() for name in places.values()}
+    shapes = {name: {d: dimensions[of] for d, of in places.items()} for name, places in INPUTS.items()}
+    program = Program(model.eval().requires_grad_(False))
+    with torch.no_grad():
+        given = inputs(crystals, model.encoder.graph)
+        return torch.export.export(program, (), kwargs=given, dynamic_shapes=shapes)
+
+
+def difference(program: nn.Module, model: PropertyModel, crystals: Crystals) -> float:
+    """Return the largest difference between a program and its model, in standard deviations of the training targets."""
+    batch = make_batch(crystals, model.encoder.graph)
+    with torch.no_grad():
+        found, expected = program(**inputs(crystals, model.encoder.graph)), model.eval().predict(batch)._asdict()
+    scale = model.error_scale.clamp_min(1e-12)
+    worst = 0.0
+    for name, values in found.items():
+        far = (values - expected[name]).abs() / (1.0 if name == "probability" else scale)
+        worst = max(worst, float(far.nan_to_num().max()))
+        if not torch.equal(values.isnan(), expected[name].isnan()):
+            return float("inf")
+    return worst
+
+
+def about(model: PropertyModel, info: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a program says of itself, in its extra file ``crysldnet.json``."""
+    return {
+        "inputs": list(INPUTS),
+        "targets": model.targets,
+        "units": model.units,
+        "classes": model.classes,
+        "graph": info["graph"],
+        "provenance": info["provenance"],
+    }
+
+
+def run(config: ExportConfig, _values: dict[str, Any]) -> int:
+    """Write the program; return the exit status.
+
+    Raises:
+        ConfigError: the model can't be exported, or the output has another suffix.
+        CheckpointError: there is no model, or the program predicts something else.
+    """
+    out = Path(config.out)
+    if out.suffix != ".pt2":
+        raise ConfigError(f"out={config.out}: a program of torch.export has a name that ends in .pt2", "out")
+    loaded = model_file.load_property_models(config.model)
+    if reason := refusal([model for model, _ in loaded]):
+        raise ConfigError(f"{config.model}: it can't be exported: {reason}", "model")
+    model, info = loaded[0]
+    assert isinstance(model, PropertyModel)
+    crystals = open_store("embedded:mp_starter").crystals
+    checked = min(CHECKED, len(crystals.lattice))
+    program = make_program(model, crystals.take(np.arange(8)))
+    with replacing(out) as partial:
+        with partial.open("wb") as file:
+            torch.export.save(program, file, extra_files={ABOUT: json.dumps(about(model, info))})
+        with partial.open("rb") as file:
+            read = torch.export.load(file).module()
+        far = difference(read, model, crystals.take(np.arange(checked)))
+        far = max(far, difference(read, model, crystals.take(np.arange(1))))
+        if not far <= TOLERANCE:
+            raise CheckpointError(
+                f"{config.model}: the program differs from the model by {far:.2g} standard deviations"
+            )
+    note(f"written: {out}; on {checked} crystals it differs from the model by {far:.2g} standard deviations at most")
+    return 0
