@@ -339,7 +339,7 @@ def test_targets_join_by_id_whatever_their_order_and_suffix(folder: Path) -> Non
         ("a,1\nb\n", [("t.csv line 3", "b", "it has 1 cells where the header has 2")]),
         (
             "a,1\nb,2\nb.cif,3\n",
-            [(f"t.csv line {line}", "b", "the id stands in 2 rows, so none of them is used") for line in (3, 4)],
+            [(f"t.csv line {line}", "b", "the id is in 2 rows, so none of them is used") for line in (3, 4)],
         ),
     ],
     ids=["unknown", "empty", "word", "infinite", "short", "duplicate"],

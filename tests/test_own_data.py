@@ -166,7 +166,7 @@ def test_targets_may_be_typed_as_their_headers_stand(folder):
     assert column_called(store, "bulk modulus") == "bulk-modulus"
     assert column_called(store, "X Y") == "x_y"
     assert column_called(store, "modulus") == "modulus"
-    with pytest.raises(DataError, match=r"'Bulk modulus K \(eV\)' isn't there; 'Bulk modulus K' is in GPa"):
+    with pytest.raises(DataError, match=r"'Bulk modulus K \(eV\)' doesn't exist; 'Bulk modulus K' is in GPa"):
         column_called(store, "Bulk modulus K (eV)")
 
 
