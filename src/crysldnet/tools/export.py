@@ -83,10 +83,23 @@ class Program(nn.Module):
 
         The arguments are those of :class:`crysldnet.graphs.batch.CrystalBatch`.
         """
-        tensors = dict(zip(INPUTS, (numbers, crystal, sizes, edge_index, edge_vec, cut, slots, slot_atom), strict=True))
         unused = edge_vec.new_zeros(0)
-        other = dict.fromkeys(("lattice", "positions", "distances", "rows"), unused)
-        found = self.model.predict(CrystalBatch(**tensors, **other, largest=0))
+        batch = CrystalBatch(
+            lattice=unused,
+            numbers=numbers,
+            positions=unused,
+            crystal=crystal,
+            sizes=sizes,
+            edge_index=edge_index,
+            edge_vec=edge_vec,
+            distances=unused,
+            cut=cut,
+            rows=unused,
+            largest=0,
+            slots=slots,
+            slot_atom=slot_atom,
+        )
+        found = self.model.predict(batch)
         return {name: value for name, value in found._asdict().items() if value is not None}
 
 

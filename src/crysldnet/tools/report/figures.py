@@ -92,7 +92,7 @@ def for_print(figure: Figure, kind: str) -> bytes:
     from matplotlib.text import Text
 
     width, height = figure.get_size_inches()
-    texts = [(text, text.get_fontsize()) for text in figure.findobj(Text)]
+    texts = [(text, float(text.get_fontsize())) for text in figure.findobj(Text)]
     out = io.BytesIO()
     figure.set_size_inches(COLUMN, COLUMN * height / width)
     for text, size in texts:
