@@ -1,212 +1,228 @@
-"""Measure graph building and loading on one thread.
+"""Measure neighbor search and loading in one thread, for crystals of all sizes.
 
-python -m benchmarks.data [--data FILE.parquet] [--rounds N]
+python -m benchmarks.data [neighbors] [loading] [--data FILE.parquet] [--rounds N]
 
-Graph building is compared with pymatgen's compiled kernel in interleaved rounds: every round times each contender on
-the same crystals, and ratios are taken within a round. Loading reads a store of 45,000 crystals (those of the data,
-repeated) through the data module, graphs built on the fly; then the same as PyG graphs with their edges, pickled and in
-an InMemoryDataset.
+Contenders are interleaved: every round times each of them on the same crystals, in processor time of the thread, and
+ratios are taken within a round. Sizes that the data don't have are supercells of crystals of 2 to 8 atoms.
+
+Neighbors are compared with pymatgen's compiled kernel at 5 Å and, where jarvis-tools is installed, at k = 12 with the
+builder that Matformer and ComFormer took from there. Loading reads a store of 20,000 crystals (those of the data,
+repeated) through the data module, graphs built on the fly; then the same as PyG
+graphs with their edges in an InMemoryDataset.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import pickle
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-import torch
 from pymatgen.optimization.neighbors import find_points_in_spheres
 from torch_geometric.data import Data, InMemoryDataset
 from torch_geometric.loader import DataLoader as PyGLoader
 
 from crysldnet.data.datamodule import CrystalDataModule, open_store
+from crysldnet.data.elements import SYMBOLS
 from crysldnet.data.schema import table_from_crystals
 from crysldnet.data.split import Split
 from crysldnet.data.store_writer import write_store
 from crysldnet.graphs.batch import make_batch
-from crysldnet.graphs.crystals import Crystals
+from crysldnet.graphs.crystals import Crystals, from_lists
 from crysldnet.graphs.spec import GraphSpec
+from crysldnet.training.trainer import keep_freed_memory
 from experiments import evidence
 
 HERE = Path(__file__).parent
 BATCH = 64
-STORED = 45_000
+STORED = 20_000
+ATOMS = 4000
+"""Of each size, about."""
+SIZES = [(1, 2), (3, 4), (5, 8), (9, 12), (13, 20), (21, 40), (41, 80), (81, 120), (121, 200), (400, 400)]
+PUBLISHED = 1000
+"""Atoms of each size for the published builder, which takes milliseconds for each."""
 
 
-def structures_per_second(build: Callable[[int], object], n: int) -> float:
-    """Time one pass over all batches."""
-    start = time.perf_counter()
-    for first in range(0, n, BATCH):
-        build(first)
-    return n / (time.perf_counter() - start)
+def supercells(crystals: Crystals, low: int, high: int, rng: np.random.Generator) -> Crystals:
+    """Repeat crystals of 2 to 8 atoms along their shortest edges until they have low to high atoms."""
+    made = []
+    for row in rng.permutation(np.flatnonzero((crystals.sizes >= 2) & (crystals.sizes <= 8))).tolist():
+        one, repeats = crystals.take(np.array([row])), np.ones(3, int)
+        while (atoms := len(one.numbers) * repeats.prod()) < low:
+            repeats[np.argmin(np.linalg.norm(one.lattice[0], axis=1) * repeats)] += 1
+        if atoms <= high:
+            cells = np.argwhere(np.ones(repeats))
+            frac = (one.frac_coords.astype(float) + cells[:, None]).reshape(-1, 3) / repeats
+            made.append((one.lattice[0] * repeats[:, None], np.tile(one.numbers, len(cells)), frac))
+        if sum(len(numbers) for _, numbers, _ in made) >= ATOMS:
+            break
+    return from_lists(*zip(*made, strict=True))
 
 
-def all_distances(crystals: Crystals, radius: float) -> list[torch.Tensor]:
-    """Find neighbors by brute force: distances to all images within the cutoff's reach."""
-    found = []
+def by_size(crystals: Crystals) -> Iterator[tuple[str, Crystals]]:
+    """Yield a name and crystals of each size."""
+    rng = np.random.default_rng(0)
+    for low, high in SIZES:
+        rows = rng.permutation(np.flatnonzero((crystals.sizes >= low) & (crystals.sizes <= high)))
+        rows = rows[: 1 + np.searchsorted(np.cumsum(crystals.sizes[rows]), ATOMS)]
+        name = f"{low}–{high} atoms" if low < high else f"{low} atoms"
+        if len(rows) >= 5:
+            yield name, crystals.take(np.sort(rows))
+        else:
+            yield f"{name}, supercells", supercells(crystals, low, high, rng)
+
+
+def batches_of(crystals: Crystals) -> list[Crystals]:
+    """Cut crystals into batches of 64."""
+    n = len(crystals)
+    return [crystals.take(np.arange(first, min(first + BATCH, n))) for first in range(0, n, BATCH)]
+
+
+def pymatgen(crystals: Crystals) -> None:
+    """Find neighbors within 5 Å with pymatgen."""
+    positions, periodic = np.ascontiguousarray(crystals.positions), np.ones(3, np.int64)
     for b in range(len(crystals)):
-        lattice = torch.from_numpy(crystals.lattice[b])
-        frac = torch.from_numpy(crystals.frac_coords[crystals.ptr[b] : crystals.ptr[b + 1]]).double()
-        reach = torch.ceil(radius * torch.linalg.inv(lattice).norm(dim=0)).int().tolist()
-        images = torch.cartesian_prod(*(torch.arange(-n - 1, n + 2, dtype=torch.float64) for n in reach))
-        vectors = (frac[:, None, None] - frac[None, :, None] - images) @ lattice
-        length = vectors.norm(dim=-1)
-        found.append(vectors[(length <= radius) & (length > 1e-8)])
-    return found
+        points = positions[crystals.ptr[b] : crystals.ptr[b + 1]]
+        find_points_in_spheres(points, points, 5.0, periodic, np.ascontiguousarray(crystals.lattice[b]), 1e-8)
 
 
-def graph_building(crystals: Crystals, rounds: int) -> dict[str, list[float]]:
-    """Return structures per second for each contender, one value per round."""
-    n = len(crystals)
-    batches = {
-        first: crystals.take(np.arange(first, min(first + BATCH, n), dtype=np.int64)) for first in range(0, n, BATCH)
-    }
-    positions = np.ascontiguousarray(crystals.positions)
-    lattices = [np.ascontiguousarray(lattice) for lattice in crystals.lattice]
-    periodic = np.ones(3, np.int64)
+def published_builder() -> Callable[[Crystals], None] | None:
+    """Return the k-nearest builder of jarvis-tools, without the DGL that its file imports; None if not installed."""
+    for name in ("dgl", "dgl.data"):
+        stub = ModuleType(name)
+        stub.__spec__, stub.DGLDataset, stub.DGLGraph = ModuleSpec(name, None), object, object  # type: ignore[attr-defined]
+        sys.modules.setdefault(name, stub)
+    try:
+        from jarvis.core.atoms import Atoms
+        from jarvis.core.graphs import build_undirected_edgedata, nearest_neighbor_edges
+    except ImportError:
+        return None
 
-    def pymatgen(first: int) -> None:
-        for b in range(first, min(first + BATCH, n)):
-            points = positions[crystals.ptr[b] : crystals.ptr[b + 1]]
-            find_points_in_spheres(points, points, 5.0, periodic, lattices[b], 1e-8)
+    def build(crystals: Crystals) -> None:
+        for b in range(len(crystals)):
+            own = slice(crystals.ptr[b], crystals.ptr[b + 1])
+            symbols, frac = [SYMBOLS[z] for z in crystals.numbers[own]], crystals.frac_coords[own].astype(float)
+            atoms = Atoms(lattice_mat=crystals.lattice[b], coords=frac, elements=symbols, cartesian=False)
+            edges = nearest_neighbor_edges(atoms=atoms, cutoff=4.0, max_neighbors=12, use_canonize=True)
+            build_undirected_edgedata(atoms, edges)
 
-    contenders = {
-        "all distances to all images at once, torch, 5 Å": lambda first: all_distances(batches[first], 5.0),
-        "pymatgen find_points_in_spheres, 5 Å": pymatgen,
-        "neighbor list, 5 Å": lambda first: GraphSpec(radius=5.0).build(batches[first]),
-        "neighbor list, k = 12 with ties": lambda first: GraphSpec(k=12).build(batches[first]),
-        "neighbor list, k = 25 with ties": lambda first: GraphSpec(k=25).build(batches[first]),
-        "PDDFormer's graph, k = 25 symmetric, 92 distances": lambda first: GraphSpec(
-            k=25, symmetric=True, n_distances=92
-        ).build(batches[first]),
-    }
-    for build in contenders.values():
-        build(0)
-    speeds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, build in contenders.items():
-            speeds[name].append(structures_per_second(build, n))
-    return speeds
+    return build
 
 
-def loading(crystals: Crystals, rounds: int) -> tuple[list[float], list[float], list[float]]:
-    """Return batches per second, seconds to open the store, and seconds from then to the first batch."""
-    n = len(crystals)
-    speeds, opened, first_batch = [], [], []
-    with tempfile.TemporaryDirectory() as folder:
-        index = np.arange(STORED, dtype=np.int64) % n
-        tables = (
-            table_from_crystals(
-                crystals.take(index[a : a + 5000]), [f"c{i}" for i in range(a, min(a + 5000, STORED))], {}, {}, {}
-            )
-            for a in range(0, STORED, 5000)
-        )
-        path = write_store(f"{folder}/crystals.store", tables).name
-        for _ in range(rounds):
-            data = CrystalDataModule(
-                path=path,
-                graph=GraphSpec(k=12),
-                split=Split(by="random", fractions=[1.0, 0.0, 0.0]),
-                batch_size=BATCH,
-            )
-            start = time.perf_counter()
-            data.setup()
-            opened.append(time.perf_counter() - start)
-            start = time.perf_counter()
-            batches = iter(data.train_dataloader())
-            next(batches)
-            first_batch.append(time.perf_counter() - start)
-            start = time.perf_counter()
-            count = sum(1 for _ in batches)
-            speeds.append(count / (time.perf_counter() - start))
-    return speeds, opened, first_batch
+def thread_time(work: Callable[[], object]) -> float:
+    """Return the processor time of the thread that some work takes."""
+    start = time.thread_time()
+    work()
+    return time.thread_time() - start
 
 
-def pyg_graphs(crystals: Crystals, n: int) -> list[Data]:
-    """Repeat the given crystals to n PyG graphs with edges."""
+def neighbors(crystals: Crystals, rounds: int) -> Iterator[tuple[str, str, str, list[float]]]:
+    """Yield name, measure, unit and one value a round, of each size."""
+    published = published_builder()
+    for name, chosen in by_size(crystals):
+        batches, atoms = batches_of(chosen), len(chosen.numbers)
+        contenders: dict[str, Callable[[Crystals], object]] = {
+            "5 Å": GraphSpec(radius=5.0).build,
+            "pymatgen, 5 Å": pymatgen,
+            "k = 12 with ties": GraphSpec(k=12).build,
+            "k = 25, symmetric, 92 distances": GraphSpec(k=25, symmetric=True, n_distances=92).build,
+        }
+        times: dict[str, list[float]] = {key: [] for key in contenders}
+        few = chosen.take(np.arange(max(1, np.searchsorted(chosen.ptr, PUBLISHED, side="right") - 1)))
+        for turn in range(1 + rounds):  # the first fills caches
+            for key, build in contenders.items():
+                taken = thread_time(lambda build=build, batches=batches: [build(batch) for batch in batches])
+                if turn:
+                    times[key].append(1e6 * taken / atoms)
+        for key, values in times.items():
+            yield name, key, "µs an atom", values
+        ratios = [theirs / own for theirs, own in zip(times["pymatgen, 5 Å"], times["5 Å"], strict=True)]
+        yield name, "5 Å, over pymatgen", "ratio", ratios
+        if published is not None:
+            theirs = [1e6 * thread_time(lambda few=few: published(few)) / len(few.numbers) for _ in range(3)]
+            own = times["k = 12 with ties"]
+            yield name, "k = 12, over the published builder", "ratio", [np.median(theirs) / value for value in own]
+
+
+def stored(crystals: Crystals, folder: str) -> str:
+    """Write a store of 20,000 crystals, those given repeated."""
+    tables = (
+        table_from_crystals(crystals.take(rows % len(crystals)), [f"c{row}" for row in rows.tolist()], {}, {}, {})
+        for rows in np.split(np.arange(STORED), 10)
+    )
+    return write_store(f"{folder}/crystals.store", tables).name
+
+
+def pyg_dataset(crystals: Crystals) -> InMemoryDataset:
+    """Return 20,000 crystals as PyG graphs with their edges, those given repeated."""
     graphs = []
     for b in range(len(crystals)):
         batch = make_batch(crystals.take(np.array([b])), GraphSpec(k=12))
         graphs.append(Data(z=batch.numbers, pos=batch.positions, edge_index=batch.edge_index, edge_vec=batch.edge_vec))
-    return [graphs[i % len(graphs)].clone() for i in range(n)]
+    dataset = InMemoryDataset()
+    dataset.data, dataset.slices = InMemoryDataset.collate([graphs[i % len(graphs)] for i in range(STORED)])
+    return dataset
 
 
-def others_loading(crystals: Crystals, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Measure a pickled list of graphs and PyG's InMemoryDataset of the same graphs, with stored edges."""
-    results: dict[str, dict[str, list[float]]] = {}
+def loading(crystals: Crystals, rounds: int) -> Iterator[tuple[str, str, list[float]]]:
+    """Yield measure, unit and one value a round."""
     with tempfile.TemporaryDirectory() as folder:
-        graphs = pyg_graphs(crystals, STORED)
-        Path(folder, "list.pickle").write_bytes(pickle.dumps(graphs))
-        torch.save(InMemoryDataset.collate(graphs), f"{folder}/collated.pt")
-        del graphs
-
-        def pickled() -> object:
-            return pickle.loads(Path(folder, "list.pickle").read_bytes())  # noqa: S301
-
-        def in_memory() -> object:
-            dataset = InMemoryDataset()
-            dataset.data, dataset.slices = torch.load(f"{folder}/collated.pt", weights_only=False)
-            return dataset
-
-        for name, opening in (("pickled list of PyG graphs", pickled), ("PyG InMemoryDataset", in_memory)):
-            times = results[name] = {"first": [], "speed": []}
-            for _ in range(rounds):
-                start = time.perf_counter()
-                batches = iter(PyGLoader(opening(), batch_size=BATCH, shuffle=True))
-                next(batches)
-                times["first"].append(time.perf_counter() - start)
-                start = time.perf_counter()
-                count = sum(1 for _ in zip(batches, range(300), strict=False))
-                times["speed"].append(count / (time.perf_counter() - start))
-    return results
+        path, pyg = stored(crystals, folder), pyg_dataset(crystals)
+        split = Split(by="random", fractions=[1.0, 0.0, 0.0])
+        data = CrystalDataModule(path=path, graph=GraphSpec(k=12), split=split, batch_size=BATCH)
+        opening = [thread_time(data.setup)]
+        contenders = {"on the fly": data.train_dataloader, "PyG": lambda: PyGLoader(pyg, BATCH, shuffle=True)}
+        times: dict[str, list[float]] = {key: [] for key in contenders}
+        for turn in range(1 + rounds):
+            for key, loader in contenders.items():
+                taken = thread_time(lambda loader=loader: sum(1 for _ in loader()))
+                if turn:
+                    times[key].append(STORED / taken)
+        yield "opening the store", "s", opening
+        yield "graphs k = 12 built on the fly", "structures/s", times["on the fly"]
+        yield "PyG InMemoryDataset, edges stored", "structures/s", times["PyG"]
+        ratios = [own / theirs for own, theirs in zip(times["on the fly"], times["PyG"], strict=True)]
+        yield "on the fly, over PyG", "ratio", ratios
 
 
 def main() -> None:
-    """Measure; write results.json and the table."""
+    """Measure, write results.json and the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=["neighbors", "loading"], default=["neighbors", "loading"])
     parser.add_argument(
         "--data", default="embedded:mp_starter", help="crystals: embedded:NAME, a store or Parquet file"
     )
-    parser.add_argument("--max-atoms", type=int, default=20, help="use the crystals of at most this many atoms")
     parser.add_argument("--rounds", type=int, default=7)
     settings = parser.parse_args()
-    commit = evidence.current_commit(HERE)
-    store = open_store(settings.data).crystals
-    crystals = store.take(np.flatnonzero(store.sizes <= settings.max_atoms))
-    what = f"{Path(settings.data).stem}, {len(crystals)} crystals of at most {settings.max_atoms} atoms"
+    keep_freed_memory()  # as in training
+    commit, crystals = evidence.current_commit(HERE), open_store(settings.data).crystals
+    sizes = crystals.sizes
+    what = f"{Path(settings.data).stem}, {len(crystals):,} crystals of {sizes.min()} to {sizes.max()} atoms"
+
+    def record(part: str, name: str, metric: str, unit: str, values: list[float], data: str) -> evidence.Record:
+        command = f"python -m benchmarks.data {part}"
+        return evidence.timed(values, name=name, metric=metric, unit=unit, data=data, command=command, commit=commit)
+
     records = []
-
-    def record(name: str, metric: str, unit: str, values: list[float], data: str = what) -> None:
-        command = "python -m benchmarks.data"
-        records.append(
-            evidence.timed(values, name=name, metric=metric, unit=unit, data=data, command=command, commit=commit)
-        )
-
-    speeds = graph_building(crystals, settings.rounds)
-    reference = speeds["pymatgen find_points_in_spheres, 5 Å"]
-    for name, values in speeds.items():
-        record(name, "graphs built", "structures/s", values)
-    for name, values in speeds.items():
-        if values is not reference:
-            ratios = [own / theirs for own, theirs in zip(values, reference, strict=True)]
-            record(f"{name}, over pymatgen at 5 Å", "ratio within a round", "1", ratios)
-    batches, opened, first = loading(crystals, settings.rounds)
-    stored = f"the same repeated to {STORED} in a store"
-    record("loading, graphs k = 12 built on the fly", "batches of 64 in one process", "1/s", batches, stored)
-    record("opening the store", "time", "s", opened, stored)
-    record("first batch, compiled", "time", "s", first, stored)
-    for name, times in others_loading(crystals, 3).items():
-        record(f"{name}, edges stored", "batches of 64 in one process", "1/s", times["speed"], stored)
-        record(f"{name}, opening and first batch", "time", "s", times["first"], stored)
+    if "neighbors" in settings.parts:
+        for name, metric, unit, values in neighbors(crystals, settings.rounds):
+            records.append(record("neighbors", name, metric, unit, values, what))
+        print(evidence.table_by_name(records))
+    if "loading" in settings.parts:
+        small = crystals.take(np.flatnonzero(crystals.sizes <= 20))
+        for name, some in (("at most 20 atoms", small), ("all sizes", crystals)):
+            of = f"{name} (mean {some.sizes.mean():.1f} atoms)"
+            records += [record("loading", of, *row, f"{what}, repeated to {STORED:,}") for row in loading(some, 3)]
+        print(evidence.table_by_name([r for r in records if r.command.endswith("loading")]))
     evidence.write(HERE, records)
-    print(evidence.table(records))
 
 
 if __name__ == "__main__":
