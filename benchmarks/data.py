@@ -196,12 +196,14 @@ def loading(crystals: Crystals, rounds: int) -> Iterator[tuple[str, str, list[fl
 def main() -> None:
     """Measure, write results.json and the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["neighbors", "loading"], default=["neighbors", "loading"])
+    parser.add_argument("parts", nargs="*", metavar="neighbors|loading", default=["neighbors", "loading"])
     parser.add_argument(
         "--data", default="embedded:mp_starter", help="crystals: embedded:NAME, a store or Parquet file"
     )
     parser.add_argument("--rounds", type=int, default=7)
     settings = parser.parse_args()
+    if unknown := set(settings.parts) - {"neighbors", "loading"}:
+        parser.error(f"{unknown.pop()}: give neighbors, loading or nothing for both")
     keep_freed_memory()  # as in training
     commit, crystals = evidence.current_commit(HERE), open_store(settings.data).crystals
     sizes = crystals.sizes
