@@ -19,6 +19,7 @@ from crysldnet.data.datasets import open_store
 from crysldnet.data.decontamination import By, shared_rows
 from crysldnet.data.edge_counts import edge_counts
 from crysldnet.data.joined import join_splits, refuse_repeated_ids
+from crysldnet.data.kept_edges import KeptEdges
 from crysldnet.data.sampler import BatchLimits, BatchSampler
 from crysldnet.data.split import SPLITS, Rows, Split
 from crysldnet.data.split_file import split_text
@@ -54,6 +55,8 @@ class CrystalDataModule(pl.LightningDataModule):
         max_edges: limit of edges in one batch on one device; edges are then counted once at the start.
         max_crystal_atoms: larger crystals are left out, with a note.
         num_workers: data loader processes; 0 builds batches in the training process.
+        keep_edges_mb: memory per process, in MB, to keep edges of crystals that aren't corrupted from one epoch to the
+            next; 0 to search them in every epoch.
         exclude: data sets whose crystals are excluded from training and validation, named like ``path``, optionally
             with ``@SPLIT``.
         exclude_by: ``formula`` excludes every crystal with a formula in such a set, ``structure`` only matching
@@ -80,6 +83,7 @@ class CrystalDataModule(pl.LightningDataModule):
         max_edges: int | None = None,
         max_crystal_atoms: int | None = None,
         num_workers: int = 0,
+        keep_edges_mb: int = 500,
         exclude: list[str] | None = None,
         exclude_by: By = "formula",
         calibration_fraction: float = 0.0,
@@ -102,7 +106,8 @@ class CrystalDataModule(pl.LightningDataModule):
         self.corruption, self.with_clean, self.seed = corruption, with_clean, seed
         self.batch_size, self.batch_atoms = batch_size, batch_atoms
         self.max_atoms, self.max_edges, self.max_crystal_atoms = max_atoms, max_edges, max_crystal_atoms
-        self.num_workers = num_workers
+        self.num_workers, self._keep_mb = num_workers, keep_edges_mb // max(1, num_workers)
+        self._kept_edges = KeptEdges(graph, self._keep_mb)
         self.exclude, self.exclude_by = exclude or [], exclude_by
         if not 0.0 <= calibration_fraction < 1.0:
             raise ValueError(f"calibration_fraction must be 0 or more and below 1, not {calibration_fraction}")
@@ -299,6 +304,8 @@ class CrystalDataModule(pl.LightningDataModule):
         if self.trainer is not None:
             rank, world_size = self.trainer.global_rank, self.trainer.world_size
             accumulate = self.trainer.accumulate_grad_batches
+        if self._kept_edges.graph != self.graph:
+            self._kept_edges = KeptEdges(self.graph, self._keep_mb)
         return DataLoader(
             CrystalDataset(
                 self.store,
@@ -309,6 +316,7 @@ class CrystalDataModule(pl.LightningDataModule):
                 self.max_edges,
                 self.with_clean,
                 self.descriptor_values,
+                self._kept_edges,
             ),
             sampler=self._sampler(name, rank, world_size, accumulate),
             batch_size=None,

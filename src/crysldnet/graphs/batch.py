@@ -16,6 +16,7 @@ from torch import Tensor
 
 from crysldnet.graphs.corruption import DenoisingTargets
 from crysldnet.graphs.crystals import Crystals
+from crysldnet.graphs.neighbors import Neighbors
 from crysldnet.graphs.spec import GraphSpec
 
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ def make_batch(
     targets: NDArray[np.float64] | None = None,
     descriptors: NDArray[np.float64] | None = None,
     undo: DenoisingTargets | None = None,
+    neighbors: Neighbors | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> CrystalBatch:
     """Build the graph of some crystals.
@@ -164,9 +166,10 @@ def make_batch(
         targets: [B, T] in physical units, NaN if unknown.
         descriptors: [B, K] in physical units.
         undo: result of :meth:`Corruption.apply`.
+        neighbors: result of :meth:`GraphSpec.neighbors`, if known.
         dtype: type of all real values except targets, which stay float32.
     """
-    built = graph.build(crystals)
+    built = graph.build(crystals, neighbors)
     edges = built.neighbors
 
     def real(array: NDArray) -> Tensor:
@@ -189,21 +192,23 @@ def make_batch(
         rows=torch.from_numpy(np.arange(len(crystals)) if rows is None else np.asarray(rows, np.int64)),
         targets=None if targets is None else torch.from_numpy(targets.astype(np.float32)),
         descriptors=None if descriptors is None else real(descriptors),
-        undo=None
-        if undo is None
-        else CorruptionTargets(
-            torch.from_numpy(undo.numbers),
-            torch.from_numpy(undo.masked),
-            real(undo.displacement),
-            real(undo.strain),
-            real(undo.levels),
-        ),
+        undo=None if undo is None else _targets_of(undo, real),
         frame=None if built.frame is None else real(built.frame),
         pairs=whole(built.pairs),
         potential=None if built.potential is None else real(built.potential),
         representative=whole(built.representative),
         slots=whole(built.slots),
         slot_atom=whole(built.slot_atom),
+    )
+
+
+def _targets_of(undo: DenoisingTargets, real: Callable[[NDArray], Tensor]) -> CorruptionTargets:
+    return CorruptionTargets(
+        torch.from_numpy(undo.numbers),
+        torch.from_numpy(undo.masked),
+        real(undo.displacement),
+        real(undo.strain),
+        real(undo.levels),
     )
 
 

@@ -103,13 +103,12 @@ class GraphSpec:
         pairs = {key: (stored.get(key, defaults.get(key)), own.get(key)) for key in own.keys() | stored.keys()}
         return {key: (theirs, ours) for key, (theirs, ours) in pairs.items() if theirs != ours}
 
-    def build(self, crystals: Crystals) -> Graph:
-        """Find the edges of all crystals at once, and the other parts of the graph."""
-        lattices, ptr = crystals.lattice, crystals.ptr
-        neighbors = neighbor_list(
-            lattices,
+    def neighbors(self, crystals: Crystals) -> Neighbors:
+        """Find the edges of all crystals at once, before lattice edges and whatever else is asked for."""
+        return neighbor_list(
+            crystals.lattice,
             crystals.frac_coords,
-            ptr,
+            crystals.ptr,
             k=self.k,
             radius=self.radius,
             tolerance=self.tolerance,
@@ -117,6 +116,16 @@ class GraphSpec:
             repeat_self_images=self.repeat_self_images,
             n_distances=self.n_distances,
         )
+
+    def build(self, crystals: Crystals, neighbors: Neighbors | None = None) -> Graph:
+        """Build the graphs of all crystals at once.
+
+        Args:
+            crystals: B crystals.
+            neighbors: what :meth:`neighbors` returns for them, where that is known.
+        """
+        lattices, ptr = crystals.lattice, crystals.ptr
+        neighbors = self.neighbors(crystals) if neighbors is None else neighbors
         if self.cut_beyond is not None:
             assert self.k is not None
             neighbors = _exactly(neighbors, ptr, self.k, self.cut_beyond)
