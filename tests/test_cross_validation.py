@@ -108,7 +108,7 @@ def test_a_run_that_is_stopped_goes_on_with_the_same_folds(done: Path, few: Path
             run(tmp_path, few, "name=b")
     stopped = tmp_path / "finetune" / "b"
     before = (stopped / "fold_0" / "model.safetensors").stat().st_mtime_ns
-    with pytest.raises(ConfigError, match="fold_0: begun with another division of the crystals"):
+    with pytest.raises(ConfigError, match="fold_0: started with another split of the crystals"):
         run(tmp_path, few, "name=b", "resume=last", "folds=4")
     assert run(tmp_path, few, "name=b", "resume=last") == 0
     assert (stopped / "fold_0" / "model.safetensors").stat().st_mtime_ns == before

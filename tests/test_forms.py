@@ -429,7 +429,7 @@ def test_the_verdict_says_in_words_what_was_learned_and_what_failed():
     }
     good = verdict({"vae": {**stage, "val/displacement_squared_error": 0.5}})
     assert good["failed"] is False
-    assert good["sentences"][0] == "species: learned, 0.800 against 0.300 (commonest species)"
+    assert good["sentences"][0] == "species: learned, 0.800 against 0.300 (most common species)"
     bad = verdict({"vae": stage, "diffusion": {**stage, "val/features_rank": 3.0}})
     assert bad["failed"] is True
     assert "displacements: not learned, 0.990 against 1.000 (as corrupted)" in bad["sentences"]

@@ -74,12 +74,12 @@ CHANGES: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
     "unit": (lambda t: with_column(t, "e", t["e"], "eV"), r"targets\.e\.unit was 'eV/atom' then, and is 'eV' now"),
     "no unit": (lambda t: with_column(t, "e", t["e"]), r"targets\.e\.unit was 'eV/atom' then, and is '' now"),
     "unit of a descriptor": (lambda t: with_column(t, "t", t["t"], "degC"), r"descriptors\.t was 'K' then"),
-    "a descriptor": (lambda t: with_column(t, "t", pc.add(t["t"], 1.0), "K"), "begun with other data"),
+    "a descriptor": (lambda t: with_column(t, "t", pc.add(t["t"], 1.0), "K"), "started with other data"),
     "numbers that are texts": (lambda t: with_column(t, "e", t["e"].cast(pa.string()), "eV/atom"), "look like numbers"),
-    "truth for classes": (lambda t: with_column(t, "kind", pc.equal(t["kind"], "k1")), "begun with other data"),
-    "names of classes": (lambda t: with_column(t, "kind", pc.utf8_upper(t["kind"])), "begun with other data"),
+    "truth for classes": (lambda t: with_column(t, "kind", pc.equal(t["kind"], "k1")), "started with other data"),
+    "names of classes": (lambda t: with_column(t, "kind", pc.utf8_upper(t["kind"])), "started with other data"),
     "name of a column": (lambda t: t.rename_columns([{"e": "E"}.get(n, n) for n in t.column_names]), "with other data"),
-    "order": (lambda t: t.take(list(range(len(t)))[::-1]), "begun with other data"),
+    "order": (lambda t: t.take(list(range(len(t)))[::-1]), "started with other data"),
     "data set": (lambda t: t.replace_schema_metadata({"dataset": "another"}), "dataset was 'mp_starter' then"),
 }
 
@@ -94,13 +94,13 @@ def test_a_run_is_not_resumed_where_its_data_have_another(what: str, copied: Pat
 
 def test_a_run_is_not_resumed_where_what_it_excludes_is_another(copied: Path) -> None:
     pq.write_table(pq.read_table("data.parquet").slice(0, 1), "other.parquet")
-    with pytest.raises(CrysldnetError, match=r"begun with other data"):
+    with pytest.raises(CrysldnetError, match=r"started with other data"):
         resume()
 
 
 def test_a_run_is_not_resumed_with_another_split_of_the_same_name(copied: Path) -> None:
     write_split("split.json", pq.read_table("data.parquet")["material_id"].to_pylist()[::-1])
-    with pytest.raises(CrysldnetError, match=r"begun with other data"):
+    with pytest.raises(CrysldnetError, match=r"started with other data"):
         resume()
 
 

@@ -439,9 +439,9 @@ def test_a_run_goes_on_with_the_fold_it_was_stopped_in(whole: Whole, tmp_path: P
         shutil.rmtree(folder / path) if (folder / path).is_dir() else (folder / path).unlink()
     models = {fold: folder / TASK / f"fold_{fold}" / "model.safetensors" for fold in (0, 1, 2, 4)}
     before = {fold: path.stat().st_mtime_ns for fold, path in models.items()}
-    with pytest.raises(ConfigError, match="begun with seed=0, not 1"):
+    with pytest.raises(ConfigError, match="started with seed=0, not 1"):
         run(f"runs={tmp_path}", "name=stopped", "resume=last", "seed=1")
-    with pytest.raises(ConfigError, match=r"begun with epochs=\d+, not 99"):
+    with pytest.raises(ConfigError, match=r"started with epochs=\d+, not 99"):
         run(f"runs={tmp_path}", "name=stopped", "resume=last", "epochs=99")
     run(f"runs={tmp_path}", "name=stopped", "resume=last", "authors=Somebody")
     assert json.loads((folder / "matbench_v0.1_CrysLDNet/info.json").read_text())["authors"] == "Somebody"

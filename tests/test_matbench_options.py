@@ -264,7 +264,7 @@ def test_a_report_shows_the_classes_of_a_task_and_the_curves_of_each_recipe(
 
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
     make_store(published()[names[1]], tmp_path, tmp_path / "matbench_mp_gap.store")
-    assert report().count('class="structure"') == len(rows) == 12
+    assert report().count('class="structure"') == -(-len(rows) // 10) == 2  # a tenth of the crystals is shown
 
 
 def report() -> str:

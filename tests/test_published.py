@@ -487,7 +487,7 @@ def test_json_is_read_the_same_in_parts_as_whole(content: Any, monkeypatch: pyte
     monkeypatch.setattr("crysldnet.readers.json_stream._BLOCK", 3)
     expected = list(content.items()) if isinstance(content, dict) else content
     items = top_level(io.BytesIO(json.dumps(content, indent=1).encode()))
-    assert [value if element else (key, value) for key, element, value in items] == expected
+    assert [value if element else (key, value) for key, element, value, _ in items] == expected
     with pytest.raises(ValueError, match=r"ends too early|Expecting value"):
         list(top_level(io.BytesIO(json.dumps(content)[:-1].encode())))
 

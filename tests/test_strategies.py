@@ -294,7 +294,7 @@ def test_a_sharded_run_that_trained_to_its_end_is_exported_on_resume_and_keeps_i
         (folder / name).unlink()
     other = run("strategy=ddp", "resume=last")
     assert other.returncode == 2
-    assert "begun with strategy=fsdp2" in other.stderr
+    assert "started with strategy=fsdp2" in other.stderr
     again = run("strategy=fsdp2", "resume=last")
     assert again.returncode == 0, again.stderr[-4000:]
     info_again, after = model_file.read(folder / "encoder.safetensors", "encoder")

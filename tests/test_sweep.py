@@ -369,7 +369,7 @@ def test_a_stopped_sweep_keeps_its_finished_runs(write: Any, tmp_path: Path, pro
     assert process.wait(60) == 75
     assert process.stderr is not None
     assert "stopped by SIGTERM; continue with resume=last" in process.stderr.read()
-    with pytest.raises(ConfigError, match="begun with another seed"):
+    with pytest.raises(ConfigError, match="started with another seed"):
         cli.run([*line, "resume=last", "seed=1"])
     os.environ.pop(RUN_NAME, None)
     program.plan.write_text(json.dumps({**plan, "0.2": {"values": [2.0]}, "0.3": {"values": [1.0]}}))

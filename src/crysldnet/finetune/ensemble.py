@@ -128,7 +128,7 @@ def train_member(
     if split.exists():
         before = json.loads(split.read_text())
         if any(before[name] != data.store.ids_at(own) for name, own in rows.items()):
-            raise ConfigError(f"{path}: begun with another division of the crystals; start another run", "resume")
+            raise ConfigError(f"{path}: started with another split of the crystals; start another run", "resume")
     if not (path / "model.safetensors").exists():
         train_part(train, config, values, path, data, rows, name)
     info = load_property_model(path)[1]
