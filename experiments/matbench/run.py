@@ -65,7 +65,7 @@ class Settings:
     frozen: Frozen
 
     def __post_init__(self) -> None:
-        if self.data is None and self.pretrained is None and set(self.arms) - {"frozen"}:
+        if self.data is None and self.pretrained in (None, "none") and set(self.arms) - {"frozen"}:
             raise ValueError("give data=FOLDER to pretrain on, or pretrained=ENCODER, or arms=[frozen]")
 
 
@@ -231,9 +231,9 @@ def main() -> None:
     study, out = Study(settings, Path(settings.runs).absolute()), Path(settings.out or HERE)
     for folder in (study.runs, out):
         folder.mkdir(parents=True, exist_ok=True)
-    encoder = None
+    encoder = None  # compose() gives pretrained=none where an encoder is named
     if set(settings.arms) - {"frozen"}:
-        encoder = study.pretrain() if settings.pretrained is None else Path(settings.pretrained).absolute()
+        encoder = study.pretrain() if settings.pretrained in (None, "none") else Path(settings.pretrained).absolute()
         study.audit(encoder)
     if "frozen" in settings.arms:
         study.audit(encoder_file(settings.frozen.encoder))
