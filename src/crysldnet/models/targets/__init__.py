@@ -59,7 +59,7 @@ def make_number(named: Named, spread: Spread | None) -> Number:
     """Create a number type from configuration.
 
     Raises:
-        ValueError: the type is unknown or isn't a number, or there aren't two bounds.
+        ValueError: the type is unknown, or the bounds aren't two numbers.
     """
     if named == "non_negative":
         named = [0.0, None]
