@@ -105,11 +105,11 @@ def _no_meeting(error: BaseException, nodes: int) -> str:
     """Return why the processes of a run can't connect, and the remedy."""
     reason = str(error).splitlines()[0].rstrip(".")
     if "in use" in reason:
-        mend = f"set MASTER_PORT to a free one{', or leave it unset' if nodes == 1 else ''}"
+        remedy = f"set MASTER_PORT to a free one{', or leave it unset' if nodes == 1 else ''}"
     else:
-        mend = "if one of them is missing, its own error is further up"
+        remedy = "if one of them is missing, its own error is further up"
     place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    return f"the processes of this run can't connect at {place}: {reason}; {mend}"
+    return f"the processes of this run can't connect at {place}: {reason}; {remedy}"
 
 
 def fit(trainer: pl.Trainer, module: pl.LightningModule, data: CrystalDataModule) -> Metrics:

@@ -62,11 +62,11 @@ ENCODER = """
 ENCODER = {file}
 SHA256 = "{sha256}"
 if not ENCODER.is_file() or hashlib.sha256(ENCODER.read_bytes()).hexdigest() != SHA256:
-    sys.exit(f"{{ENCODER}} isn't there, or isn't the file with sha256 {{SHA256}}. Put that there{mend})
+    sys.exit(f"{{ENCODER}} isn't there, or isn't the file with sha256 {{SHA256}}. Put that there{remedy})
 """
 MADE = """ It was pretrained by crysldnet {version!r} with what is written here.
 PRETRAINING = {words}"""
-MEND = """, or the encoder.safetensors that this "
+REMEDY = """, or the encoder.safetensors that this "
         "makes, and its sha256 here; on a CPU its weights are the same:\\n\\n  " + shlex.join(PRETRAINING)"""
 
 
@@ -211,17 +211,17 @@ def _encoder(begun: BenchmarkRun, sha256: str | None) -> str:
     file, provenance = encoder_file(begun.config.pretrained), begun.provenance
     if file is None:
         return ""
-    made, mend = " Its training history is in info.json.", ', and try again."'
+    made, remedy = " Its training history is in info.json.", ', and try again."'
     words = None
     if "config" in provenance and not provenance.get("labels"):
         with suppress(ConfigError):  # from a version with other keys
             words = arguments_for("pretrain", provenance["config"], without=PER_RUN)
     if words is not None:
         text = _list(["crysldnet", "pretrain", *words])
-        made, mend = MADE.format(version=provenance.get("code_version"), words=text), MEND
+        made, remedy = MADE.format(version=provenance.get("code_version"), words=text), REMEDY
     name = str(begun.config.pretrained)
     place = f"find({name!r})" if file == named_encoders().get(name) else f"Path({str(file)!r})"
-    return ENCODER.format(file=place, sha256=sha256, made=made, mend=mend)
+    return ENCODER.format(file=place, sha256=sha256, made=made, remedy=remedy)
 
 
 def _list(words: Sequence[str]) -> str:

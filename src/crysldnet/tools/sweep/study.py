@@ -71,7 +71,7 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         self._study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(_mended(folder / JOURNAL)))),
+            storage=JournalStorage(JournalFileBackend(str(_repaired(folder / JOURNAL)))),
             study_name="sweep",
             direction="maximize" if sweep.metric.maximize else "minimize",
             pruner=NopPruner() if early is None else SuccessiveHalvingPruner(early.first, early.eta),
@@ -147,7 +147,7 @@ class Study:
         return self.trials()[name]
 
 
-def _mended(journal: Path) -> Path:
+def _repaired(journal: Path) -> Path:
     """Remove what a kill may have left: a partial line at the end of the journal, and the writer's lock."""
     Path(f"{journal}.lock").unlink(missing_ok=True)
     if journal.exists():
