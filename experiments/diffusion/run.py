@@ -179,10 +179,10 @@ class Study:
                 self.finetune(self.second_stage(name, seed), task, 300, draw)
 
     def write(self, out: Path) -> None:
-        """Write what all complete runs of the folder measured: every error, the table and the plot."""
+        """Write what all complete runs of the folder, and the files already there, measured: errors, table, plot."""
         out.mkdir(parents=True, exist_ok=True)
         settings = self.settings
-        first, arms = list(settings.first_stages), [settings.base, *settings.arms]
+        first, arms = list(settings.first_stages), list(dict.fromkeys([settings.base, *settings.arms]))
         crystals = len(pq.read_table(self.runs / "data" / "train.parquet", columns=["material_id"]))
         known = {
             "data": f"{crystals:,} crystals of mp_cgcnn of ≤ {settings.max_atoms} atoms",
@@ -190,12 +190,13 @@ class Study:
         }
         records = []
         for part, names, control in (("first", first, first[0]), ("second", arms, CONTROL)):
-            errors = tables.collect(self.runs, names)
+            file = out / f"{part}_stages.json"
+            errors = tables.read_measurements(file, names) | tables.collect(self.runs, names)
             if not errors:
                 continue
             command = f"python -m experiments.diffusion.run parts=[{part}] data=FOLDER"
             records += tables.records_of(errors, names, control, {**known, "command": command})
-            tables.write_measurements(errors, out / f"{part}_stages.json")
+            tables.write_measurements(errors, file)
         evidence.write(out, records)
         tables.draw(errors, arms, CONTROL, out / "arms.png")
 

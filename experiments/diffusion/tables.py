@@ -44,6 +44,17 @@ def collect(runs: Path, arms: Sequence[str]) -> Errors:
     return found
 
 
+def read_measurements(file: Path, arms: Sequence[str]) -> Errors:
+    """Return the errors of an earlier study, as ``write_measurements`` wrote them; none if there is no file."""
+    found: Errors = {}
+    for what, of_arms in json.loads(file.read_text()).items() if file.exists() else []:
+        for arm, of_seeds in of_arms.items():
+            for seed, of_tasks in of_seeds.items() if arm in arms else []:
+                draws = {(task, draw): e for task, of_draws in of_tasks.items() for draw, e in enumerate(of_draws)}
+                found[what, arm, int(seed)] = draws
+    return found
+
+
 def change(mine: Mapping[tuple[str, int], float], control: Mapping[tuple[str, int], float]) -> float | None:
     """Return the mean change of the logarithm of the error, first over draws, in percent; None without a pair."""
     of_task = defaultdict(list)

@@ -8,6 +8,7 @@ goes on where it stopped.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +39,7 @@ class Settings:
     max_atoms: int
     move: float
     draws: int
+    seeds: list[int]
     finetuning: list[str]
     arms: dict[str, list[str]]
 
@@ -82,7 +84,7 @@ def figures(
 
 def main() -> None:
     """Train a model of each encoder, displace the test crystals, write results.json and the tables."""
-    settings = evidence.settings(Settings, HERE, __doc__ or "", {"arms"})
+    settings = evidence.settings(Settings, HERE, __doc__ or "", {"arms", "seeds"})
     commit, runs, train = evidence.current_commit(HERE), Path(settings.runs), draw(settings)
     store = open_store(settings.files["test"])
     y = store.numbers_of(settings.target)
@@ -91,23 +93,27 @@ def main() -> None:
     made = []
     for number, (name, arguments) in enumerate(settings.arms.items()):
         data = ["data=custom", f"data.path={train}", f"data.targets=[{settings.target}]"]
-        run = f"{number:02}_{arguments[0].removeprefix('encoder=')}"
-        evidence.launch(runs, "finetune", run, *data, *settings.finetuning, *arguments)
-        model = crysldnet.load(runs / "finetune" / run, device="cpu")
-        for metric, unit, value in figures(model, crystals, y[rows], settings):
+        measured: dict[tuple[str, str], list[float]] = defaultdict(list)
+        for seed in settings.seeds:
+            run = f"{number:02}_{arguments[0].removeprefix('encoder=')}-seed{seed}"
+            evidence.launch(runs, "finetune", run, *data, *settings.finetuning, *arguments, f"seed={seed}")
+            model = crysldnet.load(runs / "finetune" / run, device="cpu")
+            for metric, unit, value in figures(model, crystals, y[rows], settings):
+                measured[metric, unit].append(value)
+        for (metric, unit), values in measured.items():
             record = evidence.summarise(
-                [value],
+                values,
                 name=name,
                 metric=metric,
                 unit=unit,
-                seeds=[0],
+                seeds=settings.seeds,
                 data=f"{settings.target} of mp_elasticity, ≤ {settings.max_atoms} atoms: {settings.train} crystals to "
                 f"train on, {len(rows)} test crystals displaced {settings.draws} times",
                 command="python -m experiments.jumps.run data=FOLDER",
                 commit=commit,
             )
             made.append(record)
-            print(f"{name}: {metric} {value:.3g} {unit}", flush=True)
+            print(f"{name}: {metric} {record.value:.3g} {unit}", flush=True)
     evidence.write(HERE, made)
     PAGE.write_text(evidence.render(PAGE.read_text(), made))
 
