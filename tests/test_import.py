@@ -655,3 +655,19 @@ def test_a_script_from_standard_input_imports_with_workers(tmp_path: Path, folde
     )
     done = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("3\n", "")
+
+
+def test_a_folder_named_like_the_home_folder_is_read_where_it_stands(tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "~").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "~" / "x.cif").write_text(CSCL)
+    (tmp_path / "home" / "x.cif").write_text(CSCL.replace("4.2", "5.0"))
+    lengths = []
+    for source in ("./~/x.cif", "~/x.cif", "~/x.cif"):
+        import_crystals(source, tmp_path / "s.store", progress=False, overwrite=True)
+        lengths.append(float(CrystalStore.open(tmp_path / "s.store").crystals.lattice[0, 0, 0]))
+        if len(lengths) == 2:
+            Path("./~/x.cif").unlink()
+    np.testing.assert_allclose(lengths, [4.2, 4.2, 5.0], rtol=1e-6)

@@ -19,7 +19,7 @@ import yaml
 from crysldnet import build, cli, plugins
 from crysldnet.artifacts.model_file import load_property_model
 from crysldnet.data.store import CrystalStore
-from crysldnet.errors import ConfigError, CrysldnetError
+from crysldnet.errors import ConfigError, CrysldnetError, Interrupted
 from crysldnet.measures import MEASURES
 from crysldnet.models.targets.base import TYPES
 from crysldnet.readers.sources import KINDS
@@ -173,6 +173,17 @@ def test_an_encoder_and_an_objective_from_outside_work_with_every_command(folder
     arguments = " ".join(["data.path=data.parquet", "trainer.accelerator=cpu", *QUIET, *short])
     assert cli.run(["sweep", USE, "sweep=sweep.yaml", "count=1", f"args={arguments}", "name=s"]) == 0
     assert json.loads(Path("runs/sweep/s/summary.json").read_text())["status"] == "complete"
+
+
+def test_a_run_is_not_resumed_with_a_plugin_that_has_changed(folder):
+    stopped = ["epochs=500", "min_steps=0", "baselines=false", "trainer.max_time=00:00:00:01"]
+    common = [USE, *QUIET, "trainer.accelerator=cpu", "data.path=data.parquet", "name=a", "encoder=species.yaml"]
+    with pytest.raises(Interrupted):
+        cli.run(["finetune", *common, *stopped])
+    with (folder / "my_parts.py").open("a") as file:
+        file.write("\n# changed\n")
+    with pytest.raises(ConfigError, match="my_parts: the file isn't the one that the run"):
+        cli.run(["finetune", "name=a", "resume=last"])
 
 
 def write_cells(path, store):

@@ -16,6 +16,7 @@ from crysldnet.graphs.crystals import Crystals
 from crysldnet.readers.compression import inner_name
 from crysldnet.readers.rows import Piece, Rows, Task
 from crysldnet.readers.structure_files import (
+    at_home,
     find_structure_files,
     kind_of,
     matches,
@@ -214,7 +215,7 @@ def _open_paths(sources: Sequence[str | os.PathLike[str]], on_bad: OnBad | None)
         if _is_store(source):
             continue
         try:
-            paths |= dict.fromkeys(_expanded(Path(source).expanduser()))
+            paths |= dict.fromkeys(_expanded(at_home(source)))
         except DataError as error:
             if on_bad is None:
                 raise

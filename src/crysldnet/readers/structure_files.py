@@ -62,7 +62,7 @@ def find_structure_files(sources: Source) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for source in [sources] if isinstance(sources, (str, os.PathLike)) else sources:
-        path = Path(source).expanduser()
+        path = at_home(source)
         if path.is_dir():
             files = sorted(_in_folder(path), key=Path.as_posix)
         elif os.path.lexists(path):
@@ -75,6 +75,12 @@ def find_structure_files(sources: Source) -> list[Path]:
             raise DataError(f"{path}: no structure file there; those read are {KNOWN_NAMES}")
         found.update(dict.fromkeys(files))
     return list(found)
+
+
+def at_home(source: str | os.PathLike[str]) -> Path:
+    """Return a path with a leading ~ expanded, unless a file or folder has that very name."""
+    path = Path(source)
+    return path if os.path.lexists(path) else Path(os.path.expanduser(source))
 
 
 def matches(pattern: Path) -> list[Path]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +30,12 @@ def hashes_of(**files: str | None) -> dict[str, str]:
     return {key: file_hash(path) for key, path in paths.items() if path is not None}
 
 
-def inputs_of(data: CrystalDataModule, **files: str | None) -> dict[str, Any]:
+def inputs_of(data: CrystalDataModule, plugins: Sequence[str], **files: str | None) -> dict[str, Any]:
     """Return the inputs that determine a run besides settings and crystal ids, as plain values.
 
     Args:
         data: the crystals, set up.
+        plugins: modules that the configuration loads.
         files: initial files named in the configuration, by key.
     """
     store = data.store
@@ -55,6 +57,7 @@ def inputs_of(data: CrystalDataModule, **files: str | None) -> dict[str, Any]:
         "target_values_sha256": _sha256(values),
         **descriptors,
         "excluded": data.excluded,
+        "plugins": {name: file_hash(Path(sys.modules[name].__file__ or "")) for name in plugins},
     }
 
 
@@ -73,7 +76,7 @@ def refuse_other_inputs(folder: Path, before: Mapping[str, Any], now: Mapping[st
         ConfigError: naming the first difference.
     """
     for name, then, found in _differences("", before, now):
-        if name.startswith("files."):
+        if name.startswith(("files.", "plugins.")):
             key = name.removeprefix("files.")
             raise ConfigError(
                 f"{key}: the file isn't the one that the run in {folder} was started with: its sha256 was {then}, and "
