@@ -32,9 +32,9 @@ from torch_geometric.loader import DataLoader as PyGLoader
 
 from crysldnet.data.datamodule import CrystalDataModule, open_store
 from crysldnet.data.elements import SYMBOLS
+from crysldnet.data.output import write_store
 from crysldnet.data.schema import table_from_crystals
 from crysldnet.data.split import Split
-from crysldnet.data.store_writer import write_store
 from crysldnet.graphs.batch import make_batch
 from crysldnet.graphs.crystals import Crystals, from_lists
 from crysldnet.graphs.spec import GraphSpec

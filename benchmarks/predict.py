@@ -21,7 +21,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from crysldnet.data.datasets import open_store
-from crysldnet.data.store_writer import write_store
+from crysldnet.data.output import write_store
 from experiments import evidence
 
 HERE = Path(__file__).parent

@@ -24,9 +24,9 @@ import torch
 from benchmarks.encoders import Contender, make_encoder
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.data.datasets import open_store
+from crysldnet.data.output import write_store
 from crysldnet.data.schema import table_from_crystals
 from crysldnet.data.split import Split
-from crysldnet.data.store_writer import write_store
 from crysldnet.graphs.crystals import Crystals, concatenate, from_lists
 from crysldnet.graphs.spec import GraphSpec
 from crysldnet.training.trainer import keep_freed_memory

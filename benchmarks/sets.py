@@ -24,13 +24,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from crysldnet.data.datasets import CACHE_VARIABLE, open_store
-from crysldnet.data.decontamination import shared_rows
+from crysldnet.data.elements import formulas_of, hashes
 from crysldnet.data.fingerprint import Fingerprints, geometries_of, overlap
-from crysldnet.data.formulas import formulas_of, hashes
+from crysldnet.data.matching import shared_rows
+from crysldnet.data.output import write_store
 from crysldnet.data.schema import table_from_crystals
 from crysldnet.data.split import Split
 from crysldnet.data.store import CrystalStore
-from crysldnet.data.store_writer import write_store
 from experiments import evidence
 
 HERE = Path(__file__).parent

@@ -17,15 +17,15 @@ import torch
 from numpy.typing import NDArray
 
 from conftest import COPPER, PEROVSKITE, ROCKSALT, TRICLINIC, cell, cells_of, put_together
-from crysldnet.data import edge_counts
+from crysldnet.data import edges as edges_module
 from crysldnet.data import store as store_module
 from crysldnet.data.datamodule import CrystalDataModule, CrystalDataset
 from crysldnet.data.elements import reduced_formula
+from crysldnet.data.output import write_store
 from crysldnet.data.sampler import BatchLimits, BatchRequest, BatchSampler, pack
 from crysldnet.data.schema import table_from_crystals
 from crysldnet.data.split import Split
 from crysldnet.data.store import CrystalStore
-from crysldnet.data.store_writer import write_store
 from crysldnet.encoders.pddformer import PDDFormer
 from crysldnet.errors import DataError
 from crysldnet.graphs.batch import make_batch
@@ -494,8 +494,8 @@ def test_corrupted_crystals_have_no_more_edges_than_allowed_either() -> None:
 def test_edges_are_counted_once_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     module = data_module(max_edges=4_500, split=Split(train_fraction=0.05))
-    counted, count = [], edge_counts._count
-    monkeypatch.setattr(edge_counts, "_count", lambda *given: counted.append(1) or count(*given))
+    counted, count = [], edges_module._count
+    monkeypatch.setattr(edges_module, "_count", lambda *given: counted.append(1) or count(*given))
     with ThreadPoolExecutor(4) as pool:  # as four ranks would
         samplers = list(pool.map(lambda rank: module._sampler("train", rank, 4, 1), range(4)))
     assert counted == [1]

@@ -12,7 +12,7 @@ from pymatgen.core import Lattice, Structure
 from pymatgen.io.cif import CifParser
 
 from crysldnet.errors import DataError
-from crysldnet.readers import cif, cif_cell
+from crysldnet.readers import cif, cif_symmetry
 from crysldnet.readers.structure_files import parse_structure
 from crysldnet.tools.importer.importer import import_crystals
 
@@ -71,7 +71,7 @@ def test_an_atom_is_moved_far_only_with_a_note_and_a_split_site_is_not_merged(tm
     for offset, count, noted in ((0.0005, 1, False), (0.004, 1, True), (0.006, 2, False)):
         notes: list[str] = []
         crystal = read(text_of(CUBIC, [f"Po1 {offset} 0.2 0.3"], MIRROR), notes)
-        assert (len(crystal), cif_cell.NOTE_MOVED in notes) == (count, noted)
+        assert (len(crystal), cif_symmetry.NOTE_MOVED in notes) == (count, noted)
     (tmp_path / "split.cif").write_text(text_of(CUBIC, ["Po1 0.03 0.2 0.3"], MIRROR))
     report = import_crystals(tmp_path / "split.cif", tmp_path / "s.store")
     assert report.report_path is not None

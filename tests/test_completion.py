@@ -9,7 +9,7 @@ import pytest
 
 from crysldnet import cli
 from crysldnet.config import choices
-from crysldnet.config.completion import SHELLS
+from crysldnet.config.help import SHELLS
 from crysldnet.errors import CrysldnetError
 
 ASK = {

@@ -13,8 +13,8 @@ import pytest
 
 from crysldnet.data import datasets
 from crysldnet.data.datasets import CACHE_VARIABLE, open_store
+from crysldnet.data.output import StoreWriter
 from crysldnet.data.store import CrystalStore
-from crysldnet.data.store_writer import StoreWriter
 from crysldnet.errors import DataError
 
 

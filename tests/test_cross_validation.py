@@ -10,7 +10,7 @@ import pytest
 import crysldnet
 from crysldnet import cli, finetune
 from crysldnet.config import compose, validate
-from crysldnet.data.formulas import formulas_of
+from crysldnet.data.elements import formulas_of
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import ConfigError
 from crysldnet.finetune import FinetuneConfig, cross_validation

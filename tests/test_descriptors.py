@@ -25,9 +25,9 @@ from conftest import (
 from crysldnet.data.elements import SYMBOLS
 from crysldnet.data.store import CrystalStore
 from crysldnet.descriptors import composition_descriptors, geometry_descriptors, side_by_side
-from crysldnet.descriptors.cell import slabs_of
 from crysldnet.descriptors.composition import composition_features
 from crysldnet.descriptors.features import Features
+from crysldnet.descriptors.geometry import slabs_of
 from crysldnet.graphs.crystals import MAX_ATOMIC_NUMBER
 
 GRAPHENE = cell([[2.46, 0, 0], [-1.23, 2.1304, 0], [0, 0, 20]], [6, 6], [[1 / 3, 2 / 3, 0.5], [2 / 3, 1 / 3, 0.5]])

@@ -17,8 +17,8 @@ from crysldnet.artifacts import model_file
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.data.datasets import open_store
 from crysldnet.data.fingerprint import Fingerprints
+from crysldnet.data.output import write_store
 from crysldnet.data.split import Split
-from crysldnet.data.store_writer import write_store
 from crysldnet.encoders.pddformer import PDDFormer
 from crysldnet.errors import CheckpointError, ConfigError, DataError, DivergedError
 from crysldnet.graphs.batch import make_batch

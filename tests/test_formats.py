@@ -33,7 +33,7 @@ from crysldnet.data.datasets import EMBEDDED
 from crysldnet.data.schema import STRUCTURE_COLUMNS
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
-from crysldnet.readers import delimited, record_files, sources
+from crysldnet.readers import record_files, sources, table_cells
 from crysldnet.tools.importer import columns
 from crysldnet.tools.importer.importer import ImportReport, import_crystals
 
@@ -460,7 +460,7 @@ def test_a_file_that_would_fill_the_memory_is_refused(
 ) -> None:
     monkeypatch.setattr(record_files, "MOST_KEYS", 100)
     monkeypatch.setattr(record_files, "LIMIT", 5000)
-    monkeypatch.setattr(delimited, "LONGEST_LINE", 5000)
+    monkeypatch.setattr(table_cells, "LONGEST_LINE", 5000)
     monkeypatch.setattr(columns, "MOST_COLUMNS", 20)
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=pattern):
@@ -652,7 +652,7 @@ def test_several_files_make_one_store_and_an_id_is_taken_once(tmp_path: Path) ->
 
 KILLED = """
 import os, sys
-from crysldnet.data.store_writer import StoreWriter
+from crysldnet.data.output import StoreWriter
 from crysldnet.readers import sources, workers
 from crysldnet.tools.importer.importer import import_crystals
 from crysldnet.tools.importer.spool import Spool

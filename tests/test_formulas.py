@@ -7,13 +7,12 @@ from math import gcd
 import numpy as np
 import pytest
 
-from crysldnet.data.decontamination import shared_rows
-from crysldnet.data.elements import SYMBOLS, reduced_formula
-from crysldnet.data.formulas import chemical_systems_of, formulas_of, hashes
+from crysldnet.data.elements import SYMBOLS, chemical_systems_of, formulas_of, hashes, reduced_formula
+from crysldnet.data.matching import shared_rows
+from crysldnet.data.output import write_store
 from crysldnet.data.schema import table_from_crystals
 from crysldnet.data.split import SPLITS, Split
 from crysldnet.data.store import CrystalStore
-from crysldnet.data.store_writer import write_store
 from crysldnet.graphs.crystals import Crystals
 
 
@@ -56,7 +55,7 @@ def random_crystals(seed: int, count: int) -> Crystals:
 def test_formulas_and_systems_of_random_crystals_are_those_of_one_at_a_time(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("crysldnet.data.formulas._CHUNK", 100)
+    monkeypatch.setattr("crysldnet.data.elements._CHUNK", 100)
     crystals = random_crystals(seed, 450)
     expected = [one_formula(numbers) for numbers in species(crystals)]
     assert formulas_of(crystals) == expected

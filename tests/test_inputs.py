@@ -12,7 +12,7 @@ import pytest
 
 from crysldnet import finetune
 from crysldnet.config import compose, validate
-from crysldnet.data import split_file
+from crysldnet.data import split
 from crysldnet.errors import CrysldnetError, Interrupted
 from crysldnet.finetune import FinetuneConfig
 from tiny import finetune_config, subset
@@ -34,7 +34,7 @@ def with_column(table: pa.Table, name: str, values: pa.Array, unit: str | None =
 
 def write_split(file: str, ids: list[str]) -> None:
     parts = {"train": ids[2:24], "val": ids[24:32], "test": ids[32:]}
-    about = {"format_version": split_file.FORMAT_VERSION, "store_sha256": None, "sha256": split_file._digest(parts)}
+    about = {"format_version": split.FORMAT_VERSION, "store_sha256": None, "sha256": split._digest(parts)}
     Path(file).write_text(json.dumps({**about, **parts}))
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from crysldnet.data import kept_edges
+from crysldnet.data import edges as edges_module
 from crysldnet.data.datamodule import CrystalDataModule
-from crysldnet.data.kept_edges import KeptEdges
+from crysldnet.data.edges import KeptEdges
 from crysldnet.data.split import Split
 from crysldnet.data.store import CrystalStore
 from crysldnet.graphs.batch import CrystalBatch
@@ -102,7 +102,7 @@ def test_nothing_is_kept_beyond_the_bound(starter: CrystalStore, searches: list[
     graph, rows = GRAPHS["nearest"], np.arange(40)
     crystals = starter.crystals.take(rows)
     expected = graph.neighbors(crystals)
-    sizes = [sum(part.nbytes for part in own) for own in kept_edges._divided(expected, crystals.ptr)]
+    sizes = [sum(part.nbytes for part in own) for own in edges_module._divided(expected, crystals.ptr)]
     edges = KeptEdges(graph, 1)
     edges._left = sum(sizes[:10])
     for _ in range(2):

@@ -17,6 +17,7 @@ from crysldnet import cli, finetune, pretrain
 from crysldnet.artifacts import model_file
 from crysldnet.artifacts.provenance import describe_overlap, pretraining_overlap
 from crysldnet.data.datasets import open_store
+from crysldnet.data.elements import formulas_of
 from crysldnet.data.fingerprint import (
     POSSIBLE,
     SIMILAR,
@@ -26,7 +27,6 @@ from crysldnet.data.fingerprint import (
     geometry_of,
     overlap,
 )
-from crysldnet.data.formulas import formulas_of
 from crysldnet.data.matching import Matcher, duplicates, matches
 from crysldnet.data.schema import table_from_crystals
 from crysldnet.data.store import CrystalStore

@@ -20,7 +20,7 @@ from crysldnet.artifacts import model_file
 from crysldnet.build import build
 from crysldnet.config import choices, conf_folder, load_yaml
 from crysldnet.data.datasets import open_store
-from crysldnet.data.formulas import formulas_of
+from crysldnet.data.elements import formulas_of
 from crysldnet.errors import CheckpointError, Interrupted
 from crysldnet.finetune import ensemble, training
 from crysldnet.finetune.module import FinetuneModule

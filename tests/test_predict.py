@@ -29,8 +29,8 @@ from crysldnet.artifacts import model_file
 from crysldnet.cli import run
 from crysldnet.data import output
 from crysldnet.data.datasets import EMBEDDED, open_store
+from crysldnet.data.output import write_store
 from crysldnet.data.schema import table_from_crystals
-from crysldnet.data.store_writer import write_store
 from crysldnet.errors import CheckpointError, DataError
 from crysldnet.graphs.batch import cut, make_batch
 from crysldnet.graphs.crystals import from_lists

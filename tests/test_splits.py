@@ -9,8 +9,7 @@ import pyarrow as pa
 import pytest
 
 from crysldnet.data.elements import SYMBOLS, reduced_formula
-from crysldnet.data.split import SPLITS, Split
-from crysldnet.data.split_file import read_split_file, split_text
+from crysldnet.data.split import SPLITS, Split, read_split_file, split_text
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
 
@@ -102,7 +101,7 @@ def test_a_cluster_never_crosses_a_split_and_its_test_crystals_are_unlike_those_
     starter: CrystalStore,
 ) -> None:
     pytest.importorskip("sklearn")
-    from crysldnet.data.clusters import clusters_of, features_of
+    from crysldnet.data.split import clusters_of, features_of
 
     features = features_of(starter)
 

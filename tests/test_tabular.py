@@ -7,18 +7,17 @@ import pytest
 from safetensors.numpy import load, save
 
 from crysldnet.errors import DataError
-from crysldnet.tabular.arrays import from_arrays, to_arrays
-from crysldnet.tabular.blend import blend_weights, group_folds, out_of_fold
 from crysldnet.tabular.kernel import (
     clipped,
     fit_kernel_ridge,
+    fit_projection,
     group_residuals,
     matern,
     relevance_of,
     squared_distances,
 )
-from crysldnet.tabular.members import MEMBERS, fit_members, fit_models
-from crysldnet.tabular.projection import fit_projection
+from crysldnet.tabular.members import MEMBERS, blend_weights, fit_members, fit_models, group_folds, out_of_fold
+from crysldnet.tabular.stack import from_arrays, to_arrays
 from crysldnet.tabular.trees import Trees
 
 ensemble = pytest.importorskip("sklearn.ensemble")

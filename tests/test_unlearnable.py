@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from crysldnet.artifacts.strict_load import load_strictly
+from crysldnet.artifacts.rebuild import load_strictly
 from crysldnet.encoders.cgcnn import CGCNN
 from crysldnet.encoders.protocol import single_atom_statistics
 from crysldnet.errors import CheckpointError, DataError

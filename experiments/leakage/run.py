@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from crysldnet.data.datasets import open_store
+from crysldnet.data.elements import formulas_of
 from crysldnet.data.fingerprint import POSSIBLE, SIMILAR, Fingerprints, Tolerance, candidates
-from crysldnet.data.formulas import formulas_of
 from crysldnet.data.matching import Matcher
 from crysldnet.data.schema import table_from_crystals
 from crysldnet.data.store import CrystalStore

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from crysldnet.artifacts.model_file import write_half_precision
-from crysldnet.data.decontamination import shared_rows
+from crysldnet.data.matching import shared_rows
 from crysldnet.data.store import CrystalStore
 from crysldnet.io import write_atomically
 from crysldnet.tools.datacheck.dedupe import find_repeats

@@ -220,7 +220,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _completion(shell: str) -> str:
     """Return the completion script for a shell."""
-    from crysldnet.config.completion import Command, actions_of, script, words_of
+    from crysldnet.config.help import Command, actions_of, script, words_of
 
     found = {}
     for name, (module, schema, text) in COMMANDS.items():

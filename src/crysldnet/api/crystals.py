@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from crysldnet.console import note
-from crysldnet.data.formulas import formulas_of
+from crysldnet.data.elements import formulas_of
 from crysldnet.data.schema import STRUCTURE_COLUMNS, refuse_repeated_columns, table_from_crystals
 from crysldnet.data.units import name_and_unit, same_unit
 from crysldnet.errors import DataError

@@ -122,11 +122,7 @@ class _Finetuned(BaseEstimator):
     def _keep_classes(self, classes: list[NDArray]) -> None: ...
 
     def _settings(self) -> dict[str, Any]:
-        """Return the settings by dotted key.
-
-        Raises:
-            ConfigError: one is set by the estimator itself.
-        """
+        """Return the settings by dotted key."""
         given = self.get_params(deep=False)
         left_out = {"random_state", "verbose", *(name for name in ("recipe", "pretrained") if given[name] is None)}
         settings = dotted("finetune", {name: value for name, value in given.items() if name not in left_out})

@@ -104,11 +104,7 @@ def dotted(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(key: str, value: Any) -> Any:
-    """Return a value as plain YAML.
-
-    Raises:
-        ConfigError: it has no plain form.
-    """
+    """Return a value as plain YAML."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if hasattr(value, "tolist"):  # NumPy

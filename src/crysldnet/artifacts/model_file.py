@@ -22,8 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from crysldnet.artifacts.rebuild import EncoderInfo, ModelInfo, build_encoder, build_model, checked
-from crysldnet.artifacts.strict_load import build_and_load
+from crysldnet.artifacts.rebuild import EncoderInfo, ModelInfo, build_and_load, build_encoder, build_model, checked
 from crysldnet.data.fingerprint import RANKS, Fingerprints
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.errors import CheckpointError, DataError
@@ -51,11 +50,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def refuse_diverged(state: Mapping[str, Tensor], what: str) -> None:
-    """Reject nonfinite weights.
-
-    Raises:
-        CheckpointError: naming the first such tensor.
-    """
+    """Reject nonfinite weights."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CheckpointError(

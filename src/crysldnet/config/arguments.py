@@ -58,11 +58,7 @@ def arguments_for(command: str, values: Mapping[str, Any], without: Collection[s
 
 
 def _differences(base: Mapping[str, Any], values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield arguments that turn a base with the same keys into the values.
-
-    Raises:
-        KeyError: the keys differ.
-    """
+    """Yield arguments that turn a base with the same keys into the values."""
     for key, value in values.items():
         before = base[key]
         if isinstance(value, Mapping) and isinstance(before, Mapping) and before:

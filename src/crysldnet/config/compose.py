@@ -30,9 +30,8 @@ from crysldnet.config.files import (
     read_saved,
     read_yaml,
 )
-from crysldnet.config.own_data import with_paths
 from crysldnet.config.values import MISSING, changed, changed_plainly, literally, refuse_other_bytes, resolve
-from crysldnet.config.words import PLAIN_WORDS, split
+from crysldnet.config.words import PLAIN_WORDS, split, with_paths
 from crysldnet.console import note
 from crysldnet.errors import ConfigError
 from crysldnet.renames import renamed_argument
@@ -218,11 +217,7 @@ def _merge_saved(
 
 
 def refuse_unknown(command: str, composition: Composition) -> None:
-    """Reject keys that the command doesn't have before importing its modules.
-
-    Raises:
-        ConfigError: with the key and a suggestion.
-    """
+    """Reject keys that the command doesn't have before importing its modules."""
     known = [key for key in read_yaml(root_of(command)) if key != CHOICES]
     known += [*composition.groups, "preset"]
     for key in composition.given:

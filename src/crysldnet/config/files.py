@@ -71,11 +71,7 @@ def lay_over(base: dict[Any, Any], layer: Mapping[Any, Any]) -> None:
 
 
 def refuse_resolvers(value: Any, source: str, key: str = "") -> None:
-    """Reject plain values from a file that would read the environment or use another resolver.
-
-    Raises:
-        ConfigError: naming the file and the key.
-    """
+    """Reject plain values from a file that would read the environment or use another resolver."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             refuse_resolvers(item, source, f"{key}.{name}" if key else str(name))

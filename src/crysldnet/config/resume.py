@@ -46,9 +46,6 @@ def refuse_changed(command: str, composition: Composition, saved: Path, *, compl
         composition: the current configuration.
         saved: the ``config.yaml`` of the run.
         complete: whether the run is complete.
-
-    Raises:
-        ConfigError: naming the key that differs.
     """
     before, _ = read_saved(saved)
     given = [name for name in composition.given if name not in composition.groups]

@@ -50,11 +50,7 @@ _parse_plain = lru_cache(maxsize=1024)(_parse)
 
 
 def refuse_other_bytes(pairs: Sequence[tuple[str, str]]) -> None:
-    """Reject values that aren't UTF-8, because saved configurations can't contain them.
-
-    Raises:
-        ConfigError: naming the key.
-    """
+    """Reject values that aren't UTF-8, because saved configurations can't contain them."""
     for key, value in pairs:
         if (shown := value.encode(errors="backslashreplace").decode()) != value:
             raise ConfigError(f"{key}={shown}: not UTF-8; rename the file or folder", key)

@@ -1,4 +1,4 @@
-"""Split command-line words into keys and values, including styles of other programs."""
+"""Split command-line words into keys and values, including styles of other programs, and ``data=PATH``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+from crysldnet.config.files import choices
 from crysldnet.errors import ConfigError
 
 PLAIN_WORDS = {"report": "runs", "predict": "files", "embed": "files", "suggest": "files", "explain": "files"}
@@ -72,11 +73,7 @@ def _is_plain(word: str, key: str) -> bool:
 
 
 def _refuse(word: str, following: Sequence[str], keys: Collection[str], plain: str | None) -> NoReturn:
-    """Reject an invalid word with a suggestion.
-
-    Raises:
-        ConfigError: always.
-    """
+    """Reject an invalid word with a suggestion."""
     if re.fullmatch(r"-[A-Za-z]", word):
         meant = [key for key in keys if key.startswith(word[1:])]
         names = f"; {' or '.join(f'{key}=…' for key in meant)}" if meant else ""
@@ -101,3 +98,25 @@ def _meant(key: str, keys: Collection[str]) -> str:
 def in_brackets(text: str) -> list[str]:
     """Return the names in a list without brackets, split at commas outside of (…) and […]."""
     return [name.strip() for name in re.split(r",(?![^()\[\]]*[)\]])", text) if name.strip()]
+
+
+OWN = "custom"
+"""Choice of the group ``data`` that takes a path."""
+
+
+def is_opened(path: str) -> bool:
+    """Return whether a path is a store, a Parquet file or a named data set, which need no import."""
+    whole = path.rpartition("@")[0] if "@" in path and not os.path.exists(path) else path
+    named = path.startswith(("embedded:", "published:"))
+    return named or whole.endswith(".parquet") or os.path.isfile(os.path.join(whole, "store.json"))
+
+
+def with_paths(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Replace ``data=PATH`` by the choice that takes a path, and its path."""
+    found: list[tuple[str, str]] = []
+    for key, value in pairs:
+        if key == "data" and value not in choices("data") and is_opened(value):
+            found += [(key, OWN), ("data.path", value)]
+        else:
+            found.append((key, value))
+    return found

@@ -259,11 +259,7 @@ def has_decimal_comma(texts: Iterable[str]) -> bool:
 
 
 def _follows(parts: Mapping[str, _Parts]) -> bool:
-    """Return whether a column without decimal commas is parsed like the others of its table, which have some.
-
-    Raises:
-        CellError: its points may be thousands separators.
-    """
+    """Return whether a column without decimal commas is parsed like the others of its table, which have some."""
     numbers = [(text, part) for text, found in parts.items() for part in (found.number, found.uncertainty) if part]
     points = [(text, number) for text, number in numbers if "." in number and _POINT.fullmatch(number)]
     if points and all(re.match(TWO_WAYS_POINT, number) for _, number in points):

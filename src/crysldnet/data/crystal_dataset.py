@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from crysldnet.data.kept_edges import KeptEdges
+from crysldnet.data.edges import KeptEdges
 from crysldnet.data.sampler import BatchRequest
 from crysldnet.data.store import CrystalStore
 from crysldnet.graphs.batch import CrystalBatch, make_batch

@@ -15,14 +15,11 @@ from torch.utils.data import DataLoader
 from crysldnet.build import Part
 from crysldnet.console import SHOWN, listed
 from crysldnet.data.crystal_dataset import CrystalDataset
-from crysldnet.data.datasets import open_store
-from crysldnet.data.decontamination import By, shared_rows
-from crysldnet.data.edge_counts import edge_counts
-from crysldnet.data.joined import join_splits, refuse_repeated_ids
-from crysldnet.data.kept_edges import KeptEdges
+from crysldnet.data.datasets import join_splits, open_store, refuse_repeated_ids
+from crysldnet.data.edges import KeptEdges, edge_counts
+from crysldnet.data.matching import By, shared_rows
 from crysldnet.data.sampler import BatchLimits, BatchSampler
-from crysldnet.data.split import SPLITS, Rows, Split
-from crysldnet.data.split_file import split_text
+from crysldnet.data.split import SPLITS, Rows, Split, split_text
 from crysldnet.data.store import CrystalStore
 from crysldnet.data.targets import column_called, read_target
 from crysldnet.errors import ConfigError, DataError

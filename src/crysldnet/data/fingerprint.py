@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from crysldnet.data.formulas import formulas_of, hashes
+from crysldnet.data.elements import formulas_of, hashes
 from crysldnet.data.store import CrystalStore
 from crysldnet.graphs.crystals import Crystals
 from crysldnet.graphs.neighbors import neighbor_list

@@ -1,4 +1,5 @@
-"""Matching structures of two data sets: pymatgen's StructureMatcher with a cheap prefilter.
+"""Matching structures of two data sets: pymatgen's StructureMatcher with a cheap prefilter. Crystals of
+other data sets can be excluded from training with it, or by formula, so that those can be used for testing.
 
 Only pairs with the same reduced formula and similar volumes and distances (:data:`POSSIBLE`) are passed to the matcher,
 which scales volumes, reduces cells, and compares positions. experiments/leakage measures what the filter loses and
@@ -7,13 +8,15 @@ saves on real crystals.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from crysldnet.data.datasets import open_part
+from crysldnet.data.elements import formulas_of
 from crysldnet.data.fingerprint import POSSIBLE, Fingerprints, candidates
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
@@ -87,3 +90,41 @@ def duplicates(store: CrystalStore) -> dict[int, int]:
         if matcher(later, earlier):
             repeats[later] = earlier
     return repeats
+
+
+By = Literal["formula", "structure"]
+
+
+def shared_rows(
+    store: CrystalStore, rows: NDArray[np.int64], others: Sequence[str], by: By
+) -> tuple[NDArray[np.int64], list[dict[str, Any]]]:
+    """Find the rows that other data sets also contain.
+
+    Args:
+        store: the crystals.
+        rows: rows to check.
+        others: names of data sets as in :func:`crysldnet.data.datasets.open_part`.
+        by: ``formula`` for every crystal with a reduced formula in the other set, ``structure`` only for matching
+            structures by pymatgen's matcher.
+
+    Returns:
+        The rows, and for each other set its name, sha256, rule, and number of crystals removed.
+
+    Raises:
+        DataError: another set is missing, or structures can't be compared.
+    """
+    gone = np.zeros(len(store), bool)
+    records = []
+    for name in others:
+        other, other_rows = open_part(name)
+        if by == "formula":
+            formulas = set(formulas_of(other.crystals, other_rows))
+            mine = formulas_of(store.crystals, rows)
+            shared = rows[np.array([formula in formulas for formula in mine], bool)]
+        elif by == "structure":
+            shared = np.unique(np.array([row for row, _ in matches(store, rows, other, other_rows)], np.int64))
+        else:
+            raise DataError(f"exclude_by must be formula or structure, not {by!r}")
+        records.append({"name": name, "sha256": other.hash, "by": by, "crystals": len(shared)})
+        gone[shared] = True
+    return np.flatnonzero(gone), records

@@ -1,14 +1,18 @@
-"""Write tables in chunks with constant memory; files get their final name when complete.
+"""Write stores and tables in chunks with constant memory; files get their final name when complete.
 
-The output classes are context managers: an exception removes what was written.
+The classes are context managers: an exception removes what was written.
 """
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import json
 import os
+import shutil
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -18,8 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from crysldnet.console import csv_text
-from crysldnet.data.store import utf8_path
-from crysldnet.data.store_writer import remove_partials
+from crysldnet.data.schema import STRUCTURE_COLUMNS, crystals_from_table, metadata_of, units_of
+from crysldnet.data.store import ARRAYS, FORMAT_VERSION, CrystalStore, file_hash, utf8_path
 from crysldnet.errors import DataError
 from crysldnet.io import DISK_ERRORS, cannot_write
 
@@ -181,3 +185,122 @@ def _csv_lines(table: pa.Table, *, header: bool) -> str:
 def _json_lines(table: pa.Table) -> str:
     rows = zip(*(_cells(column) for column in table.columns), strict=True)
     return "".join(json.dumps(dict(zip(table.column_names, row, strict=True))) + "\n" for row in rows)
+
+
+def remove_partials(path: Path) -> None:
+    """Remove partial output of killed processes."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+        try:
+            os.kill(int(left.name.rpartition("-")[2]), 0)
+        except (ProcessLookupError, ValueError):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+        except PermissionError:  # another user's import is running
+            continue
+
+
+class StoreWriter:
+    """Write a store table by table with constant memory; it gets its final name when complete.
+
+    Use it as a context manager: an exception removes what was written.
+
+    Args:
+        path: output folder.
+        overwrite: replace an existing store.
+        hash_: sha256 that identifies the content; by default that of the files.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False, hash_: str | None = None) -> None:
+        self.path = utf8_path(Path(path))
+        if self.path.exists():
+            if not overwrite:
+                raise DataError(f"{self.path} already exists; choose another name or pass --overwrite")
+            if not (self.path / "store.json").is_file():
+                raise DataError(f"{self.path} isn't a crystal store and won't be overwritten; choose another name")
+        self._partial = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
+        self._hash = hash_
+        self._files: dict[str, Any] = {}
+        self._columns: pa.RecordBatchFileWriter | None = None
+        self._schema: pa.Schema | None = None
+        self._metadata: dict[str, str] = {}
+        self._crystals = self._atoms = 0
+
+    def __enter__(self) -> StoreWriter:
+        try:
+            remove_partials(self.path)
+            self._partial.mkdir(parents=True)
+            for name in ARRAYS:
+                self._files[name] = (self._partial / f"{name}.bin").open("wb")
+        except OSError as error:
+            raise DataError(f"can't write to {self.path.parent}: {error.strerror}") from error
+        self._files["ptr"].write(np.zeros(1, "<i8").tobytes())
+        return self
+
+    def append(self, table: pa.Table) -> None:
+        """Add the rows of a table in the Parquet schema; all tables have the same columns."""
+        crystals = crystals_from_table(table)
+        columns = table.drop_columns([c for c in STRUCTURE_COLUMNS if c != "material_id"])
+        if self._columns is None:
+            self._schema = table.schema
+            self._metadata = metadata_of(table.schema)
+            self._columns = pa.ipc.new_file(str(self._partial / "columns.arrow"), columns.schema)
+        self._columns.write_table(columns)
+        for name, (dtype, _) in ARRAYS.items():
+            array = crystals.ptr[1:] + self._atoms if name == "ptr" else getattr(crystals, name)
+            self._files[name].write(np.ascontiguousarray(array, dtype).tobytes())
+        self._crystals += len(crystals)
+        self._atoms += len(crystals.numbers)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            for file in [*self._files.values(), *([] if self._columns is None else [self._columns])]:
+                file.close()
+            if kind is None and self._schema is None:
+                raise DataError(f"{self.path}: no crystal was left to write")
+            if kind is None:
+                self._finish()
+        except OSError as fault:
+            raise cannot_write(self.path, fault) from fault
+        finally:
+            shutil.rmtree(self._partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise cannot_write(self.path, error) from error
+
+    def _finish(self) -> None:
+        names = [*(f"{name}.bin" for name in ARRAYS), "columns.arrow"]
+        files = {
+            name: {"bytes": (self._partial / name).stat().st_size, "sha256": file_hash(self._partial / name)}
+            for name in names
+        }
+        assert self._schema is not None
+        info = {
+            "format_version": FORMAT_VERSION,
+            "crystals": self._crystals,
+            "atoms": self._atoms,
+            "units": units_of(self._schema),
+            "metadata": self._metadata,
+            "files": files,
+            "sha256": self._hash or hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(),
+        }
+        (self._partial / "store.json").write_text(json.dumps(info, indent=1))
+        for file in self._partial.iterdir():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        replaced = self.path.with_name(f".{self.path.name}.replaced-{os.getpid()}")
+        if self.path.exists():
+            self.path.rename(replaced)
+        self._partial.rename(self.path)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_store(path: str | os.PathLike[str], tables: Iterable[pa.Table], *, overwrite: bool = False) -> CrystalStore:
+    """Write tables in the Parquet schema as one store and open it."""
+    with StoreWriter(path, overwrite=overwrite) as writer:
+        for table in tables:
+            writer.append(table)
+    return CrystalStore.open(path)

@@ -81,11 +81,7 @@ def ids_of(table: pa.Table) -> pa.ChunkedArray:
 
 
 def refuse_repeated_columns(names: Sequence[str]) -> None:
-    """Reject a table with duplicate column names.
-
-    Raises:
-        DataError: naming the column.
-    """
+    """Reject a table with duplicate column names."""
     if twice := next((name for name, count in Counter(names).items() if count > 1), None):
         raise DataError(f"the column name {twice!r} occurs twice; rename one")
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from crysldnet.data.clusters import clusters_of
-from crysldnet.data.elements import SYMBOLS
-from crysldnet.data.formulas import chemical_systems_of, digests, formulas_of, per_text
-from crysldnet.data.split_file import SPLITS, Rows, read_split_file
+from crysldnet.data.elements import SYMBOLS, chemical_systems_of, digests, formulas_of, per_text
+from crysldnet.data.fingerprint import geometries_of
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
 
@@ -196,3 +198,107 @@ class Split:
             _, which, counts = np.unique(times[known].astype(times.dtype), return_inverse=True, return_counts=True)
             place[known] = ((np.cumsum(counts) - counts / 2) / known.sum())[which]
         return place
+
+
+SPLITS = ("train", "val", "test")
+Rows = dict[str, NDArray[np.int64]]
+FORMAT_VERSION = 1
+
+
+def _digest(ids: Mapping[str, list[str]]) -> str:
+    return hashlib.sha256(json.dumps([ids[name] for name in SPLITS]).encode()).hexdigest()
+
+
+def split_text(store: CrystalStore, rows: Rows, rule: Mapping[str, Any]) -> str:
+    """Return the content of a split file.
+
+    Args:
+        store: the crystals.
+        rows: rows of each split.
+        rule: how the split was made, as plain values.
+    """
+    ids = {name: store.ids_at(rows[name]) for name in SPLITS}
+    content = {
+        "format_version": FORMAT_VERSION,
+        "rule": dict(rule),
+        "store": store.metadata.get("dataset", store.name),
+        "store_sha256": store.hash,
+        "counts": {name: len(ids[name]) for name in SPLITS},
+        "sha256": _digest(ids),
+        **ids,
+    }
+    return json.dumps(content, indent=None, separators=(", ", ": "))
+
+
+def read_split_file(path: str | os.PathLike[str], store: CrystalStore) -> Rows:
+    """Read a split file and find its crystals.
+
+    Raises:
+        DataError: it is missing, damaged, of a newer format or of another store, or the store lacks one of its
+            crystals.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        ids = {name: [str(id_) for id_ in content[name]] for name in SPLITS}
+        version, digest, of_store = content["format_version"], content["sha256"], content["store_sha256"]
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; a run saves its split as split.json") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: not a split file ({type(error).__name__}: {error})") from error
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{path}: its format version is {version}, this version reads {FORMAT_VERSION}; upgrade crysldnet"
+        )
+    if digest != _digest(ids):
+        raise DataError(f"{path}: its ids were changed after it was written (sha256 differs)")
+    if of_store is not None and of_store != store.hash:
+        raise DataError(
+            f"{path}: it was made for other data than {store.name} (sha256 of the store differs); to use it all the "
+            "same, put null in place of its store_sha256"
+        )
+    where = {id_: row for row, id_ in enumerate(store.ids.to_pylist())}
+    for name in SPLITS:
+        missing = [id_ for id_ in ids[name] if id_ not in where]
+        if missing:
+            raise DataError(f"{path}: {len(missing)} crystals of {name} aren't in {store.name} ({missing[0]}, …)")
+    return {name: np.array(sorted(where[id_] for id_ in ids[name]), np.int64) for name in SPLITS}
+
+
+_ELEMENTS = 119
+_CHUNK = 4096
+
+
+def features_of(store: CrystalStore) -> NDArray[np.float32]:
+    """Return [B, 119 + 13] element fractions and the standardized geometry fingerprint."""
+    shares = []
+    for start in range(0, len(store), _CHUNK):
+        crystals = store.crystals.take(np.arange(start, min(start + _CHUNK, len(store))))
+        flat = np.bincount(crystals.crystal * _ELEMENTS + crystals.numbers, minlength=len(crystals) * _ELEMENTS)
+        shares.append(flat.reshape(len(crystals), _ELEMENTS) / crystals.sizes[:, None])
+    shape = geometries_of(store.crystals, np.arange(len(store))).astype(np.float32)
+    spread = shape.std(axis=0)
+    shape = (shape - shape.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
+    # the geometry counts about as much as the composition: its columns are scaled to a total variance of one
+    return np.concatenate([np.concatenate(shares), shape / np.sqrt(shape.shape[1])], axis=1).astype(np.float32)
+
+
+def clusters_of(store: CrystalStore, count: int, seed: int) -> NDArray[np.int64]:
+    """Return [B] the cluster of each crystal, by mini-batch k-means on :func:`features_of`.
+
+    Raises:
+        DataError: scikit-learn isn't installed, or there are fewer crystals than clusters.
+    """
+    try:
+        from sklearn.cluster import MiniBatchKMeans
+        from threadpoolctl import threadpool_limits  # comes with scikit-learn
+    except ImportError as error:
+        raise DataError(
+            f"clusters need scikit-learn, which isn't installed ({error}): pip install scikit-learn"
+        ) from None
+    if len(store) < count:
+        raise DataError(f"{store.name}: {len(store)} crystals can't make {count} clusters; lower data.split.clusters")
+    model = MiniBatchKMeans(count, random_state=seed, n_init=3, batch_size=2048)
+    with threadpool_limits(1):  # sum in a fixed order, regardless of the number of cores
+        labels = model.fit_predict(features_of(store))
+    return np.unique(labels, return_inverse=True)[1].astype(np.int64)

@@ -219,11 +219,7 @@ class CrystalStore:
         return super().__reduce__()  # type: ignore[return-value]
 
     def refuse_faults(self) -> None:
-        """Check every crystal; for a store the import has done this.
-
-        Raises:
-            DataError: naming the first invalid crystals with reasons.
-        """
+        """Check every crystal; for a store the import has done this."""
         wrong = [(row, fault) for row, fault in enumerate(faults(self.crystals)) if fault is not None]
         if wrong:
             shown = "; ".join(f"{self.ids[row]} (row {row}): {fault}" for row, fault in wrong[:3])

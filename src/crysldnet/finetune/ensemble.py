@@ -16,7 +16,7 @@ from crysldnet.artifacts.model_file import load_property_model
 from crysldnet.build import build
 from crysldnet.console import note
 from crysldnet.data.datamodule import CrystalDataModule
-from crysldnet.data.formulas import formulas_of
+from crysldnet.data.elements import formulas_of
 from crysldnet.data.split import Rows
 from crysldnet.errors import ConfigError
 from crysldnet.finetune.recipes import train

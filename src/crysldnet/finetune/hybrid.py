@@ -25,7 +25,7 @@ from crysldnet.artifacts.provenance import encoder_file, seen_crystals
 from crysldnet.build import TARGET, build
 from crysldnet.console import note, print_table
 from crysldnet.data.datamodule import CrystalDataModule
-from crysldnet.data.formulas import formulas_of
+from crysldnet.data.elements import formulas_of
 from crysldnet.descriptors import stacked
 from crysldnet.descriptors.composition import amounts_of
 from crysldnet.encoders.elements import ElementProperties
@@ -45,7 +45,7 @@ from crysldnet.models.hybrid import NETWORK, HybridModel, TabularPart
 from crysldnet.models.predictor import Prediction
 from crysldnet.models.references import fit_references
 from crysldnet.models.targets import Estimate
-from crysldnet.tabular.projection import fit_projection
+from crysldnet.tabular.kernel import fit_projection
 from crysldnet.tabular.stack import FittedStack, fit_stack
 from crysldnet.training.calibrate import HeldOut, errors_of, held_out_errors, learn
 from crysldnet.training.loggers import MetricsFile

@@ -16,13 +16,13 @@ import torch
 from crysldnet.artifacts.model_file import load_property_model
 from crysldnet.console import note
 from crysldnet.data.datamodule import CrystalDataModule
-from crysldnet.data.formulas import formulas_of
+from crysldnet.data.elements import formulas_of
 from crysldnet.finetune.settings import TrainingConfig, member_seed
 from crysldnet.finetune.training import train_network, train_part
 from crysldnet.models.ensemble import predict
 from crysldnet.models.head import PropertyModel
 from crysldnet.models.predictor import Prediction
-from crysldnet.tabular.blend import group_folds
+from crysldnet.tabular.members import group_folds
 
 
 @dataclass(frozen=True)

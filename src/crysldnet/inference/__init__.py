@@ -11,6 +11,7 @@ import torch
 from crysldnet.artifacts import model_file, weights
 from crysldnet.artifacts.provenance import labelled_crystals
 from crysldnet.errors import CheckpointError, DeviceError
+from crysldnet.inference.command import Refusals
 from crysldnet.inference.predictor import (
     Embedder,
     LayersRead,
@@ -21,7 +22,6 @@ from crysldnet.inference.predictor import (
     one_of,
     predict_stream,
 )
-from crysldnet.inference.refusals import Refusals
 from crysldnet.inference.results import Embeddings, Predictions
 from crysldnet.platforms import no_gpu
 from crysldnet.training.calibrate import read_uncertainty_info

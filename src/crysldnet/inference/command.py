@@ -1,4 +1,6 @@
-"""Helpers for commands that process many crystals: list of files, progress, and final summary."""
+"""Helpers for commands that process many crystals: list of files, progress, and final summary;
+and the rejected crystals of a call from Python.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal, get_args
 
 from crysldnet.console import note
 from crysldnet.errors import DataError
-from crysldnet.readers.issues import ImportIssues
+from crysldnet.readers.rows import ImportIssues
 from crysldnet.readers.stream import Chunk, Refused
 
 SHOWN = 20
@@ -58,19 +61,15 @@ class Account:
                 self.used += len(portion.ids)
                 for refused in portion.refused:
                     self.refuse(refused)
-                for note in portion.notes:
-                    self._issues.note(*note)
+                for noted in portion.notes:
+                    self._issues.note(*noted)
                 speed = bar.tasks[0].finished_speed or bar.tasks[0].speed
                 bar.update(task, completed=self.used + self.refused, rate=f"{speed:,.0f}/s" if speed else "")
 
             yield advance
 
     def refuse_nothing_used(self) -> None:
-        """Stop if no crystal was valid, and list the reasons next to the output.
-
-        Raises:
-            DataError: no crystal was valid.
-        """
+        """Stop if no crystal was valid, and list the reasons next to the output."""
         if not self.used:
             raise DataError(f"none of the {self.refused} crystals could be used{self._reasons()}")
 
@@ -94,11 +93,7 @@ class Account:
 
 
 def refuse_overwriting(out: str, files: str | list[str]) -> None:
-    """Refuse an output that would replace one of the files to read.
-
-    Raises:
-        DataError: it would.
-    """
+    """Refuse an output that would replace one of the files to read."""
     for name in [files] if isinstance(files, str) else files:
         if os.path.exists(out) and os.path.exists(name) and os.path.samefile(out, name):
             raise DataError(f"out={out}: one of the files to read; choose another name")
@@ -142,3 +137,34 @@ def _named_files(files: str | list[str], account: Account) -> str | list[str]:
 def _is_there(name: str) -> bool:
     """Return whether a name is a file, folder or data set, or a split of one."""
     return os.path.exists(os.path.expanduser(name)) or ":" in name or "@" in name
+
+
+OnError = Literal["raise", "report"]
+
+
+class Refusals:
+    """Rejected crystals, if allowed, and notes on what was normalized on reading."""
+
+    def __init__(self, on_error: OnError) -> None:
+        if on_error not in get_args(OnError):
+            raise DataError(f"on_error must be one of {', '.join(get_args(OnError))}, not {on_error!r}")
+        self._raise = on_error == "raise"
+        self._issues = ImportIssues(strict=False)
+        self.refused: list[Refused] = []
+
+    def take(self, portion: Chunk) -> None:
+        """Add the rejections and notes of a portion.
+
+        Raises:
+            DataError: a crystal was rejected, and that isn't allowed.
+        """
+        if portion.refused and self._raise:
+            raise DataError(f"{portion.refused[0].source}: {portion.refused[0].reason}")
+        self.refused += portion.refused
+        for noted in portion.notes:
+            self._issues.note(*noted)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes on what was normalized on reading."""
+        return self._issues.notes

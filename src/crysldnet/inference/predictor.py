@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 from crysldnet.artifacts.ood import catch_features
 from crysldnet.console import listed
+from crysldnet.data.elements import formulas_of
 from crysldnet.data.fingerprint import known
-from crysldnet.data.formulas import formulas_of
 from crysldnet.data.units import same_unit
 from crysldnet.encoders.protocol import Encoder, features_of_layers
 from crysldnet.errors import CheckpointError, DataError
 from crysldnet.graphs.crystals import Crystals
+from crysldnet.inference.command import OnError, Refusals
 from crysldnet.inference.descriptors import beside, columns_needed, given_descriptors, with_descriptors
-from crysldnet.inference.refusals import OnError, Refusals
 from crysldnet.inference.results import Embeddings, Predictions
 from crysldnet.models.ensemble import predict_batch
 from crysldnet.models.per import bulk_of, no_area

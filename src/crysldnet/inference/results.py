@@ -16,8 +16,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from crysldnet.data.elements import SYMBOLS
-from crysldnet.data.formulas import formulas_of
+from crysldnet.data.elements import SYMBOLS, formulas_of
 from crysldnet.errors import DataError
 from crysldnet.models.readout import mean_and_spread
 from crysldnet.readers.stream import Chunk, Refused

@@ -33,10 +33,8 @@ from crysldnet.models.per import Per
 from crysldnet.models.predictor import Prediction, TargetModel
 from crysldnet.models.readout import mean_and_spread
 from crysldnet.models.targets import TargetType
-from crysldnet.tabular.arrays import from_arrays, to_arrays
-from crysldnet.tabular.kernel import KernelRidge
-from crysldnet.tabular.projection import Projection
-from crysldnet.tabular.stack import Stack
+from crysldnet.tabular.kernel import KernelRidge, Projection
+from crysldnet.tabular.stack import Stack, from_arrays, to_arrays
 
 Floats = NDArray[np.float64]
 NETWORK = "network"

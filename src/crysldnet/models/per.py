@@ -14,9 +14,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from crysldnet.data.formulas import formulas_of
-from crysldnet.descriptors.cell import VACUUM, slabs_of
+from crysldnet.data.elements import formulas_of
 from crysldnet.descriptors.composition import amounts_of
+from crysldnet.descriptors.geometry import VACUUM, slabs_of
 from crysldnet.errors import DataError
 from crysldnet.graphs.crystals import Crystals
 

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crysldnet.artifacts import model_file
-from crysldnet.artifacts.rebuild import check_graph
-from crysldnet.artifacts.strict_load import load_strictly
+from crysldnet.artifacts.rebuild import check_graph, load_strictly
 from crysldnet.build import build
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.data.fingerprint import Fingerprints

@@ -116,11 +116,7 @@ def is_sqlite(path: Path) -> bool:
 
 
 def refuse_what_computes(path: Path) -> None:
-    """Reject an SQLite database that contains more than tables, because a view could return endless rows.
-
-    Raises:
-        DataError: it does, or can't be read.
-    """
+    """Reject an SQLite database that contains more than tables, because a view could return endless rows."""
     other = "SELECT name FROM sqlite_master WHERE type = 'view' OR sql LIKE 'CREATE VIRTUAL%'"
     try:
         with closing(sqlite3.connect(path)) as database:

@@ -21,26 +21,30 @@ from numpy.typing import NDArray
 from crysldnet.data.elements import SYMBOLS
 from crysldnet.errors import DataError
 from crysldnet.graphs.crystals import MAX_FRACTION
-from crysldnet.readers.cif_cell import Cell, Sites, expand, gives_same
 from crysldnet.readers.cif_symmetry import (
     IDENTITY,
+    Cell,
     Named,
     Operations,
+    Sites,
+    expand,
     fits,
+    gives_same,
     listed,
     numbers_of,
     only_setting,
     same_settings,
     settings_of,
 )
-from crysldnet.readers.formula import (
+from crysldnet.readers.species import (
     Formula,
+    element_symbols,
     elements_of_labels,
     formula_units,
     read_formula,
     without_hydrogen,
+    without_isotopes,
 )
-from crysldnet.readers.species import element_symbols, without_isotopes
 
 NOTE_BLOCKS = "hold several crystals, of which the first was read"
 NOTE_NO_SYMMETRY = "state no symmetry and were read as P 1"
@@ -317,11 +321,7 @@ def _compare(
     stated_units: float,
     notes: list[str],
 ) -> None:
-    """Note where a file's statements don't match its atoms.
-
-    Raises:
-        DataError: it states no symmetry, and its number of atoms differs from the stated one.
-    """
+    """Note where a file's statements don't match its atoms."""
     atoms = _atoms_of(cell)
     if formulas and all(formula_units(atoms, formula) is None for formula in formulas):
         notes.append(NOTE_FORMULA)

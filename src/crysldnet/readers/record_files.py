@@ -10,12 +10,12 @@ from typing import Any
 from crysldnet.errors import DataError
 from crysldnet.readers import ase_files
 from crysldnet.readers.compression import DAMAGED, inner_name, open_stream
-from crysldnet.readers.delimited import CsvRecords
 from crysldnet.readers.json_stream import top_level
 from crysldnet.readers.records import ID_KEYS, PREFERRED, Entry, is_record, read_entries, structures_in
 from crysldnet.readers.rows import Task
 from crysldnet.readers.sources import Settings, pieces
 from crysldnet.readers.structure_files import LIMIT, MAX_EMPTY_LINES, printable
+from crysldnet.readers.table_cells import CsvRecords
 
 
 class FileOfMany:

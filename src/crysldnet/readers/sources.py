@@ -152,11 +152,7 @@ def read_structures(structures: Iterable[tuple[str, str, Any]], settings: Settin
 
 
 def refuse_noted(notes: Sequence[str], settings: Settings) -> None:
-    """Reject a crystal with notes, if configured.
-
-    Raises:
-        DataError: it has notes.
-    """
+    """Reject a crystal with notes, if configured."""
     if notes and settings.on_note == "reject":
         raise DataError(f"of those that {'; and of those that '.join(notes)} (on_note is reject)")
 

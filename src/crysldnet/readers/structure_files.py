@@ -1,16 +1,18 @@
 """Find CIF and POSCAR files, name their crystals, and read them.
 
 CIF is read with gemmi, POSCAR with pymatgen, each imported on first use. Ambiguous files are rejected, because a wrong
-guess can't be detected later.
+guess can't be detected later. A POSCAR without element names is one, because pymatgen would guess them.
 """
 
 from __future__ import annotations
 
 import glob
 import os
+import re
 import stat
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 from crysldnet.errors import DataError
 from crysldnet.graphs.crystals import MAX_FRACTION
 from crysldnet.readers.compression import DAMAGED, inner_name, open_stream
+from crysldnet.readers.species import element_symbols
 
 Structure = tuple[NDArray[np.float64], NDArray[np.uint8], NDArray[np.float64]]
 """lattice [3, 3] in Å, atomic numbers [n], fractional coordinates [n, 3]"""
@@ -212,13 +215,11 @@ def parse_structure(
     return structure
 
 
-def _reader(kind: str) -> Any:
+def _reader(kind: str) -> Callable[[str, int | None, list[str]], tuple[Any, Any, Any]]:
     if kind == "CIF":
         from crysldnet.readers.cif import read_cif
 
         return read_cif
-    from crysldnet.readers.poscar import read_poscar
-
     return read_poscar
 
 
@@ -266,3 +267,28 @@ def checked(lattice: Any, numbers: Any, frac_coords: Any) -> Structure:
     if (farthest := np.abs(frac_coords).max()) > MAX_FRACTION:
         raise DataError(f"an atom is {farthest:.3g} cells away from the origin: is the unit right?")
     return lattice, np.array(numbers, np.uint8), frac_coords - np.floor(frac_coords)
+
+
+def read_poscar(text: str, max_atoms: int | None, notes: list[str]) -> tuple[Any, Any, Any]:
+    """Return lattice, atomic numbers and fractional coordinates as in :func:`read_structure`."""
+    from pymatgen.io.vasp.inputs import Poscar
+
+    lines = text.split("\n")
+    float(lines[1])  # the scale; otherwise it isn't a POSCAR, as the error says
+    names = [re.split("[_/]", word)[0] for word in lines[5].split()]
+    counts = [int(word) for word in lines[6].split() if word.isdigit()]
+    if names and not names[0].isdigit():
+        element_symbols(names, notes=notes)
+        if not sum(counts):
+            raise DataError("it has no atoms")
+    if max_atoms is not None and sum(counts) > max_atoms:
+        raise DataError(f"it has {sum(counts)} atoms, over the limit of {max_atoms} (max_atoms)")
+    if sum(counts) > len(lines):
+        raise DataError(f"it ends too early for its {sum(counts)} atoms")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        poscar = Poscar.from_str(text, read_velocities=False)
+    if not poscar.true_names:
+        raise DataError("it doesn't name its elements (VASP 4); add a line with their symbols above the counts")
+    structure = poscar.structure
+    return structure.lattice.matrix, structure.atomic_numbers, structure.frac_coords

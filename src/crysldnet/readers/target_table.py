@@ -17,8 +17,7 @@ from crysldnet.data.cells import MISSING_TEXT, CellError, has_decimal_comma, pla
 from crysldnet.data.schema import STRUCTURE_COLUMNS
 from crysldnet.data.units import name_and_unit
 from crysldnet.errors import DataError
-from crysldnet.readers.issues import ImportIssues
-from crysldnet.readers.rows import MOST_COLUMNS
+from crysldnet.readers.rows import MOST_COLUMNS, ImportIssues
 from crysldnet.readers.structure_files import material_ids, printable, without_suffix
 from crysldnet.readers.table_cells import EXCEL, read_cells
 
@@ -51,11 +50,7 @@ class Targets:
 
 
 def check_table(path: Path, id_column: str | None) -> None:
-    """Reject a table that can't be read or has no properties, before reading crystals.
-
-    Raises:
-        DataError: as in :func:`read_targets`.
-    """
+    """Reject a table that can't be read or has no properties, before reading crystals."""
     _checked_header(path, read_cells(path).header, id_column)
 
 
@@ -148,11 +143,7 @@ def _bare(material_id: str) -> str:
 
 
 def _checked_header(path: Path, header: list[str], id_column: str | None) -> int | None:
-    """Validate all column names, and return the index of the id column, None if not identified by name.
-
-    Raises:
-        DataError: no column has the given name, a name is duplicated, or no other column is left.
-    """
+    """Validate all column names, and return the index of the id column, None if not identified by name."""
     key = _named(header, id_column)
     if id_column is not None and key is None:
         close = get_close_matches(id_column, header, n=1)
@@ -188,11 +179,7 @@ def _bare_title(title: str) -> str:
 def _matching(
     path: Path, header: list[str], rows: list[tuple[int, list[str]]], ids: set[str], named: int | None
 ) -> int:
-    """Return the index of the column with the most crystal ids; the named one if it has any.
-
-    Raises:
-        DataError: no column has any id.
-    """
+    """Return the index of the column with the most crystal ids; the named one if it has any."""
     if named is not None and _has_ids(named, rows, ids):
         return named
     places = sorted(range(len(header)), key=lambda place: place != named)

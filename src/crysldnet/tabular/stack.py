@@ -1,21 +1,22 @@
-"""Members of one target and their weights.
+"""Members of one target and their weights, also as named arrays for a safetensors file.
 
 Shapes: ``n`` training crystals, ``B`` crystals, ``D`` features, ``C`` outputs: one for a number, one per class.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from crysldnet.errors import DataError
-from crysldnet.tabular.arrays import Model, from_arrays, to_arrays
-from crysldnet.tabular.blend import FOLDS, blend_weights, group_folds
-from crysldnet.tabular.members import MEMBERS, Baseline, fit_members
+from crysldnet.tabular.kernel import KernelRidge, Projection
+from crysldnet.tabular.members import FOLDS, MEMBERS, Baseline, Model, blend_weights, fit_members, group_folds
+from crysldnet.tabular.trees import Trees
 
 LARGEST_KERNEL = 10_000
 """Above this number of crystals kernel ridge is skipped, because its memory and time grow with square and cube."""
@@ -151,3 +152,45 @@ def _mixed(weights: NDArray[np.floating], each: NDArray[np.floating]) -> tuple[N
     """Return weighted mean and standard deviation [B, C] of predictions [B, M, C]."""
     mean = np.einsum("m,bmc->bc", weights, each)
     return mean, np.sqrt(np.einsum("m,bmc->bc", weights, (each - mean[:, None]) ** 2))
+
+
+KINDS: dict[str, type[Model | Projection]] = {"kernel_ridge": KernelRidge, "trees": Trees, "projection": Projection}
+
+
+def to_arrays(model: Model | Projection, prefix: str) -> tuple[dict[str, NDArray], dict[str, Any]]:
+    """Return the arrays of a model, with names that start with ``prefix``, and its other values with its kind."""
+    values = {field.name: getattr(model, field.name) for field in fields(model)}
+    arrays = {f"{prefix}{name}": np.ascontiguousarray(v) for name, v in values.items() if isinstance(v, np.ndarray)}
+    kind = next(name for name, of_kind in KINDS.items() if isinstance(model, of_kind))
+    return arrays, {"kind": kind, **{name: v for name, v in values.items() if not isinstance(v, np.ndarray)}}
+
+
+def _check(name: str, value: Any, kind: str) -> None:
+    """Reject invalid fields."""
+    if not kind.startswith("NDArray"):
+        sound = isinstance(value, (int, float)) and math.isfinite(value)
+    else:
+        sound = isinstance(value, np.ndarray) and value.dtype.kind == ("i" if "int" in kind else "f")
+        # a tree may send everything to one side
+        sound = sound and (name.endswith(".threshold") or bool(np.isfinite(value).all()))
+    if not sound:
+        raise DataError(f"its part {name!r} isn't finite, or of another type; train or copy it again")
+
+
+def from_arrays(arrays: Mapping[str, NDArray], plain: Mapping[str, Any], prefix: str) -> Model | Projection:
+    """Return the inverse of :func:`to_arrays`.
+
+    Raises:
+        DataError: an array or value is missing or inconsistent.
+    """
+    try:
+        kind = KINDS[plain["kind"]]
+        values: dict[str, Any] = {
+            field.name: plain[field.name] if field.name in plain else np.asarray(arrays[prefix + field.name])
+            for field in fields(kind)
+        }
+        for field in fields(kind):
+            _check(f"{prefix}{field.name}", values[field.name], str(field.type))
+        return kind(**values)
+    except (KeyError, ValueError, IndexError) as error:
+        raise DataError(f"the model's part {prefix!r} is damaged ({error}); export it again") from error

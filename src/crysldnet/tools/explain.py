@@ -20,17 +20,15 @@ import torch
 from numpy.typing import NDArray
 
 from crysldnet.console import note
-from crysldnet.data.elements import SYMBOLS
-from crysldnet.data.formulas import formulas_of
+from crysldnet.data.elements import SYMBOLS, formulas_of
 from crysldnet.data.output import open_table
 from crysldnet.errors import ConfigError
 from crysldnet.graphs.crystals import Crystals
 from crysldnet.html import page as html
 from crysldnet.html.structure_drawing import draw_structure
 from crysldnet.inference import Predictor, check_for, load
-from crysldnet.inference.command import Account, named_files
+from crysldnet.inference.command import Account, Refusals, named_files
 from crysldnet.inference.descriptors import beside, columns_needed, given_descriptors, with_descriptors
-from crysldnet.inference.refusals import Refusals
 from crysldnet.io import write_atomically
 from crysldnet.models.explanation import Explanation, explain
 from crysldnet.readers.stream import Chunk, CrystalStream, StreamSettings

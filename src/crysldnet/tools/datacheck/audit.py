@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from crysldnet.console import csv_text, lines_of
 from crysldnet.data.datasets import open_part
-from crysldnet.data.formulas import formulas_of
+from crysldnet.data.elements import formulas_of
 from crysldnet.data.matching import matches
 from crysldnet.data.store import CrystalStore
 from crysldnet.io import replacing

@@ -13,11 +13,9 @@ from numpy.typing import NDArray
 
 from crysldnet.console import csv_text, lines_of
 from crysldnet.data.datasets import open_part
-from crysldnet.data.decontamination import shared_rows
-from crysldnet.data.matching import duplicates
-from crysldnet.data.output import ParquetOutput
+from crysldnet.data.matching import duplicates, shared_rows
+from crysldnet.data.output import ParquetOutput, StoreWriter
 from crysldnet.data.store import CrystalStore
-from crysldnet.data.store_writer import StoreWriter
 from crysldnet.io import replacing
 
 HELP = "remove duplicates and crystals of other sets"

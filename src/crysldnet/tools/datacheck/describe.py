@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from crysldnet.console import SHOWN, lines_of
 from crysldnet.data.datasets import open_part
-from crysldnet.data.elements import SYMBOLS
+from crysldnet.data.elements import SYMBOLS, formulas_of
 from crysldnet.data.fingerprint import volumes_per_atom
-from crysldnet.data.formulas import formulas_of
 from crysldnet.data.matching import duplicates
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError

@@ -14,8 +14,7 @@ from crysldnet.data.output import Output
 from crysldnet.data.schema import units_of
 from crysldnet.data.units import same_unit
 from crysldnet.errors import DataError
-from crysldnet.readers.issues import ImportIssues
-from crysldnet.readers.rows import PLACE, Piece
+from crysldnet.readers.rows import PLACE, ImportIssues, Piece
 from crysldnet.readers.target_table import Targets
 from crysldnet.tools.importer.columns import Columns
 

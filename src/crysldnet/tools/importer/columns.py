@@ -21,8 +21,7 @@ from crysldnet.data.cells import (
 )
 from crysldnet.data.schema import STRUCTURE_COLUMNS
 from crysldnet.errors import DataError
-from crysldnet.readers.issues import ImportIssues
-from crysldnet.readers.rows import MOST_COLUMNS, PLACE, Piece, common_type
+from crysldnet.readers.rows import MOST_COLUMNS, PLACE, ImportIssues, Piece, common_type
 
 _MISSING = pa.array(MISSING_TEXT)
 _ANY_MISSING = pa.array(sorted({*MISSING, *map(str.upper, MISSING), *map(str.capitalize, MISSING), "NaN"}))

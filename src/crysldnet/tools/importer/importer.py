@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from crysldnet.console import lines_of
-from crysldnet.data.output import ParquetOutput
-from crysldnet.data.store_writer import StoreWriter
+from crysldnet.data.output import ParquetOutput, StoreWriter
 from crysldnet.errors import DataError
 from crysldnet.io import cannot_write
-from crysldnet.readers.issues import ImportIssues
-from crysldnet.readers.rows import Piece
+from crysldnet.readers.rows import ImportIssues, Piece
 from crysldnet.readers.sources import Reader, Settings, open_readers
 from crysldnet.readers.structure_files import Source
 from crysldnet.readers.target_table import check_table, read_targets

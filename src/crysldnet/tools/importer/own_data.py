@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from crysldnet.config.compose import keys_of
-from crysldnet.config.own_data import OWN, is_opened
 from crysldnet.config.values import literally, parse
-from crysldnet.config.words import DATA_WORDS, split
+from crysldnet.config.words import DATA_WORDS, OWN, is_opened, split
 from crysldnet.console import listed, note
 from crysldnet.data.datasets import open_store
 from crysldnet.data.store import CrystalStore

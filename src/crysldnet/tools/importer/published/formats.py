@@ -13,11 +13,11 @@ from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
 from crysldnet.readers.archives import ZipReader
 from crysldnet.readers.compression import DAMAGED, open_stream
-from crysldnet.readers.delimited import CsvRecords
 from crysldnet.readers.json_stream import top_level
 from crysldnet.readers.record_files import JsonReader
 from crysldnet.readers.records import Entry
 from crysldnet.readers.sources import Reader
+from crysldnet.readers.table_cells import CsvRecords
 from crysldnet.readers.tables import ParquetReader
 
 OPTIMADE = ("immutable_id", "lattice_vectors", "cartesian_site_positions", "species_at_sites")
