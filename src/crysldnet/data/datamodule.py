@@ -323,6 +323,10 @@ class CrystalDataModule(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
+    def transfer_batch_to_device(self, batch: CrystalBatch, device: torch.device, dataloader_idx: int) -> CrystalBatch:
+        """Copy a batch without waiting for the copy; Lightning waits, except for plain tensors."""
+        return batch.to(device, non_blocking=True)
+
     def train_dataloader(self) -> DataLoader[CrystalBatch]:
         """Shuffled every epoch."""
         return self._loader("train")

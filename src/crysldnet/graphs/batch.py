@@ -18,6 +18,7 @@ from crysldnet.graphs.corruption import DenoisingTargets
 from crysldnet.graphs.crystals import Crystals
 from crysldnet.graphs.neighbors import Neighbors
 from crysldnet.graphs.spec import GraphSpec
+from crysldnet.graphs.transfer import copy_to, pack
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -110,13 +111,20 @@ class CrystalBatch:
                 changed[field.name] = value._apply(function)
         return replace(self, **changed)  # type: ignore[arg-type]
 
+    def _replaced(self, function: Callable[[list[Tensor]], list[Tensor]]) -> CrystalBatch:
+        """Return the batch with all tensors replaced by the result of a function of their list."""
+        tensors: list[Tensor] = []
+        self._apply(lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        results = iter(function(tensors))
+        return self._apply(lambda _: next(results))
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> CrystalBatch:
-        """Copy to a device."""
-        return self._apply(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """Copy to a device, to an accelerator in a single copy of all tensors."""
+        return self._replaced(lambda tensors: copy_to(tensors, torch.device(device), non_blocking=non_blocking))
 
     def pin_memory(self) -> CrystalBatch:
-        """Copy to page-locked memory."""
-        return self._apply(lambda tensor: tensor.pin_memory())
+        """Copy to a single block of page-locked memory."""
+        return self._replaced(lambda tensors: pack(tensors, pin=True))
 
     def double(self) -> CrystalBatch:
         """Copy with all real values in float64."""
