@@ -39,6 +39,22 @@ NACL = (
 )
 
 
+@pytest.mark.parametrize("option", ["--license", "--licence"])
+def test_the_license_is_kept_under_each_spelling_of_its_option(tmp_path: Path, option: str) -> None:
+    (tmp_path / "a.cif").write_text(CSCL)
+    assert main(["import", str(tmp_path / "a.cif"), "--out", str(tmp_path / "s.store"), option, "CC0"]) == 0
+    assert CrystalStore.open(tmp_path / "s.store").metadata["license"] == "CC0"
+
+
+def test_stores_and_files_of_earlier_versions_have_a_license(tmp_path: Path) -> None:
+    store = CrystalStore.open(Path(__file__).parent / "fixtures" / "v0.1.0" / "my.store")
+    assert store.metadata["license"] == "CC BY 4.0"
+    assert "licence" not in store.metadata
+    table = pq.read_table(EMBEDDED / "mp_starter.parquet")
+    assert b"licence" in table.schema.metadata
+    assert "license" in CrystalStore.open(EMBEDDED / "mp_starter.parquet").metadata
+
+
 @pytest.fixture(scope="module")
 def starter() -> list[PymatgenStructure]:
     """The first real crystals of the starter set with 2 to 24 atoms."""
@@ -523,7 +539,7 @@ def test_no_absolute_path_is_stored_and_what_is_stated_is_kept(tmp_path: Path, f
     assert CrystalStore.open(tmp_path / "s.store").metadata == {"source": "crystals"}
     for file in (tmp_path / "s.store").iterdir():
         assert str(tmp_path).encode() not in file.read_bytes()
-    about = {"source": "my lab", "licence": "CC0", "citation": "me"}
+    about = {"source": "my lab", "license": "CC0", "citation": "me"}
     import_crystals(folder, tmp_path / "t.store", metadata=about)
     assert CrystalStore.open(tmp_path / "t.store").metadata == about
 
@@ -538,7 +554,7 @@ def test_the_examples_are_imported_from_the_command_line_and_shown(
 ) -> None:
     examples, out = EMBEDDED / "examples", str(tmp_path / "x.store")
     targets = str(examples / "targets.csv")
-    assert main(["import", str(examples), "--out", out, "--targets", targets, "--licence", "CC BY 4.0"]) == 0
+    assert main(["import", str(examples), "--out", out, "--targets", targets, "--license", "CC BY 4.0"]) == 0
     assert main(["show", out]) == 0
     shown = capsys.readouterr().out
     for text in ("6 crystals kept", "crystals  6", "formation_energy_per_atom (eV/atom): 6 values", "CC BY 4.0"):

@@ -280,7 +280,7 @@ def test_a_published_format_gives_its_crystals_back(
     store = open_store(f"published:{name}")
     same_crystals(store, rows)
     definition = definition_of(name)
-    assert store.metadata["licence"] == definition.licence
+    assert store.metadata["license"] == definition.license
     assert store.metadata["citation"] == definition.citation
     assert {p.name: p.unit for p in definition.properties}.items() <= store.units.items()
     printed = capsys.readouterr().out
@@ -588,13 +588,13 @@ def test_every_definition_is_complete_and_on_the_data_page(capsys: pytest.Captur
     page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
     for name, definition in published().items():
         assert name == definition.name
-        assert definition.licence
+        assert definition.license
         assert definition.citation
         assert all(p.unit for p in definition.properties)
         known = "not verified" if definition.unverified else "published"
         assert all(file.url.startswith("https://") for file in definition.files)
         title = f"{definition.title}, {definition.version}"
-        assert f"| `{name}` | {title} | {definition.entries:,} | {definition.licence} | {known} |" in page
+        assert f"| `{name}` | {title} | {definition.entries:,} | {definition.license} | {known} |" in page
         assert cli.run(["data", "download", name, "--info"]) == 0
     capsys.readouterr()
     assert cli.run(["data", "download"]) == 0

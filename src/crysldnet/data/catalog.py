@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from crysldnet.build import from_yaml
 from crysldnet.errors import DataError
@@ -93,7 +93,7 @@ class PublishedSet(_Strict):
         reader: file layout, a key of ``crysldnet.tools.importer.published.formats.READERS``.
         files: files to download.
         properties: columns in addition to the structures.
-        licence, citation: as published.
+        license, citation: as published.
         splits: meaning of ``data.split.by=official``.
         caveat: what is unverified or important to know.
         needs_structures: it has Materials Project ids but no structures.
@@ -106,7 +106,7 @@ class PublishedSet(_Strict):
     reader: str
     files: tuple[File, ...]
     properties: tuple[Property, ...] = ()
-    licence: str
+    license: str = Field(validation_alias=AliasChoices("license", "licence"))
     citation: str
     splits: str = ""
     caveat: str = ""

@@ -55,11 +55,18 @@ def units_of(schema: pa.Schema) -> dict[str, str]:
 
 def metadata_of(schema: pa.Schema) -> dict[str, str]:
     """Return the metadata of the file: data set, source, license, citation."""
-    return {
-        key.decode(errors="replace"): text.decode(errors="replace")
-        for key, text in (schema.metadata or {}).items()
-        if not key.startswith((b"pandas", b"ARROW"))
-    }
+    return with_current_keys(
+        {
+            key.decode(errors="replace"): text.decode(errors="replace")
+            for key, text in (schema.metadata or {}).items()
+            if not key.startswith((b"pandas", b"ARROW"))
+        }
+    )
+
+
+def with_current_keys(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Rename the keys of metadata that earlier versions spelled ``licence``."""
+    return {key.replace("licence", "license"): text for key, text in metadata.items()}
 
 
 def ids_of(table: pa.Table) -> pa.ChunkedArray:

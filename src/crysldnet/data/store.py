@@ -31,6 +31,7 @@ from crysldnet.data.schema import (
     refuse_claims,
     table_from_crystals,
     units_of,
+    with_current_keys,
 )
 from crysldnet.errors import DataError
 from crysldnet.graphs.crystals import Crystals, damage, faults
@@ -208,7 +209,9 @@ class CrystalStore:
             raise DataError(f"{path / 'columns.arrow'}: damaged ({error}); import the store again") from error
         if not whole:
             raise DataError(f"{path / 'columns.arrow'}: damaged (not {count} ids); import the store again")
-        store = cls(Crystals(**arrays), columns, info["units"], info["metadata"], str(path), info["sha256"])
+        store = cls(
+            Crystals(**arrays), columns, info["units"], with_current_keys(info["metadata"]), str(path), info["sha256"]
+        )
         store.folder = path
         return store
 

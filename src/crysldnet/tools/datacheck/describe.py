@@ -132,7 +132,7 @@ def describe(name: str, *, structures: bool = True) -> Description:
     properties, texts = _columns(store)
     return Description(
         name=name,
-        about={key: store.metadata.get(key, "not stated") for key in ("source", "licence", "citation")}
+        about={key: store.metadata.get(key, "not stated") for key in ("source", "license", "citation")}
         | {key: store.metadata[key] for key in ("sha256",) if key in store.metadata},
         crystals=len(store),
         atoms=len(crystals.numbers),

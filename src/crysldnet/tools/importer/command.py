@@ -49,7 +49,7 @@ The exit status is 0 where crystals were kept, 1 where every one was rejected, 2
 
 IMPORT_EXAMPLE = """\
 example:
-  crysldnet data import my_cifs --targets my_cifs/targets.csv --out my.store --licence "CC BY 4.0"
+  crysldnet data import my_cifs --targets my_cifs/targets.csv --out my.store --license "CC BY 4.0"
 """
 
 
@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
     show = command(
         "show",
         "summarize a store",
-        "Show a store or Parquet file on one screen: crystals, atoms, elements, properties, source, licence.",
+        "Show a store or Parquet file on one screen: crystals, atoms, elements, properties, source, license.",
         "example:\n  crysldnet data show my.store",
     )
     show.add_argument("store", metavar="STORE")
@@ -156,7 +156,8 @@ def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-atoms", metavar="N", type=int, default=1000, help="reject larger crystals (default: 1000)"
     )
     parser.add_argument("--source-name", metavar="TEXT", help="source of the crystals (default: SOURCE's name)")
-    parser.add_argument("--licence", metavar="TEXT", help="their licence")
+    parser.add_argument("--license", metavar="TEXT", help="their license")
+    parser.add_argument("--licence", dest="license", help=argparse.SUPPRESS)
     parser.add_argument("--citation", metavar="TEXT", help="what to cite when they are used")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier import")
     parser.add_argument("--workers", metavar="N", type=int, help="reader processes (default: cores, at most 8)")
@@ -169,7 +170,7 @@ def _import(arguments: argparse.Namespace) -> int:
         if not (name and equals and unit):
             raise DataError(f"--units needs NAME=UNIT, as band_gap=eV, not {pair!r}")
         units[name] = unit
-    about = {"source": arguments.source_name, "licence": arguments.licence, "citation": arguments.citation}
+    about = {"source": arguments.source_name, "license": arguments.license, "citation": arguments.citation}
     report = import_crystals(
         arguments.source[0] if len(arguments.source) == 1 else arguments.source,
         arguments.out,
@@ -224,7 +225,7 @@ def _show(arguments: argparse.Namespace) -> int:
         )
     lines.append(f"  elements  {len(elements)}: {' '.join(elements)}")
     lines += [f"  {_describe(store, name)}" for name in store.column_names]
-    lines += [f"  {key:<9} {store.metadata.get(key, 'not stated')}" for key in ("source", "licence", "citation")]
+    lines += [f"  {key:<9} {store.metadata.get(key, 'not stated')}" for key in ("source", "license", "citation")]
     sys.stdout.write(lines_of(lines) + "\n")
     return 0
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from crysldnet.console import lines_of
 from crysldnet.data.output import ParquetOutput, StoreWriter
+from crysldnet.data.schema import with_current_keys
 from crysldnet.errors import DataError
 from crysldnet.io import cannot_write
 from crysldnet.readers.rows import ImportIssues, Piece
@@ -94,7 +95,7 @@ def import_crystals(
         on_error: "report" lists what can't be used in ``<out>.rejects.csv``; "raise" stops and leaves nothing behind.
         on_note: "keep" lists crystals with a note, as of an odd formula, in ``<out>.notes.csv``; "reject" rejects them.
         max_atoms: crystals with more atoms are rejected.
-        metadata: source, licence and citation, kept with the crystals; the source's name by default.
+        metadata: source, license and citation, kept with the crystals; the source's name by default.
         overwrite: replace what an earlier import left under ``out``.
         progress: show a progress bar where standard error is a terminal.
         workers: processes that read, at most 8 by default. A calling script needs ``if __name__ == "__main__":``.
@@ -113,7 +114,7 @@ def import_crystals(
         check_table(table, id_column)
     issues = ImportIssues(strict := on_error == "raise")
     pieces = _read(readers, Settings(max_atoms, id_column, on_note, structure), strict, progress, workers)
-    about = _about(readers) | dict(metadata or {})
+    about = _about(readers) | with_current_keys(metadata or {})
     try:
         read, kept = _write_all(pieces, about, _with_commas(readers), table, id_column, units, out, overwrite, issues)
     except OSError as error:

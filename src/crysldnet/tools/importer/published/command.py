@@ -106,7 +106,7 @@ def describe(definition: PublishedSet) -> list[str]:
         lines.append(f"  property  {property_.name} ({property_.unit}){shown}")
     for key, text in (
         ("splits", definition.splits),
-        ("licence", definition.licence),
+        ("license", definition.license),
         ("citation", definition.citation),
         ("caveat", definition.caveat),
     ):
@@ -127,5 +127,5 @@ def _report(definition: PublishedSet, digests: dict[str, str], made: Made) -> li
     for name, sizes in made.sizes.items():
         lines.append(f"{name}: {sizes['train']:,} train, {sizes['val']:,} val, {sizes['test']:,} test")
     lines += [f"NOT AS PUBLISHED: {difference}" for difference in made.differences]
-    lines += [f"licence: {definition.licence}", f"cite: {definition.citation}"]
+    lines += [f"license: {definition.license}", f"cite: {definition.citation}"]
     return lines

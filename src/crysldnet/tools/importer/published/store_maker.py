@@ -142,7 +142,7 @@ def make_store(
     about = {
         "dataset": definition.name,
         "source": f"{definition.title}, {definition.version}; {', '.join(f.url for f in definition.files)}",
-        "licence": definition.licence,
+        "license": definition.license,
         "citation": definition.citation,
         **({"sha256": "; ".join(f"{name} {digest}" for name, digest in digests.items())} if digests else {}),
     }
