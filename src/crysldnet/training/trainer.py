@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import (
     Callback,
@@ -36,8 +35,10 @@ from crysldnet.training.checkpoint_file import BEST, CheckpointFile, check_best
 from crysldnet.training.checkpointing import PreemptionCheckpoint
 from crysldnet.training.diagnostics import Diagnostics
 from crysldnet.training.loggers import MetricsFile
+from crysldnet.training.matmul import MatmulPrecision, set_matmul_precision
 from crysldnet.training.nan_guard import RefuseNonFinite
 from crysldnet.training.progress import RunProgress
+from crysldnet.training.seeding import SeedEveryBatch
 from crysldnet.training.strategies import FirstRanksBuffers, check_combination, environment, timeout_of
 from crysldnet.training.watchdog import RankWatchdog
 
@@ -57,6 +58,8 @@ class TrainerSettings:
         devices: number of devices per node.
         num_nodes: number of nodes.
         precision: as in Lightning: 32-true, bf16-mixed, 16-mixed, 64-true.
+        matmul_precision: of float32 matrix products on GPUs, as in torch.set_float32_matmul_precision; null for high
+            (TF32). Ignored on CPUs.
         compile: compile the encoder (torch.compile); the first steps take a minute or more.
         activation_checkpointing: recompute the encoder's layers in the backward pass: less memory, more time.
         accumulate_grad_batches: batches per optimizer step; ``data.batch_size`` is divided over them.
@@ -76,6 +79,7 @@ class TrainerSettings:
     devices: int = 1
     num_nodes: int = 1
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
+    matmul_precision: MatmulPrecision | None = None
     compile: bool = False
     activation_checkpointing: bool = False
     accumulate_grad_batches: int = 1
@@ -171,33 +175,6 @@ def checked_settings(trainer: Mapping[str, Any], strategy: Mapping[str, Any]) ->
     return settings
 
 
-class SeedEveryBatch(Callback):
-    """Seed torch before every batch from (seed, epoch, batch index in the epoch).
-
-    Random numbers then don't depend on earlier draws, so a resumed run draws the same ones as an uninterrupted run, and
-    a batch draws the same ones on any rank. Validation batches draw the same ones every epoch.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def _seed(self, trainer: pl.Trainer, epoch: int, batch_idx: int) -> None:
-        number = batch_idx * trainer.world_size + trainer.global_rank
-        torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, number]).generate_state(1, np.uint64)[0] >> 1))
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
-    ) -> None:
-        """Seed by epoch and batch."""
-        self._seed(trainer, trainer.current_epoch + 1, batch_idx)
-
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Seed by batch only."""
-        self._seed(trainer, 0, batch_idx)
-
-
 def keep_freed_memory() -> None:
     """Let glibc keep large freed blocks for the next step.
 
@@ -245,8 +222,7 @@ def make_trainer(
     Raises:
         CheckpointError: no checkpoint is usable, the best one is damaged, or the folder can't be created.
     """
-    if (accelerator := settings.resolve_accelerator()) == "cpu":
-        keep_freed_memory()
+    accelerator = _prepare_process(settings)
     files = CheckpointFile(owner, settings.keep_checkpoints)
     start = _newest(files, folder / "checkpoints", with_best=monitor is not None) if resume else None
     preemption = _preemption_checkpoint(settings, folder / "checkpoints", validate_every, start)
@@ -270,6 +246,14 @@ def make_trainer(
     )
     _keep_signal_handlers(trainer)
     return trainer
+
+
+def _prepare_process(settings: TrainerSettings) -> Literal["cpu", "gpu"]:
+    """Set what holds for the whole process; return the accelerator."""
+    if (accelerator := settings.resolve_accelerator()) == "cpu":
+        keep_freed_memory()
+    set_matmul_precision(settings.matmul_precision, accelerator)
+    return accelerator
 
 
 def _preemption_checkpoint(
