@@ -106,14 +106,13 @@ def build_model(info: ModelInfo, path: Path) -> TargetModel:
         targets=info.targets,
         units=info.units,
         types=types,
-        referenced=info.atomic_references,
-        descriptors=_build_descriptors(info),
-        per=info.target_per,
+        **_optional_parts(info),
     )
 
 
-def _build_descriptors(info: ModelInfo) -> Descriptors | None:
-    return Descriptors(info.descriptors, info.descriptor_units) if info.descriptors else None
+def _optional_parts(info: ModelInfo) -> dict[str, Any]:
+    descriptors = Descriptors(info.descriptors, info.descriptor_units) if info.descriptors else None
+    return {"referenced": info.atomic_references, "descriptors": descriptors, "per": info.target_per}
 
 
 def _target(place: int, description: Mapping[str, Any]) -> TargetType:
@@ -124,16 +123,8 @@ def _target(place: int, description: Mapping[str, Any]) -> TargetType:
 
 
 def _build_network(info: ModelInfo, types: list[TargetType], path: Path) -> PropertyModel:
-    return build_network(
-        build_encoder(info, path),
-        info.head,
-        info.targets,
-        info.units,
-        types,
-        referenced=info.atomic_references,
-        descriptors=_build_descriptors(info),
-        per=info.target_per,
-    )
+    encoder = build_encoder(info, path)
+    return build_network(encoder, info.head, info.targets, info.units, types, **_optional_parts(info))
 
 
 def build_and_load(

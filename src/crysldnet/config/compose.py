@@ -30,7 +30,7 @@ from crysldnet.config.files import (
     read_saved,
     read_yaml,
 )
-from crysldnet.config.values import MISSING, changed, changed_plainly, literally, refuse_other_bytes, resolve
+from crysldnet.config.values import MISSING, changed, changed_plainly, flat, literally, refuse_other_bytes, resolve
 from crysldnet.config.words import PLAIN_WORDS, split, with_paths
 from crysldnet.console import note
 from crysldnet.errors import ConfigError
@@ -84,12 +84,8 @@ class Composition:
         return ""
 
 
-def _note(origin: dict[str, str], node: Any, path: str, source: str) -> None:
-    if isinstance(node, Mapping) and node:
-        for key, value in node.items():
-            _note(origin, value, f"{path}.{key}" if path else str(key), source)
-    else:
-        origin[path] = source
+def _note(origin: dict[str, str], values: Mapping[Any, Any], source: str) -> None:
+    origin.update((key, source) for key, _ in flat(values))
 
 
 def compose(command: str | Path, arguments: Sequence[str] = (), saved: Path | None = None) -> Composition:
@@ -183,10 +179,10 @@ def merge_files(
         for name in choices_in(choice):
             file = group_file(group, name)
             node = read_yaml(file, group)
-            _note(origin, node, group, str(file))
+            _note(origin, {group: node}, str(file))
             lay_over(merged[group], node)
     for source, layer in layers:
-        _note(origin, layer, "", source)
+        _note(origin, layer, source)
         lay_over(merged, layer)
     return merged, groups
 
@@ -208,7 +204,7 @@ def _merge_saved(
     other = {key: value for key, value in named.items() if choices_in(str(recorded.get(key))) != choices_in(value)}
     origin: dict[str, str] = {}
     merged = literally(values)
-    _note(origin, values, "", str(saved))
+    _note(origin, values, str(saved))
     if other:
         fresh, _ = merge_files(command, list(other.items()), presets, origin)
         for group in other:
@@ -235,7 +231,7 @@ def validate(composition: Composition, schema: type) -> Any:
         ConfigError: with the key, the file that set it, and a suggestion; unknown keys are reported before missing
             ones, because they may be the same.
     """
-    missing = _missing(composition.values)
+    missing = [key for key, value in flat(composition.values) if value == MISSING]
     try:
         settings = build_dataclass(schema, composition.values, "")
         for key in (known.name for known in fields(schema)):
@@ -253,17 +249,6 @@ def validate(composition: Composition, schema: type) -> Any:
     if missing:
         raise _needed(missing[0], composition)
     return settings
-
-
-def _missing(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return the required keys that weren't given."""
-    found = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found += _missing(value, f"{prefix}{key}.")
-        elif value == MISSING:
-            found.append(f"{prefix}{key}")
-    return found
 
 
 def _needed(key: str, composition: Composition) -> ConfigError:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 from crysldnet.config.compose import PRESETS, merge_files
 from crysldnet.config.files import CHOICES, choices, conf_folder, group_file, load_yaml
+from crysldnet.config.values import flat
 from crysldnet.config.words import PLAIN_WORDS, TRAINS
 from crysldnet.errors import CrysldnetError
 
@@ -128,7 +129,9 @@ def words_of(command: str, schema: type) -> list[str]:
     if command in PRESETS:
         found += [f"preset={name}" for name in choices(PRESETS[command])]
     types = get_type_hints(schema)
-    for key, value in _flat(values):
+    for key, value in flat(values):
+        if key.rpartition(".")[2].startswith("_"):
+            continue
         found += [f"{key}={word}" for word in _words_for(types.get(key), value)] or [f"{key}="]
     return list(dict.fromkeys(found))
 
@@ -137,16 +140,6 @@ def actions_of(parser: argparse.ArgumentParser) -> dict[str, list[str]]:
     """Return the actions of a command with flags, and the flags of each."""
     (actions,) = (action.choices for action in parser._actions if isinstance(action.choices, dict))
     return {name: sorted(set(re.findall(r"(?<![\w-])--[\w-]+", own.format_help()))) for name, own in actions.items()}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found += _flat(value, f"{prefix}{key}.")
-        elif not key.startswith("_"):
-            found.append((f"{prefix}{key}", value))
-    return found
 
 
 def _words_for(type_: Any, value: Any) -> list[str]:
@@ -170,32 +163,27 @@ def script(shell: str, commands: Mapping[str, Command]) -> str:
 
 
 def _bash(commands: Mapping[str, Command]) -> list[str]:
-    lines = [f"    1\\ *) candidates={_joined(commands)} ;;"]
-    for name, command in commands.items():
-        if command.actions:
-            lines.append(f"    2\\ {name}\\ *) candidates={_joined(command.actions)} ;;")
-            lines += [f"    *\\ {name}\\ {a}) candidates={_joined(words)} ;;" for a, words in command.actions.items()]
-        else:
-            lines.append(f"    *\\ {name}\\ *) candidates={_joined(command.words)} ;;")
-    return lines
-
-
-def _joined(words: Any) -> str:
-    return shlex.quote(" ".join(words)) if words else "''"
+    return [f"    1\\ *) candidates={_joined(commands)} ;;", *_cases(commands, _joined)]
 
 
 def _zsh(commands: Mapping[str, Command]) -> list[str]:
     described = " ".join(shlex.quote(f"{name}:{command.help}") for name, command in commands.items())
-    lines = [f"    1\\ *) described=({described}) ;;"]
+    return [f"    1\\ *) described=({described}) ;;", *_cases(commands, lambda words: f"({' '.join(words)})")]
+
+
+def _joined(words: Iterable[str]) -> str:
+    return shlex.quote(" ".join(words))
+
+
+def _cases(commands: Mapping[str, Command], array: Callable[[Iterable[str]], str]) -> Iterator[str]:
+    """Yield the candidates after each command and action, as cases of bash and zsh."""
     for name, command in commands.items():
         if command.actions:
-            lines.append(f"    2\\ {name}\\ *) candidates=({' '.join(command.actions)}) ;;")
-            lines += [
-                f"    *\\ {name}\\ {a}) candidates=({' '.join(words)}) ;;" for a, words in command.actions.items()
-            ]
+            yield f"    2\\ {name}\\ *) candidates={array(command.actions)} ;;"
+            for action, words in command.actions.items():
+                yield f"    *\\ {name}\\ {action}) candidates={array(words)} ;;"
         else:
-            lines.append(f"    *\\ {name}\\ *) candidates=({' '.join(command.words)}) ;;")
-    return lines
+            yield f"    *\\ {name}\\ *) candidates={array(command.words)} ;;"
 
 
 def _fish(commands: Mapping[str, Command]) -> list[str]:

@@ -41,12 +41,7 @@ def run(config: EmbedConfig, _values: dict[str, Any]) -> int:
     model = load_encoder(config.model, device=config.device)
     output: Output = ArraysOutput(config.out) if Path(config.out).suffix.lower() == ".npz" else open_table(config.out)
     account = Account(config.out, "embedded")
-    settings = StreamSettings(
-        batch_size=config.batch_size,
-        batch_atoms=config.batch_atoms,
-        max_atoms=config.max_atoms,
-        workers=config.workers,
-    )
+    settings = StreamSettings.of(config)
     stream = CrystalStream(named_files(config.files, account), [model.encoder.graph], settings)
     with output, account.progress(stream.total) as advance:
         for portion, found in embed_stream(model, stream, config.per, config.layers_read):

@@ -52,12 +52,7 @@ def run(config: PredictConfig, _values: dict[str, Any]) -> int:
     output = open_table(config.out)
     models = [load(name, device=config.device) for name in names]
     account = Account(config.out, "predicted")
-    settings = StreamSettings(
-        batch_size=config.batch_size,
-        batch_atoms=config.batch_atoms,
-        max_atoms=config.max_atoms,
-        workers=config.workers,
-    )
+    settings = StreamSettings.of(config)
     given = given_descriptors(config.descriptors, [name for model in models for name in model.descriptors])
     columns = columns_needed([model.members[0].descriptors for model in models], given)
     graphs = [model.encoder.graph for model in models]

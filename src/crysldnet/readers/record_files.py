@@ -118,15 +118,8 @@ class JsonReader(FileOfMany):
 
 
 ROLES = (
-    "input",
-    "output",
-    "initial",
-    "final",
-    "relaxed",
-    "unrelaxed",
-    "initial_structure",
-    "primitive",
-    "conventional",
+    *("input", "output", "initial", "final", "relaxed", "unrelaxed"),
+    *("initial_structure", "primitive", "conventional"),
 )
 """Keys, in addition to those of :data:`PREFERRED`, that describe the role of a structure."""
 MOST_STRUCTURES = 8

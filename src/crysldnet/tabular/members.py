@@ -110,11 +110,7 @@ def fit_members(
     """Fit each member, and predict every training crystal out of fold.
 
     Args:
-        x: as in :func:`fit_models`, like ``y``, ``groups``, ``members`` and ``seed``.
-        y: see there.
-        groups: see there.
-        members: see there.
-        seed: see there.
+        x, y, groups, members, seed: as in :func:`fit_models`.
         folds: [n] fold of each crystal, to share folds with other models; by default five grouped folds.
         baseline: refitted for each fold. The models predict the remainder; the out-of-fold predictions include both.
     """
