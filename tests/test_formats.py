@@ -655,7 +655,7 @@ import os, sys
 from crysldnet.data.output import StoreWriter
 from crysldnet.readers import sources, workers
 from crysldnet.tools.importer.importer import import_crystals
-from crysldnet.tools.importer.spool import Spool
+from crysldnet.tools.importer.assembly import Spool
 
 def kill_at(kind, method, call):
     original, calls = getattr(kind, method), iter(range(int(call)))

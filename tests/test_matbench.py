@@ -36,7 +36,7 @@ if importlib.util.find_spec("matbench") is None:
 
 from crysldnet.tools import matbench
 from crysldnet.tools.matbench import MatbenchConfig, check_settings, folds, submission, tasks
-from crysldnet.tools.matbench.recipes import make_recipes
+from crysldnet.tools.matbench.settings import make_recipes
 from crysldnet.tools.matbench.submission import write_submission
 
 TASK = "matbench_jdft2d"

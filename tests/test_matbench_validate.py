@@ -17,8 +17,15 @@ from crysldnet.errors import DataError
 if importlib.util.find_spec("matbench") is None:
     pytest.skip("matbench isn't installed", allow_module_level=True)
 
-from crysldnet.tools.matbench import leaderboard, tasks, validation
-from crysldnet.tools.matbench.scores import TaskScores, official_scores
+from crysldnet.tools.matbench import tasks, validation
+from crysldnet.tools.matbench.scores import (
+    TaskScores,
+    comparison,
+    load_leaderboard,
+    official_scores,
+    place_of,
+    ranking,
+)
 
 TASK = "matbench_jdft2d"
 NAME = "matbench_v0.1_Mean"
@@ -104,7 +111,7 @@ def test_a_good_submission_passes_with_a_table(made: Path, capsys: pytest.Captur
 
 def test_the_mean_scores_as_the_entry_of_the_leaderboard_that_predicts_it(made: Path) -> None:
     scores = validation.check_submission(made).scores[0]
-    entries = {name: (mean, std) for name, mean, std in leaderboard.load_leaderboard()["tasks"][TASK]["entries"]}
+    entries = {name: (mean, std) for name, mean, std in load_leaderboard()["tasks"][TASK]["entries"]}
     assert (round(scores.mean(), 4), round(scores.std(), 4)) == entries["Dummy"]
 
 
@@ -251,14 +258,14 @@ def scores(mean: float, task: str = TASK) -> TaskScores:
     ],
 )
 def test_a_submission_is_ranked_among_the_entries(task: str, mean: float, rank: int, of: int) -> None:
-    places = leaderboard.ranking("Ours", scores(mean, task))
+    places = ranking("Ours", scores(mean, task))
     assert len(places) == of
     assert next(p for p in places if p.own).rank == rank
-    assert leaderboard.place_of("Ours", scores(mean, task)).startswith(f"{rank} of {of}; best entry ")
+    assert place_of("Ours", scores(mean, task)).startswith(f"{rank} of {of}; best entry ")
 
 
 def test_the_leaderboard_holds_the_values_of_january_2024() -> None:
-    board = leaderboard.load_leaderboard()
+    board = load_leaderboard()
     assert board["state"] == "January 2024"
     first = {task: entry["entries"][0][:2] for task, entry in board["tasks"].items()}
     assert first == {
@@ -282,7 +289,7 @@ def test_the_leaderboard_holds_the_values_of_january_2024() -> None:
 
 
 def test_the_comparison_shows_the_submission_in_its_place_and_the_true_area() -> None:
-    text = leaderboard.comparison("Ours", [scores(30.0), scores(0.96, "matbench_mp_is_metal")])
+    text = comparison("Ours", [scores(30.0), scores(0.96, "matbench_mp_is_metal")])
     lines = text.splitlines()
     place = lines.index("| **1** | **Ours** | **30.0000** | **0.0000** |")
     assert lines[place + 1] == "| 2 | MODNet (v0.1.12) | 33.1918 | 7.3428 |"

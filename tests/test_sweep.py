@@ -26,9 +26,8 @@ from crysldnet.errors import ConfigError, CrysldnetError
 from crysldnet.signals import RUN_NAME
 from crysldnet.tools import sweep
 from crysldnet.tools.sweep import agents
-from crysldnet.tools.sweep.parallel_coordinates import make_axis
 from crysldnet.tools.sweep.proposals import ARGUMENTS
-from crysldnet.tools.sweep.results import best_first, write_results
+from crysldnet.tools.sweep.results import best_first, make_axis, write_results
 from crysldnet.tools.sweep.study import JOURNAL, Study, Trial
 from crysldnet.tools.sweep.trials import metrics_of, read_history
 from crysldnet.training import processes

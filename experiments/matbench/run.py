@@ -25,8 +25,7 @@ from crysldnet.artifacts.provenance import encoder_file, pretraining_overlap
 from crysldnet.config import choices, conf_folder
 from crysldnet.data.datasets import open_store
 from crysldnet.data.fingerprint import Fingerprints
-from crysldnet.tools.matbench.leaderboard import load_leaderboard, ranking
-from crysldnet.tools.matbench.scores import TaskScores
+from crysldnet.tools.matbench.scores import TaskScores, load_leaderboard, ranking
 from experiments import evidence
 
 HERE = Path(__file__).parent

@@ -59,40 +59,28 @@ def audit(train: str, test: str, *, structures: bool = True) -> Shared:
         structures: also compare structures.
     """
     (a, rows_a), (b, rows_b) = open_part(train), open_part(test)
+    ids_a, ids_b = a.ids_at(rows_a), b.ids_at(rows_b)
     return Shared(
         train,
         test,
         len(rows_a),
         len(rows_b),
-        _shared(a, rows_a, _ids(a, rows_a), b, rows_b, _ids(b, rows_b)),
-        _shared(a, rows_a, _formulas(a, rows_a), b, rows_b, _formulas(b, rows_b)),
+        _shared(ids_a, ids_a, ids_b, ids_b),
+        _shared(ids_a, formulas_of(a.crystals, rows_a), ids_b, formulas_of(b.crystals, rows_b)),
         _matching(a, rows_a, b, rows_b) if structures else None,
     )
 
 
-def _ids(store: CrystalStore, rows: NDArray[np.int64]) -> list[str]:
-    return store.ids_at(rows)
-
-
-def _formulas(store: CrystalStore, rows: NDArray[np.int64]) -> list[str]:
-    return formulas_of(store.crystals, rows)
-
-
 def _shared(
-    a: CrystalStore,
-    rows_a: NDArray[np.int64],
-    keys_a: Sequence[str],
-    b: CrystalStore,
-    rows_b: NDArray[np.int64],
-    keys_b: Sequence[str],
+    ids_a: Sequence[str], keys_a: Sequence[str], ids_b: Sequence[str], keys_b: Sequence[str]
 ) -> dict[str, list[str]]:
     """Return the id of each row of b whose key is in a, with the ids of the matching rows of a."""
     wanted = set(keys_b)
     where: dict[str, list[str]] = {}
-    for key, id_ in zip(keys_a, _ids(a, rows_a), strict=True):
+    for key, id_ in zip(keys_a, ids_a, strict=True):
         if key in wanted:
             where.setdefault(key, []).append(id_)
-    return {id_: where[key] for key, id_ in zip(keys_b, _ids(b, rows_b), strict=True) if key in where}
+    return {id_: where[key] for key, id_ in zip(keys_b, ids_b, strict=True) if key in where}
 
 
 def _matching(

@@ -1,8 +1,10 @@
-"""Assemble the chunks of an import, the second of its two steps (:mod:`crysldnet.tools.importer.importer`)."""
+"""Keep and assemble the chunks of an import, the second of its two steps (:mod:`crysldnet.tools.importer.importer`)."""
 
 from __future__ import annotations
 
 import difflib
+import mmap
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -17,6 +19,38 @@ from crysldnet.errors import DataError
 from crysldnet.readers.rows import PLACE, ImportIssues, Piece
 from crysldnet.readers.target_table import Targets
 from crysldnet.tools.importer.columns import Columns
+
+
+class Spool:
+    """Chunks whose tables are in an unnamed file: memory stays constant, and a killed process leaves nothing behind.
+
+    Args:
+        folder: folder with enough space, such as that of the output.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._pieces: list[tuple[int, int, Piece]] = []
+
+    def close(self) -> None:
+        """Remove the file."""
+        self._file.close()
+
+    def append(self, piece: Piece) -> None:
+        """Add a chunk."""
+        begin = -(-self._file.tell() // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        self._file.seek(begin)
+        with pa.ipc.new_stream(self._file, piece.table.schema) as writer:
+            writer.write_table(piece.table)
+        self._pieces.append((begin, self._file.tell() - begin, piece._replace(table=piece.table.schema.empty_table())))
+
+    def __iter__(self) -> Iterator[Piece]:
+        """Yield the chunks with memory-mapped tables."""
+        self._file.flush()
+        for begin, size, piece in self._pieces:
+            mapped = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_READ, offset=begin)
+            yield piece._replace(table=pa.ipc.open_stream(pa.py_buffer(mapped)).read_all())
+
 
 _ROWS = 16_384
 _ATOMS = 1_000_000

@@ -26,8 +26,7 @@ from crysldnet.readers.sources import Reader, Settings, open_readers
 from crysldnet.readers.structure_files import Source
 from crysldnet.readers.target_table import check_table, read_targets
 from crysldnet.readers.workers import run_in_order
-from crysldnet.tools.importer.assembly import Plan, write
-from crysldnet.tools.importer.spool import Spool
+from crysldnet.tools.importer.assembly import Plan, Spool, write
 
 
 @dataclass(frozen=True)

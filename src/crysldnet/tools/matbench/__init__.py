@@ -25,11 +25,9 @@ from crysldnet.errors import ConfigError, DataError
 from crysldnet.finetune.settings import make_encoder
 from crysldnet.tools.matbench.benchmark_run import BenchmarkRun, open_task
 from crysldnet.tools.matbench.folds import TaskRun, fold_folder, read_fold, record_folds, run_fold, write_tested
-from crysldnet.tools.matbench.leaderboard import print_scores, taken_names, write_comparison
 from crysldnet.tools.matbench.parallel import run_folds
-from crysldnet.tools.matbench.recipes import make_recipes
-from crysldnet.tools.matbench.scores import TaskScores, true_roc_auc
-from crysldnet.tools.matbench.settings import MatbenchConfig, check_settings
+from crysldnet.tools.matbench.scores import TaskScores, print_scores, taken_names, true_roc_auc, write_comparison
+from crysldnet.tools.matbench.settings import MatbenchConfig, check_settings, make_recipes
 from crysldnet.tools.matbench.submission import TaskResult, keep_command, write_submission
 from crysldnet.tools.matbench.tasks import task_hashes, task_metadata
 from crysldnet.tools.matbench.validation import check_submission

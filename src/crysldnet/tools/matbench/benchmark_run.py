@@ -10,8 +10,7 @@ from crysldnet.encoders.protocol import Encoder
 from crysldnet.errors import ConfigError
 from crysldnet.finetune.settings import make_encoder
 from crysldnet.tools.matbench.folds import TaskRun
-from crysldnet.tools.matbench.recipes import Recipe, make_recipes
-from crysldnet.tools.matbench.settings import MatbenchConfig
+from crysldnet.tools.matbench.settings import MatbenchConfig, Recipe, make_recipes
 from crysldnet.tools.matbench.tasks import import_matbench, load_task
 from crysldnet.training.run_folder import RunFolder
 from crysldnet.training.trainer import TrainerSettings

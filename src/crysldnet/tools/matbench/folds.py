@@ -30,8 +30,7 @@ from crysldnet.graphs.crystals import Crystals
 from crysldnet.io import write_atomically
 from crysldnet.models.ensemble import predict as predict_batches
 from crysldnet.models.predictor import TargetModel
-from crysldnet.tools.matbench.recipes import Recipe
-from crysldnet.tools.matbench.settings import MatbenchConfig
+from crysldnet.tools.matbench.settings import MatbenchConfig, Recipe
 from crysldnet.tools.matbench.tasks import Source, crystals_of, target_values
 from crysldnet.training.inputs import INPUTS, hashes_of, refuse_other_inputs
 from crysldnet.training.run_folder import RunFolder

@@ -19,8 +19,7 @@ from typing import Any
 
 from crysldnet.console import note, print_table
 from crysldnet.errors import CrysldnetError, DataError
-from crysldnet.tools.matbench.leaderboard import print_scores, taken_names
-from crysldnet.tools.matbench.scores import TaskScores, official_scores, true_roc_auc
+from crysldnet.tools.matbench.scores import TaskScores, official_scores, print_scores, taken_names, true_roc_auc
 from crysldnet.tools.matbench.settings import BENCHMARK
 from crysldnet.tools.matbench.submission import INFO, RESULTS
 from crysldnet.tools.matbench.tasks import import_matbench, read_targets, task_metadata
