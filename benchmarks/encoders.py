@@ -26,10 +26,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.unfactorised import unfactorise
 from crysldnet.build import build
 from crysldnet.config import conf_folder, load_yaml
 from crysldnet.data.datamodule import open_store
-from crysldnet.encoders.layers import set_factorised
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.graphs.batch import CrystalBatch, make_batch
 from crysldnet.graphs.crystals import Crystals
@@ -125,7 +125,8 @@ def measure(crystals: Crystals, rounds: int, device: str) -> tuple[dict[str, Con
     for name in PUBLISHED:
         for factorised in (True, False):
             encoder = make_encoder(name, variant="published")
-            set_factorised(encoder, factorised)
+            if not factorised:
+                unfactorise(encoder)
             title = name if factorised else f"{name}, unfactorised"
             contenders[title] = Contender.make(encoder, crystals, device)
     for name in OWN:

@@ -8,10 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from benchmarks.unfactorised import unfactorise
 from conftest import PEROVSKITE, ROCKSALT, ROCKSALT_CUBE, TRICLINIC, Cell, cell, cells_of, put_together
 from crysldnet.data.store import CrystalStore
 from crysldnet.encoders.bases import ExponentialBasis, GaussianBasis
-from crysldnet.encoders.layers import ComFormerConv, PairMLP, set_factorised
+from crysldnet.encoders.layers import ComFormerConv, PairMLP
 from crysldnet.encoders.pddformer import DistanceMixing, PDDFormer
 from crysldnet.graphs.batch import CorruptionTargets, CrystalBatch, make_batch
 from crysldnet.graphs.corruption import Corruption
@@ -89,7 +90,8 @@ def filled(module: nn.Module) -> nn.Module:
 def test_convolution_has_its_golden_output(factorised: bool) -> None:
     """Computed in float64 from the definition."""
     conv = filled(ComFormerConv(2))
-    set_factorised(conv, factorised)
+    if not factorised:
+        unfactorise(conv)
     expected = doubles([[1.346629, 0.745879], [0.713414, 1.391686], [1.002397, 0.514208]])
     torch.testing.assert_close(conv(NODES, EDGES, SOURCE, TARGET), expected, rtol=0, atol=1e-6)
     assert (conv(NODES, EDGES, TARGET, SOURCE) - expected).abs().max() > 1e-3
@@ -121,7 +123,8 @@ def test_factorised_convolution_equals_the_published_one(dtype: torch.dtype, tol
     weights = torch.randn(30, width, dtype=dtype) / 30
     results = []
     for factorised in (True, False):
-        set_factorised(conv, factorised)
+        if not factorised:
+            unfactorise(conv)
         out = conv(nodes, pairs, source, target)
         inputs = [nodes, pairs, *(p for p in conv.parameters())]
         results.append([out, *torch.autograd.grad((out * weights).sum(), inputs)])
@@ -383,7 +386,7 @@ def test_denoising_computes_its_equations(starter: CrystalStore) -> None:
         node = objective.node(z)
         lengths = batch.edge_vec.norm(dim=1)
         gauss = torch.exp(-0.5 * ((lengths[:, None] - torch.linspace(0, 8, 32).double()) / (8 / 31)) ** 2)
-        set_factorised(objective, False)
+        unfactorise(objective)
         coefficients = objective.pair(node, node, objective.edge(gauss), *batch.edge_index).numpy()
     moves: list[list[NDArray]] = [[] for _ in clean.numbers]
     strains: list[list[NDArray]] = [[] for _ in clean.sizes]

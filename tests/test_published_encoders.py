@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.unfactorised import unfactorise
 from conftest import (
     COPPER,
     COPPER_CUBE,
@@ -40,7 +41,7 @@ from crysldnet.encoders.cogn import CoGN
 from crysldnet.encoders.ecomformer import EComFormer
 from crysldnet.encoders.elements import cgcnn_table, pubchem_table
 from crysldnet.encoders.icomformer import AngleLayer
-from crysldnet.encoders.layers import GatedConv, set_factorised
+from crysldnet.encoders.layers import GatedConv
 from crysldnet.encoders.matformer import Matformer, MatformerConv
 from crysldnet.encoders.potnet import PotNet
 from crysldnet.graphs.batch import make_batch
@@ -271,14 +272,16 @@ def test_layers_have_their_golden_output(name: str, factorised: bool) -> None:
         "cgcnn": CGCNNConv(2, 2),
     }
     layer = filled(layers[name])
-    set_factorised(layer, factorised)
+    if not factorised:
+        unfactorise(layer)
     torch.testing.assert_close(layer_output(name, layer), doubles(LAYERS[name]), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("factorised", [True, False])
 def test_angle_layer_has_its_golden_output(factorised: bool) -> None:
     layer = filled(AngleLayer(2))
-    set_factorised(layer, factorised)
+    if not factorised:
+        unfactorise(layer)
     lengths = doubles([[[0.2, -0.1]], [[0.4, 0.3]], [[-0.5, 0.1]]])
     angles = torch.stack([0.5 * EDGES, 0.2 * EDGES + 0.1, -EDGES])
     found = layer(EDGES, lengths, angles, torch.zeros(4, dtype=torch.int64))
@@ -306,7 +309,8 @@ def test_factorised_encoder_equals_the_unfactorised_formula(name: str, variant: 
         batch = batch_of(real, encoder, dtype)
         results = []
         for factorised in (True, False):
-            set_factorised(encoder, factorised)
+            if not factorised:
+                unfactorise(encoder)
             out = encoder(batch)
             used = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
             grads = torch.autograd.grad(out.square().mean(), list(used.values()), allow_unused=True)

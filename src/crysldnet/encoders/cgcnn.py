@@ -23,7 +23,6 @@ from torch.nn.functional import linear, softplus
 
 from crysldnet.encoders.bases import GaussianBasis
 from crysldnet.encoders.elements import ElementTable
-from crysldnet.encoders.layers import Factorised
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.encoders.scatter import scatter
 from crysldnet.graphs.batch import CrystalBatch
@@ -34,7 +33,7 @@ LONGEST = 8.0
 CENTERS = 41
 
 
-class CGCNNConv(Factorised):
+class CGCNNConv(nn.Module):
     """One convolution, gate and message in one linear map.
 
     Args:
@@ -50,12 +49,9 @@ class CGCNNConv(Factorised):
 
     def forward(self, x: Tensor, edge: Tensor, source: Tensor, target: Tensor) -> Tensor:
         """Map [N, C] with edge features [E, 41] to [N, C]."""
-        if self.factorised:
-            a, b, f = self.linear.weight.split(self.widths, dim=1)
-            as_target = linear(x, a, self.linear.bias).index_select(0, target)
-            y = as_target + linear(x, b).index_select(0, source) + linear(edge, f)
-        else:
-            y = self.linear(torch.cat([x.index_select(0, target), x.index_select(0, source), edge], dim=-1))
+        a, b, f = self.linear.weight.split(self.widths, dim=1)
+        as_target = linear(x, a, self.linear.bias).index_select(0, target)
+        y = as_target + linear(x, b).index_select(0, source) + linear(edge, f)
         y1, y2 = self.edge_norm(y).chunk(2, dim=-1)
         total = scatter(torch.sigmoid(y1) * softplus(y2), target, x.shape[0], "sum")
         return softplus(x + self.node_norm(total))

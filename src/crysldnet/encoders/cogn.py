@@ -27,7 +27,6 @@ from torch.nn.functional import linear, silu
 
 from crysldnet.encoders.bases import GaussianBasis
 from crysldnet.encoders.elements import N_PUBCHEM, N_SPECIES, pubchem_table
-from crysldnet.encoders.layers import Factorised
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.encoders.scatter import scatter
 from crysldnet.graphs.batch import CrystalBatch
@@ -38,7 +37,7 @@ SPACING = 0.25
 """Å between centers, and also the variance."""
 
 
-class Block(Factorised):
+class Block(nn.Module):
     """One round of messages.
 
     Args:
@@ -54,13 +53,9 @@ class Block(Factorised):
 
     def forward(self, x: Tensor, basis: Tensor, embed: nn.Linear, source: Tensor, target: Tensor) -> Tensor:
         """Map [N, C] to [N, C]; the edge features are ``embed(basis)``, ``basis`` [E, 32]."""
-        if self.factorised:
-            f, a, b = self.first.weight.chunk(3, dim=1)
-            hidden = linear(x, a, self.first.bias + f @ embed.bias).index_select(0, target)
-            hidden = hidden + linear(x, b).index_select(0, source) + linear(basis, f @ embed.weight)
-        else:
-            parts = [embed(basis), x.index_select(0, target), x.index_select(0, source)]
-            hidden = self.first(torch.cat(parts, dim=-1))
+        f, a, b = self.first.weight.chunk(3, dim=1)
+        hidden = linear(x, a, self.first.bias + f @ embed.bias).index_select(0, target)
+        hidden = hidden + linear(x, b).index_select(0, source) + linear(basis, f @ embed.weight)
         message = silu(hidden)
         for layer in self.rest:
             message = silu(layer(message))

@@ -31,7 +31,7 @@ from torch.nn.functional import linear, softplus
 
 from crysldnet.encoders.bases import ExponentialBasis, harmonics
 from crysldnet.encoders.elements import ElementTable
-from crysldnet.encoders.layers import ComFormerConv, Factorised
+from crysldnet.encoders.layers import ComFormerConv
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.encoders.scatter import scatter
 from crysldnet.graphs.batch import CrystalBatch
@@ -42,7 +42,7 @@ SLOTS = 32
 
 
 class EdgeWeights(nn.Module):
-    """u = softplus(W e) and, linear in it, the weights of a tensor product."""
+    """u = softplus(W e) and the linear map from it to the weights of a tensor product."""
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__()
@@ -53,12 +53,8 @@ class EdgeWeights(nn.Module):
         """Return u [E, C]."""
         return softplus(self.inner(edge))
 
-    def forward(self, edge: Tensor) -> Tensor:
-        """Map edge features [E, C] to all weights [E, count]."""
-        return self.outer(self.hidden(edge))
 
-
-class EquivariantBlock(Factorised):
+class EquivariantBlock(nn.Module):
     """Two tensor products with the edges' spherical harmonics, scalars in and out.
 
     Args:
@@ -89,13 +85,8 @@ class EquivariantBlock(Factorised):
         def mean(values: Tensor) -> Tensor:
             return scatter(values, receiver, x.shape[0], "mean")
 
-        splits = [n * n, n * v, n * v]
         first = [(0, n), (n * n, v), (n * n + n * v, v)]
-        to_s, to_v, to_t = (
-            self._product(self.first, edge, h, neighbor, batch, first, splits)
-            if self.factorised
-            else self._plain_first(edge, h.index_select(0, neighbor), splits)
-        )
+        to_s, to_v, to_t = self._product(self.first, edge, h, neighbor, batch, first)
         scale = 1.0 / math.sqrt(n)
         s = h + mean(to_s) * scale
         vectors = mean(to_v.unsqueeze(-1) * y1.unsqueeze(1)) * scale
@@ -103,21 +94,12 @@ class EquivariantBlock(Factorised):
 
         along = (vectors.index_select(0, neighbor) * y1.unsqueeze(1)).sum(-1) / math.sqrt(3.0)
         along = torch.cat([along, (tensors.index_select(0, neighbor) * y2.unsqueeze(1)).sum(-1) / math.sqrt(5.0)], -1)
-        if self.factorised:
-            (message,) = self._product(self.second, edge, s, neighbor, batch, [(0, n)], splits)
-            outer = self.second.outer
-            weights = linear(self.second.hidden(edge), outer.weight[n * n :], outer.bias[n * n :])
-        else:
-            whole = self.second(edge)
-            message = torch.einsum("eio,ei->eo", whole[:, : n * n].view(-1, n, n), s.index_select(0, neighbor))
-            weights = whole[:, n * n :]
+        (message,) = self._product(self.second, edge, s, neighbor, batch, [(0, n)])
+        outer = self.second.outer
+        weights = linear(self.second.hidden(edge), outer.weight[n * n :], outer.bias[n * n :])
         message = message + torch.einsum("eio,ei->eo", weights.view(-1, 2 * v, n), along)
         o = mean(message) / math.sqrt(n + 2 * v)
         return softplus(self.output(softplus(self.norm(o)))) + self.skip(x)
-
-    def _plain_first(self, edge: Tensor, h: Tensor, splits: list[int]) -> list[Tensor]:
-        weights = self.first(edge).split(splits, dim=1)
-        return [torch.einsum("eio,ei->eo", w.view(len(w), self.scalars, -1), h) for w in weights]
 
     def _product(
         self,
@@ -127,7 +109,6 @@ class EquivariantBlock(Factorised):
         neighbor: Tensor,
         batch: CrystalBatch,
         parts: list[tuple[int, int]],
-        splits: list[int],
     ) -> list[Tensor]:
         """Return Σ_i F(u_e)[i, o] h[i] of each edge's neighbor, for each part (its first row in F, its outputs).
 

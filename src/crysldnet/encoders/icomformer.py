@@ -31,13 +31,13 @@ from torch.nn.functional import linear, silu, softplus
 
 from crysldnet.encoders.bases import ExponentialBasis
 from crysldnet.encoders.elements import ElementTable
-from crysldnet.encoders.layers import ComFormerConv, Factorised, PairMLP, unused_parameters
+from crysldnet.encoders.layers import ComFormerConv, PairMLP, unused_parameters
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.graphs.batch import CrystalBatch
 from crysldnet.graphs.spec import GraphSpec
 
 
-class AngleLayer(Factorised):
+class AngleLayer(nn.Module):
     """Update edges by the angles to the three vectors of the frame.
 
     Shapes: ``B`` crystals, ``E`` edges, ``C`` width, m = 1, 2, 3.
@@ -66,21 +66,15 @@ class AngleLayer(Factorised):
             angles: [3, E, C] embedded angles to them.
             crystal: [E] the crystal of each edge.
         """
-        if self.factorised:
-            keys = self._factorised(self.key, self.length_key, self.key_mlp, edge, lengths, angles, crystal)
-            messages = self._factorised(self.value, self.length_value, self.message_mlp, edge, lengths, angles, crystal)
-        else:
-            keys = self._plain(self.key, self.length_key, self.key_mlp, edge, lengths, angles, crystal)
-            messages = self._plain(self.value, self.length_value, self.message_mlp, edge, lengths, angles, crystal)
+        keys = self._pair_map(self.key, self.length_key, self.key_mlp, edge, lengths, angles, crystal)
+        messages = self._pair_map(self.value, self.length_value, self.message_mlp, edge, lengths, angles, crystal)
         gate = self.query(edge) * keys / math.sqrt(edge.shape[1])
         gate = torch.sigmoid(self.gate_norm(gate.flatten(0, 1)).view_as(gate))
-        if self.factorised:  # a linear map can follow the sum, with three times its bias
-            total = linear((messages * gate).sum(0), self.output.weight, 3.0 * self.output.bias)
-        else:
-            total = self.output(messages * gate).sum(0)
+        # The linear map follows the sum over m, with three times its bias.
+        total = linear((messages * gate).sum(0), self.output.weight, 3.0 * self.output.bias)
         return softplus(edge + self.edge_norm(total))
 
-    def _plain(
+    def _pair_map(
         self,
         own: nn.Linear,
         of_length: nn.ModuleList,
@@ -90,23 +84,7 @@ class AngleLayer(Factorised):
         angles: Tensor,
         crystal: Tensor,
     ) -> Tensor:
-        repeated = lengths.index_select(1, crystal)
-        parts = [torch.cat([own(edge), of_length[m](repeated[m]), self.angle(angles[m])], dim=-1) for m in range(3)]
-        return mlp.second(silu(mlp.first(torch.stack(parts))))
-
-    def _factorised(
-        self,
-        own: nn.Linear,
-        of_length: nn.ModuleList,
-        mlp: PairMLP,
-        edge: Tensor,
-        lengths: Tensor,
-        angles: Tensor,
-        crystal: Tensor,
-    ) -> Tensor:
-        """Compute the same: lengths once per crystal, the edge once for all three, and products of successive maps
-        precomputed.
-        """
+        """Map edge, lengths and angles to [3, E, C]: lengths once per crystal, the edge once for all three."""
         a, b, f = mlp.first.weight.chunk(3, dim=1)
         of_edge = linear(edge, a @ own.weight, mlp.first.bias + a @ own.bias)
         of_lengths = torch.stack([linear(of_length[m](lengths[m]), b) for m in range(3)])

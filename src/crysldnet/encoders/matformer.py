@@ -29,7 +29,7 @@ from torch.nn.functional import linear, silu
 
 from crysldnet.encoders.bases import ExponentialBasis
 from crysldnet.encoders.elements import ElementTable
-from crysldnet.encoders.layers import Factorised, unused_parameters
+from crysldnet.encoders.layers import unused_parameters
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.encoders.scatter import scatter
 from crysldnet.graphs.batch import CrystalBatch
@@ -39,7 +39,7 @@ LONGEST = 8.0
 """Å, the last center of the basis, and the radius in which the published code first searches for neighbors."""
 
 
-class MatformerConv(Factorised):
+class MatformerConv(nn.Module):
     """One layer of H heads, each of width C."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -63,15 +63,9 @@ class MatformerConv(Factorised):
     def forward(self, x: Tensor, edge: Tensor, source: Tensor, target: Tensor) -> Tensor:
         """Map [N, C] with edge features [E, C] to [N, C]."""
         q, k, e = self._heads(self.query(x)), self._heads(self.key(x)), self._heads(self.edge(edge))
-        if self.factorised:
-            q_i, own = q.index_select(0, target), (q * k).index_select(0, target)
-            alpha = torch.cat([own, q_i * k.index_select(0, source), q_i * e], dim=-1)
-            expanded = self._expanded(x, edge, source, target)
-        else:
-            v, q_i = self._heads(self.value(x)), q.index_select(0, target)
-            keys = torch.cat([k.index_select(0, target), k.index_select(0, source), e], dim=-1)
-            alpha = q_i.repeat(1, 1, 3) * keys
-            expanded = self.expand(torch.cat([v.index_select(0, target), v.index_select(0, source), e], dim=-1))
+        q_i, own = q.index_select(0, target), (q * k).index_select(0, target)
+        alpha = torch.cat([own, q_i * k.index_select(0, source), q_i * e], dim=-1)
+        expanded = self._expanded(x, edge, source, target)
         gate = torch.sigmoid(self.gate_norm(alpha / math.sqrt(3 * self.width)))
         messages = self.message_norm(self.contract(expanded * gate)).flatten(1)
         total = self.output(scatter(messages, target, x.shape[0], "sum"))
