@@ -110,7 +110,11 @@ def fit_members(
     """Fit each member, and predict every training crystal out of fold.
 
     Args:
-        x, y, groups, members, seed: as in :func:`fit_models`.
+        x: descriptors, as in :func:`fit_models`.
+        y: values, as there.
+        groups: as there.
+        members: as there.
+        seed: as there.
         folds: [n] fold of each crystal, to share folds with other models; by default five grouped folds.
         baseline: refitted for each fold. The models predict the remainder; the out-of-fold predictions include both.
     """
