@@ -3,10 +3,9 @@
 A prediction is compared with the one for an average training crystal, the reference.
 
 Networks: integrated gradients (Sundararajan et al., arXiv 1703.01365) along the straight line from the mean features of
-the training atoms to those of the crystal, φ = (z − z⁰) ∫ ∂f/∂z(z⁰ + α (z − z⁰)) dα. The contribution
-of a mean over atoms is divided by each atom's difference from the reference, that of a standard deviation by its
-squared
-distance from the mean. With the readouts ``atoms`` and ``sum`` this is exactly what each atom adds to the output.
+the training atoms to those of the crystal, φ = (z − z⁰) ∫ ∂f/∂z(z⁰ + α (z − z⁰)) dα. The contribution of a mean over
+atoms is divided by each atom's difference from the reference, that of a standard deviation by its squared distance
+from the mean. With the readouts ``atoms`` and ``sum`` this is exactly what each atom adds to the output.
 
 Tabular members: Shapley values of the columns, each changed from the training mean to its value (Strumbelj and
 Kononenko, Knowl. Inf. Syst. 41, 647, 2014), over pairs of a random order and its reverse. The embedding components
