@@ -312,7 +312,7 @@ def test_two_ranks_stop_resume_and_skip_together(tmp_path):
     assert found["sharded_equal"]
     assert 0 not in found["broken"], "one rank raises an error, and both end"
     assert re.search(r"rank 1 \(process \d+ on .*\) failed: ValueError: the second card fell out", found["broken_says"])
-    assert found["mended"] == [0, 0]
+    assert found["resumed"] == [0, 0]
     assert found["poisoned"] == [2, 2]
     assert "train/strain is inf; crystals mp-" in found["poisoned_says"]
     assert found["skipped"] == [0, 0]

@@ -112,7 +112,7 @@ def main(folder: Path, data: Path) -> dict:
     mend = break_the_second_rank(3)
     found["broken"], found["broken_says"] = go("broken", "stage=vae")
     mend()
-    found["mended"], _ = go("broken", "stage=vae", "resume=last")
+    found["resumed"], _ = go("broken", "stage=vae", "resume=last")
     poison_the_second_rank(3)
     found["poisoned"], found["poisoned_says"] = go("poisoned", "stage=vae")
     found["skipped"], found["skipped_says"] = go("skipped", "stage=vae", "trainer.max_nonfinite_steps=1")

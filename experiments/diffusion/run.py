@@ -48,7 +48,7 @@ class Settings:
     base: str
     first_stages: dict[str, list[str]]
     second: list[str]
-    mended: list[str]
+    revised: list[str]
     arms: dict[str, list[str]]
     finetuned: list[str]
     finetuned_tasks: list[str]
@@ -81,7 +81,7 @@ class Study:
     def _arguments(self, name: str) -> list[str]:
         """Return the settings of a first stage or an arm; one that begins with + stands for those of another one."""
         found: list[str] = []
-        known = {**self.settings.first_stages, **self.settings.arms, "mended": self.settings.mended}
+        known = {**self.settings.first_stages, **self.settings.arms, "revised": self.settings.revised}
         for argument in known[name]:
             found += self._arguments(argument[1:]) if argument.startswith("+") else [argument]
         return found
@@ -211,7 +211,7 @@ def main() -> None:
         "arms",
         "first_stages",
         "second",
-        "mended",
+        "revised",
         "draws",
         "base",
         "finetuned",
