@@ -40,6 +40,7 @@ class Settings:
     out: str | None
     seeds: list[int]
     parts: list[str]
+    structures: list[str]
     max_atoms: int
     probe_atoms: int
     draws: dict[int, int]
@@ -50,6 +51,7 @@ class Settings:
     second: list[str]
     revised: list[str]
     arms: dict[str, list[str]]
+    only: list[str] | None
     finetuned: list[str]
     finetuned_tasks: list[str]
     finetuned_draws: int
@@ -65,18 +67,24 @@ class Study:
         self.tasks: list[Labelled] = [load(task, self.folder, settings.probe_atoms) for task in TASKS]
 
     def prepare(self) -> None:
-        """Write the crystals to pretrain on: small ones whose formulas no task has."""
+        """Write the crystals to pretrain on: small ones whose formulas no task has, each once."""
         seen = {f for files in {t.files for t in TASKS} for f in formulas_of_store(open_files(self.folder, files, []))}
-        for source, name, most in (("mp_cgcnn_train", "train", None), ("mp_cgcnn_val", "val", 500)):
-            out = self.runs / "data" / f"{name}.parquet"
-            if out.exists():
-                continue
-            out.parent.mkdir(parents=True, exist_ok=True)
-            store = open_files(self.folder, (source,), [])
+        columns = ["material_id", "lattice", "atomic_numbers", "frac_coords"]
+        validated: set[str] = set()
+        for sources, name, most in ((["mp_cgcnn_val"], "val", 500), (self.settings.structures, "train", None)):
+            tables = [pq.read_table(self.folder / f"{source}.parquet").select(columns) for source in sources]
+            table = pa.concat_tables([t.cast(tables[0].schema) for t in tables])
+            ids = table["material_id"].to_pylist()
+            first = {id_: row for row, id_ in reversed(list(enumerate(ids))) if id_ not in validated}
+            store = open_files(self.folder, tuple(sources), [])
             free = ~np.isin(formulas_of_store(store), list(seen)) & (store.crystals.sizes <= self.settings.max_atoms)
+            free &= np.isin(np.arange(len(ids)), list(first.values()))
             rows = np.sort(np.random.default_rng(0).permutation(np.flatnonzero(free))[:most])
-            columns = ["material_id", "lattice", "atomic_numbers", "frac_coords"]
-            pq.write_table(pq.read_table(self.folder / f"{source}.parquet").select(columns).take(pa.array(rows)), out)
+            validated |= {ids[row] for row in rows}
+            out = self.runs / "data" / f"{name}.parquet"
+            if not out.exists():
+                out.parent.mkdir(parents=True, exist_ok=True)
+                pq.write_table(table.take(pa.array(rows)), out)
 
     def _arguments(self, name: str) -> list[str]:
         """Return the settings of a first stage or an arm; one that begins with + stands for those of another one."""
@@ -171,7 +179,7 @@ class Study:
         settings = self.settings
         for name in settings.first_stages if "first" in settings.parts else ():
             self.first_stage(name, seed)
-        for name in settings.arms if "second" in settings.parts else ():
+        for name in (settings.only or settings.arms) if "second" in settings.parts else ():
             self.second_stage(name, seed)
         draws = range(settings.finetuned_draws) if "finetune" in settings.parts else range(0)
         for draw, name, task in product(draws, settings.finetuned, self.tasks):
@@ -185,7 +193,7 @@ class Study:
         first, arms = list(settings.first_stages), list(dict.fromkeys([settings.base, *settings.arms]))
         crystals = len(pq.read_table(self.runs / "data" / "train.parquet", columns=["material_id"]))
         known = {
-            "data": f"{crystals:,} crystals of mp_cgcnn of ≤ {settings.max_atoms} atoms",
+            "data": f"{crystals:,} crystals of {' and '.join(settings.structures)} of ≤ {settings.max_atoms} atoms",
             "commit": evidence.current_commit(HERE),
         }
         records = []
@@ -194,7 +202,8 @@ class Study:
             errors = tables.read_measurements(file, names) | tables.collect(self.runs, names)
             if not errors:
                 continue
-            command = f"python -m experiments.diffusion.run parts=[{part}] data=FOLDER"
+            structures = f"structures=[{','.join(settings.structures)}] max_atoms={settings.max_atoms}"
+            command = f"python -m experiments.diffusion.run parts=[{part}] {structures} data=FOLDER"
             records += tables.records_of(errors, names, control, {**known, "command": command})
             tables.write_measurements(errors, file)
         evidence.write(out, records)
@@ -209,6 +218,7 @@ def main() -> None:
         "seeds",
         "parts",
         "arms",
+        "only",
         "first_stages",
         "second",
         "revised",
