@@ -25,8 +25,7 @@ from conftest import (
 from crysldnet.data.elements import SYMBOLS
 from crysldnet.data.store import CrystalStore
 from crysldnet.descriptors import composition_descriptors, geometry_descriptors, side_by_side
-from crysldnet.descriptors.composition import composition_features
-from crysldnet.descriptors.features import Features
+from crysldnet.descriptors.composition import Features, composition_features
 from crysldnet.descriptors.geometry import slabs_of
 from crysldnet.graphs.crystals import MAX_ATOMIC_NUMBER
 

@@ -13,7 +13,7 @@ from crysldnet.graphs.corruption import Corruption
 from crysldnet.models.dit import DiT
 from crysldnet.models.flow import LatentFlow
 from crysldnet.models.latent import Latent, Posterior
-from crysldnet.pretrain.verdict import verdict
+from crysldnet.pretrain import verdict
 from test_pretrain import SHORT, run
 from tiny import pretrain_config, subset
 

@@ -11,11 +11,11 @@ from conftest import PEROVSKITE, ROCKSALT, TRICLINIC, put_together, supercell
 from crysldnet import finetune
 from crysldnet.artifacts import model_file
 from crysldnet.encoders.protocol import Encoder, features_of_layers
+from crysldnet.finetune.module import read_batches, standardize
 from crysldnet.graphs.batch import make_batch
 from crysldnet.inference import load
 from crysldnet.models.head import PropertyHead, PropertyModel
 from crysldnet.models.readout import mean_and_spread
-from crysldnet.training.features import read_batches, standardize
 from encoders import CLASSES, batch_of, settled, small
 from tiny import finetune_config
 

@@ -29,7 +29,7 @@ from crysldnet.data.datasets import DATA_VARIABLE
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import ConfigError, CrysldnetError, Interrupted
 from crysldnet.signals import RUN_NAME
-from crysldnet.tools.importer.published.store_maker import make_store
+from crysldnet.tools.importer.published import make_store
 from crysldnet.training.processes import Job, places, run_jobs
 from crysldnet.training.run_folder import owner_of
 from tiny import finetune_config, pretrain_config, subset
@@ -37,7 +37,7 @@ from tiny import finetune_config, pretrain_config, subset
 if importlib.util.find_spec("matbench") is None:
     pytest.skip("matbench isn't installed", allow_module_level=True)
 
-from crysldnet.tools.matbench import parallel, tasks
+from crysldnet.tools.matbench import benchmark_run, tasks
 from crysldnet.tools.matbench.benchmark_run import refuse_seen_labels
 
 N = 60
@@ -324,7 +324,7 @@ def test_folds_beside_each_other_give_what_one_after_the_other_gives(tmp_path: P
 
 def test_folds_that_fail_are_named_with_their_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failing = ["sh", "-c", "test $4 = 2 && exit 2; mkdir -p $2/$3/fold_$4; exit 0"]
-    monkeypatch.setattr(parallel, "own_command", lambda *words: [*failing, *words])
+    monkeypatch.setattr(benchmark_run, "own_command", lambda *words: [*failing, *words])
     with pytest.raises(CrysldnetError, match=r"1 of 2 folds failed: matbench_jdft2d fold 2, see .*log\.txt"):
         run(tmp_path, "folds=[2,4]", "parallel=2")
 

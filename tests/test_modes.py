@@ -27,9 +27,8 @@ from crysldnet.finetune.module import FinetuneModule
 from crysldnet.finetune.settings import make_data, make_encoder, make_types
 from crysldnet.finetune.training import make_model
 from crysldnet.graphs.batch import make_batch
-from crysldnet.models.ensemble import combine
 from crysldnet.models.head import PropertyModel
-from crysldnet.models.predictor import Prediction
+from crysldnet.models.predictor import Prediction, combine
 from crysldnet.models.targets import Classes, Hurdle, Number
 from crysldnet.signals import RUN_NAME
 from crysldnet.training.optimizer import AdamW

@@ -11,8 +11,7 @@ from crysldnet import pretrain
 from crysldnet.artifacts import model_file
 from crysldnet.errors import CheckpointError, ConfigError
 from crysldnet.graphs.corruption import Corruption
-from crysldnet.pretrain import command
-from crysldnet.pretrain.verdict import verdict
+from crysldnet.pretrain import command, verdict
 from tiny import DENOISER, ENCODER, pretrain_config, subset
 
 

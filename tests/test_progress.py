@@ -9,7 +9,7 @@ import pytest
 
 from crysldnet import finetune
 from crysldnet.console import suggest_next
-from crysldnet.finetune.verdict import verdict
+from crysldnet.finetune.baselines import verdict
 from crysldnet.training.loggers import MetricsFile
 from crysldnet.training.plots import read_curves
 from tiny import finetune_config, subset

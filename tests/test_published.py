@@ -33,9 +33,9 @@ from crysldnet.errors import DataError
 from crysldnet.graphs.crystals import Crystals
 from crysldnet.readers.json_stream import top_level
 from crysldnet.signals import RUN_NAME
-from crysldnet.tools.importer.published import download
-from crysldnet.tools.importer.published.download import fetch_all
-from crysldnet.tools.importer.published.store_maker import make_store, seeded_split
+from crysldnet.tools.importer import download
+from crysldnet.tools.importer.download import fetch_all
+from crysldnet.tools.importer.published import make_store, seeded_split
 from tiny import ENCODER, QUIET
 
 COUNT = 40

@@ -14,7 +14,7 @@ from crysldnet import cli
 from crysldnet.artifacts.model_file import load_property_model, read
 from crysldnet.errors import ConfigError, DataError
 from crysldnet.finetune import make_encoder, run
-from crysldnet.finetune.recipes import resolve
+from crysldnet.finetune.ensemble import resolve
 from crysldnet.finetune.settings import make_data
 from tiny import ENCODER, QUIET, finetune_config, subset
 
@@ -139,8 +139,8 @@ def test_auto_trains_no_network_for_few_crystals_unless_its_settings_are_given(h
     assert type(load_property_model(here / "runs" / "finetune" / "given")[0]).__name__ == "PropertyModel"
     for reason, words in (("over 20", []), ("several processes", ["trainer.devices=2"]), ("fewer than 100", [])):
         with monkeypatch.context() as patch:
-            patch.setattr("crysldnet.finetune.recipes.FEW", 20 if "over" in reason else 1000)
-            patch.setattr("crysldnet.finetune.recipes.FEWEST", 100 if "fewer" in reason else 10)
+            patch.setattr("crysldnet.finetune.ensemble.FEW", 20 if "over" in reason else 1000)
+            patch.setattr("crysldnet.finetune.ensemble.FEWEST", 100 if "fewer" in reason else 10)
             config, _ = finetune_config("recipe=auto", *DATA, "data.targets=[formation_energy_per_atom]", *words)
             assert resolve(config, make_data(config, make_encoder(config)[0])).recipe == "network"
     assert capfd.readouterr().err.count("recipe=auto finetunes a network") == 3

@@ -184,7 +184,7 @@ def run_without_export(path, data, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain.command, "write_stage", fail)
+        patch.setattr(pretrain, "write_stage", fail)
         with pytest.raises(KeyboardInterrupt):
             run(path, data)
 

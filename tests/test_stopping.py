@@ -64,7 +64,7 @@ def test_pretraining_is_stopped_while_it_reads_and_between_its_stages(tmp_path, 
     words += ["stages.vae.epochs=1", "stages.diffusion.epochs=1"]
     reading = ("crysldnet.data.datamodule", "CrystalDataModule", "setup", "1", "SIGTERM")
     stopped(run(tmp_path, "pretrain", *words, "name=a", at=reading), "SIGTERM")
-    exporting = ("crysldnet.pretrain.command", "", "write_stage", "1", "SIGUSR1,SIGUSR1,SIGTERM")
+    exporting = ("crysldnet.pretrain", "", "write_stage", "1", "SIGUSR1,SIGUSR1,SIGTERM")
     stopped(run(tmp_path, "pretrain", *words, "name=a", at=exporting), "SIGUSR1")
     for name, resume in (("a", "last"), ("whole", "null")):
         assert cli.run(["pretrain", *words, f"runs={tmp_path / 'runs'}", f"name={name}", f"resume={resume}"]) == 0

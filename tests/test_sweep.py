@@ -25,11 +25,10 @@ from crysldnet.config import argument, choices, compose
 from crysldnet.errors import ConfigError, CrysldnetError
 from crysldnet.signals import RUN_NAME
 from crysldnet.tools import sweep
-from crysldnet.tools.sweep import agents
 from crysldnet.tools.sweep.proposals import ARGUMENTS
 from crysldnet.tools.sweep.results import best_first, make_axis, write_results
 from crysldnet.tools.sweep.study import JOURNAL, Study, Trial
-from crysldnet.tools.sweep.trials import metrics_of, read_history
+from crysldnet.tools.sweep.trials import agent_environment, metrics_of, online_config, read_history
 from crysldnet.training import processes
 from tiny import environment_of_a_shell, subset
 
@@ -211,7 +210,7 @@ def test_the_command_of_a_sweep_starts_no_other_program_unless_that_is_allowed(
 def test_any_way_to_start_this_program_is_this_interpreter(write: Any, before: list[str]) -> None:
     loaded = sweep.load_sweep(write(command=[*before, "crysldnet", "finetune", ARGUMENTS]))
     assert loaded.launcher == []
-    assert agents.online_config(loaded, [], 1)["command"][:3] == ["${env}", sys.executable, "-m"]
+    assert online_config(loaded, [], 1)["command"][:3] == ["${env}", sys.executable, "-m"]
 
 
 def test_a_command_that_is_allowed_starts_the_runs(write: Any, tmp_path: Path, program: Program) -> None:
@@ -220,7 +219,7 @@ def test_a_command_that_is_allowed_starts_the_runs(write: Any, tmp_path: Path, p
     line = ["sweep", f"sweep={path}", "count=1", "name=one", f"runs={tmp_path}", "allow_command=true"]
     assert cli.run(line) == 0
     assert program.runs[0]["seen"] == "yes"
-    online = agents.online_config(sweep.load_sweep(path, allow_command=True), [], 1)["command"]
+    online = online_config(sweep.load_sweep(path, allow_command=True), [], 1)["command"]
     assert online[:6] == ["${env}", "env", "SEEN=yes", sys.executable, "-m", "crysldnet"]
 
 
@@ -494,7 +493,7 @@ def test_an_agent_of_wandb_ends_with_the_sweep_that_started_it(tmp_path: Path) -
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb/__init__.py").touch()
     (tmp_path / "wandb/__main__.py").write_text("import sys, time\nprint(sys.argv, flush=True)\ntime.sleep(60)")
-    code = "from pathlib import Path; from crysldnet.tools.sweep.agents import run_agents; "
+    code = "from pathlib import Path; from crysldnet.tools.sweep.trials import run_agents; "
     code += f"run_agents('me/sweep', Path({str(tmp_path)!r}), [{{}}])"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     parent = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=tmp_path)
@@ -760,14 +759,14 @@ def test_the_sweep_that_goes_online_has_this_interpreter_and_a_folder_for_each_a
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     loaded = sweep.load_sweep("finetune")
-    online = agents.online_config(loaded, ["epochs=2"], 20)
+    online = online_config(loaded, ["epochs=2"], 20)
     assert {**online, "command": 0} == {**loaded.config, "command": 0, "run_cap": 20}
     assert online["run_cap"] == 20
     assert online["command"][:5] == ["${env}", sys.executable, "-m", "crysldnet", "finetune"]
     assert online["command"][-3:] == [ARGUMENTS, "epochs=2", "runs=${envvar:CRYSLDNET_SWEEP_RUNS}"]
     assert loaded.config["command"][1] == "python"
     monkeypatch.setenv("SLURM_NTASKS", "4")
-    environment = agents.agent_environment({"CUDA_VISIBLE_DEVICES": "3"}, tmp_path)
+    environment = agent_environment({"CUDA_VISIBLE_DEVICES": "3"}, tmp_path)
     assert environment["CUDA_VISIBLE_DEVICES"] == "3"
     assert environment["SLURM_NTASKS"] is None  # it is taken out
     utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")

@@ -11,7 +11,7 @@ from crysldnet import finetune, pretrain
 from crysldnet.errors import ConfigError
 from crysldnet.signals import RUN_NAME
 from crysldnet.training import loggers
-from crysldnet.training.tensorboard_run import TensorBoardRun
+from crysldnet.training.loggers import TensorBoardRun
 from tiny import finetune_config, pretrain_config, subset
 
 needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard isn't installed")

@@ -111,7 +111,7 @@ def export_untrained(folder: Path, data: str, name: str, *arguments: str) -> Non
     )
     trainer.validate(module, datamodule=crystals, verbose=False)
     out, info = folder / "untrained" / name, {"encoder": config.encoder}
-    export_weights("vae", trainer, lambda weights: pretrain.command.write_stage(out, "vae", weights, info))
+    export_weights("vae", trainer, lambda weights: pretrain.write_stage(out, "vae", weights, info))
 
 
 if __name__ == "__main__":

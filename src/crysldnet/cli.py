@@ -52,7 +52,7 @@ FLAGGED = {
 
 PARTS = {
     ("matbench", "validate"): "crysldnet.tools.matbench.validation",
-    ("matbench", "fold"): "crysldnet.tools.matbench.parallel",
+    ("matbench", "fold"): "crysldnet.tools.matbench.benchmark_run",
 }
 """Two-word commands and the module whose ``main`` runs them."""
 
@@ -157,7 +157,7 @@ def _naming(folder: object) -> Iterator[None]:
 
 def with_own_data(command: str, arguments: Sequence[str]) -> tuple[list[str], bool]:
     """Return the arguments of a training run with a store in place of the user's files, and whether there were any."""
-    from crysldnet.config.words import TRAINS
+    from crysldnet.config.values import TRAINS
 
     if command not in TRAINS or not any("=" not in word or word.startswith("data") for word in arguments):
         return list(arguments), False

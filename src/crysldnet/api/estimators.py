@@ -19,7 +19,7 @@ from crysldnet.api.runs import dotted, run_command
 from crysldnet.config import compose
 from crysldnet.console import silenced
 from crysldnet.descriptors import crystal_descriptors, side_by_side
-from crysldnet.descriptors.features import Features
+from crysldnet.descriptors.composition import Features
 from crysldnet.errors import ConfigError, DataError, Interrupted
 from crysldnet.inference import Embedder, LayersRead, Predictor, load, load_encoder
 from crysldnet.inference.results import Predictions

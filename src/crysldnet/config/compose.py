@@ -30,8 +30,18 @@ from crysldnet.config.files import (
     read_saved,
     read_yaml,
 )
-from crysldnet.config.values import MISSING, changed, changed_plainly, flat, literally, refuse_other_bytes, resolve
-from crysldnet.config.words import PLAIN_WORDS, split, with_paths
+from crysldnet.config.values import (
+    MISSING,
+    PLAIN_WORDS,
+    changed,
+    changed_plainly,
+    flat,
+    literally,
+    refuse_other_bytes,
+    resolve,
+    split,
+    with_paths,
+)
 from crysldnet.console import note
 from crysldnet.errors import ConfigError
 from crysldnet.renames import renamed_argument

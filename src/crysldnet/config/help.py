@@ -11,8 +11,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from crysldnet.config.compose import PRESETS, merge_files
 from crysldnet.config.files import CHOICES, choices, conf_folder, group_file, load_yaml
-from crysldnet.config.values import flat
-from crysldnet.config.words import PLAIN_WORDS, TRAINS
+from crysldnet.config.values import PLAIN_WORDS, TRAINS, flat
 from crysldnet.errors import CrysldnetError
 
 

@@ -90,7 +90,7 @@ class PublishedSet(_Strict):
         title: common name.
         version: version of the data.
         entries: number of rows of the published files.
-        reader: file layout, a key of ``crysldnet.tools.importer.published.formats.READERS``.
+        reader: file layout, a key of ``RECORDS`` or ``FILES`` in ``crysldnet.tools.importer.published``.
         files: files to download.
         properties: columns in addition to the structures.
         license, citation: as published.

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from crysldnet.descriptors.composition import amounts_of, composition_features
-from crysldnet.descriptors.features import Features, side_by_side, stacked
+from crysldnet.descriptors.composition import Features, amounts_of, composition_features, side_by_side, stacked
 from crysldnet.descriptors.geometry import cell_features, environment_features
 from crysldnet.graphs.crystals import Crystals
 

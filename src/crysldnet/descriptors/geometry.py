@@ -19,8 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from crysldnet.descriptors.composition import element_table
-from crysldnet.descriptors.features import Features, side_by_side
+from crysldnet.descriptors.composition import Features, element_table, side_by_side
 from crysldnet.graphs.compiled import njit
 from crysldnet.graphs.crystals import Crystals
 from crysldnet.graphs.neighbors import Neighbors, neighbor_list

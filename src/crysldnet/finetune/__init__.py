@@ -19,9 +19,8 @@ from crysldnet.build import build
 from crysldnet.data.split import Rows
 from crysldnet.finetune.baselines import flat_metrics
 from crysldnet.finetune.cross_validation import cross_validate, divide
-from crysldnet.finetune.ensemble import member_rows, train_ensemble
+from crysldnet.finetune.ensemble import member_rows, resolve, train, train_ensemble
 from crysldnet.finetune.hybrid import check_recipe
-from crysldnet.finetune.recipes import resolve, train
 from crysldnet.finetune.results import baselines_of, finish
 from crysldnet.finetune.settings import (
     FinetuneConfig,

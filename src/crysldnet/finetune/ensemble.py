@@ -1,4 +1,7 @@
-"""Train an ensemble: models with different seeds, or each validated on a different part of the training crystals."""
+"""Train a property model with the configured recipe, or an ensemble of models.
+
+The models of an ensemble have different seeds, or each is validated on a different part of the training crystals.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 
@@ -19,13 +23,65 @@ from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.data.elements import formulas_of
 from crysldnet.data.split import Rows
 from crysldnet.errors import ConfigError
-from crysldnet.finetune.recipes import train
-from crysldnet.finetune.settings import EnsembleConfig, make_data, make_encoder, member_seed
-from crysldnet.finetune.training import Finetuned, evaluate, reported, train_part
+from crysldnet.finetune.hybrid import FEWEST, check_recipe, train_hybrid
+from crysldnet.finetune.settings import EnsembleConfig, TrainingConfig, make_data, make_encoder, member_seed
+from crysldnet.finetune.training import Finetuned, evaluate, reported, train_network, train_part
 from crysldnet.training.calibrate import calibrate
 from crysldnet.training.inputs import hashes_of
 from crysldnet.training.metrics import TargetMetrics
 from crysldnet.training.trainer import TrainerSettings
+
+Config = TypeVar("Config", bound=TrainingConfig)
+FEW = 1000
+"""Up to this number of crystals, recipe=auto trains no network."""
+
+
+def train(
+    config: TrainingConfig,
+    values: dict[str, Any],
+    folder: Path,
+    data: CrystalDataModule | None = None,
+    loggers: list[Logger] | None = None,
+) -> Finetuned:
+    """Train a property model and write ``model.safetensors`` to the folder.
+
+    Args:
+        config: the settings.
+        values: the same as plain values.
+        folder: run folder.
+        data: the crystals, by default those of the configuration.
+        loggers: in addition to the CSV.
+    """
+    if config.recipe == "auto":
+        data = make_data(config, make_encoder(config)[0]) if data is None else data
+        config = resolve(config, data)
+    chosen = train_network if config.recipe == "network" else train_hybrid
+    return chosen(config, values, folder, data, loggers)
+
+
+def resolve(config: Config, data: CrystalDataModule) -> Config:
+    """Replace ``recipe=auto``: frozen for few crystals, else a network."""
+    if config.recipe != "auto":
+        return config
+    data.setup()
+    count = len(data.rows["train"]) + len(data.rows["val"])
+    assert data.target_values is not None
+    known = ~np.isnan(data.target_values[np.concatenate([data.rows["train"], data.rows["val"]])])
+    reason = f"{count:,} crystals to learn from are over {FEW:,}" if count > FEW else ""
+    if known.sum(axis=0).min() < FEWEST:
+        reason = f"a target has fewer than {FEWEST} values"
+    try:
+        check_recipe(replace(config, recipe="frozen"))
+    except ConfigError as error:
+        reason = str(error)
+    if reason:
+        note(f"recipe=auto finetunes a network: {reason}")
+        return replace(config, recipe="network")
+    note(
+        f"recipe=auto: for {count:,} crystals, trees and kernel ridge on an encoder's features and descriptors "
+        "(recipe=frozen); recipe=network finetunes the encoder, recipe=hybrid does both and takes longest"
+    )
+    return replace(config, recipe="frozen")
 
 
 def member_rows(data: CrystalDataModule, config: EnsembleConfig) -> list[Rows]:

@@ -19,9 +19,8 @@ from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.data.elements import formulas_of
 from crysldnet.finetune.settings import TrainingConfig, member_seed
 from crysldnet.finetune.training import train_network, train_part
-from crysldnet.models.ensemble import predict
 from crysldnet.models.head import PropertyModel
-from crysldnet.models.predictor import Prediction
+from crysldnet.models.predictor import Prediction, predict
 from crysldnet.tabular.members import group_folds
 
 

@@ -13,11 +13,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from crysldnet.artifacts.provenance import pretraining_overlap, print_overlap
 from crysldnet.console import SHOWN, csv_text, listed, note, print_table, suggest_next
 from crysldnet.data.fingerprint import Fingerprints
-from crysldnet.finetune.baselines import Baselines, compare, fit_baselines, flat_metrics, print_baselines
+from crysldnet.finetune.baselines import Baselines, compare, fit_baselines, flat_metrics, print_baselines, verdict
 from crysldnet.finetune.cross_validation import OutOfFold
 from crysldnet.finetune.settings import FinetuneConfig
 from crysldnet.finetune.training import Finetuned
-from crysldnet.finetune.verdict import verdict
 from crysldnet.io import replacing
 from crysldnet.measures import find
 from crysldnet.training import plots

@@ -33,9 +33,8 @@ from crysldnet.finetune.settings import (
     make_types,
 )
 from crysldnet.io import write_atomically
-from crysldnet.models.ensemble import predict
 from crysldnet.models.head import PropertyModel, build_network
-from crysldnet.models.predictor import Prediction, TargetModel
+from crysldnet.models.predictor import Prediction, TargetModel, predict
 from crysldnet.models.targets import TargetType
 from crysldnet.training.calibrate import calibrate
 from crysldnet.training.checkpoint_file import BEST, LAST, check_best
@@ -100,7 +99,7 @@ def train_network(
     data: CrystalDataModule | None = None,
     loggers: list | None = None,
 ) -> Finetuned:
-    """Train a network; arguments as in :func:`crysldnet.finetune.recipes.train`."""
+    """Train a network; arguments as in :func:`crysldnet.finetune.ensemble.train`."""
     pl.seed_everything(config.seed, workers=True, verbose=False)
     settings: TrainerSettings = build(config.trainer, "trainer")
     encoder, encoder_config, provenance = make_encoder(config)

@@ -24,9 +24,8 @@ from crysldnet.graphs.crystals import Crystals
 from crysldnet.inference.command import OnError, Refusals
 from crysldnet.inference.descriptors import beside, columns_needed, given_descriptors, with_descriptors
 from crysldnet.inference.results import Embeddings, Predictions
-from crysldnet.models.ensemble import predict_batch
 from crysldnet.models.per import bulk_of, no_area
-from crysldnet.models.predictor import TargetModel
+from crysldnet.models.predictor import TargetModel, predict_batch
 from crysldnet.readers.stream import Check, Chunk, CrystalStream, StreamSettings
 from crysldnet.training.calibrate import UncertaintyInfo
 

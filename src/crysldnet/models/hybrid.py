@@ -27,10 +27,9 @@ from crysldnet.errors import DataError
 from crysldnet.graphs.batch import CrystalBatch
 from crysldnet.graphs.crystals import Crystals
 from crysldnet.models.descriptors import Descriptors
-from crysldnet.models.ensemble import predict_batch
 from crysldnet.models.head import PropertyModel
 from crysldnet.models.per import Per
-from crysldnet.models.predictor import Prediction, TargetModel
+from crysldnet.models.predictor import Prediction, TargetModel, predict_batch
 from crysldnet.models.readout import mean_and_spread
 from crysldnet.models.targets import TargetType
 from crysldnet.tabular.kernel import KernelRidge, Projection

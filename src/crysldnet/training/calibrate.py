@@ -20,8 +20,7 @@ from crysldnet.artifacts.calibration import Calibration, TargetCalibration, chec
 from crysldnet.artifacts.ood import REMEMBERED, TrainingSet, catch_features
 from crysldnet.console import SHOWN
 from crysldnet.errors import CheckpointError
-from crysldnet.models.ensemble import predict
-from crysldnet.models.predictor import TargetModel
+from crysldnet.models.predictor import TargetModel, predict
 from crysldnet.models.targets import TargetType
 from crysldnet.training import plots
 

@@ -24,7 +24,7 @@ FURTHER = {
     "describe": "crysldnet.tools.datacheck.describe",
     "dedupe": "crysldnet.tools.datacheck.dedupe",
     "audit": "crysldnet.tools.datacheck.audit",
-    "download": "crysldnet.tools.importer.published.command",
+    "download": "crysldnet.tools.importer.download",
 }
 """Commands in separate modules, each with HELP, DESCRIPTION, EXAMPLE, add_arguments and run."""
 

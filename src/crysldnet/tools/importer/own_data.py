@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from crysldnet.config.compose import keys_of
-from crysldnet.config.values import literally, parse
-from crysldnet.config.words import DATA_WORDS, OWN, is_opened, split
+from crysldnet.config.values import DATA_WORDS, OWN, is_opened, literally, parse, split
 from crysldnet.console import listed, note
 from crysldnet.data.datasets import open_store
 from crysldnet.data.store import CrystalStore

@@ -23,9 +23,8 @@ from crysldnet.build import build
 from crysldnet.console import print_table
 from crysldnet.errors import ConfigError, DataError
 from crysldnet.finetune.settings import make_encoder
-from crysldnet.tools.matbench.benchmark_run import BenchmarkRun, open_task
+from crysldnet.tools.matbench.benchmark_run import BenchmarkRun, open_task, run_folds
 from crysldnet.tools.matbench.folds import TaskRun, fold_folder, read_fold, record_folds, run_fold, write_tested
-from crysldnet.tools.matbench.parallel import run_folds
 from crysldnet.tools.matbench.scores import TaskScores, print_scores, taken_names, true_roc_auc, write_comparison
 from crysldnet.tools.matbench.settings import MatbenchConfig, check_settings, make_recipes
 from crysldnet.tools.matbench.submission import TaskResult, keep_command, write_submission

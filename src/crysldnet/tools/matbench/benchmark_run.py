@@ -1,17 +1,28 @@
-"""A run with a folder: what all its tasks and folds need."""
+"""A run with a folder: what all its tasks and folds need, and its folds in separate processes.
+
+``crysldnet matbench fold RUN TASK FOLD`` trains one fold of an existing run with the configuration in its folder. A run
+with ``parallel=N`` starts it for N folds at a time. You can also start it manually or with a scheduler; the run with
+``resume=last`` then reuses the fold.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from crysldnet.build import build
+from crysldnet.config import compose, validate
 from crysldnet.encoders.protocol import Encoder
-from crysldnet.errors import ConfigError
+from crysldnet.errors import UNFINISHED, ConfigError, CrysldnetError, Interrupted
 from crysldnet.finetune.settings import make_encoder
-from crysldnet.tools.matbench.folds import TaskRun
-from crysldnet.tools.matbench.settings import MatbenchConfig, Recipe, make_recipes
+from crysldnet.tools.matbench.folds import TaskRun, fold_folder, is_done, run_fold
+from crysldnet.tools.matbench.settings import FOLDS, MatbenchConfig, Recipe, make_recipes
 from crysldnet.tools.matbench.tasks import import_matbench, load_task
+from crysldnet.training.processes import Job, own_command, places, run_jobs
 from crysldnet.training.run_folder import RunFolder
 from crysldnet.training.trainer import TrainerSettings
 
@@ -69,3 +80,56 @@ def refuse_seen_labels(pretrained: str | None, task: str, overlap: dict[str, Any
         f"data.exclude=[embedded:{task}] data.exclude_by=formula",
         "pretrained",
     )
+
+
+def run_folds(begun: BenchmarkRun) -> None:
+    """Run the missing folds of all tasks, ``parallel`` at a time.
+
+    Raises:
+        Interrupted: some folds were stopped.
+        CrysldnetError: some failed; the others finished.
+    """
+    root = begun.folder.path
+    jobs = []
+    for task in begun.config.names:
+        for fold in begun.config.folds or range(FOLDS):
+            if not is_done(root, task, fold):
+                log = fold_folder(root, task, fold) / "log.txt"
+                jobs.append(
+                    Job(f"{task} fold {fold}", own_command("matbench", "fold", str(root), task, str(fold)), log)
+                )
+    statuses = run_jobs(jobs, places(begun.config.parallel, begun.device), _tell)
+    logs = {job.name: job.log for job in jobs}
+    failed = [name for name, status in statuses.items() if status not in (0, UNFINISHED)]
+    if failed:
+        shown = "; ".join(f"{name}, see {logs[name]}" for name in failed)
+        raise CrysldnetError(f"{len(failed)} of {len(jobs)} folds failed: {shown}. The others are saved: resume=last")
+    if any(statuses.values()):
+        raise Interrupted("folds were stopped; continue with resume=last")
+
+
+def _tell(job: Job, status: int) -> None:
+    print(f"{job.name}: {'done' if status == 0 else f'ended with status {status}, see {job.log}'}", file=sys.stderr)  # noqa: T201
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train one fold of an existing run; return the exit status."""
+    parser = argparse.ArgumentParser(prog="crysldnet matbench fold", description="Train one fold of an existing run.")
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("task", help="one of its tasks")
+    parser.add_argument("fold", type=int, choices=range(FOLDS), help="number of the fold")
+    arguments = parser.parse_args(list(argv))
+    path = arguments.run.absolute()
+    saved = path / "config.yaml"
+    if not saved.is_file():
+        raise ConfigError(f"{path}: no run exists there; start one with crysldnet matbench", "run")
+    composition = compose("matbench", [], saved)
+    config: MatbenchConfig = validate(composition, MatbenchConfig)
+    if arguments.task not in config.names:
+        raise ConfigError(f"{path}: {arguments.task} isn't one of its tasks, {', '.join(config.names)}", "task")
+    if not is_done(path, arguments.task, arguments.fold):
+        config = replace(config, name=path.name, runs=str(path.parents[1]), resume="last")
+        part = fold_folder(path, arguments.task, arguments.fold)
+        folder = RunFolder(config.runs, "matbench", config.name, resume=True, part=part)
+        run_fold(open_task(BenchmarkRun.of(config, composition.values, folder), arguments.task), arguments.fold)
+    return 0

@@ -28,8 +28,8 @@ from crysldnet.finetune.settings import make_data
 from crysldnet.graphs.batch import cut, make_batch
 from crysldnet.graphs.crystals import Crystals
 from crysldnet.io import write_atomically
-from crysldnet.models.ensemble import predict as predict_batches
 from crysldnet.models.predictor import TargetModel
+from crysldnet.models.predictor import predict as predict_batches
 from crysldnet.tools.matbench.settings import MatbenchConfig, Recipe
 from crysldnet.tools.matbench.tasks import Source, crystals_of, target_values
 from crysldnet.training.inputs import INPUTS, hashes_of, refuse_other_inputs

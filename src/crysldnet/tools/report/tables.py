@@ -11,7 +11,7 @@ import numpy as np
 from crysldnet.html import page as html
 from crysldnet.tools.report import statistics
 from crysldnet.tools.report.run_files import Run, matbench_tasks
-from crysldnet.training.baseline_table import baseline_header, baseline_rows
+from crysldnet.training.bootstrap import baseline_header, baseline_rows
 
 SUMMARY_NAMES = {"train_crystals": "training crystals", "pretrained": "pretrained", "seed": "seed"}
 

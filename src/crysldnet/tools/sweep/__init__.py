@@ -19,11 +19,10 @@ from crysldnet.console import note
 from crysldnet.data.datasets import open_store
 from crysldnet.data.store import file_hash
 from crysldnet.errors import ConfigError
-from crysldnet.tools.sweep.agents import run_agents, sweep_id
 from crysldnet.tools.sweep.proposals import Sweep, check_parameters, load_sweep
 from crysldnet.tools.sweep.results import finish, write_results
 from crysldnet.tools.sweep.study import Study, Trial
-from crysldnet.tools.sweep.trials import LocalRuns
+from crysldnet.tools.sweep.trials import LocalRuns, run_agents, sweep_id
 from crysldnet.training.inputs import hashes_of
 from crysldnet.training.processes import places, visible_gpus
 from crysldnet.training.run_folder import RunFolder

@@ -1,1 +1,0 @@
-"""Published data sets: definitions, downloads, and conversion to stores."""
