@@ -10,9 +10,9 @@ import crysldnet
 from crysldnet import cli
 from crysldnet.errors import ConfigError, DataError
 from crysldnet.graphs.crystals import from_lists
+from crysldnet.inference.explain import explain_crystals, explain_portion
 from crysldnet.models.explanation import shapley
 from crysldnet.readers.stream import CrystalStream, StreamSettings
-from crysldnet.tools.explain import explain_crystals, explain_portion
 from tiny import ENCODER, QUIET, subset
 
 TARGETS = {"formation_energy_per_atom": "number", "volume": "log", "is_metal": "classes"}

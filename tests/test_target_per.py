@@ -15,10 +15,10 @@ from crysldnet.data.datasets import EMBEDDED
 from crysldnet.errors import ConfigError, DataError
 from crysldnet.graphs.batch import make_batch
 from crysldnet.graphs.spec import GraphSpec
+from crysldnet.inference.explain import explain_crystals
 from crysldnet.models.head import PropertyHead, PropertyModel
 from crysldnet.models.per import factors_of
 from crysldnet.models.targets import Log, Number
-from crysldnet.tools.explain import explain_crystals
 from tiny import finetune_config
 
 SHEET = cell([[3, 0, 0], [1.5, 3, 0], [0, 0, 20]], [6, 7, 7], [[0, 0, 0.5], [0.5, 0, 0.52], [0, 0.5, 0.48]])

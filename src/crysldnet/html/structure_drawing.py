@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from html import escape
 from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
-from crysldnet.data.elements import SYMBOLS
+from crysldnet.data.elements import SYMBOLS, reduced_formula
 
 _EDGES = [(i, i | 1 << k) for i in range(8) for k in range(3) if not i >> k & 1]
 _NEAR = 0.02
@@ -17,6 +18,17 @@ _NEAR = 0.02
 _MOST_IMAGES = 300
 _TURN = np.radians(-20.0)
 _TILT = np.radians(12.0)
+_RING = (0.8, 1.8)
+"""Narrowest and widest ring in units of the drawing, which is 100 wide."""
+STYLE = """
+.structure line { stroke: var(--soft); stroke-width: 0.6; }
+.structure circle { stroke: var(--text); stroke-opacity: 0.6; stroke-width: 0.4; }
+.structure .ring { stroke: var(--text); stroke-opacity: 1; stroke-width: 0.5; }
+.structure ellipse { fill: #ffffff; fill-opacity: 0.35; }
+.swatch { display: inline-block; width: 0.8em; height: 0.8em; border-radius: 50%; margin-right: 0.5em; }
+.swatch.element { border: 1px solid var(--soft); }
+"""
+"""CSS of drawings and their legends."""
 
 
 @cache
@@ -64,15 +76,19 @@ def draw_structure(
     lattice: NDArray[np.float64],
     numbers: NDArray[np.uint8],
     frac: NDArray[np.floating],
-    colors: Sequence[str] | None = None,
+    rings: Sequence[str] | None = None,
+    titles: Sequence[str] | None = None,
 ) -> str:
     """Draw the cell and its atoms in parallel projection, viewed along the second lattice vector from slightly above.
+
+    Atoms have the color and relative size of their element; nearer ones cover those behind.
 
     Args:
         lattice: [3, 3] in Å, rows are lattice vectors.
         numbers: [n] atomic numbers.
         frac: [n, 3] fractional coordinates.
-        colors: [n] atom colors, by default those of the elements.
+        rings: [n] colors of a ring around each atom; none by default.
+        titles: [n] tooltips in plain text, by default the symbols.
     """
     axes = _oriented(lattice)
     which, places = _with_images(np.asarray(frac, np.float64))
@@ -81,7 +97,7 @@ def draw_structure(
     radii = np.array([0.4 * radius for _, radius in looks])
     span = np.concatenate([atoms[:, ::2] - radii[:, None], atoms[:, ::2] + radii[:, None], corners[:, ::2]])
     low, high = span.min(axis=0), span.max(axis=0)
-    scale = 96 / float((high - low).max())
+    scale = (96 if rings is None else 96 - 2 * _RING[1]) / float((high - low).max())
     middle = (low + high) / 2
 
     def at(point: NDArray[np.float64]) -> tuple[float, float]:
@@ -94,10 +110,34 @@ def draw_structure(
         depth = float(corners[i][1] + corners[j][1]) / 2
         parts.append((depth, f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'))
     for point, (color, _), radius, atom in zip(atoms, looks, radii, which, strict=True):
-        color = color if colors is None else colors[atom]
-        x, y = at(point)
-        title = SYMBOLS[int(numbers[atom])]
-        circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius * scale:.1f}" fill="{color}"><title>{title}</title>'
-        parts.append((float(point[1]), f"{circle}</circle>"))
+        title = SYMBOLS[int(numbers[atom])] if titles is None else titles[atom]
+        ring = None if rings is None else rings[atom]
+        parts.append((float(point[1]), _atom(*at(point), radius * scale, color, ring, title)))
     drawn = "".join(part for _, part in sorted(parts, key=lambda part: -part[0]))
-    return f'<svg class="structure" viewBox="0 0 100 100" role="img" aria-label="the cell">{drawn}</svg>'
+    atoms_named = f"{len(numbers)} atom{'s' * (len(numbers) != 1)}"
+    label = f"unit cell of {reduced_formula(numbers)} with {atoms_named}"
+    return f'<svg class="structure" viewBox="0 0 100 100" role="img" aria-label="{label}">{drawn}</svg>'
+
+
+def _atom(x: float, y: float, radius: float, color: str, ring: str | None, title: str) -> str:
+    """Return a shaded atom: a circle with a highlight, and the ring behind it."""
+    around = ""
+    if ring is not None:
+        width = min(max(0.4 * radius, _RING[0]), _RING[1])
+        around = f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="{radius + width:.1f}" fill="{ring}"/>'
+    return (
+        f'<g><title>{escape(title)}</title>{around}<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" fill="{color}"/>'
+        f'<ellipse cx="{x - 0.3 * radius:.1f}" cy="{y - 0.3 * radius:.1f}" rx="{0.45 * radius:.1f}" '
+        f'ry="{0.4 * radius:.1f}"/></g>'
+    )
+
+
+def element_legend(numbers: NDArray[np.uint8]) -> str:
+    """Return the elements of a drawing with their colors, by atomic number."""
+    entries = (f"<span>{swatch(int(z))}{SYMBOLS[int(z)]}</span>" for z in np.unique(numbers))
+    return f'<p class="legend">{"".join(entries)}</p>'
+
+
+def swatch(z: int) -> str:
+    """Return a dot in an element's color."""
+    return f'<i class="swatch element" style="background: {_look(z)[0]}"></i>'

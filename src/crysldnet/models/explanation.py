@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from crysldnet.data.elements import SYMBOLS
 from crysldnet.encoders.protocol import features_of_layers
 from crysldnet.errors import DataError
 from crysldnet.graphs.batch import CrystalBatch
@@ -65,6 +66,16 @@ class Explanation:
     def total(self) -> float:
         """The sum of the reference and all contributions."""
         return self.reference + float(self.atoms.sum()) + sum(self.columns.values())
+
+    def by_element(self, numbers: NDArray[np.uint8]) -> dict[str, float]:
+        """Return the contributions of the atoms summed by element symbol, largest first.
+
+        Args:
+            numbers: [n] atomic numbers.
+        """
+        sums = np.bincount(numbers, self.atoms)
+        found = {SYMBOLS[z]: float(sums[z]) for z in np.unique(numbers)}
+        return dict(sorted(found.items(), key=lambda item: -abs(item[1])))
 
     def scaled(self, reference: float, prediction: float) -> Explanation:
         """Return the contributions rescaled to another total, for a function of the explained value."""

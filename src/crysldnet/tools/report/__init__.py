@@ -1,8 +1,8 @@
 """Write an HTML report on finished runs that works offline.
 
 It shows learning curves, test errors (parity, histogram, by element, by number of atoms), the worst predictions with
-their structures, and calibration if predictions have standard deviations. Several runs are compared on their common
-test crystals, with confidence intervals.
+their structures, which atoms and descriptors a few predictions come from, and calibration if predictions have standard
+deviations. Several runs are compared on their common test crystals, with confidence intervals.
 
   crysldnet report runs/finetune/latest
   crysldnet report runs/finetune/pretrained runs/finetune/scratch out=compared.html figures=pdf
@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from crysldnet.errors import ConfigError
 from crysldnet.io import cannot_write, replacing
 from crysldnet.tools.report.run_files import Run, read_run
+
+MOST_EXPLAINED = 6
+"""Maximum number of explained crystals per target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +33,18 @@ class ReportConfig:
     images: bool
     figures: Literal["pdf", "svg"] | None
     worst: int
+    explained: int
     resamples: int
     seed: int
+    plugins: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.runs:
             raise ValueError("runs: name at least one run folder")
         if self.worst < 0 or self.seed < 0 or self.resamples < 100:
             raise ValueError("worst and seed must be 0 or more and resamples at least 100")
+        if not 0 <= self.explained <= MOST_EXPLAINED:
+            raise ValueError(f"explained must be from 0 to {MOST_EXPLAINED}, not {self.explained}")
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
@@ -64,7 +71,16 @@ def run(config: ReportConfig, _values: dict[str, Any]) -> int:
     runs = [read_run(Path(path)) for path in config.runs]
     if len({run.path.absolute() for run in runs}) < len(runs):
         raise ConfigError("runs: a run is named twice", "runs")
-    report = Report(runs, names_of(runs), config.worst, config.resamples, config.seed, config.images, config.figures)
+    report = Report(
+        runs,
+        names_of(runs),
+        worst=config.worst,
+        explained=config.explained,
+        resamples=config.resamples,
+        seed=config.seed,
+        keep=config.images,
+        printed=config.figures,
+    )
     text = report.html()
     folder = out.with_name(f"{out.stem}_images")
     with replacing(out) as partial:

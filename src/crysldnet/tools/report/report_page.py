@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -11,39 +10,40 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from crysldnet.console import SHOWN
-from crysldnet.data.elements import reduced_formula
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
 from crysldnet.graphs.crystals import Crystals
 from crysldnet.html import page as html
+from crysldnet.html.explanation import STYLE as DRAWING
 from crysldnet.html.periodic_table import ElementCell, periodic_table
-from crysldnet.html.structure_drawing import draw_structure
 from crysldnet.measures import find
 from crysldnet.tools.report import figures, statistics
 from crysldnet.tools.report.predictions import Predictions
 from crysldnet.tools.report.run_files import Run, matbench_tasks
-from crysldnet.tools.report.structures import cell_parameters, find_structures, space_group
+from crysldnet.tools.report.structures import TestedCrystals, find_structures, worst_cards, worst_places
 from crysldnet.tools.report.tables import baseline_table, comparison_table, run_table, seed_table, settings_table
 from crysldnet.training.plots import file_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from crysldnet.tools.report.explanations import Explainer
+
 IN_DRAWING = 3
 """Up to this number of lines, the legend is inside the plot, else above it."""
-STYLE = """
+STYLE = (
+    DRAWING
+    + """
 svg.plot { max-width: 34rem; margin: 0 auto; }
 svg.plot text { fill: var(--text); }
-svg.structure { max-width: 11rem; margin: 0 auto; }
-svg.structure circle { stroke: #00000066; stroke-width: 0.5; }
-svg.structure line { stroke: var(--soft); stroke-width: 0.6; }
+.cards .structure { max-width: 11rem; margin: 0 auto; }
 .cards .card { font-size: 0.85rem; line-height: 1.35; }
 .cards .card b { font-size: 1rem; }
 .cards .soft { font-size: 0.8rem; overflow-wrap: anywhere; }
 summary { cursor: pointer; font-size: 1.1rem; font-weight: bold; margin: 1.75rem 0 0.5rem; overflow-wrap: anywhere; }
-.swatch { display: inline-block; width: 0.8em; height: 0.8em; border-radius: 50%; margin-right: 0.5em; }
 .legend span { margin-right: 1.25em; white-space: nowrap; }
 """
+)
 
 
 @dataclass
@@ -54,6 +54,7 @@ class Report:
         runs: runs with unique names.
         names: unique names of the runs.
         worst: number of worst predictions to show.
+        explained: number of explained predictions per target.
         resamples: bootstrap resamples.
         seed: seed of the bootstrap.
         images: PNG of every figure by name, filled by :meth:`html` if ``keep``.
@@ -63,6 +64,7 @@ class Report:
     runs: Sequence[Run]
     names: Sequence[str]
     worst: int
+    explained: int
     resamples: int
     seed: int
     keep: bool = False
@@ -169,13 +171,14 @@ class Report:
         ) + f'<div class="charts">{shown}</div>'
 
     def _errors(self, place: int, run: Run) -> Iterator[str]:
-        crystals: dict[str, Crystals] = {}
+        crystals: dict[str, TestedCrystals] = {}
         reasons: dict[str, None] = {}
         for name in run.predictions:
             try:
                 crystals[name] = find_structures(run, name, self.stores)
             except DataError as error:
                 reasons[str(error)] = None
+        explainer = self._explainer(run)
         hint = " A relative path counts from the current folder; run the command where the run was started."
         for reason in reasons:
             yield (
@@ -189,9 +192,20 @@ class Report:
                 yield '<p class="soft">Over all folds; the Matbench score is the mean over the folds.</p>'
             elif p.folds is not None:
                 yield '<p class="soft">Each crystal is predicted by a model trained on other formulas.</p>'
-            yield from self._errors_of(f"{self.names[place]}_{name}", p, crystals.get(name), _disagreement(run, name))
+            found, warning = crystals.get(name), _disagreement(run, name)
+            yield from self._errors_of(f"{self.names[place]}_{name}", p, found and found.crystals, warning)
+            if explainer is not None and found is not None:
+                yield from explainer.section(name, p, found, self.explained)
             yield baseline_table(run, name)
             yield _intervals(run, name)
+
+    def _explainer(self, run: Run) -> Explainer | None:
+        """Return what explains the predictions of a run, which needs torch; None if not wanted."""
+        if run.command != "finetune" or not self.explained:
+            return None
+        from crysldnet.tools.report.explanations import Explainer
+
+        return Explainer(run)
 
     def _errors_of(self, name: str, p: Predictions, crystals: Crystals | None, warning: str) -> Iterator[str]:
         found = statistics.metrics(p)
@@ -224,9 +238,9 @@ class Report:
             yield f"<h3>Error by element: {escape(p.measure + p.suffix)} of the crystals that contain it</h3>"
             yield _element_table(p, crystals)
             yield '<p class="soft">Point at an element to see its number of crystals; small numbers mean little.</p>'
-        if worst := _worst_places(p, min(self.worst, -(-known // 10))):
+        if worst := worst_places(p, min(self.worst, -(-known // 10))):
             yield f"<h3>{len(worst)} worst predictions</h3>"
-            yield _worst_cards(p, crystals, worst)
+            yield worst_cards(p, crystals, worst)
 
     def _calibration(self, found: statistics.CalibrationOfRun, p: Predictions, name: str) -> str:
         covered = ", ".join(f"{100 * share:.1f} % in {100 * level:g} %" for level, share in found.coverage.items())
@@ -297,53 +311,3 @@ def _element_table(p: Predictions, crystals: Crystals) -> str:
         for symbol, (mean, count) in found.items()
     }
     return periodic_table(cells, "in no test crystal")
-
-
-def _worst_places(p: Predictions, count: int) -> list[int]:
-    """Return the indices of the worst predictions, worst first, excluding correct and unknown ones.
-
-    For classes, the most confident errors are the worst.
-    """
-    far = np.nan_to_num(p.errors, nan=-1.0)
-    order = np.argsort(-far if p.probability is None else -far * np.nan_to_num(p.probability), kind="stable")
-    return [int(i) for i in order if p.errors[i] > 0][:count]
-
-
-def _worst_cards(p: Predictions, crystals: Crystals | None, places: Sequence[int]) -> str:
-    cards = []
-    for i in places:
-        lines = [] if crystals is None else _structure_lines(crystals, i)
-        true, predicted = (_value(p, values[i]) for values in (p.true, p.predicted))
-        std = f" ± {p.std[i]:.4g}" if p.std is not None and not np.isnan(p.std[i]) else ""
-        if p.probability is not None and not np.isnan(p.probability[i]):
-            std = f" ({p.probability[i]:.1%})"
-        lines.append(f"{escape(p.ids[i])}")
-        lines.append(f"true {escape(true)}<br>predicted {escape(predicted + std)}")
-        error = f"<b>off by {p.errors[i]:.4g}</b><br>" if p.classes is None else ""
-        drawn = lines.pop(0) if crystals is not None else ""
-        cards.append(f'<div class="card">{drawn}{error}{"<br>".join(lines)}</div>')
-    return f'<div class="cards">{"".join(cards)}</div>'
-
-
-def _value(p: Predictions, value: float) -> str:
-    return f"{value:.4g}" if p.classes is None else p.classes[int(value)]
-
-
-def _symbol(group: str) -> str:
-    """Return the symbol of a space group with its screw axes as subscripts."""
-    return re.sub(r"_(\d)", r"<sub>\1</sub>", escape(group))
-
-
-def _structure_lines(crystals: Crystals, i: int) -> list[str]:
-    """Return a structure drawing, and lines with formula, space group and cell."""
-    begin, end = int(crystals.ptr[i]), int(crystals.ptr[i + 1])
-    lattice, numbers = crystals.lattice[i], crystals.numbers[begin:end]
-    lengths, angles = cell_parameters(lattice)
-    group = space_group(crystals, i)
-    cell = " ".join(f"{length:.2f}" for length in lengths) + " Å, " + " ".join(f"{angle:.0f}" for angle in angles) + "°"
-    atoms = f"{end - begin} atom{'s' * (end - begin > 1)}"
-    return [
-        draw_structure(lattice, numbers, crystals.frac_coords[begin:end]),
-        f"{html.formula(reduced_formula(numbers))}{f', {_symbol(group)}' if group else ''}",
-        f'<span class="soft">{atoms}, {cell}</span>',
-    ]

@@ -1,0 +1,103 @@
+"""Explain the predictions of a finetuned model for a few test crystals of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+
+import numpy as np
+
+from crysldnet.errors import CrysldnetError, DataError
+from crysldnet.html.explanation import draw_explanation
+from crysldnet.inference import Predictor, load
+from crysldnet.inference.explain import explain_crystal, place_of
+from crysldnet.tools.report.predictions import Predictions
+from crysldnet.tools.report.run_files import Run
+from crysldnet.tools.report.structures import TestedCrystals, worst_places
+
+SHOWN = 5
+"""Descriptors shown one by one."""
+TOLERANCE = 0.01
+"""Relative difference allowed between the prediction that is explained and the one in the table."""
+
+
+def chosen(p: Predictions, count: int) -> list[int]:
+    """Return the crystals to explain: the worst ones, and a typical one, with the median error.
+
+    For classes, the typical one is classified correctly, with the median probability.
+
+    Args:
+        p: predictions of one target.
+        count: number of crystals.
+    """
+    score = p.errors if p.classes is None or p.probability is None else np.where(p.errors == 0, p.probability, np.nan)
+    order = np.argsort(score, kind="stable")[: int((~np.isnan(score)).sum())]  # NaN last
+    typical = [int(order[len(order) // 2])] if len(order) and count > 1 else []
+    return list(dict.fromkeys([*worst_places(p, count - len(typical)), *typical]))
+
+
+class Explainer:
+    """Explains the predictions of one run; its model is loaded when first needed."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._model: Predictor | None = None
+
+    def section(self, name: str, p: Predictions, found: TestedCrystals, count: int) -> Iterator[str]:
+        """Yield cards of explained crystals, or a sentence that says why there are none.
+
+        Args:
+            name: the target.
+            p: its predictions.
+            found: the test crystals.
+            count: number of crystals to explain.
+        """
+        yield "<h3>Where predictions come from</h3>"
+        if p.folds is not None:
+            yield "<p>Not shown: the predictions are those of the folds, and model.safetensors is the final model.</p>"
+            return
+        try:
+            cards = [self._card(name, p, found, i) for i in chosen(p, count)]
+        except CrysldnetError as error:
+            yield f"<p>Not shown: {escape(str(error))}.</p>"
+            return
+        yield (
+            "<p>What distinguishes each prediction from that for an average training crystal: orange raises it, blue "
+            "lowers it. The contributions add up to the prediction.</p>"
+        )
+        yield from cards
+
+    def _card(self, name: str, p: Predictions, found: TestedCrystals, i: int) -> str:
+        if self._model is None:
+            self._model = load(self._run.path, device="cpu")
+        model = self._model
+        columns = {d: found.store.numbers_of(d)[found.rows[i : i + 1]] for d in model.descriptors}
+        crystal = found.crystals.take(np.array([i], np.int64))
+        one = explain_crystal(model, crystal, p.ids[i], place_of(model, name), columns)
+        _compare(p, i, one.found.prediction, one.found.label)
+        return draw_explanation(crystal, one.formula, one.id, one.found, p.unit, SHOWN, [_line(p, i)])
+
+
+def _line(p: Predictions, i: int) -> str:
+    """Return the true value and the rank of the error."""
+    if p.classes is not None:
+        return f"true class {p.classes[int(p.true[i])]}"
+    rank, count = 1 + int((p.errors > p.errors[i]).sum()), int((~np.isnan(p.errors)).sum())
+    unit = f" {p.unit}" if p.unit else ""
+    place = "the largest" if rank == 1 else f"number {rank:,} in size"
+    return f"true {p.true[i]:.4g}{unit}, error {p.errors[i]:.4g}{unit}, {place} of {count:,}"
+
+
+def _compare(p: Predictions, i: int, value: float, label: str | None) -> None:
+    """Refuse to explain a prediction other than the one in the table."""
+    if p.classes is None:
+        want, spread = float(p.predicted[i]), float(np.std(p.predicted))
+    else:
+        want = 0.5 if p.probability is None else float(p.probability[i])
+        spread = 1.0
+    same = p.classes is None or label == p.classes[int(p.predicted[i])]
+    if not same or abs(value - want) > TOLERANCE * (abs(want) + 0.1 * spread):
+        raise DataError(
+            f"the model of the run predicts {label or ''} {value:.4g} for {p.ids[i]}, and predictions_test.csv has "
+            f"{want:.4g}: one of them was changed after the run"
+        )
