@@ -279,14 +279,19 @@ class FakeModule(torch.nn.Linear):
         super().__init__(3, 2)
         self.logged: list[tuple[str, float]] = []
 
-    def log(self, name: str, value: Any) -> None:
+    def log(self, name: str, value: Any, **_how: Any) -> None:
         self.logged.append((name, float(value)))
+
+    def log_dict(self, values: dict[str, Any], **_how: Any) -> None:
+        self.logged += [(name, float(value)) for name, value in values.items()]
 
 
 def test_the_gradient_norm_is_that_of_all_parameters_and_throughput_counts_all_steps() -> None:
     module, callback = FakeModule(), Diagnostics()
     optimizer = torch.optim.SGD(module.parameters())
-    trainer: Any = SimpleNamespace(global_step=0, log_every_n_steps=3, world_size=1, strategy=None)
+    trainer: Any = SimpleNamespace(
+        global_step=0, log_every_n_steps=3, world_size=1, strategy=None, num_training_batches=100
+    )
     batch: Any = SimpleNamespace(num_atoms=50, num_crystals=10)
     callback.on_train_epoch_start(trainer, module)  # type: ignore[arg-type]
     for step in range(7):
@@ -294,10 +299,13 @@ def test_the_gradient_norm_is_that_of_all_parameters_and_throughput_counts_all_s
         (module(torch.full((4, 3), step + 1.0)).sum()).backward()
         callback.on_before_optimizer_step(trainer, module, optimizer)  # type: ignore[arg-type]
         trainer.global_step = step + 1
+        module.step_losses = {"train/loss": torch.tensor(float(step))}
         callback.on_train_batch_end(trainer, module, None, batch, step)  # type: ignore[arg-type]
     names = [name for name, _ in module.logged]
-    assert names == ["train/grad_norm", "train/atoms_per_s", "train/crystals_per_s", "train/memory_mb"] * 2
+    rates = ["train/atoms_per_s", "train/crystals_per_s", "train/memory_mb"]
+    assert names == ["train/grad_norm", "train/loss", *rates] * 2
     values = dict(module.logged)
+    assert values["train/loss"] == pytest.approx(4.0)  # steps 3 to 5
     assert values["train/grad_norm"] == pytest.approx((2 * 3 * 24.0**2 + 2 * 4.0**2) ** 0.5)  # step 5: inputs of 6
     assert values["train/atoms_per_s"] == pytest.approx(5 * values["train/crystals_per_s"])
     assert values["train/memory_mb"] > 50

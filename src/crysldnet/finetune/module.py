@@ -19,7 +19,6 @@ from crysldnet.graphs.spec import GraphSpec
 from crysldnet.models.head import PropertyModel
 from crysldnet.models.predictor import Prediction
 from crysldnet.models.targets import Loss
-from crysldnet.training.diagnostics import log_losses
 from crysldnet.training.fit import total_steps
 from crysldnet.training.metrics import TargetMetrics
 from crysldnet.training.optimizer import AdamW
@@ -119,9 +118,7 @@ class FinetuneModule(pl.LightningModule):
     def training_step(self, batch: CrystalBatch, batch_idx: int) -> Tensor:
         """Return the loss."""
         with single_atom_statistics(self, batch):
-            loss = self._step(batch, "train")
-        log_losses(self, batch_idx)
-        return loss
+            return self._step(batch, "train")
 
     def validation_step(self, batch: CrystalBatch, batch_idx: int) -> None:
         """Collect errors."""

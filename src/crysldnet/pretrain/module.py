@@ -13,7 +13,6 @@ from crysldnet.encoders.protocol import single_atom_statistics
 from crysldnet.graphs.batch import CrystalBatch
 from crysldnet.models.latent import LatentStatistics
 from crysldnet.models.pretraining import PretrainingModel
-from crysldnet.training.diagnostics import log_losses
 from crysldnet.training.fit import total_steps
 from crysldnet.training.metrics import Means
 from crysldnet.training.optimizer import AdamW
@@ -115,9 +114,7 @@ class PretrainModule(pl.LightningModule):
     def training_step(self, batch: CrystalBatch, batch_idx: int) -> Tensor:
         """Return the loss."""
         with single_atom_statistics(self, batch):
-            loss = self._step(batch, "train")
-        log_losses(self, batch_idx)
-        return loss
+            return self._step(batch, "train")
 
     def on_train_start(self) -> None:
         """Record the steps that a resumed run has completed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,23 +25,25 @@ def device_memory_mb(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else peak_memory_mb()
 
 
-def log_losses(module: pl.LightningModule, batch_idx: int) -> None:
-    """Log ``module.step_losses``, the losses of a training batch, every ``log_every_n_steps`` steps and at the end of
-    an epoch.
+def mean_losses(steps: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the mean of each loss over steps, without nonfinite values; NaN if there are only such.
 
-    Logging through Lightning takes milliseconds, even in steps where it drops the values.
+    Args:
+        steps: losses of each step, scalars by name.
     """
-    trainer = module.trainer
-    due = (trainer.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-    if due or batch_idx + 1 == trainer.num_training_batches:
-        losses: dict[str, Tensor] = module.step_losses  # type: ignore[assignment]
-        module.log("train/loss", losses["train/loss"], prog_bar=True, batch_size=1)
-        module.log_dict({name: value for name, value in losses.items() if name != "train/loss"}, batch_size=1)
+    return {name: _finite_mean(torch.stack([losses[name].float() for losses in steps])) for name in steps[-1]}
+
+
+def _finite_mean(values: Tensor) -> Tensor:
+    known = values.isfinite()
+    return torch.where(known, values, 0.0).sum() / known.sum()
 
 
 class Diagnostics(Callback):
     """Log training health and speed every ``trainer.log_every_n_steps`` optimizer steps.
 
+    - ``train/loss`` and its terms (``module.step_losses``): means over the batches since the last log, on the first
+      device; at the end of an epoch the progress bar has them too. Nonfinite ones, whose steps are skipped, are left out.
     - ``train/grad_norm``: before clipping.
     - ``train/atoms_per_s``, ``train/crystals_per_s``: over all devices since the last log, including
       waiting for data, excluding validation.
@@ -52,11 +55,22 @@ class Diagnostics(Callback):
     def __init__(self) -> None:
         self._atoms = self._crystals = 0
         self._seconds = self._since = 0.0
-        self._logged = -1
+        self._logged = 0
+        self._losses: list[Mapping[str, Tensor]] = []
+        """Losses of each batch since the last log, on the device."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the losses since the last log."""
+        return {"losses": [{name: float(value) for name, value in losses.items()} for losses in self._losses]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the losses since the last log."""
+        self._losses = [{name: torch.tensor(v) for name, v in losses.items()} for losses in state_dict["losses"]]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start timing; a run resumed within an epoch has no epoch start."""
-        self._since = time.monotonic()
+        self._since, self._logged = time.monotonic(), trainer.global_step
+        self._losses = [{name: v.to(pl_module.device) for name, v in losses.items()} for losses in self._losses]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Continue timing after a validation."""
@@ -74,16 +88,22 @@ class Diagnostics(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: CrystalBatch, batch_idx: int
     ) -> None:
-        """Count atoms, crystals and seconds, and log the rates."""
+        """Count atoms, crystals and seconds, and log the losses and rates."""
         now = time.monotonic()
         self._seconds += now - self._since
         self._since = now
         self._atoms += batch.num_atoms
         self._crystals += batch.num_crystals
+        self._losses.append(pl_module.step_losses)  # type: ignore[arg-type]
         step = trainer.global_step
-        if step % trainer.log_every_n_steps or step == self._logged or step == 0:  # type: ignore[attr-defined]
+        due = step % trainer.log_every_n_steps == 0 and step != self._logged  # type: ignore[attr-defined]
+        if due or batch_idx + 1 == trainer.num_training_batches:
+            means = mean_losses(self._losses)
+            pl_module.log("train/loss", means.pop("train/loss"), prog_bar=True, batch_size=1)
+            pl_module.log_dict(means, batch_size=1)
+        if not due:
             return
-        self._logged = step
+        self._logged, self._losses = step, []
         counts = torch.tensor([self._atoms, self._crystals], dtype=torch.float32, device=pl_module.device)
         if trainer.world_size > 1:
             counts = trainer.strategy.reduce(counts, reduce_op="sum")
