@@ -23,9 +23,10 @@ import yaml
 
 from crysldnet import cli
 from crysldnet.config import choices, conf_folder, load_yaml
-from crysldnet.data import datasets
+from crysldnet.data import datasets, download
 from crysldnet.data.catalog import File, PublishedSet, definition_of, published, read_definition
 from crysldnet.data.datasets import DATA_VARIABLE, data_folder, open_part, open_store
+from crysldnet.data.download import fetch_all
 from crysldnet.data.elements import SYMBOLS
 from crysldnet.data.split import Split
 from crysldnet.data.store import CrystalStore, file_hash
@@ -33,8 +34,6 @@ from crysldnet.errors import DataError
 from crysldnet.graphs.crystals import Crystals
 from crysldnet.readers.json_stream import top_level
 from crysldnet.signals import RUN_NAME
-from crysldnet.tools.importer import download
-from crysldnet.tools.importer.download import fetch_all
 from crysldnet.tools.importer.published import make_store, seeded_split
 from tiny import ENCODER, QUIET
 

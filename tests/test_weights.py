@@ -1,6 +1,7 @@
 """Encoders with a name: found wherever an encoder is asked for, listed with their cards, and exchanged with the hub."""
 
 import base64
+import hashlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +12,8 @@ import crysldnet
 from crysldnet import finetune
 from crysldnet.artifacts import weights
 from crysldnet.cli import run
-from crysldnet.errors import CheckpointError
+from crysldnet.data import download
+from crysldnet.errors import CheckpointError, DataError
 from crysldnet.tools import hub
 from tiny import finetune_config
 
@@ -154,6 +156,46 @@ def test_what_is_no_encoder_is_not_fetched(local_hub, named):
     local_hub.files.clear()
     with pytest.raises(CheckpointError, match="can't be fetched"):
         hub.pull("me/nothing")
+
+
+@pytest.fixture
+def web(monkeypatch):
+    handler = type("Web", (Hub,), {"files": {}, "made": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(download, "SCHEMES", ("http",))
+    yield handler.files, f"http://127.0.0.1:{server.server_port}/resolve/"
+    server.shutdown()
+
+
+def test_an_encoder_is_downloaded_by_address_and_checked(web, named, capsys):
+    files, address = web
+    content = named.read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    files.update({"large.safetensors": content, "large.md": b"# large", "bare.safetensors": content})
+    assert run(["weights", "get", f"{address}large.safetensors", "--sha256", sha256]) == 0
+    assert weights.find("large").read_bytes() == content
+    assert weights.card_of(weights.find("large")) == "# large"
+    assert run(["weights", "get", f"{address}bare.safetensors", "--sha256", sha256.upper(), "--name", "other"]) == 0
+    assert "it has no model card" in capsys.readouterr().err
+    assert weights.card_of(weights.find("other")) is None
+    assert {file.name for file in weights.fetched_folder().iterdir()} >= {"large.safetensors", "large.md"}
+    assert not [file for file in weights.fetched_folder().iterdir() if file.name.startswith(".")]
+
+
+def test_another_file_than_announced_is_not_kept(web, named):
+    files, address = web
+    noise = b"noise"
+    files.update({"large.safetensors": named.read_bytes(), "noise.safetensors": noise})
+    with pytest.raises(CheckpointError, match=r"its sha256 is .* not 0000"):
+        hub.get(f"{address}large.safetensors", "0" * 64)
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        hub.get(f"{address}noise.safetensors", hashlib.sha256(noise).hexdigest())
+    with pytest.raises(CheckpointError, match=r"ends in \.safetensors"):
+        hub.get(f"{address}large.pt", "0" * 64)
+    with pytest.raises(DataError, match="404"):
+        hub.get(f"{address}absent.safetensors", "0" * 64)
+    assert not [f for f in weights.fetched_folder().iterdir() if f.name.startswith((".", "large", "noise"))]
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "none", ""])

@@ -30,6 +30,23 @@ HERE = Path(__file__).parent
 CONTROL = "C1"
 """The arm that the others are compared with: stage 1 continued at equal compute."""
 
+MAY_CHANGE = ("runs", "out", "seeds", "parts", "arms", "only", "first_stages", "second", "revised", "draws", "base",
+              "finetuned", "finetuned_draws", "others")  # fmt: skip
+"""Settings that runs in the same folder may have otherwise."""
+
+
+@dataclass(frozen=True)
+class Other:
+    """Another encoder.
+
+    Attributes:
+        settings: further settings of its pretraining.
+        epochs: of the joint arm, which take as long as those of the control.
+    """
+
+    settings: list[str]
+    epochs: int
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -56,6 +73,7 @@ class Settings:
     finetuned_tasks: list[str]
     finetuned_draws: int
     finetuning: list[str]
+    others: dict[str, Other]
 
 
 class Study:
@@ -212,22 +230,7 @@ class Study:
 
 def main() -> None:
     """Run what is asked for; write what is measured."""
-    may_change = {
-        "runs",
-        "out",
-        "seeds",
-        "parts",
-        "arms",
-        "only",
-        "first_stages",
-        "second",
-        "revised",
-        "draws",
-        "base",
-        "finetuned",
-        "finetuned_draws",
-    }
-    settings = evidence.settings(Settings, HERE, __doc__ or "", may_change)
+    settings = evidence.settings(Settings, HERE, __doc__ or "", MAY_CHANGE)
     study = Study(settings)
     study.prepare()
     for seed in settings.seeds:

@@ -6,16 +6,19 @@ import argparse
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from crysldnet.artifacts import model_file, weights
 from crysldnet.console import escaped, note, print_table
-from crysldnet.errors import CheckpointError
-from crysldnet.io import cannot_write, replacing
+from crysldnet.data.download import fetch
+from crysldnet.data.store import file_hash
+from crysldnet.errors import CheckpointError, DataError
+from crysldnet.io import cannot_write, replacing, write_atomically
 
 DESCRIPTION = """\
-List named encoders, show their model cards, and exchange encoders with the Hugging Face hub.
+List named encoders, show their model cards, download encoders, and exchange them with the Hugging Face hub.
 
 Use a name in place of a file, as in pretrained=NAME and model=NAME."""
 
@@ -23,6 +26,7 @@ EXAMPLES = """\
 examples:
   crysldnet weights
   crysldnet weights show NAME
+  crysldnet weights get https://example.org/large.safetensors --sha256 9f2c…
   crysldnet weights pull OWNER/REPOSITORY
   crysldnet weights push runs/pretrain/latest/encoder.safetensors OWNER/REPOSITORY --license mit
 """
@@ -40,6 +44,8 @@ def main(argv: Sequence[str]) -> int:
     if arguments.action == "show":
         file = _named(arguments.name)
         print(escaped(weights.card_of(file) or f"{file} has no model card"))  # noqa: T201
+    elif arguments.action == "get":
+        get(arguments.address, arguments.sha256, arguments.name)
     elif arguments.action == "pull":
         pull(arguments.repository, arguments.name, arguments.revision)
     elif arguments.action == "push":
@@ -53,13 +59,17 @@ def parser() -> argparse.ArgumentParser:
     """Return what reads the arguments of ``crysldnet weights``."""
     parser = argparse.ArgumentParser("crysldnet weights", description=DESCRIPTION, epilog=EXAMPLES)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    actions = parser.add_subparsers(dest="action", metavar="list | show | pull | push")
+    actions = parser.add_subparsers(dest="action", metavar="list | show | get | pull | push")
     actions.add_parser("list", help="list named encoders (the default)")
     actions.add_parser("show", help="print a model card").add_argument("name", help="of an encoder")
-    fetch = actions.add_parser("pull", help="download an encoder from the Hugging Face hub")
-    fetch.add_argument("repository", help="OWNER/REPOSITORY")
-    fetch.add_argument("--name", help="local name; default REPOSITORY")
-    fetch.add_argument("--revision", help="branch, tag or commit")
+    get = actions.add_parser("get", help="download an encoder from a web address")
+    get.add_argument("address", help="https address of a .safetensors file; a model card beside it ends in .md")
+    get.add_argument("--sha256", required=True, help="of the file, as its publisher states it")
+    get.add_argument("--name", help="local name; default that of the file")
+    pull = actions.add_parser("pull", help="download an encoder from the Hugging Face hub")
+    pull.add_argument("repository", help="OWNER/REPOSITORY")
+    pull.add_argument("--name", help="local name; default REPOSITORY")
+    pull.add_argument("--revision", help="branch, tag or commit")
     share = actions.add_parser("push", help="share an encoder on the Hugging Face hub (first: hf auth login)")
     share.add_argument("file", help="encoder.safetensors, or the name of an encoder")
     share.add_argument("repository", help="OWNER/REPOSITORY; created if missing")
@@ -131,28 +141,82 @@ def pull(repository: str, name: str | None = None, revision: str | None = None) 
         CheckpointError: it can't be downloaded, isn't an encoder, or the name is taken.
     """
     _check_repository(repository)
-    name = name or repository.partition("/")[2]
-    if not re.fullmatch(r"[\w-][\w.-]*", name) or name in ("none", "auto"):
-        raise CheckpointError(f"--name {name!r}: use letters, digits, _ and -")
-    out = weights.fetched_folder() / f"{name}.safetensors"
-    if name in weights.named_encoders():
-        raise CheckpointError(f"{name}: that name is taken by {weights.named_encoders()[name]}; choose another, --name")
+    out = _free(name or repository.partition("/")[2])
     hub = _hub()
     try:
         files = {file: Path(hub.hf_hub_download(repository, file, revision=revision)) for file in (FILE, CARD)}
     except Exception as error:  # the hub raises many kinds of errors
         raise CheckpointError(f"{repository}: can't be fetched from the hub: {_first_line(error)}") from error
-    model_file.load_encoder(files[FILE])
+    _keep(files[FILE], files[CARD].read_text(encoding="utf-8"), out, repository)
+    return out
+
+
+def get(address: str, sha256: str, name: str | None = None) -> Path:
+    """Download an encoder from a web address, verify it, and name it.
+
+    Args:
+        address: https address of a ``.safetensors`` file. If there is a ``.md`` beside it, that is its model card.
+        sha256: of the file, in hexadecimal.
+        name: name of the encoder; by default that of the file.
+
+    Raises:
+        CheckpointError: the file isn't the one announced, isn't an encoder, or the name is taken.
+        DataError: it can't be downloaded.
+    """
+    file = PurePosixPath(urlsplit(address).path)
+    if file.suffix != ".safetensors":
+        raise CheckpointError(f"{address}: an encoder file ends in .safetensors")
+    out = _free(name or file.stem)
+    part = out.with_name(f".{out.name}.{sha256[:16]}")
+    if not part.exists():
+        fetch(address, part, f"get the file elsewhere and use its path: pretrained={file.name}")
+    found = file_hash(part)
+    if found != sha256.lower():
+        part.unlink()
+        raise CheckpointError(f"{address}: its sha256 is {found}, not {sha256}: it was damaged, or it is another file")
+    card = part.with_suffix(".md")
+    try:
+        fetch(urlsplit(address)._replace(path=str(file.with_suffix(".md"))).geturl(), card, "")
+        text = card.read_text(encoding="utf-8")
+    except (DataError, UnicodeDecodeError):
+        text = None
+    try:
+        _keep(part, text, out, address)
+    finally:
+        part.unlink()
+        card.unlink(missing_ok=True)
+    return out
+
+
+def _free(name: str) -> Path:
+    """Return the file for a new name.
+
+    Raises:
+        CheckpointError: the name can't be used or is taken.
+    """
+    if not re.fullmatch(r"[\w-][\w.-]*", name) or name in ("none", "auto"):
+        raise CheckpointError(f"--name {name!r}: use letters, digits, _ and -")
+    if name in weights.named_encoders():
+        raise CheckpointError(f"{name}: that name is taken by {weights.named_encoders()[name]}; choose another, --name")
+    return weights.fetched_folder() / f"{name}.safetensors"
+
+
+def _keep(file: Path, card: str | None, out: Path, source: str) -> None:
+    """Copy a downloaded encoder and its card to the folder of named encoders.
+
+    Raises:
+        CheckpointError: it isn't an encoder.
+    """
+    model_file.load_encoder(file)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(out.parent, error) from error
     with replacing(out) as partial:
-        partial.write_bytes(files[FILE].read_bytes())
-        with replacing(out.with_suffix(".md")) as card:
-            card.write_bytes(files[CARD].read_bytes())
-    note(f"{repository} is here as {name}: use pretrained={name}")
-    return out
+        partial.write_bytes(file.read_bytes())
+        if card is not None:
+            write_atomically(out.with_suffix(".md"), card)
+    note(f"{source} is here as {out.stem}: use pretrained={out.stem}" + ("" if card else "; it has no model card"))
 
 
 def push(file: Path, repository: str, license: str) -> None:

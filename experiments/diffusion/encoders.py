@@ -1,0 +1,68 @@
+"""Does latent diffusion help another encoder?
+
+python -m experiments.diffusion.encoders data=FOLDER [key=value …]
+
+Runs the control and the best form of the study with small versions of published encoders, frozen and finetuned, and
+writes a row per encoder. The keys are those of config.yaml beside this file; the encoders are under ``others``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+from experiments import evidence
+from experiments.diffusion import tables
+from experiments.diffusion.run import CONTROL, HERE, MAY_CHANGE, Settings, Study
+
+BEST = "J1"
+"""The form with the smallest error of frozen features."""
+
+
+def of_encoder(settings: Settings, name: str) -> tables.Errors:
+    """Return the errors of one encoder with both arms, frozen and finetuned."""
+    encoder = settings.others[name]
+    study = Study(
+        replace(
+            settings,
+            runs=str(Path(settings.runs) / name),
+            encoder=name,
+            pretraining=[*settings.pretraining, *encoder.settings],
+            arms={**settings.arms, BEST: [*settings.arms[BEST], f"stages.diffusion.epochs={encoder.epochs}"]},
+        )
+    )
+    study.prepare()
+    for seed in settings.seeds:
+        folders = [study.second_stage(arm, seed) for arm in (CONTROL, BEST)]
+        for draw, folder, task in product(range(settings.finetuned_draws), folders, study.tasks):
+            if task.task.name in settings.finetuned_tasks:
+                study.finetune(folder, task, 300, draw)
+    return tables.collect(study.runs, [CONTROL, BEST])
+
+
+def main() -> None:
+    """Run every encoder, and write the table."""
+    settings = evidence.settings(Settings, HERE, __doc__ or "", MAY_CHANGE)
+    records = []
+    for name in settings.others:
+        errors = of_encoder(settings, name)
+        for what in dict.fromkeys(what for what, _, _ in errors):
+            found = tables.changes(errors, what, BEST, CONTROL)
+            records.append(
+                evidence.summarise(
+                    list(found.values()),
+                    name=name,
+                    metric=what,
+                    unit="%",
+                    seeds=sorted(found),
+                    data=f"mp_cgcnn of ≤ {settings.max_atoms} atoms; {BEST} against {CONTROL}",
+                    command="python -m experiments.diffusion.encoders data=FOLDER",
+                    commit=evidence.current_commit(HERE),
+                )
+            )
+    evidence.write(Path(settings.out or HERE), records)
+
+
+if __name__ == "__main__":
+    main()
