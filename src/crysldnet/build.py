@@ -13,13 +13,13 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from crysldnet.console import did_you_mean
 from crysldnet.errors import ConfigError
 
 TARGET = "_target_"
@@ -112,10 +112,8 @@ def _join(where: str, key: str) -> str:
 
 def suggest(key: str, known: list[str], *, listed: bool = True) -> str:
     """Return the known key that is most like an unknown one, or all."""
-    close = get_close_matches(key, known, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"known are: {', '.join(known) or 'none'}" if listed else "see crysldnet COMMAND --help"
+    otherwise = f"known are: {', '.join(known) or 'none'}" if listed else "see crysldnet COMMAND --help"
+    return did_you_mean(key, known, otherwise, 0.5)
 
 
 def target_of(node: Mapping[str, Any], where: str) -> str:

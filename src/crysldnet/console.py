@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from difflib import get_close_matches
 from itertools import islice
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -30,6 +31,12 @@ def listed(names: Collection[str], most: int = SHOWN) -> str:
     """Return names separated by commas; of many, the first and the number of others."""
     more = len(names) - most
     return ", ".join(islice(names, most)) + (f" and {more:,} more" if more > 0 else "")
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:
+    """Return a question with the known name most like an unknown one; ``otherwise`` if none is similar."""
+    close = get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f"did you mean {close[0]!r}?" if close else otherwise
 
 
 def escaped(text: str) -> str:
@@ -125,6 +132,36 @@ def note(text: str) -> None:
     from rich.console import Console
 
     Console(stderr=True).print(lines_of([text]), highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+@contextmanager
+def progress(
+    title: str, total: int | None, *, done: int = 0, in_bytes: bool = False, shown: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """Show a bar with its rate if standard error is a terminal; the returned function takes what was added.
+
+    Args:
+        title: what is counted.
+        total: number at the end, None if unknown.
+        done: number at the start.
+        in_bytes: bytes are counted.
+        shown: show the bar.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console, rate = Console(stderr=True), TextColumn("{task.fields[rate]}")
+    columns = (TextColumn(title), BarColumn(), DownloadColumn() if in_bytes else MofNCompleteColumn(), rate)
+    off = not (shown and console.is_terminal)
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=off) as bar:
+        task = bar.add_task("", total=total, completed=done, rate="")
+
+        def advance(count: int) -> None:
+            bar.advance(task, count)
+            speed = bar.tasks[0].finished_speed or bar.tasks[0].speed or 0.0
+            bar.update(task, rate=(f"{speed / 1e6:,.1f} MB/s" if in_bytes else f"{speed:,.0f}/s") if speed else "")
+
+        yield advance
 
 
 def suggest_next(command: str, make: str | None = None) -> None:

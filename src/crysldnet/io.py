@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedRandom
 from pathlib import Path
 
+from crysldnet.console import csv_text
 from crysldnet.errors import DataError
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM}
@@ -72,6 +73,16 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with whole_file(path) as file:
         file.write(text.encode())
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
+    """Write rows as CSV that spreadsheets open safely, atomically.
+
+    Raises:
+        DataError: it can't be written.
+    """
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        file.write(csv_text(rows))
 
 
 def sync_folder(folder: Path) -> None:

@@ -6,9 +6,9 @@ Each is ``NAME.safetensors`` with a model card ``NAME.md``.
 from __future__ import annotations
 
 import os
-from difflib import get_close_matches
 from pathlib import Path
 
+from crysldnet.console import did_you_mean
 from crysldnet.errors import CheckpointError
 
 SHIPPED = Path(__file__).parents[1] / "weights"
@@ -49,6 +49,5 @@ def find(name: str) -> Path:
             f"{name}: no such file; make one with crysldnet pretrain, name one of {', '.join(known) or 'none'} "
             "(crysldnet weights lists them), or start from scratch with pretrained=none"
         )
-    close = get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise CheckpointError(f"{name}: no file and no encoder of that name; {hint}crysldnet weights lists them")
+    hint = did_you_mean(name, known, "crysldnet weights lists them", 0.5)
+    raise CheckpointError(f"{name}: no file and no encoder of that name; {hint}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from difflib import get_close_matches
 from functools import lru_cache
 from io import StringIO
 from pathlib import Path
@@ -15,6 +14,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from crysldnet.build import NO_YAML, from_yaml
+from crysldnet.console import did_you_mean
 from crysldnet.errors import ConfigError
 from crysldnet.io import conf_folder
 from crysldnet.renames import renamed
@@ -96,8 +96,7 @@ def group_file(group: str, choice: str) -> Path:
     path = conf_folder() / group / f"{choice}.yaml"
     if not path.is_file():
         key = group.partition("/")[0]
-        close = get_close_matches(choice, choices(group), n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(choice, choices(group), "", 0.4)
         raise ConfigError(f"{key}={choice}: no such choice; {hint} available: {', '.join(choices(group))}", key)
     return path
 

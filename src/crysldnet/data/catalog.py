@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import yaml
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from crysldnet.build import from_yaml
+from crysldnet.console import did_you_mean
 from crysldnet.errors import DataError
 from crysldnet.io import conf_folder
 
@@ -152,7 +152,6 @@ def definition_of(name: str) -> PublishedSet:
         return read_definition(Path(name))
     known = published()
     if name not in known:
-        close = get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise DataError(f"{name}: no such published data set; {hint}available: {', '.join(known)}")
+        hint = did_you_mean(name, known, f"available: {', '.join(known)}")
+        raise DataError(f"{name}: no such published data set; {hint}")
     return known[name]

@@ -158,6 +158,12 @@ def open_part(path: str) -> tuple[CrystalStore, NDArray[np.int64]]:
     return store, rows
 
 
+def open_selected(path: str) -> CrystalStore:
+    """Return a store of only the selected rows; errors as in :func:`open_part`."""
+    store, rows = open_part(path)
+    return store if len(rows) == len(store) else CrystalStore.from_table(store.to_table(rows), path)
+
+
 def refuse_repeated_ids(store: CrystalStore) -> None:
     """Reject a store with missing or duplicate ids."""
     ids = store.ids

@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from crysldnet import __version__
+from crysldnet.console import progress
 from crysldnet.data.catalog import File, PublishedSet
 from crysldnet.data.store import file_hash
 from crysldnet.errors import DataError
@@ -108,9 +109,6 @@ def fetch(url: str, path: Path, hint: str) -> None:
 
 
 def _receive(response: HTTPResponse, partial: Path, tag: Path) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
     begun = partial.stat().st_size if response.status == 206 else 0
     length = response.headers.get("Content-Length")
     total = None if length is None else begun + int(length)
@@ -119,16 +117,13 @@ def _receive(response: HTTPResponse, partial: Path, tag: Path) -> None:
         tag.write_text(etag)
     else:
         tag.unlink(missing_ok=True)
-    console = Console(stderr=True)
-    columns = (TextColumn(partial.stem), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with (
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
+        progress(partial.stem, total, done=begun, in_bytes=True) as advance,
         partial.open("ab" if begun else "wb") as out,
     ):
-        task = bar.add_task("fetch", total=total, completed=begun)
         while chunk := response.read(_CHUNK):
             out.write(chunk)
-            bar.advance(task, len(chunk))
+            advance(len(chunk))
         out.flush()
         os.fsync(out.fileno())
     if total is not None and partial.stat().st_size != total:

@@ -99,11 +99,14 @@ class CrystalStore:
             DataError: there is no such column, or it isn't numeric.
         """
         column = self._column(name)
-        if not (
-            pa.types.is_floating(column.type) or pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)
-        ):
+        if not self.is_numeric(name):
             raise DataError(f"{self.name}: column {name!r} holds {column.type}, not numbers; name another")
         return column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+
+    def is_numeric(self, name: str) -> bool:
+        """Return whether a column has numbers or booleans."""
+        type_ = self.type_of(name)
+        return pa.types.is_floating(type_) or pa.types.is_integer(type_) or pa.types.is_boolean(type_)
 
     def type_of(self, name: str) -> pa.DataType:
         """Return the Arrow type of a property or text column.

@@ -11,13 +11,13 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 
 from crysldnet.artifacts.provenance import pretraining_overlap, print_overlap
-from crysldnet.console import SHOWN, csv_text, listed, note, print_table, suggest_next
+from crysldnet.console import SHOWN, listed, note, print_table, suggest_next
 from crysldnet.data.fingerprint import Fingerprints
 from crysldnet.finetune.baselines import Baselines, compare, fit_baselines, flat_metrics, print_baselines, verdict
 from crysldnet.finetune.cross_validation import OutOfFold
 from crysldnet.finetune.settings import FinetuneConfig
 from crysldnet.finetune.training import Finetuned
-from crysldnet.io import replacing
+from crysldnet.io import write_csv
 from crysldnet.measures import find
 from crysldnet.training import plots
 from crysldnet.training.run_folder import RunFolder
@@ -31,9 +31,7 @@ def write_predictions(path: Path, rows: Iterable[Sequence[str]], *more: str) -> 
         rows: rows from :func:`prediction_row`.
         more: names of additional columns.
     """
-    with replacing(path) as partial, partial.open("w", newline="") as file:
-        header = ["material_id", "target", "true", "prediction", "unit", "std", "probability", *more]
-        file.write(csv_text([header, *rows]))
+    write_csv(path, [["material_id", "target", "true", "prediction", "unit", "std", "probability", *more], *rows])
 
 
 def prediction_row(

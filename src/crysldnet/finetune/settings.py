@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from crysldnet.artifacts import model_file
 from crysldnet.artifacts.provenance import encoder_file
 from crysldnet.build import build
-from crysldnet.console import listed, note
+from crysldnet.console import did_you_mean, listed, note
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.data.split import Rows
 from crysldnet.data.units import same_unit
@@ -89,6 +88,18 @@ class TrainingConfig:
             raise ValueError(
                 "layer_decay slows the encoder's layers, and mode=frozen trains none; leave one of them out"
             )
+
+    def check_targets(self, targets: Sequence[str], what: str) -> None:
+        """Reject settings of something other than the targets, which are ``what``.
+
+        Raises:
+            ConfigError: a setting names a target that isn't predicted.
+        """
+        for key in ("target_types", "target_per", "atomic_references"):
+            for name in getattr(self, key):
+                if name not in targets:
+                    hint = did_you_mean(name, targets, f"they are: {listed(targets)}")
+                    raise ConfigError(f"{key}: {name!r} is not {what}; {hint}", key)
 
     def passes(self, steps_per_epoch: int) -> int:
         """Return how often an epoch repeats the training crystals so that a run has ``min_steps`` steps."""
@@ -191,12 +202,7 @@ def make_types(config: TrainingConfig, data: CrystalDataModule) -> list[TargetTy
         ConfigError: a setting names a target that isn't predicted.
         DataError: a value is invalid for its type, or the training split has a single class.
     """
-    for key in ("target_types", "target_per", "atomic_references"):
-        for name in getattr(config, key):
-            if name not in data.targets:
-                close = get_close_matches(name, data.targets, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"they are: {listed(data.targets)}"
-                raise ConfigError(f"{key}: {name!r} is not among data.targets; {hint}", key)
+    config.check_targets(data.targets, "among data.targets")
     assert data.target_values is not None
     types: list[TargetType] = []
     rows = np.concatenate(list(data.rows.values()))

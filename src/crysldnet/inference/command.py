@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args
 
-from crysldnet.console import note
+from crysldnet.console import note, progress
 from crysldnet.errors import DataError
 from crysldnet.readers.rows import ImportIssues
 from crysldnet.readers.stream import Chunk, Refused
@@ -21,8 +21,45 @@ SHOWN = 20
 """rejected crystals to print; the file lists all"""
 
 
-class Account:
-    """Count processed and rejected crystals and what was normalized on reading.
+OnError = Literal["raise", "report"]
+
+
+class Refusals:
+    """Rejected crystals, if allowed, and notes on what was normalized on reading."""
+
+    def __init__(self, on_error: OnError = "report") -> None:
+        if on_error not in get_args(OnError):
+            raise DataError(f"on_error must be one of {', '.join(get_args(OnError))}, not {on_error!r}")
+        self._raise = on_error == "raise"
+        self._issues = ImportIssues(strict=False)
+        self.refused: list[Refused] = []
+
+    def refuse(self, refused: Refused) -> None:
+        """Add a rejected crystal.
+
+        Raises:
+            DataError: this isn't allowed.
+        """
+        if self._raise:
+            raise DataError(f"{refused.source}: {refused.reason}")
+        self._issues.reject(*refused)
+        self.refused.append(refused)
+
+    def take(self, portion: Chunk) -> None:
+        """Add the rejections and notes of a portion; raises like :meth:`refuse`."""
+        for refused in portion.refused:
+            self.refuse(refused)
+        for noted in portion.notes:
+            self._issues.note(*noted)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes on what was normalized on reading."""
+        return self._issues.notes
+
+
+class Account(Refusals):
+    """Refusals of a command, which are printed, and the number of processed crystals.
 
     Args:
         out: the output; rejected crystals are listed in a file next to it.
@@ -30,54 +67,40 @@ class Account:
     """
 
     def __init__(self, out: str, done: str) -> None:
+        super().__init__()
         self.out, self._done = out, done
-        self._issues = ImportIssues(strict=False)
-        self.used = self.refused = 0
+        self.used = 0
 
     def refuse(self, refused: Refused) -> None:
-        """Report a rejected crystal."""
-        self._issues.reject(*refused)
-        self.refused += 1
-        if self.refused <= SHOWN:
+        """Add and report a rejected crystal."""
+        super().refuse(refused)
+        if len(self.refused) <= SHOWN:
             note(f"refused: {refused.source}: {refused.reason}")
-        elif self.refused == SHOWN + 1:
+        elif len(self.refused) == SHOWN + 1:
             note("refused: … and more")
 
     @contextmanager
     def progress(self, total: int | None) -> Iterator[Callable[[Chunk], None]]:
-        """Show progress with its rate if standard error is a terminal; the returned function takes each portion's
-        counts.
-        """
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        """Show the progress; the returned function takes each portion."""
+        with progress("crystals", total) as advance:
 
-        console = Console(stderr=True)
-        rate = TextColumn("{task.fields[rate]}")
-        columns = (TextColumn("crystals"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("", total=total, rate="")
-
-            def advance(portion: Chunk) -> None:
+            def take(portion: Chunk) -> None:
                 self.used += len(portion.ids)
-                for refused in portion.refused:
-                    self.refuse(refused)
-                for noted in portion.notes:
-                    self._issues.note(*noted)
-                speed = bar.tasks[0].finished_speed or bar.tasks[0].speed
-                bar.update(task, completed=self.used + self.refused, rate=f"{speed:,.0f}/s" if speed else "")
+                self.take(portion)
+                advance(len(portion.ids) + len(portion.refused))
 
-            yield advance
+            yield take
 
     def refuse_nothing_used(self) -> None:
         """Stop if no crystal was valid, and list the reasons next to the output."""
         if not self.used:
-            raise DataError(f"none of the {self.refused} crystals could be used{self._reasons()}")
+            raise DataError(f"none of the {len(self.refused)} crystals could be used{self._reasons()}")
 
     def finish(self, notes: Iterable[str] = ()) -> None:
         """List what was rejected and noted next to the output, and print a summary."""
-        for noted in (*self._issues.notes, *notes):
+        for noted in (*self.notes, *notes):
             note(f"note: {noted}")
-        note(f"{self.used:,} crystals {self._done}, {self.refused:,} refused: {self.out}{self._reasons()}")
+        note(f"{self.used:,} crystals {self._done}, {len(self.refused):,} refused: {self.out}{self._reasons()}")
 
     def _reasons(self) -> str:
         """List what was rejected and noted next to the output; return the location, as the end of a line."""
@@ -137,34 +160,3 @@ def _named_files(files: str | list[str], account: Account) -> str | list[str]:
 def _is_there(name: str) -> bool:
     """Return whether a name is a file, folder or data set, or a split of one."""
     return os.path.exists(os.path.expanduser(name)) or ":" in name or "@" in name
-
-
-OnError = Literal["raise", "report"]
-
-
-class Refusals:
-    """Rejected crystals, if allowed, and notes on what was normalized on reading."""
-
-    def __init__(self, on_error: OnError) -> None:
-        if on_error not in get_args(OnError):
-            raise DataError(f"on_error must be one of {', '.join(get_args(OnError))}, not {on_error!r}")
-        self._raise = on_error == "raise"
-        self._issues = ImportIssues(strict=False)
-        self.refused: list[Refused] = []
-
-    def take(self, portion: Chunk) -> None:
-        """Add the rejections and notes of a portion.
-
-        Raises:
-            DataError: a crystal was rejected, and that isn't allowed.
-        """
-        if portion.refused and self._raise:
-            raise DataError(f"{portion.refused[0].source}: {portion.refused[0].reason}")
-        self.refused += portion.refused
-        for noted in portion.notes:
-            self._issues.note(*noted)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Notes on what was normalized on reading."""
-        return self._issues.notes

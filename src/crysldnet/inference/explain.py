@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 
 from crysldnet.data.elements import formulas_of
-from crysldnet.errors import ConfigError
 from crysldnet.graphs.batch import make_batch
 from crysldnet.graphs.crystals import Crystals
 from crysldnet.inference.command import Refusals
@@ -81,7 +80,7 @@ def explain_crystals(model: Predictor, structures: Any, target: str | None = Non
         ConfigError: the target is missing or unknown.
         DataError: a crystal is invalid, or the target is a hurdle.
     """
-    place, account = place_of(model, target), Refusals("raise")
+    place, account = model.place_of(target), Refusals("raise")
     found = []
     for portion in stream_of(model, structures, {}, 1000):
         account.take(portion)
@@ -103,15 +102,3 @@ def stream_of(
     columns = columns_needed([model.members[0].descriptors], given)
     settings = StreamSettings(batch_size=1, max_atoms=max_atoms)
     return CrystalStream(structures, [model.encoder.graph], settings, columns, check_for([model]))
-
-
-def place_of(model: Predictor, target: str | None) -> int:
-    """Return the index of a target in a model; a single target needs no name.
-
-    Raises:
-        ConfigError: the name is missing or unknown.
-    """
-    name = target or model.targets[0]
-    if name not in model.targets or (target is None and len(model.targets) > 1):
-        raise ConfigError(f"target: choose one of {', '.join(model.targets)}", "target")
-    return model.targets.index(name)

@@ -19,7 +19,7 @@ from crysldnet.data.elements import formulas_of
 from crysldnet.data.fingerprint import known
 from crysldnet.data.units import same_unit
 from crysldnet.encoders.protocol import Encoder, features_of_layers
-from crysldnet.errors import CheckpointError, DataError
+from crysldnet.errors import CheckpointError, ConfigError, DataError
 from crysldnet.graphs.crystals import Crystals
 from crysldnet.inference.command import OnError, Refusals
 from crysldnet.inference.descriptors import beside, columns_needed, given_descriptors, with_descriptors
@@ -147,6 +147,17 @@ class Predictor(Embedder):
         """Names of the K descriptors that the model needs for each crystal; usually none."""
         own = self.members[0].descriptors
         return [] if own is None else own.names
+
+    def place_of(self, target: str | None) -> int:
+        """Return the index of a target; a single target needs no name.
+
+        Raises:
+            ConfigError: the name is missing or unknown.
+        """
+        name = target or self.targets[0]
+        if name not in self.targets or (target is None and len(self.targets) > 1):
+            raise ConfigError(f"target: choose one of {', '.join(self.targets)}", "target")
+        return self.targets.index(name)
 
     def other_units(self, stream: CrystalStream) -> list[str]:
         """Return a note on each target that the input has in a unit different from the prediction's, and on each

@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from crysldnet.console import csv_text
 from crysldnet.data.cells import MISSING
 from crysldnet.data.schema import STRUCTURE_COLUMNS, table_from_crystals
 from crysldnet.errors import DataError
 from crysldnet.graphs.crystals import Crystals, faults, from_lists
-from crysldnet.io import replacing
+from crysldnet.io import write_csv
 from crysldnet.readers.structure_files import Structure
 
 PLACE = "__place"
@@ -278,6 +277,5 @@ def _save(out: Path, kind: str, title: str, lines: list[tuple[str, str, str]]) -
     if not lines:
         path.unlink(missing_ok=True)
         return None
-    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        file.write(csv_text([("source", "id", title), *lines]))
+    write_csv(path, [("source", "id", title), *lines])
     return path

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from crysldnet.data.schema import crystals_from_table, ids_of, units_of
+from crysldnet.data.schema import crystals_from_table, units_of
 from crysldnet.data.units import same_unit
 from crysldnet.errors import DataError
 from crysldnet.graphs.batch import CrystalBatch, cut, make_batch
@@ -152,16 +152,17 @@ class CrystalStream:
             yield Chunk([], [], from_lists([], [], []), {}, self._damaged)
         seen: set[int] = set()
         for piece in self._pieces():
-            table, repeated = _without_repeated(piece.table, seen)
-            kept = set(table[PLACE].to_pylist())
-            table, columns, unknown = _with_numbers(table, self._columns)
-            table, columns, unfit = _without_unfit(table, columns, self._check)
-            self.units |= units_of(table.schema)
+            table, columns = piece.table, {name: _numbers_of(piece.table, name) for name in self._columns}
             ids, places = table["material_id"].to_pylist(), table[PLACE].to_pylist()
+            there = set(places)  # rejected properties of a crystal aren't rejections
+            refused = [Refused(*reject) for reject in piece.rejects if reject[0] not in there]
+            if reasons := self._unusable(table, ids, columns, seen):
+                refused += [Refused(places[row], ids[row], reason) for row, reason in reasons.items()]
+                kept = np.setdiff1d(np.arange(len(table)), list(reasons))
+                table, columns = table.take(pa.array(kept)), {name: own[kept] for name, own in columns.items()}
+                ids, places = ([values[row] for row in kept.tolist()] for values in (ids, places))
+            self.units |= units_of(table.schema)
             crystals, notes = crystals_from_table(table), piece.notes
-            # rejected properties of a kept crystal aren't rejections
-            rejected = [Refused(*reject) for reject in piece.rejects if reject[0] not in kept]
-            refused = [*rejected, *repeated, *unknown, *unfit]
             if not ids:
                 yield Chunk([], [], crystals, {}, refused, notes)
             for start, stop in cut(crystals.sizes, self._settings.batch_size, self._settings.batch_atoms):
@@ -170,6 +171,40 @@ class CrystalStream:
                 own = {name: values[start:stop] for name, values in columns.items()}
                 yield Chunk(ids[start:stop], places[start:stop], part, batches, refused, notes, own)
                 refused, notes = [], []
+
+    def _unusable(
+        self, table: pa.Table, ids: Sequence[str], columns: Mapping[str, NDArray[np.float64]], seen: set[int]
+    ) -> dict[int, str]:
+        """Return the rows that can't be used, each with its reason.
+
+        Args:
+            table: the crystals.
+            ids: their ids.
+            columns: their values of each required column.
+            seen: hashes of earlier ids, to which these are added.
+        """
+        reasons: dict[int, str] = {}
+        for row, key in enumerate(map(hash, ids)):
+            if key in seen:
+                reasons[row] = "an earlier crystal has the same id"
+            seen.add(key)
+        units = units_of(table.schema)
+        for name, unit in self._columns.items():
+            whole = (
+                "" if name in table.column_names else f"no column {name!r}, which the model needs (data.descriptors)"
+            )
+            if unit and not same_unit(unit, units.get(name, unit)):
+                whole = f"{name} is in {units[name]}, and the model learned it in {unit}; convert it"
+            for row in range(len(table)) if whole else np.flatnonzero(~np.isfinite(columns[name])).tolist():
+                said = None if whole else table[name][row].as_py()
+                own = (
+                    f"no value of {name!r}, which the model needs" if said is None else f"{name} is {said!r}, no number"
+                )
+                reasons.setdefault(row, whole or own)
+        if self._check is not None and ids:
+            for row, reason in self._check(crystals_from_table(table), ids).items():
+                reasons.setdefault(row, reason)
+        return reasons
 
 
 def _tasks(reader: Reader, settings: Settings) -> Iterator[Task]:
@@ -194,63 +229,16 @@ def _nothing(name: str, reason: str, settings: Settings) -> Piece:
     return rows.piece(settings.max_atoms)
 
 
-def _without_repeated(table: pa.Table, seen: set[int]) -> tuple[pa.Table, list[Refused]]:
-    """Remove crystals with repeated ids; ``seen`` has the hashes of earlier ids."""
-    ids = table["material_id"].to_pylist()
-    good: list[int] = []
-    repeated = []
-    for row, material_id in enumerate(ids):
-        if (key := hash(material_id)) in seen:
-            repeated.append(Refused(table[PLACE][row].as_py(), material_id, "an earlier crystal has the same id"))
-        else:
-            seen.add(key)
-            good.append(row)
-    return (table.take(pa.array(good, pa.int64())), repeated) if repeated else (table, [])
-
-
-def _with_numbers(
-    table: pa.Table, wanted: Mapping[str, str]
-) -> tuple[pa.Table, dict[str, NDArray[np.float64]], list[Refused]]:
-    """Remove crystals without a number in one of the columns; return the rest, their numbers, and the removed ones."""
-    columns: dict[str, NDArray[np.float64]] = {}
-    known: NDArray[np.bool_] = np.ones(len(table), bool)
-    refused, units = [], units_of(table.schema)
-    for name, unit in wanted.items():
-        there = name in table.column_names
-        columns[name] = _numbers_of(table[name]) if there else np.full(len(table), np.nan)
-        reason = None if there else f"no column {name!r}, which the model needs (data.descriptors)"
-        if unit and not same_unit(unit, units.get(name, unit)):
-            reason = f"{name} is in {units[name]}, and the model learned it in {unit}; convert it"
-        lacking = known & (~np.isfinite(columns[name]) if reason is None else True)
-        for row in np.flatnonzero(lacking).tolist():
-            said = None if reason else table[name][row].as_py()
-            other = f"no value of {name!r}, which the model needs" if said is None else f"{name} is {said!r}, no number"
-            refused.append(Refused(table[PLACE][row].as_py(), table["material_id"][row].as_py(), reason or other))
-        known &= ~lacking
-    kept = {name: values[known] for name, values in columns.items()}
-    return (table if known.all() else table.filter(pa.array(known))), kept, refused
-
-
-def _without_unfit(
-    table: pa.Table, columns: dict[str, NDArray[np.float64]], check: Check | None
-) -> tuple[pa.Table, dict[str, NDArray[np.float64]], list[Refused]]:
-    """Remove crystals that can't be predicted; return the rest, their numbers, and the removed ones."""
-    reasons = {} if check is None or not len(table) else check(crystals_from_table(table), ids_of(table).to_pylist())
-    if not reasons:
-        return table, columns, []
-    kept = np.setdiff1d(np.arange(len(table)), list(reasons))
-    places, ids = table[PLACE].to_pylist(), table["material_id"].to_pylist()
-    refused = [Refused(places[row], ids[row], reason) for row, reason in reasons.items()]
-    return table.take(pa.array(kept)), {name: values[kept] for name, values in columns.items()}, refused
-
-
-def _numbers_of(column: pa.ChunkedArray) -> NDArray[np.float64]:
-    """Return a column as numbers, NaN for anything else."""
+def _numbers_of(table: pa.Table, name: str) -> NDArray[np.float64]:
+    """Return a column as numbers, NaN for anything else and without the column."""
+    if name not in table.column_names:
+        return np.full(len(table), np.nan)
+    column = table[name]
     if pa.types.is_string(column.type):
         return np.array([_number(text) for text in column.to_pylist()])
     if pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type):
         return column.cast(pa.float64()).to_numpy(zero_copy_only=False)
-    return np.full(len(column), np.nan)
+    return np.full(len(table), np.nan)
 
 
 def _number(text: str | None) -> float:

@@ -7,12 +7,11 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 import pyarrow as pa
 
-from crysldnet.console import from_spreadsheet, listed
+from crysldnet.console import did_you_mean, from_spreadsheet, listed
 from crysldnet.data.cells import MISSING_TEXT, CellError, has_decimal_comma, plain_numbers, read_numbers
 from crysldnet.data.schema import STRUCTURE_COLUMNS
 from crysldnet.data.units import name_and_unit
@@ -146,8 +145,7 @@ def _checked_header(path: Path, header: list[str], id_column: str | None) -> int
     """Validate all column names, and return the index of the id column, None if not identified by name."""
     key = _named(header, id_column)
     if id_column is not None and key is None:
-        close = get_close_matches(id_column, header, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"name one of {listed([*map(repr, header)])}"
+        hint = did_you_mean(id_column, header, f"name one of {listed([*map(repr, header)])}")
         raise DataError(f"{path}: no column {id_column!r} for the ids; {hint} (id_column)")
     title_of_ids = None if key is None else header[key]
     names = [name_and_unit(title)[0] for title in header if title and title != title_of_ids]

@@ -24,7 +24,7 @@ from crysldnet.html.explanation import STYLE, draw_explanation
 from crysldnet.inference import load
 from crysldnet.inference.command import Account, named_files
 from crysldnet.inference.descriptors import given_descriptors, with_descriptors
-from crysldnet.inference.explain import Explained, explain_crystals, explain_portion, place_of, stream_of
+from crysldnet.inference.explain import Explained, explain_crystals, explain_portion, stream_of
 from crysldnet.io import write_atomically
 
 __all__ = ["ExplainConfig", "explain_crystals", "run"]
@@ -54,7 +54,7 @@ class ExplainConfig:
 def run(config: ExplainConfig, _values: dict[str, Any]) -> int:
     """Write the page or table; return the exit status."""
     model = load(config.model, device="cpu")
-    place = place_of(model, config.target)
+    place = model.place_of(config.target)
     is_page = config.out.endswith((".html", ".htm"))
     output = None if is_page else open_table(config.out)
     account = Account(config.out, "explained")

@@ -113,12 +113,9 @@ def uncertainty(found: Predictions, place: int, interval: float) -> Floats:
 def run(config: SuggestConfig, _values: dict[str, Any]) -> int:
     """Write the suggestions; return the exit status."""
     model = load(config.model, device=config.device)
-    target = config.target or model.targets[0]
-    if target not in model.targets or (config.target is None and len(model.targets) > 1):
-        raise ConfigError(f"target: choose one of {', '.join(model.targets)}", "target")
-    place = model.targets.index(target)
+    place = model.place_of(config.target)
     if model.members[0].classes[place] is not None:
-        raise ConfigError(f"target: {target} has classes; suggestions need numbers", "target")
+        raise ConfigError(f"target: {model.targets[place]} has classes; suggestions need numbers", "target")
     refuse_overwriting(config.out, config.files)
     output = open_table(config.out)
     settings = StreamSettings(batch_size=config.batch_size, max_atoms=config.max_atoms)

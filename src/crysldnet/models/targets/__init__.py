@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
+from crysldnet.console import did_you_mean
 from crysldnet.models.targets.base import (
     TYPES,
     Estimate,
@@ -49,8 +49,7 @@ def find_type(name: str) -> type[TargetType]:
     """
     if name not in TYPES:
         known = sorted({*TYPES, "non_negative"} - {Bounded.name})
-        close = get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+        hint = did_you_mean(name, known, f"known are {', '.join(known)}.", 0.5)
         raise ValueError(f"no kind of target {name!r}; {hint} One of your own needs plugins=[its module]")
     return TYPES[name]
 

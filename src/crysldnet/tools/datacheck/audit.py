@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from crysldnet.console import csv_text, lines_of
+from crysldnet.console import lines_of
 from crysldnet.data.datasets import open_part
 from crysldnet.data.elements import formulas_of
 from crysldnet.data.matching import matches
 from crysldnet.data.store import CrystalStore
-from crysldnet.io import replacing
+from crysldnet.io import write_csv
 
 HELP = "overlap of a training and a test set"
 DESCRIPTION = """\
@@ -102,10 +102,8 @@ def write_table(path: str | os.PathLike[str], found: Sequence[Shared]) -> None:
     Raises:
         DataError: it can't be written.
     """
-    path = Path(path)
-    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        file.write(csv_text([["train", "test", "by", "test_id", "train_ids"]]))
-        file.writelines(csv_text(_rows(shared)) for shared in found)
+    rows = (row for shared in found for row in _rows(shared))
+    write_csv(Path(path), [["train", "test", "by", "test_id", "train_ids"], *rows])
 
 
 def _rows(shared: Shared) -> Iterator[list[str]]:

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from crysldnet.console import csv_text, lines_of
-from crysldnet.data.datasets import open_part
+from crysldnet.console import lines_of
+from crysldnet.data.datasets import open_selected
 from crysldnet.data.matching import duplicates, shared_rows
 from crysldnet.data.output import ParquetOutput, StoreWriter
 from crysldnet.data.store import CrystalStore
-from crysldnet.io import replacing
+from crysldnet.io import write_csv
 
 HELP = "remove duplicates and crystals of other sets"
 DESCRIPTION = """\
@@ -99,8 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the result, print the counts, and return the exit status."""
-    whole, rows = open_part(arguments.store)
-    store = whole if len(rows) == len(whole) else CrystalStore.from_table(whole.to_table().take(rows), arguments.store)
+    store = open_selected(arguments.store)
     removed = find_repeats(store, arguments.by)
     gone = {item.row for item in removed}
     left = np.array([row for row in range(len(store)) if row not in gone], np.int64)
@@ -132,7 +131,6 @@ def _write_removed(store: CrystalStore, removed: Sequence[Removed], out: Path) -
         path.unlink(missing_ok=True)
         return None
     ids = store.ids_at(np.array([item.row for item in removed], np.int64))
-    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        rows = ([id_, item.row, item.reason, item.of] for id_, item in zip(ids, removed, strict=True))
-        file.write(csv_text([["material_id", "row", "reason", "of"], *rows]))
+    rows = ([id_, item.row, item.reason, item.of] for id_, item in zip(ids, removed, strict=True))
+    write_csv(path, [["material_id", "row", "reason", "of"], *rows])
     return path

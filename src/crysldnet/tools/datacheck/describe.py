@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crysldnet.console import SHOWN, lines_of
-from crysldnet.data.datasets import open_part
+from crysldnet.data.datasets import open_selected
 from crysldnet.data.elements import SYMBOLS, formulas_of
 from crysldnet.data.fingerprint import volumes_per_atom
 from crysldnet.data.matching import duplicates
@@ -124,8 +124,7 @@ def describe(name: str, *, structures: bool = True) -> Description:
         name: as in :func:`crysldnet.data.datasets.open_part`.
         structures: also find duplicate structures, which takes longest.
     """
-    whole, rows = open_part(name)
-    store = whole if len(rows) == len(whole) else CrystalStore.from_table(whole.to_table().take(rows), name)
+    store = open_selected(name)
     crystals = store.crystals
     if not len(store):
         raise DataError(f"{name}: it has no crystals")
@@ -156,11 +155,10 @@ def _elements(store: CrystalStore) -> dict[str, int]:
 def _columns(store: CrystalStore) -> tuple[list[PropertyStatistics], dict[str, int]]:
     properties, texts = [], {}
     for name in store.column_names:
-        try:
-            values = store.numbers_of(name)
-        except DataError:
+        if not store.is_numeric(name):
             texts[name] = sum(text is not None for text in store.texts_of(name))
             continue
+        values = store.numbers_of(name)
         known = values[np.isfinite(values)]
         quantiles = np.quantile(known, [0, 0.05, 0.5, 0.95, 1]).tolist() if len(known) else [float("nan")] * 5
         mean, std = (float(known.mean()), float(known.std())) if len(known) else (float("nan"),) * 2

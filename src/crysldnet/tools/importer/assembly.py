@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import mmap
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from crysldnet.console import listed
+from crysldnet.console import did_you_mean, listed
 from crysldnet.data.output import Output
 from crysldnet.data.schema import units_of
 from crysldnet.data.units import same_unit
@@ -105,8 +104,7 @@ class Plan:
             self._add_unit(name, unit, "the crystals' file", "the targets")
         for name, unit in given.items():
             if name not in names:
-                close = difflib.get_close_matches(name, names, 1)
-                hint = f"did you mean {close[0]!r}?" if close else f"there are {listed(names) or 'none'}"
+                hint = did_you_mean(name, names, f"there are {listed(names) or 'none'}")
                 raise DataError(f"units are given for {name!r}, which is no property; {hint}")
             self._add_unit(name, unit, "the file", "units")
         for name in sorted(self.units.keys() & self._without_unit.keys() - given.keys()):

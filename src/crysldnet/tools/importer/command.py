@@ -232,11 +232,10 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _describe(store: CrystalStore, name: str) -> str:
     """Describe a property in one line: name, unit, count, range."""
-    try:
-        values = store.numbers_of(name)
-    except DataError:
+    if not store.is_numeric(name):
         texts = store.texts_of(name)
         return f"property  {name}: text, {sum(text is not None for text in texts):,} values"
+    values = store.numbers_of(name)
     values = values[np.isfinite(values)]
     spread = f", {values.min():.4g} to {values.max():.4g}, mean {values.mean():.4g}" if len(values) else ""
     return f"property  {name} ({store.units.get(name, 'no unit stated')}): {len(values):,} values{spread}"

@@ -10,13 +10,13 @@ number of crystals, except for file names, targets and rejections.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from crysldnet.console import lines_of
+from crysldnet import console
 from crysldnet.data.output import ParquetOutput, StoreWriter
 from crysldnet.data.schema import with_current_keys
 from crysldnet.errors import DataError
@@ -58,7 +58,7 @@ class ImportReport:
             lines.append(f"what was rejected, and why: {self.report_path}")
         if self.notes_path is not None:
             lines.append(f"what was noted, and of which: {self.notes_path}")
-        return lines_of([*lines, *(f"note: {note}" for note in self.notes)])
+        return console.lines_of([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def import_crystals(
@@ -166,7 +166,7 @@ def _read(
     processes = min(os.cpu_count() or 1, 8) if workers is None else max(workers, 1)
     totals = [reader.total for reader in readers]
     total = None if None in totals else sum(total for total in totals if total is not None)
-    with _progress(total, progress) as advance:
+    with console.progress("importing", total, shown=progress) as advance:
         for piece in run_in_order(tasks, processes):
             if strict:
                 piece.enter_account(ImportIssues(strict=True))
@@ -180,15 +180,3 @@ def _open_output(out: Path, overwrite: bool) -> StoreWriter | ParquetOutput:
     if overwrite and out.exists() and not (out / "store.json").is_file():
         raise DataError(f"{out} exists and is not a crystal store; it won't be overwritten")
     return StoreWriter(out, overwrite=overwrite)
-
-
-@contextmanager
-def _progress(total: int | None, shown: bool) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("importing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
-        task = bar.add_task("importing", total=total)
-        yield lambda count: bar.advance(task, count)

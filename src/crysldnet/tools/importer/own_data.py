@@ -103,7 +103,7 @@ def _say_what_was_understood(store: CrystalStore, table: str | None) -> None:
     """Print the count and unit of each property."""
     if table is not None:
         note(f"{table} has these properties of the {len(store):,} crystals:")
-    for name in _numbers(store):
+    for name in filter(store.is_numeric, store.column_names):
         values = store.numbers_of(name)
         known = np.isfinite(values)
         unit = store.units.get(name)
@@ -120,25 +120,13 @@ def _stamp(source: str, table: str | None) -> str:
     return hashlib.sha256(text.encode(errors="surrogateescape") + b"\0" + content).hexdigest()[:8]
 
 
-def _numbers(store: CrystalStore) -> list[str]:
-    """Return the numeric columns."""
-    found = []
-    for name in store.column_names:
-        try:
-            store.numbers_of(name)
-        except DataError:
-            continue
-        found.append(name)
-    return found
-
-
 def _only_target(store: CrystalStore, table: str | None) -> str:
     """Return the only property, to predict it.
 
     Raises:
         ConfigError: there are several properties or none.
     """
-    names = _numbers(store)
+    names = list(filter(store.is_numeric, store.column_names))
     if len(names) == 1:
         return names[0]
     of = table or store.name

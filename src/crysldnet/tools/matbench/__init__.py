@@ -13,7 +13,6 @@ crysldnet matbench validate FOLDER checks a submission folder and recomputes its
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
@@ -50,7 +49,7 @@ def run(config: MatbenchConfig, values: dict[str, Any], choices: Mapping[str, An
     checked_settings(config.trainer, config.strategy)
     check_settings(config)
     hashes = task_hashes(config.names)  # checks that all files exist
-    _check_targets(config)
+    config.check_targets([task_metadata(name).target for name in config.names], "a target of the tasks")
     if config.algorithm in taken_names():
         raise ConfigError(f"algorithm={config.algorithm}: the leaderboard has an entry of that name", "algorithm")
     make_recipes(config, values)
@@ -72,16 +71,6 @@ def run(config: MatbenchConfig, values: dict[str, Any], choices: Mapping[str, An
         task_run.task.df = None  # keep the crystals of one task in memory at a time
     _finish(begun, values, told)
     return 0
-
-
-def _check_targets(config: MatbenchConfig) -> None:
-    targets = [task_metadata(name).target for name in config.names]
-    for key in ("target_types", "target_per", "atomic_references"):
-        for name in getattr(config, key):
-            if name not in targets:
-                close = get_close_matches(name, targets, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"they are: {', '.join(targets)}"
-                raise ConfigError(f"{key}: {name!r} is not a target of the tasks; {hint}", key)
 
 
 def _score(task_run: TaskRun) -> TaskResult:

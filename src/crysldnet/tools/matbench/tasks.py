@@ -12,13 +12,13 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from crysldnet.console import did_you_mean
 from crysldnet.data.datasets import EMBEDDED, EMBEDDED_TARGETS
 from crysldnet.data.store import CrystalStore, file_hash
 from crysldnet.errors import ConfigError, DataError
@@ -62,8 +62,7 @@ def task_metadata(task: str) -> Any:
     if task in fit:
         return metadata[task]
     if task not in metadata:
-        close = get_close_matches(task, metadata, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"available: {', '.join(fit)}"
+        hint = did_you_mean(task, metadata, f"available: {', '.join(fit)}")
         raise ConfigError(f"tasks: Matbench has no task {task!r}; {hint}", "tasks")
     raise ConfigError(
         f"tasks: {task} can't be run: it gives compositions without structures, and the encoders need structures; "

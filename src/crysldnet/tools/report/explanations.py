@@ -10,7 +10,7 @@ import numpy as np
 from crysldnet.errors import CrysldnetError, DataError
 from crysldnet.html.explanation import draw_explanation
 from crysldnet.inference import Predictor, load
-from crysldnet.inference.explain import explain_crystal, place_of
+from crysldnet.inference.explain import explain_crystal
 from crysldnet.tools.report.predictions import Predictions
 from crysldnet.tools.report.run_files import Run
 from crysldnet.tools.report.structures import TestedCrystals, worst_places
@@ -73,7 +73,7 @@ class Explainer:
         model = self._model
         columns = {d: found.store.numbers_of(d)[found.rows[i : i + 1]] for d in model.descriptors}
         crystal = found.crystals.take(np.array([i], np.int64))
-        one = explain_crystal(model, crystal, p.ids[i], place_of(model, name), columns)
+        one = explain_crystal(model, crystal, p.ids[i], model.place_of(name), columns)
         _compare(p, i, one.found.prediction, one.found.label)
         return draw_explanation(crystal, one.formula, one.id, one.found, p.unit, SHOWN, [_line(p, i)])
 
