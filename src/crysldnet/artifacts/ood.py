@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from crysldnet.data.elements import SYMBOLS
+from crysldnet.data.elements import SYMBOLS, element_pairs
 from crysldnet.encoders.scatter import scatter
 from crysldnet.graphs.batch import CrystalBatch
 from crysldnet.graphs.crystals import Crystals
@@ -82,8 +82,7 @@ class TrainingSet:
             crystals: all training crystals.
             features: [R, D] features of a random subset.
         """
-        pairs = np.unique(np.stack([crystals.crystal, crystals.numbers.astype(np.int64)]), axis=1)
-        counts = np.bincount(pairs[1], minlength=len(SYMBOLS))
+        counts = np.bincount(element_pairs(crystals)[1], minlength=len(SYMBOLS))
         scale = features.std(dim=0, correction=0)
         scale = torch.where(scale > 1e-6 * scale.max(), scale, 1.0)
         features = features / scale

@@ -85,6 +85,17 @@ def _joined(texts: pa.Array, pieces: NDArray[np.int64], first: NDArray[np.int64]
     return pc.binary_join(lists, separator).to_pylist()
 
 
+def formula_groups(crystals: Crystals, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return [n] a number for the reduced formula of each row, from 0 in alphabetical order."""
+    return np.unique(formulas_of(crystals, rows), return_inverse=True)[1]
+
+
+def element_pairs(crystals: Crystals) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return [P] each pair of a crystal and an element in it, once: row and atomic number."""
+    pairs = np.unique(crystals.crystal * len(SYMBOLS) + crystals.numbers.astype(np.int64))
+    return np.divmod(pairs, len(SYMBOLS))
+
+
 def per_text(texts: Sequence[str], function: Callable[[list[str]], NDArray]) -> NDArray:
     """Apply a function once to each distinct text; return its value for every text."""
     encoded = pa.array(texts, pa.string()).dictionary_encode()

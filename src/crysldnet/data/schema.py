@@ -152,6 +152,13 @@ def table_from_crystals(
     }
     for name, values in properties.items():
         columns[name] = values if isinstance(values, pa.Array) else pa.array(values, from_pandas=True)
+    return described_table(columns, units, metadata)
+
+
+def described_table(
+    columns: Mapping[str, pa.Array | pa.ChunkedArray], units: Mapping[str, str], metadata: Mapping[str, str]
+) -> pa.Table:
+    """Return columns as a table with the units of those that have one, and metadata."""
     fields = [
         pa.field(name, column.type, metadata={"units": units[name]} if name in units else None)
         for name, column in columns.items()

@@ -20,7 +20,7 @@ from crysldnet.artifacts.model_file import load_property_model
 from crysldnet.build import build
 from crysldnet.console import note
 from crysldnet.data.datamodule import CrystalDataModule
-from crysldnet.data.elements import formulas_of
+from crysldnet.data.elements import formula_groups
 from crysldnet.data.split import Rows
 from crysldnet.errors import ConfigError
 from crysldnet.finetune.hybrid import FEWEST, check_recipe, train_hybrid
@@ -117,10 +117,11 @@ def formula_parts(
     Raises:
         ConfigError: there are fewer formulas than parts.
     """
-    formulas, which = np.unique(formulas_of(data.store.crystals, rows), return_inverse=True)
-    if len(formulas) < count:
-        raise ConfigError(f"{key}: {len(rows)} crystals of {len(formulas)} formulas can't make {count} parts", key)
-    return (np.random.default_rng(seed).permutation(len(formulas)) % count)[which]
+    which = formula_groups(data.store.crystals, rows)
+    formulas = int(which.max(initial=-1)) + 1
+    if formulas < count:
+        raise ConfigError(f"{key}: {len(rows)} crystals of {formulas} formulas can't make {count} parts", key)
+    return (np.random.default_rng(seed).permutation(formulas) % count)[which]
 
 
 def train_ensemble(

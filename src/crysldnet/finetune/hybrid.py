@@ -25,7 +25,7 @@ from crysldnet.artifacts.provenance import encoder_file, seen_crystals
 from crysldnet.build import TARGET, build
 from crysldnet.console import note, print_table
 from crysldnet.data.datamodule import CrystalDataModule
-from crysldnet.data.elements import formulas_of
+from crysldnet.data.elements import formula_groups
 from crysldnet.descriptors import stacked
 from crysldnet.descriptors.composition import amounts_of
 from crysldnet.encoders.elements import ElementProperties
@@ -39,7 +39,7 @@ from crysldnet.finetune.settings import (
     make_encoder,
     make_types,
 )
-from crysldnet.finetune.training import Finetuned, Predictions, describe_model, evaluate, reported
+from crysldnet.finetune.training import Finetuned, add_errors, describe_model, evaluate, reported
 from crysldnet.graphs.crystals import Crystals
 from crysldnet.models.hybrid import NETWORK, HybridModel, TabularPart
 from crysldnet.models.predictor import Prediction
@@ -140,13 +140,14 @@ def train_hybrid(
     model.fit_scale(data.train_targets())
     model.to(device).eval()
     found = _fit(model, data, networks, embeds=embeds, seed=config.seed)
-    entropies = class_entropies(types, data)
-    metrics = _out_of_fold_scores(model, found.predicted, data.train_targets(), entropies)
-    predictions: Predictions = {}
-    if len(data.rows["test"]):
-        scores = TargetMetrics(model.targets, model.types, entropies, sync_on_compute=False)
-        predictions = evaluate([model], data, data.rows["test"], [scores])
-        metrics |= reported(scores, "test")
+    validated, tested = (
+        TargetMetrics(model.targets, types, class_entropies(types, data), sync_on_compute=False) for _ in range(2)
+    )
+    add_errors(validated, found.predicted.to(torch.float32), data.train_targets(), model)
+    metrics = {f"val/{name}": float(value) for name, value in validated.compute().items() if name != "nll"}
+    predictions = evaluate([model], data, data.rows["test"], [tested])
+    if predictions:
+        metrics |= reported(tested, "test")
     info = describe_model(model, data, config, values, provenance)
     info |= {"metrics": metrics, "blend": found.members}
     _export(model, info, config, data, found, folder)
@@ -179,7 +180,7 @@ def _fit(model: HybridModel, data: CrystalDataModule, networks: Networks, *, emb
     embedding = np.concatenate([part for _, part in read]) if embeds else None
     part = TabularPart(descriptors.names, None if embedding is None else fit_projection(embedding), [])
     x = part.features(descriptors, embedding)
-    groups = np.unique(formulas_of(data.store.crystals, rows), return_inverse=True)[1]
+    groups = formula_groups(data.store.crystals, rows)
     rows_known: list[NDArray[np.int64]] = []
     fits: list[FittedStack] = []
     crystals, values = data.store.crystals.take(rows), data.train_targets()
@@ -278,15 +279,6 @@ def _spread_out(n: int, known: NDArray[np.int64], estimate: Estimate) -> Estimat
         return full
 
     return Estimate(*map(whole, estimate))  # type: ignore[arg-type]
-
-
-def _out_of_fold_scores(
-    model: HybridModel, predicted: Prediction, true: NDArray[np.float64], entropies: list[float]
-) -> dict[str, float]:
-    scores = TargetMetrics(model.targets, model.types, entropies, sync_on_compute=False)
-    wanted = torch.from_numpy(true).float()
-    scores.update(predicted.to(torch.float32), wanted, torch.zeros_like(wanted), model.std.cpu())
-    return {f"val/{name}": float(value) for name, value in scores.compute().items() if name != "nll"}
 
 
 def _export(

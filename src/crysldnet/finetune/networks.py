@@ -16,7 +16,7 @@ import torch
 from crysldnet.artifacts.model_file import load_property_model
 from crysldnet.console import note
 from crysldnet.data.datamodule import CrystalDataModule
-from crysldnet.data.elements import formulas_of
+from crysldnet.data.elements import formula_groups
 from crysldnet.finetune.settings import TrainingConfig, member_seed
 from crysldnet.finetune.training import train_network, train_part
 from crysldnet.models.head import PropertyModel
@@ -51,7 +51,7 @@ def train_networks(
         device: device for predicting.
     """
     rows = data.rows["train"]
-    groups = np.unique(formulas_of(data.store.crystals, rows), return_inverse=True)[1]
+    groups = formula_groups(data.store.crystals, rows)
     count = min(config.networks, len(np.unique(groups)))
     folds = group_folds(groups, count, seed=config.seed)
     none = np.empty(0, np.int64)

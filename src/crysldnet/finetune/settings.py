@@ -21,6 +21,7 @@ from crysldnet.errors import ConfigError, DataError
 from crysldnet.models.descriptors import Descriptors
 from crysldnet.models.per import Per, bulk_of, no_area
 from crysldnet.models.targets import Classes, Loss, Named, Number, TargetType, make_number
+from crysldnet.training.run_folder import RunConfig
 from crysldnet.training.strategies import SHARDED, name_of
 
 SMALLEST_SPREAD = 1e-30
@@ -30,21 +31,16 @@ LEAST_RELATIVE_SPREAD = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(RunConfig):
     """Settings for training a property model, shared by all commands that do so.
 
     Fields with a default are newer than some runs that can still be resumed.
     """
 
-    plugins: list[str] = field(default_factory=list)
     recipe: Literal["network", "frozen", "hybrid", "auto"] = "network"
     networks: int = 5
     pretrained: str | None
     mode: Literal["full", "frozen", "gradual_unfreezing"] = "full"
-    seed: int
-    name: str | None
-    runs: str
-    resume: Literal["last"] | None
     target_types: dict[str, Named] = field(default_factory=dict)
     target_per: dict[str, Per] = field(default_factory=dict)
     atomic_references: list[str] = field(default_factory=list)
@@ -54,17 +50,12 @@ class TrainingConfig:
     loss: Loss
     layer_decay: float = 1.0
     gradient_clip_val: float | None
-    data: dict[str, Any]
-    encoder: dict[str, Any]
     head: dict[str, Any]
-    optimizer: dict[str, Any]
-    trainer: dict[str, Any]
-    strategy: dict[str, Any]
-    logger: dict[str, Any]
 
     def __post_init__(self) -> None:
-        if self.seed < 0 or self.epochs < 1:
-            raise ValueError(f"seed must be 0 or more and epochs at least 1, not {self.seed} and {self.epochs}")
+        super().__post_init__()
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, not {self.epochs}")
         if self.networks < 2:
             raise ValueError(f"networks must be 2 or more, not {self.networks}")
         if self.min_steps < 0 or (self.patience is not None and self.patience < 1):

@@ -286,10 +286,15 @@ def evaluate(
         return {}
     assert data.target_values is not None
     predicted = predict(models, data.batches(rows, models[0].encoder.graph))
-    true = torch.from_numpy(data.target_values[rows]).float()
     for own in scores:
-        own.update(predicted, true, torch.zeros_like(true), models[0].std.cpu())
+        add_errors(own, predicted, data.target_values[rows], models[0])
     return dict(sorted(rows_of(rows, predicted).items()))
+
+
+def add_errors(scores: TargetMetrics, predicted: Prediction, true: NDArray[np.float64], model: TargetModel) -> None:
+    """Add the errors of predictions on the CPU to the scores; ``true`` is [n, T]."""
+    wanted = torch.from_numpy(true).float()
+    scores.update(predicted, wanted, torch.zeros_like(wanted), model.std.cpu())
 
 
 def reported(scores: TargetMetrics, split: str) -> dict[str, float]:

@@ -20,7 +20,7 @@ from crysldnet.readers.stream import CrystalStream, StreamSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedConfig:
+class EmbedConfig(StreamSettings):
     """Every key of ``conf/embed.yaml``."""
 
     plugins: list[str] = field(default_factory=list)
@@ -29,10 +29,6 @@ class EmbedConfig:
     out: str
     per: Per
     layers_read: LayersRead
-    batch_size: int
-    batch_atoms: int
-    max_atoms: int
-    workers: int | None
     device: Device
 
 
@@ -41,8 +37,7 @@ def run(config: EmbedConfig, _values: dict[str, Any]) -> int:
     model = load_encoder(config.model, device=config.device)
     output: Output = ArraysOutput(config.out) if Path(config.out).suffix.lower() == ".npz" else open_table(config.out)
     account = Account(config.out, "embedded")
-    settings = StreamSettings.of(config)
-    stream = CrystalStream(named_files(config.files, account), [model.encoder.graph], settings)
+    stream = CrystalStream(named_files(config.files, account), [model.encoder.graph], config)
     with output, account.progress(stream.total) as advance:
         for portion, found in embed_stream(model, stream, config.per, config.layers_read):
             if found is not None:

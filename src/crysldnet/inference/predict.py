@@ -20,7 +20,7 @@ from crysldnet.readers.stream import CrystalStream, StreamSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig:
+class PredictConfig(StreamSettings):
     """Every key of ``conf/predict.yaml``."""
 
     plugins: list[str] = field(default_factory=list)
@@ -29,13 +29,10 @@ class PredictConfig:
     out: str
     descriptors: dict[str, float]
     interval: float
-    batch_size: int
-    batch_atoms: int
-    max_atoms: int
-    workers: int | None
     device: Device
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0.0 < self.interval < 1.0:
             raise ValueError(f"interval must be between 0 and 1, not {self.interval}")
         if not self.model:
@@ -52,11 +49,10 @@ def run(config: PredictConfig, _values: dict[str, Any]) -> int:
     output = open_table(config.out)
     models = [load(name, device=config.device) for name in names]
     account = Account(config.out, "predicted")
-    settings = StreamSettings.of(config)
     given = given_descriptors(config.descriptors, [name for model in models for name in model.descriptors])
     columns = columns_needed([model.members[0].descriptors for model in models], given)
     graphs = [model.encoder.graph for model in models]
-    stream = CrystalStream(named_files(config.files, account), graphs, settings, columns, check_for(models))
+    stream = CrystalStream(named_files(config.files, account), graphs, config, columns, check_for(models))
     trained = 0
     with output, account.progress(stream.total) as advance:
         for portion, found in predict_stream(models, with_descriptors(stream, given), config.interval):

@@ -72,7 +72,7 @@ class Embedder:
         """
         parts: list[Embeddings] = []
         account = Refusals(on_error)
-        stream = CrystalStream(structures, [self.encoder.graph], _own(settings))
+        stream = CrystalStream(structures, [self.encoder.graph], settings or StreamSettings())
         for portion, found in embed_stream(self, stream, per, layers_read):
             account.take(portion)
             parts += [] if found is None else [found]
@@ -136,7 +136,9 @@ class Predictor(Embedder):
         account = Refusals(on_error)
         given = given_descriptors(descriptors, self.descriptors)
         columns = columns_needed([self.members[0].descriptors], given)
-        stream = CrystalStream(structures, [self.encoder.graph], _own(settings), columns, check_for([self]))
+        stream = CrystalStream(
+            structures, [self.encoder.graph], settings or StreamSettings(), columns, check_for([self])
+        )
         for portion, found in predict_stream([self], with_descriptors(stream, given), interval):
             account.take(portion)
             parts += found
@@ -306,10 +308,6 @@ def embed_stream(
             layers = features_of_layers(model.encoder, batch) if every else [model.encoder(batch)]
         features = torch.cat(layers, dim=-1).float().cpu().numpy()
         yield portion, Embeddings.of(portion, features, per, spread=every)
-
-
-def _own(settings: StreamSettings | None) -> StreamSettings:
-    return StreamSettings() if settings is None else settings
 
 
 def one_of(words: Any, name: str, word: str) -> None:

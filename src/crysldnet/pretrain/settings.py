@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from crysldnet.build import build
 from crysldnet.models.pretraining import PretrainingModel
+from crysldnet.training.run_folder import RunConfig
 
 Stage = Literal["vae", "diffusion"]
 
@@ -67,32 +68,17 @@ class Stages:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class PretrainConfig(RunConfig):
     """Every key of ``conf/pretrain.yaml``."""
 
-    plugins: list[str] = field(default_factory=list)
     stage: Literal["vae", "diffusion", "both"]
-    seed: int
-    name: str | None
-    runs: str
-    resume: Literal["last"] | None
     init: str | None
     validate_in_train_mode: bool
     stages: Stages
-    data: dict[str, Any]
-    encoder: dict[str, Any]
     objective: dict[str, Any]
     denoiser: dict[str, Any]
-    optimizer: dict[str, Any]
-    trainer: dict[str, Any]
-    strategy: dict[str, Any]
-    logger: dict[str, Any]
     latent: dict[str, Any]
     diffusion: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed must be 0 or more, not {self.seed}")
 
 
 def build_model(config: PretrainConfig, *, with_flow: bool) -> PretrainingModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from queue import Empty, Full, Queue
 from types import MappingProxyType
@@ -82,11 +82,6 @@ class StreamSettings:
     batch_atoms: int = 4096
     max_atoms: int = 1000
     workers: int | None = 1
-
-    @classmethod
-    def of(cls, config: Any) -> StreamSettings:
-        """Return the settings among the keys of a command."""
-        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "batch_atoms", "max_atoms"):

@@ -30,7 +30,7 @@ Goal = Literal["maximize", "minimize", "learn"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuggestConfig:
+class SuggestConfig(StreamSettings):
     """Every key of ``conf/suggest.yaml``."""
 
     model: str
@@ -41,12 +41,11 @@ class SuggestConfig:
     target: str | None
     best: float | None
     interval: float
-    batch_size: int
-    max_atoms: int
     device: Device
     plugins: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.n < 1:
             raise ValueError(f"n must be 1 or more, not {self.n}")
         if not 0.0 < self.interval < 1.0:
@@ -118,9 +117,8 @@ def run(config: SuggestConfig, _values: dict[str, Any]) -> int:
         raise ConfigError(f"target: {model.targets[place]} has classes; suggestions need numbers", "target")
     refuse_overwriting(config.out, config.files)
     output = open_table(config.out)
-    settings = StreamSettings(batch_size=config.batch_size, max_atoms=config.max_atoms)
-    found = model.predict(config.files, interval=config.interval, on_error="report", settings=settings)
-    embedded = model.embed(config.files, on_error="report", settings=settings)
+    found = model.predict(config.files, interval=config.interval, on_error="report", settings=config)
+    embedded = model.embed(config.files, on_error="report", settings=config)
     for refused in found.refused:
         note(f"refused: {refused.source}: {refused.reason}")
     value, std = found.values[:, place], uncertainty(found, place, config.interval)

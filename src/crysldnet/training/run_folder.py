@@ -15,9 +15,10 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -30,6 +31,28 @@ from crysldnet.platforms import lock, peak_memory_mb
 from crysldnet.signals import RUN_NAME, started_by_the_first
 from crysldnet.training.checkpointing import started
 from crysldnet.training.inputs import INPUTS, refuse_other_inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Settings that every training run has."""
+
+    plugins: list[str] = field(default_factory=list)
+    seed: int
+    name: str | None
+    runs: str
+    resume: Literal["last"] | None
+    data: dict[str, Any]
+    encoder: dict[str, Any]
+    optimizer: dict[str, Any]
+    trainer: dict[str, Any]
+    strategy: dict[str, Any]
+    logger: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, not {self.seed}")
+
 
 LATEST = "latest"
 """Link to the newest complete run of a command."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from crysldnet.console import SHOWN, lines_of
 from crysldnet.data.datasets import open_selected
-from crysldnet.data.elements import SYMBOLS, formulas_of
+from crysldnet.data.elements import SYMBOLS, element_pairs, formulas_of
 from crysldnet.data.fingerprint import volumes_per_atom
 from crysldnet.data.matching import duplicates
 from crysldnet.data.store import CrystalStore
@@ -146,9 +146,7 @@ def describe(name: str, *, structures: bool = True) -> Description:
 
 
 def _elements(store: CrystalStore) -> dict[str, int]:
-    crystals = store.crystals
-    pairs = np.unique(crystals.crystal * len(SYMBOLS) + crystals.numbers.astype(np.int64))
-    counts = np.bincount(pairs % len(SYMBOLS), minlength=len(SYMBOLS))
+    counts = np.bincount(element_pairs(store.crystals)[1], minlength=len(SYMBOLS))
     return {SYMBOLS[z]: int(count) for z, count in enumerate(counts) if z and count}
 
 

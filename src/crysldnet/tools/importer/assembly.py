@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from crysldnet.console import did_you_mean, listed
 from crysldnet.data.output import Output
-from crysldnet.data.schema import units_of
+from crysldnet.data.schema import described_table, units_of
 from crysldnet.data.units import same_unit
 from crysldnet.errors import DataError
 from crysldnet.readers.rows import PLACE, ImportIssues, Piece
@@ -152,11 +152,7 @@ class Plan:
         columns: dict[str, pa.Array | pa.ChunkedArray] = dict(zip(table.column_names, table.columns, strict=True))
         del columns[PLACE]
         columns |= {} if self._targets is None else self._targets.take(ids, issues)
-        fields = [
-            pa.field(name, column.type, metadata={"units": self.units[name]} if name in self.units else None)
-            for name, column in columns.items()
-        ]
-        return pa.Table.from_arrays(list(columns.values()), schema=pa.schema(fields, metadata=dict(self._about)))
+        return described_table(columns, self.units, self._about)
 
 
 def _repeated(ids: Iterable[list[str]]) -> set[int]:

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from crysldnet.artifacts.calibration import LEVELS, reliability
 from crysldnet.build import TARGET
-from crysldnet.data.elements import SYMBOLS
+from crysldnet.config.values import flat
+from crysldnet.data.elements import SYMBOLS, element_pairs
 from crysldnet.errors import DataError
 from crysldnet.graphs.crystals import Crystals
 from crysldnet.tools.report.predictions import Predictions
@@ -50,8 +51,7 @@ def errors_by_element(errors: Floats, crystals: Crystals) -> dict[str, tuple[flo
         errors: [n] errors, NaN if unknown.
         crystals: n crystals.
     """
-    pairs = np.unique(crystals.crystal * len(SYMBOLS) + crystals.numbers.astype(np.int64))
-    crystal, element = np.divmod(pairs, len(SYMBOLS))
+    crystal, element = element_pairs(crystals)
     known = ~np.isnan(errors[crystal])
     counts = np.bincount(element[known], minlength=len(SYMBOLS))
     sums = np.bincount(element[known], errors[crystal][known], minlength=len(SYMBOLS))
@@ -219,18 +219,11 @@ def _refuse_other_truth(target: str, ids: Sequence[str], runs: Sequence[tuple[Pr
             )
 
 
-def flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted key."""
-    if isinstance(values, dict) and values:
-        return {k: v for key, value in values.items() for k, v in flat(value, f"{prefix}{key}.").items()}
-    return {prefix[:-1]: values}
-
-
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Return the settings that differ between runs, as text; a dash if a run lacks one."""
     settings = []
     for run in runs:
-        own = {key: value for key, value in flat(run.config).items() if key not in ("name", "runs", "resume")}
+        own = {key: value for key, value in flat(run.config) if key not in ("name", "runs", "resume")}
         own |= {key: value[:32] for key, value in run.data.items()}
         if "code_version" in run.summary:
             own["code_version"] = run.summary["code_version"]
@@ -251,7 +244,7 @@ def same_but_seed(runs: Sequence[Run]) -> list[list[int]]:
     """Return groups of run indices whose settings differ only in the seed, in order of first appearance."""
     groups: dict[str, list[int]] = {}
     for place, run in enumerate(runs):
-        settings = {k: v for k, v in flat(run.config).items() if k.split(".")[0] not in ONLY_NAMES}
+        settings = {k: v for k, v in flat(run.config) if k.split(".")[0] not in ONLY_NAMES}
         key = repr((run.command, sorted(settings.items(), key=lambda item: item[0]), run.data))
         groups.setdefault(key, []).append(place)
     return list(groups.values())
