@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from conftest import COPPER, PEROVSKITE, ROCKSALT, TRICLINIC, cell, cells_of, put_together
-from crysldnet.data import edges as edges_module
+from crysldnet.data import crystal_dataset as edges_module
 from crysldnet.data import store as store_module
 from crysldnet.data.datamodule import CrystalDataModule, CrystalDataset
 from crysldnet.data.elements import reduced_formula

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from crysldnet.data import edges as edges_module
+from crysldnet.data import crystal_dataset as edges_module
+from crysldnet.data.crystal_dataset import KeptEdges
 from crysldnet.data.datamodule import CrystalDataModule
-from crysldnet.data.edges import KeptEdges
 from crysldnet.data.split import Split
 from crysldnet.data.store import CrystalStore
 from crysldnet.graphs.batch import CrystalBatch

@@ -12,7 +12,7 @@ import numba.core.config
 import numpy as np
 import pytest
 
-from crysldnet.data import edges
+from crysldnet.data import crystal_dataset
 from crysldnet.data.datasets import open_store
 from crysldnet.graphs import compiled
 from crysldnet.graphs.spec import GraphSpec
@@ -85,7 +85,7 @@ def test_counts_of_edges_are_kept_in_the_users_own_folder_alone(
         folder = folder.rename(tmp_path / f"crysldnet-{user}")
         monkeypatch.setattr(os, "getuid", lambda: user)
     store = open_store("embedded:mp_starter")
-    counts = edges.edge_counts(store, np.arange(4), GraphSpec(k=4))
+    counts = crystal_dataset.edge_counts(store, np.arange(4), GraphSpec(k=4))
     assert (len(counts), counts.min() >= 4) == (4, True)
     assert len([*folder.glob("*.npy")]) == (1 if kind == "own" else 0)
     assert not [*elsewhere.iterdir()]

@@ -23,9 +23,9 @@ from crysldnet import cli
 from crysldnet.config import compose
 from crysldnet.data.elements import SYMBOLS
 from crysldnet.errors import ConfigError, DataError
+from crysldnet.measures import unit_of
 from crysldnet.signals import RUN_NAME
 from crysldnet.tools.report import names_of
-from crysldnet.tools.report.report_page import _unit_of
 from crysldnet.tools.report.run_files import read_run
 from crysldnet.training.plots import draw_curves
 from html_page import Page, assert_self_contained
@@ -389,9 +389,9 @@ def test_axes_have_units_and_counts_have_whole_ticks() -> None:
     assert [tick for tick in single.get_xticks() if tick != round(tick)] == []
     lines = {"": {"val/mae": ([1.0, 2.0], [0.3, 0.2])}}
     assert figures.curves("val/mae", lines, legend=False, unit="eV").axes[0].get_ylabel() == "mae (eV)"
-    assert _unit_of("val/mae/gap", {"gap": "eV", "energy": "eV/atom"}) == "eV"
-    assert _unit_of("val/mae", {"gap": "eV", "energy": "eV/atom"}) == ""
-    assert _unit_of("val/r2", {"gap": "eV"}) == ""
+    assert unit_of("val/mae/gap", {"gap": "eV", "energy": "eV/atom"}) == "eV"
+    assert unit_of("val/mae", {"gap": "eV", "energy": "eV/atom"}) == ""
+    assert unit_of("val/r2", {"gap": "eV"}) == ""
 
 
 def test_images_are_written_beside_the_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

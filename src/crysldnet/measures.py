@@ -85,6 +85,12 @@ def find(metric: str) -> tuple[Measure, str]:
     return known or Measure(name), rest
 
 
+def unit_of(metric: str, targets: Mapping[str, str]) -> str:
+    """Return the unit of a logged metric, given those of the targets, or an empty string."""
+    measure, target = find(metric)
+    return measure.unit_in(targets, target)
+
+
 register(
     Measure("mae", "MAE", of_target=True),
     Measure("rmse", "RMSE", of_target=True),

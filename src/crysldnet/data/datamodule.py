@@ -14,9 +14,8 @@ from torch.utils.data import DataLoader
 
 from crysldnet.build import Part
 from crysldnet.console import SHOWN, listed
-from crysldnet.data.crystal_dataset import CrystalDataset
+from crysldnet.data.crystal_dataset import CrystalDataset, KeptEdges, edge_counts
 from crysldnet.data.datasets import join_splits, open_store, refuse_repeated_ids
-from crysldnet.data.edges import KeptEdges, edge_counts
 from crysldnet.data.matching import By, shared_rows
 from crysldnet.data.sampler import BatchLimits, BatchSampler
 from crysldnet.data.split import SPLITS, Rows, Split, split_text

@@ -32,6 +32,9 @@ from crysldnet.signals import RUN_NAME, started_by_the_first
 from crysldnet.training.checkpointing import started
 from crysldnet.training.inputs import INPUTS, refuse_other_inputs
 
+LATEST = "latest"
+"""Link to the newest complete run of a command."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -52,10 +55,6 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or more, not {self.seed}")
-
-
-LATEST = "latest"
-"""Link to the newest complete run of a command."""
 
 
 def code_version() -> str:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from crysldnet.artifacts.model_file import kind_of
 from crysldnet.console import note
 from crysldnet.data.store import file_hash
-from crysldnet.measures import find
+from crysldnet.measures import find, unit_of
 
 Summary = Literal["min", "max", "mean", "last"]
 
@@ -35,17 +35,6 @@ def summary_of(metric: str) -> Summary:
     measure, _ = find(metric)
     directions: dict[str | None, Summary] = {"higher": "max", "lower": "min", None: measure.summary}
     return directions[measure.better]
-
-
-def unit_of(metric: str, targets: Mapping[str, str]) -> str:
-    """Return the unit of a metric, or an empty string.
-
-    Args:
-        metric: as logged.
-        targets: target units.
-    """
-    measure, target = find(metric)
-    return measure.unit_in(targets, target)
 
 
 def with_epoch_from_one(metrics: Mapping[str, Any]) -> dict[str, Any]:

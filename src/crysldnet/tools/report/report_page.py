@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from crysldnet.graphs.crystals import Crystals
 from crysldnet.html import page as html
 from crysldnet.html.explanation import STYLE as DRAWING
 from crysldnet.html.periodic_table import ElementCell, periodic_table
-from crysldnet.measures import find
+from crysldnet.measures import unit_of
 from crysldnet.tools.report import figures, statistics
 from crysldnet.tools.report.predictions import Predictions
 from crysldnet.tools.report.run_files import Run, matbench_tasks
@@ -156,7 +156,7 @@ class Report:
         units = {target: p.unit for run in self.runs for target, p in run.predictions.items()}
         shown = "".join(
             self.figure(
-                figures.curves(metric, lines, legend=len(lines) <= IN_DRAWING, unit=_unit_of(metric, units)),
+                figures.curves(metric, lines, legend=len(lines) <= IN_DRAWING, unit=unit_of(metric, units)),
                 f"curve_{name}_{metric}",
                 metric,
             )
@@ -250,11 +250,6 @@ class Report:
             f"{found.mean_std:.4g}, RMSE {found.rmse:.4g}{p.suffix}."
         )
         return self.figure(figures.reliability(found, html.SERIES[0]), name, "Calibration", note)
-
-
-def _unit_of(metric: str, targets: Mapping[str, str]) -> str:
-    measure, target = find(metric)
-    return measure.unit_in(targets, target)
 
 
 def _intervals(run: Run, name: str) -> str:
