@@ -17,7 +17,7 @@ from crysldnet.data.schema import table_from_crystals
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
 from crysldnet.graphs.crystals import Crystals
-from crysldnet.html.periodic_table import place_of
+from crysldnet.html.page import place_of
 from crysldnet.tools.datacheck.describe import Histogram, as_text, describe, find_suspicious
 from crysldnet.tools.datacheck.description_page import page
 from html_page import assert_self_contained

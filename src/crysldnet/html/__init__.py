@@ -1,1 +1,1 @@
-"""Self-contained HTML pages: template, periodic table, drawings."""
+"""Self-contained HTML pages: template, tables, drawings."""

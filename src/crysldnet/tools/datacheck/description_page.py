@@ -7,7 +7,6 @@ from pathlib import Path
 
 from crysldnet.console import SHOWN, drawable
 from crysldnet.html import page as html
-from crysldnet.html.periodic_table import ElementCell, periodic_table
 from crysldnet.tools.datacheck.describe import Description, Histogram
 
 _SUSPICIOUS_SHOWN = 200
@@ -41,7 +40,7 @@ def page(d: Description) -> str:
         charts.append(_chart(f"{p.name} ({p.unit})", p.histogram, note))
     more = len(d.properties) - SHOWN
     elements = {
-        symbol: ElementCell(f"{count:,}", (count / max(d.elements.values())) ** 0.5, f"{count:,} crystals")
+        symbol: html.ElementCell(f"{count:,}", (count / max(d.elements.values())) ** 0.5, f"{count:,} crystals")
         for symbol, count in d.elements.items()
     }
     return html.page(
@@ -53,7 +52,7 @@ def page(d: Description) -> str:
             f'<p class="soft">and {more:,} more properties</p>' if more > 0 else "",
             "<h2>Elements</h2>",
             '<p class="soft">Number of crystals with each element; darker means more.</p>',
-            periodic_table(elements, "none"),
+            html.periodic_table(elements, "none"),
             "<h2>Suspicious rows</h2>",
             _suspicious(d),
             "<h2>Source</h2>",

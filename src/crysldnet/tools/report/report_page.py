@@ -15,7 +15,6 @@ from crysldnet.errors import DataError
 from crysldnet.graphs.crystals import Crystals
 from crysldnet.html import page as html
 from crysldnet.html.explanation import STYLE as DRAWING
-from crysldnet.html.periodic_table import ElementCell, periodic_table
 from crysldnet.measures import unit_of
 from crysldnet.tools.report import figures, statistics
 from crysldnet.tools.report.predictions import Predictions
@@ -298,11 +297,11 @@ def _element_table(p: Predictions, crystals: Crystals) -> str:
     found = statistics.errors_by_element(p.errors, crystals)
     top = float(np.quantile([mean for mean, _ in found.values()], 0.95)) or 1.0
     cells = {
-        symbol: ElementCell(
+        symbol: html.ElementCell(
             f"{mean:.2g}" if mean < 99.5 else f"{mean:.0f}",
             min(1.0, mean / top),
             f"{mean:.4g}{p.suffix} over {count:,} crystals",
         )
         for symbol, (mean, count) in found.items()
     }
-    return periodic_table(cells, "in no test crystal")
+    return html.periodic_table(cells, "in no test crystal")
