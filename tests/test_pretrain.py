@@ -11,7 +11,7 @@ from crysldnet import pretrain
 from crysldnet.artifacts import model_file
 from crysldnet.errors import CheckpointError, ConfigError
 from crysldnet.graphs.corruption import Corruption
-from crysldnet.pretrain import command, verdict
+from crysldnet.pretrain import verdict
 from tiny import DENOISER, ENCODER, pretrain_config, subset
 
 
@@ -204,17 +204,17 @@ def test_a_run_stopped_between_epochs_resumes_to_the_same_weights(tmp_path, smal
 
 def test_a_run_stopped_between_stages_resumes_with_the_second(tmp_path, small, monkeypatch):
     whole, expected = run(tmp_path, "whole", f"data.path={small}", *SHORT)
-    original = command._run_stage
+    original = pretrain._run_stage
 
     def only_the_first(config, values, stage, *rest):
         if stage == "diffusion":
             raise KeyboardInterrupt
         return original(config, values, stage, *rest)
 
-    monkeypatch.setattr(command, "_run_stage", only_the_first)
+    monkeypatch.setattr(pretrain, "_run_stage", only_the_first)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, "cut", f"data.path={small}", *SHORT)
-    monkeypatch.setattr(command, "_run_stage", original)
+    monkeypatch.setattr(pretrain, "_run_stage", original)
     resumed, summary = run(tmp_path, "cut", f"data.path={small}", "resume=last", *SHORT)
     assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(resumed).values(), strict=True))
     assert summary["vae"] == expected["vae"]
