@@ -107,8 +107,8 @@ matbench: $(READY) ## run Matbench tasks and write a submission folder (TASK=, E
 sweep: $(READY) ## run a sweep on W&B, or locally without an account (SWEEP=, COUNT=, LOCAL=1, ARGS=; SLURM=1 inside a job)
 	$(if $(call on,$(SLURM)),srun env )$(RUN) crysldnet sweep sweep=$(SWEEP) count=$(COUNT) backend=$(if $(call on,$(LOCAL)),local,wandb) $(ARGS)
 
-bench: $(READY) ## measure speed: graphs, loading, encoders, waiting for data, pretraining, scaling (minutes, on an idle machine)
-	for part in data encoders epoch pretrain scaling sets imports.run; do $(RUN) benchmarks.$$part || exit 1; done
+bench: $(READY) ## measure speed: graphs, loading, encoders, waiting for data, the Trainer, pretraining, scaling (minutes, on an idle machine)
+	for part in data encoders epoch trainer pretrain scaling sets imports.run; do $(RUN) benchmarks.$$part || exit 1; done
 
 docs: $(READY) ## build the documentation site, dist/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet

@@ -23,6 +23,7 @@ from crysldnet.models.pretraining import PretrainingModel
 from crysldnet.training.checkpoint_file import LAST, verify
 from crysldnet.training.fit import _of_a_worker
 from crysldnet.training.loggers import MetricsFile
+from crysldnet.training.module import StepModule
 from test_resume import at_batch, run, weights
 from tiny import subset
 
@@ -71,7 +72,12 @@ def everything(trainer):
     ],
 )
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_what_is_not_finite_never_reaches_the_weights(tmp_path, small, monkeypatch, capsys, how, says, accumulate):
+@pytest.mark.parametrize("on_device", [False, True])
+def test_what_is_not_finite_never_reaches_the_weights(
+    tmp_path, small, monkeypatch, capsys, how, says, accumulate, on_device
+):
+    """The fused optimizer skips a step on its device, on CPUs too, and the host looks at it later."""
+    monkeypatch.setattr(StepModule, "skips_on_device", on_device)
     crystals = poison(monkeypatch, 4, how)
     states = {}
     original = pretrain.PretrainModule.on_train_batch_end
@@ -96,7 +102,9 @@ def test_what_is_not_finite_never_reaches_the_weights(tmp_path, small, monkeypat
         assert all(material_id in said for material_id in line["material_ids"])
 
 
-def test_one_bad_step_too_many_stops_and_is_counted_over_a_resume(tmp_path, small, monkeypatch):
+@pytest.mark.parametrize("on_device", [False, True])
+def test_one_bad_step_too_many_stops_and_is_counted_over_a_resume(tmp_path, small, monkeypatch, on_device):
+    monkeypatch.setattr(StepModule, "skips_on_device", on_device)
     with monkeypatch.context() as patch:
         poison(patch, 8, "term")
         with pytest.raises(DivergedError, match=r"train/strain is inf; crystals mp-.*max_nonfinite_steps \(now 0\)"):

@@ -6,12 +6,16 @@ import ctypes
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import trainer as benchmark
 from crysldnet.data.store import CrystalStore
 from crysldnet.encoders.neighbor_attention import bucket
 from crysldnet.finetune import train
@@ -24,11 +28,15 @@ from crysldnet.models.latent import Posterior
 from crysldnet.models.objectives import Denoising
 from crysldnet.models.pretraining import PretrainingModel
 from crysldnet.training import trainer
+from crysldnet.training.module import StepModule
+from crysldnet.training.nan_guard import CheckedStep
 from encoders import CLASSES, small
 from tiny import finetune_config, subset
 
 WAITS = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
 """Operations that need a value on the host, so that a GPU's queue runs empty."""
+
+FUSED = "aten::_fused_adamw_"
 
 
 def batches(starter: CrystalStore, encoder: torch.nn.Module, count: int, size: int = 32) -> list[CrystalBatch]:
@@ -71,6 +79,55 @@ def test_a_pretraining_step_never_waits_for_the_device(target: str, starter: Cry
     batch = make_batch(crystals, encoder.graph, undo=undo)
     done = operations(lambda: torch.stack(list(model(batch).terms.values())).sum().backward())
     assert not done & WAITS
+
+
+class Profiled(pl.Callback):
+    """Keeps the operations of some steps that log nothing, without those inside the fused optimizer.
+
+    On a CPU it reads the number of steps that it has taken.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[set[str]] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step in (2, 5, 6):
+            self.profiler = profile(activities=[ProfilerActivity.CPU])
+            self.profiler.__enter__()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step - 1 in (2, 5, 6):
+            self.profiler.__exit__(None, None, None)
+            self.steps.append({event.name for event in self.profiler.events() if not self._of_fused(event.cpu_parent)})
+
+    def _of_fused(self, event: Any) -> bool:
+        return event is not None and (event.name == FUSED or self._of_fused(event.cpu_parent))
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_a_step_of_the_trainer_never_waits_for_the_device(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the device skips nonfinite steps, and the host only reads the result of the step before."""
+    monkeypatch.setattr(StepModule, "skips_on_device", True)
+    read: list[Tensor] = []
+    monkeypatch.setattr(CheckedStep, "was_finite", lambda step: read.append(step.bad) or True)
+    watch = Profiled()
+    benchmark.train(command, "embedded:mp_starter", 2, 16, tmp_path, watch)
+    assert len(read) == 16
+    assert not torch.stack(read).any()
+    assert len(watch.steps) == 3
+    for done in watch.steps:
+        assert FUSED in done
+        assert not done & WAITS
+
+
+def test_the_trainer_takes_the_steps_of_a_bare_loop(tmp_path: Path) -> None:
+    watch = benchmark.BareLoop()
+    module = benchmark.train("finetune", "embedded:mp_starter", 2, 32, tmp_path, watch)
+    assert len(watch.bare) == len(watch.trainer) == 30
+    ours, bare = module.state_dict(), watch.model.state_dict()
+    assert all(torch.equal(ours[f"model.{name}"], value) for name, value in bare.items())
 
 
 def test_a_wait_is_noticed() -> None:

@@ -27,6 +27,7 @@ from crysldnet.signals import RUN_NAME
 from crysldnet.training.diagnostics import Diagnostics
 from crysldnet.training.loggers import wandb
 from crysldnet.training.metrics import ClassificationScores
+from crysldnet.training.module import StepModule
 from crysldnet.training.wandb_run import prediction_tables, publish, summary_of, unit_of
 from tiny import DENOISER, ENCODER, QUIET, subset
 
@@ -270,16 +271,18 @@ def test_a_list_of_loggers_is_composed_in_its_order() -> None:
         compose("finetune", ["logger=[csv,wandbb]"])
 
 
-class FakeModule(torch.nn.Linear):
+class FakeModule(StepModule):
     """A module that keeps what is logged."""
 
-    device = torch.device("cpu")
-
     def __init__(self) -> None:
-        super().__init__(3, 2)
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 2)
         self.logged: list[tuple[str, float]] = []
 
-    def log(self, name: str, value: Any, **_how: Any) -> None:
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.linear(inputs)
+
+    def log(self, name: str, value: Any, **_how: Any) -> None:  # type: ignore[override]
         self.logged.append((name, float(value)))
 
     def log_dict(self, values: dict[str, Any], **_how: Any) -> None:
@@ -292,12 +295,14 @@ def test_the_gradient_norm_is_that_of_all_parameters_and_throughput_counts_all_s
     trainer: Any = SimpleNamespace(
         global_step=0, log_every_n_steps=3, world_size=1, strategy=None, num_training_batches=100
     )
+    module._trainer = trainer
     batch: Any = SimpleNamespace(num_atoms=50, num_crystals=10)
     callback.on_train_epoch_start(trainer, module)  # type: ignore[arg-type]
     for step in range(7):
         module.zero_grad()
         (module(torch.full((4, 3), step + 1.0)).sum()).backward()
         callback.on_before_optimizer_step(trainer, module, optimizer)  # type: ignore[arg-type]
+        module.configure_gradient_clipping(optimizer)
         trainer.global_step = step + 1
         module.step_losses = {"train/loss": torch.tensor(float(step))}
         callback.on_train_batch_end(trainer, module, None, batch, step)  # type: ignore[arg-type]

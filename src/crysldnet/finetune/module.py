@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -21,12 +20,13 @@ from crysldnet.models.predictor import Prediction
 from crysldnet.models.targets import Loss
 from crysldnet.training.fit import total_steps
 from crysldnet.training.metrics import TargetMetrics
+from crysldnet.training.module import StepModule
 from crysldnet.training.optimizer import AdamW
 
 Mode = Literal["full", "frozen", "gradual_unfreezing"]
 
 
-class FinetuneModule(pl.LightningModule):
+class FinetuneModule(StepModule):
     """Train a :class:`PropertyModel`.
 
     Logs ``train/loss`` (normalized units) and ``val/…``, ``test/…``: MAE, RMSE and R² in physical units for regression,
@@ -57,7 +57,6 @@ class FinetuneModule(pl.LightningModule):
         super().__init__()
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.mode, self.layer_decay, self.fresh = mode, layer_decay, fresh
-        self.step_losses: dict[str, Tensor] = {}
         self.metrics = TargetMetrics(model.targets, model.types, entropies)
         if mode == "frozen":
             model.freeze_encoder()
@@ -71,10 +70,11 @@ class FinetuneModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return AdamW and its schedule over all steps of the run."""
-        steps = total_steps(self.trainer)
-        if self.layer_decay == 1:
-            return self.optimizer.build(self.model, steps)
-        return self.optimizer.build(self.model, steps, lambda name: self.layer_decay ** self.model.depth_of(name))
+
+        def factor(name: str) -> float:
+            return 1.0 if self.layer_decay == 1 else self.layer_decay ** self.model.depth_of(name)
+
+        return self.optimizer.build(self.model, total_steps(self.trainer), factor, fused=self.skips_on_device)
 
     def on_fit_start(self) -> None:
         """Standardize the head's input, and cache the features of a frozen encoder."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
@@ -15,11 +14,12 @@ from crysldnet.models.latent import LatentStatistics
 from crysldnet.models.pretraining import PretrainingModel
 from crysldnet.training.fit import total_steps
 from crysldnet.training.metrics import Means
+from crysldnet.training.module import StepModule
 from crysldnet.training.optimizer import AdamW
 from crysldnet.training.strategies import SHARDED, name_of
 
 
-class PretrainModule(pl.LightningModule):
+class PretrainModule(StepModule):
     """Train a :class:`PretrainingModel`, with or without latent diffusion.
 
     Logs ``train/…`` and, each epoch, ``val/…``: every loss term (``val/loss/…``), masked accuracy and that of
@@ -50,17 +50,17 @@ class PretrainModule(pl.LightningModule):
         self.denoiser_lr, self.hold_encoder_epochs, self.clip_apart = denoiser_lr, hold_encoder_epochs, clip_apart
         self.validate_in_train_mode = validate_in_train_mode
         self._teacher_step = 0
-        self.step_losses: dict[str, Tensor] = {}
         self.means = Means()
         self.feature_statistics = LatentStatistics(model.encoder.width)
         self.latent_statistics = LatentStatistics(model.posterior.latent_dim)
 
     def configure_optimizers(self) -> Any:
         """Return AdamW and its schedule over all steps of the stage."""
-        steps = total_steps(self.trainer)
-        if self.denoiser_lr == 1.0:
-            return self.optimizer.build(self.model, steps)
-        return self.optimizer.build(self.model, steps, lambda name: self.denoiser_lr if _of_denoiser(name) else 1.0)
+
+        def factor(name: str) -> float:
+            return self.denoiser_lr if _of_denoiser(name) else 1.0
+
+        return self.optimizer.build(self.model, total_steps(self.trainer), factor, fused=self.skips_on_device)
 
     def _parts(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Return the parameters of the denoiser and all others."""
@@ -72,6 +72,7 @@ class PretrainModule(pl.LightningModule):
         if self.trainer.current_epoch < self.hold_encoder_epochs:
             for parameter in self._parts()[1]:
                 parameter.grad = None
+            self._norm = None
 
     def configure_gradient_clipping(
         self,
@@ -82,10 +83,11 @@ class PretrainModule(pl.LightningModule):
         """Clip the norm of all gradients together, or that of the denoiser separately."""
         sharded = name_of(self.trainer.strategy) in SHARDED
         if not self.clip_apart or sharded or self.model.flow is None or gradient_clip_val is None:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         for part in self._parts():
             nn.utils.clip_grad_norm_(part, gradient_clip_val)
+        self._norm = None
 
     def _step(self, batch: CrystalBatch, stage: Literal["train", "val"]) -> Tensor:
         output = self.model(batch)

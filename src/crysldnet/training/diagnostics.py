@@ -14,7 +14,7 @@ from torch import Tensor
 
 from crysldnet.graphs.batch import CrystalBatch
 from crysldnet.platforms import peak_memory_mb
-from crysldnet.training.nan_guard import gradient_norm
+from crysldnet.training.module import StepModule
 
 OF_THE_MACHINE = ("train/atoms_per_s", "train/crystals_per_s", "train/memory_mb")
 """Metrics that differ between runs with the same seed."""
@@ -79,9 +79,10 @@ class Diagnostics(Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Log the gradient norm; mixed precision has already unscaled it."""
+        assert isinstance(pl_module, StepModule)
         if (trainer.global_step + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
-        norm = gradient_norm(optimizer)
+        norm = pl_module.gradient_norm(optimizer)
         if isinstance(trainer.strategy, FSDPStrategy):  # each rank has the gradients of its shard
             norm = trainer.strategy.reduce(norm.square().to(pl_module.device), reduce_op="sum").sqrt()
         pl_module.log("train/grad_norm", norm)
@@ -90,12 +91,13 @@ class Diagnostics(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: CrystalBatch, batch_idx: int
     ) -> None:
         """Count atoms, crystals and seconds, and log the losses and rates."""
+        assert isinstance(pl_module, StepModule)
         now = time.monotonic()
         self._seconds += now - self._since
         self._since = now
         self._atoms += batch.num_atoms
         self._crystals += batch.num_crystals
-        self._losses.append(pl_module.step_losses)  # type: ignore[arg-type]
+        self._losses.append(pl_module.step_losses)
         step = trainer.global_step
         due = step % trainer.log_every_n_steps == 0 and step != self._logged  # type: ignore[attr-defined]
         if due or batch_idx + 1 == trainer.num_training_batches:

@@ -76,15 +76,18 @@ class AdamW:
             for decays, weight_decay in ((True, self.weight_decay), (False, 0.0))
         ]
 
-    def build(self, module: nn.Module, total_steps: int, factor_of: FactorOf = lambda _: 1.0) -> dict[str, Any]:
+    def build(
+        self, module: nn.Module, total_steps: int, factor_of: FactorOf = lambda _: 1.0, *, fused: bool = False
+    ) -> dict[str, Any]:
         """Return the result for ``configure_optimizers``; the schedule advances every optimizer step.
 
         Args:
             module: the module to train.
             total_steps: total number of steps.
             factor_of: as in :meth:`parameter_groups`.
+            fused: use PyTorch's fused implementation, which differs in the last bits.
         """
-        optimizer = torch.optim.AdamW(self.parameter_groups(module, factor_of), lr=self.lr)
+        optimizer = torch.optim.AdamW(self.parameter_groups(module, factor_of), lr=self.lr, fused=fused or None)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self._schedule(optimizer, max(total_steps, 1)), "interval": "step"},

@@ -18,18 +18,24 @@ class SeedEveryBatch(Callback):
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def _seed(self, trainer: pl.Trainer, epoch: int, batch_idx: int) -> None:
+    def _seed(self, trainer: pl.Trainer, epoch: int, batch_idx: int, device: torch.device) -> None:
+        """Seed the generators of the CPU and of this device; torch.manual_seed also looks for all others, which takes a
+        millisecond.
+        """
         number = batch_idx * trainer.world_size + trainer.global_rank
-        torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, number]).generate_state(1, np.uint64)[0] >> 1))
+        seed = int(np.random.SeedSequence([self.seed, epoch, number]).generate_state(1, np.uint64)[0] >> 1)
+        torch.default_generator.manual_seed(seed)
+        if device.type != "cpu":
+            getattr(torch, device.type).manual_seed(seed)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Seed by epoch and batch."""
-        self._seed(trainer, trainer.current_epoch + 1, batch_idx)
+        self._seed(trainer, trainer.current_epoch + 1, batch_idx, pl_module.device)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Seed by batch only."""
-        self._seed(trainer, 0, batch_idx)
+        self._seed(trainer, 0, batch_idx, pl_module.device)
