@@ -11,19 +11,37 @@ import os
 import stat
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _OF_THE_CPU = ("can't allocate memory", "not enough memory: you tried to allocate")
 """Messages of torch's CPU allocator."""
+WITHOUT_FLOAT64 = ("mps",)
+"""Types of devices that don't compute in double precision: Apple GPUs."""
 
 
 def no_gpu() -> str:
     """Return why no GPU is available, as far as torch can tell."""
     import torch
 
+    if torch.backends.mps.is_available():
+        return "this machine has an Apple GPU, which only trainer.accelerator=mps uses"
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} is built for CPUs alone; for a GPU install a build of torch for CUDA"
     return "torch finds no GPU on this machine (does nvidia-smi list one?)"
+
+
+def has_float64(device: torch.device) -> bool:
+    """Return whether a device computes in double precision."""
+    return device.type not in WITHOUT_FLOAT64
+
+
+def double(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64, on the CPU if its device has no float64."""
+    return (tensor if has_float64(tensor.device) else tensor.cpu()).double()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -18,6 +18,7 @@ from crysldnet.graphs.spec import GraphSpec
 from crysldnet.models.head import PropertyModel
 from crysldnet.models.predictor import Prediction
 from crysldnet.models.targets import Loss
+from crysldnet.platforms import double
 from crysldnet.training.fit import total_steps
 from crysldnet.training.metrics import TargetMetrics
 from crysldnet.training.module import StepModule
@@ -170,10 +171,11 @@ def standardize(model: PropertyModel, data: CrystalDataModule, device: torch.dev
     count, total, square = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     with batch_statistics(model.encoder, own=fresh):
         for read in read_batches(model, data, data.rows["train"], device):
-            read = read.double()
+            read = double(read)
             count, total, square = count + len(read), total + read.sum(0), square + read.square().sum(0)
     center = total / count
-    model.head.standardize(center.float(), (square / count - center.square()).clamp_min(0.0).sqrt().float())
+    spread = (square / count - center.square()).clamp_min(0.0).sqrt()
+    model.head.standardize(center.float().to(device), spread.float().to(device))
 
 
 @dataclass(frozen=True)

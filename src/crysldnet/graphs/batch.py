@@ -132,10 +132,10 @@ class CrystalBatch:
 
     def to_crystals(self) -> Crystals:
         """Return the crystals with atoms at their positions in the batch."""
-        lattice = self.lattice.detach().double().cpu().numpy()
+        lattice = self.lattice.detach().cpu().double().numpy()
         crystal, sizes = self.crystal.cpu().numpy(), self.sizes.cpu().numpy()
         inverse = np.linalg.inv(lattice)[crystal]
-        inside = np.einsum("ni,nij->nj", self.positions.detach().double().cpu().numpy(), inverse)
+        inside = np.einsum("ni,nij->nj", self.positions.detach().cpu().double().numpy(), inverse)
         ptr = np.concatenate([[0], np.cumsum(sizes)])
         return Crystals(lattice, ptr, self.numbers.cpu().numpy().astype(np.uint8), inside.astype(np.float32))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 ALIGNMENT = 64
 """Bytes; each tensor starts at a multiple, which vectorized kernels need."""
 ONE_BY_ONE = ("cpu", "mps")
-"""Devices to which tensors are copied separately."""
+"""Devices to which tensors are copied separately, and waited for."""
 
 
 def pack(tensors: Sequence[Tensor], *, pin: bool = False) -> list[Tensor]:
@@ -38,7 +38,7 @@ def copy_to(tensors: Sequence[Tensor], device: torch.device, *, non_blocking: bo
     differentiable = any(tensor.requires_grad for tensor in tensors)
     on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
     if not tensors or differentiable or not on_cpu or device.type in ONE_BY_ONE:
-        return [tensor.to(device, non_blocking=non_blocking) for tensor in tensors]
+        return [tensor.to(device, non_blocking=non_blocking and device.type not in ONE_BY_ONE) for tensor in tensors]
     packed = tensors if is_packed(tensors) else pack(tensors, pin=device.type == "cuda")
     buffer = torch.empty(0, dtype=torch.uint8).set_(packed[0].untyped_storage())
     starts = [int(tensor.storage_offset()) * tensor.element_size() for tensor in packed]

@@ -184,11 +184,11 @@ class Predictor(Embedder):
         with catch_features(self.encoder) as caught:
             found = predict_batch(self.members, batch)
             features = caught.of_crystals(batch)
-        value = found.value.double().cpu().numpy()
+        value = found.value.cpu().double().numpy()
         if np.isnan(value).any():
             row = int(np.flatnonzero(np.isnan(value).any(axis=1))[0])
             raise CheckpointError(f"{self.name}: what it predicts of {portion.sources[row]} isn't a number")
-        std = np.full_like(value, np.nan) if found.std is None else found.std.double().cpu().numpy()
+        std = np.full_like(value, np.nan) if found.std is None else found.std.cpu().double().numpy()
         low, high = np.full_like(value, np.nan), np.full_like(value, np.nan)
         if self.knowledge is not None:
             for place in range(len(self.targets)):
@@ -213,7 +213,7 @@ class Predictor(Embedder):
             std=std,
             low=low,
             high=high,
-            probabilities=None if found.probability is None else found.probability.double().cpu().numpy(),
+            probabilities=None if found.probability is None else found.probability.cpu().double().numpy(),
             unseen=unseen,
             distance=distance,
             flags=flags,

@@ -257,7 +257,7 @@ class PropertyModel(TargetModel):
 
     def _factors(self, batch: CrystalBatch) -> Tensor | None:
         found = self.factors(batch.to_crystals()) if self.per else None
-        return None if found is None else torch.from_numpy(found).to(self.mean)
+        return None if found is None else torch.from_numpy(found).to(self.mean.dtype).to(self.mean.device)
 
     def _prediction(self, outputs: list[Tensor], center: Tensor, factors: Tensor | None) -> Prediction:
         return Prediction.of(self._estimates(outputs, center)).divided(factors)

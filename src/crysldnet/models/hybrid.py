@@ -161,7 +161,7 @@ class HybridModel(TargetModel):
         pooled = mean_and_spread(layers, batch.crystal, batch.num_crystals)
         found = crystal_descriptors(batch.to_crystals())
         if self.descriptors is not None:
-            own = self.descriptors(batch).double().cpu().numpy()
+            own = self.descriptors(batch).cpu().double().numpy()
             found = side_by_side([found, Features(tuple(f"column {name}" for name in self.descriptors.names), own)])
         return found, pooled.float().cpu().numpy()
 

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from crysldnet.build import Part
 from crysldnet.encoders.scatter import scatter
+from crysldnet.models.exact_metric import ExactMetric
+from crysldnet.platforms import double
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
@@ -104,7 +105,7 @@ class Posterior(nn.Module):
         return terms
 
 
-class LatentStatistics(Metric):
+class LatentStatistics(ExactMetric):
     """Spread and effective rank of features over a whole split, summed over all ranks.
 
     spread: the mean standard deviation per dimension. Effective rank: exp of the entropy of the covariance's normalized
@@ -125,7 +126,7 @@ class LatentStatistics(Metric):
 
     def update(self, features: Tensor) -> None:
         """Add features [N, D]."""
-        x = features.detach().double()
+        x = double(features.detach())
         self.count += len(x)
         self.total += x.sum(0)
         self.outer += x.T @ x

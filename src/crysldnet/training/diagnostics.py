@@ -43,8 +43,7 @@ class Diagnostics(Callback):
     """Log training health and speed every ``trainer.log_every_n_steps`` optimizer steps.
 
     - ``train/loss`` and its terms (``module.step_losses``): means over the batches since the last log, on the first
-      device; at the end of an epoch the progress bar has them too. Nonfinite ones, whose steps are skipped, are left
-      out.
+      device, without nonfinite ones, whose steps are skipped; at the end of an epoch the progress bar has them too.
     - ``train/grad_norm``: before clipping.
     - ``train/atoms_per_s``, ``train/crystals_per_s``: over all devices since the last log, including
       waiting for data, excluding validation.

@@ -14,9 +14,9 @@ FORMATS: dict[MatmulPrecision, str] = {"highest": "float32", "high": "TF32", "me
 """Format of the factors on a GPU with tensor cores."""
 
 
-def set_matmul_precision(chosen: MatmulPrecision | None, accelerator: Literal["cpu", "gpu"]) -> None:
-    """Set the precision of float32 matrix products on GPUs, by default ``high``, and print it; do nothing on CPUs."""
-    if accelerator == "cpu":
+def set_matmul_precision(chosen: MatmulPrecision | None, accelerator: Literal["cpu", "gpu", "mps"]) -> None:
+    """Set the precision of float32 matrix products on GPUs, by default ``high``, and print it; do nothing elsewhere."""
+    if accelerator != "gpu":
         return
     precision: MatmulPrecision = chosen or "high"
     torch.set_float32_matmul_precision(precision)

@@ -9,15 +9,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_auroc, binary_f1_score, multiclass_f1_score
 from torchmetrics.utilities import dim_zero_cat
 
+from crysldnet.models.exact_metric import ExactMetric
 from crysldnet.models.predictor import Prediction
 from crysldnet.models.targets import TargetType
+from crysldnet.platforms import double
 
 
-class Means(Metric):
+class Means(ExactMetric):
     """Weighted means of named quantities, each from a sum and a count."""
 
     full_state_update = False
@@ -34,15 +35,15 @@ class Means(Metric):
         """Add sums and counts; every call must give the same names."""
         self.names = list(measures)
         for place, (total, count) in enumerate(measures.values()):
-            self.sums[place] += total.detach()
-            self.counts[place] += count
+            self.sums[place] += double(total.detach())
+            self.counts[place] += double(count)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the means; a quantity with zero count is NaN."""
         return {name: self.sums[i] / self.counts[i] for i, name in enumerate(self.names)}
 
 
-class RegressionErrors(Metric):
+class RegressionErrors(ExactMetric):
     """MAE, RMSE and R² of each target in its own units, over the known values."""
 
     full_state_update = False
@@ -60,9 +61,10 @@ class RegressionErrors(Metric):
 
     def update(self, predicted: Tensor, true: Tensor) -> None:
         """Add predictions [B, T] and true values [B, T], NaN if unknown."""
+        true, predicted = double(true), double(predicted.detach())
         known = ~true.isnan()
-        y = torch.where(known, true, 0.0).double()
-        error = torch.where(known, predicted.detach().double() - true.double(), 0.0)
+        y = torch.where(known, true, 0.0)
+        error = torch.where(known, predicted - true, 0.0)
         self.count += known.sum(0)
         self.absolute += error.abs().sum(0)
         self.squared += error.square().sum(0)
@@ -88,7 +90,7 @@ class RegressionErrors(Metric):
         return self.absolute / torch.where(self.count > 0, self.count, torch.nan)
 
 
-class ClassificationScores(Metric):
+class ClassificationScores(ExactMetric):
     """Accuracy, F1, log loss and, for two classes, the area under the ROC curve of the probabilities.
 
     With more than two classes, F1 is averaged over classes.
@@ -109,6 +111,7 @@ class ClassificationScores(Metric):
 
     def update(self, probability: Tensor, true: Tensor) -> None:
         """Add probabilities [B, C] and true classes [B], NaN if unknown."""
+        probability, true = probability.to(self.device), true.to(self.device)
         known = ~true.isnan()
         self.probability.append(probability[known].detach().float())
         self.true.append(true[known].long())

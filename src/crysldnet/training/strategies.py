@@ -219,7 +219,7 @@ def name_of(strategy: Strategy | str) -> str:
     return "auto" if isinstance(strategy, str) else known
 
 
-def refusals(name: str, settings: Settings, accelerator: Literal["cpu", "gpu"]) -> Iterator[ConfigError]:
+def refusals(name: str, settings: Settings, accelerator: Literal["cpu", "gpu", "mps"]) -> Iterator[ConfigError]:
     """Yield each unsupported combination with the reason, the remedy and the key."""
     processes = settings.devices * settings.num_nodes
     if name == "auto" and processes > 1:
@@ -237,6 +237,12 @@ def refusals(name: str, settings: Settings, accelerator: Literal["cpu", "gpu"]) 
             f"strategy={name} can't compute in trainer.precision={settings.precision}; it can in "
             f"{', '.join(PRECISIONS.get(name, ALL))}",
             "trainer.precision",
+        )
+    if accelerator == "mps" and (name != "auto" or processes > 1 or settings.precision != "32-true"):
+        yield ConfigError(
+            "an Apple GPU is one device, without double precision: set trainer.devices=1, trainer.num_nodes=1, "
+            "strategy=auto and trainer.precision=32-true, or trainer.accelerator=cpu",
+            "trainer.accelerator",
         )
     if settings.precision == "16-mixed" and accelerator == "cpu":
         yield ConfigError("trainer.precision=16-mixed needs a GPU; on CPU use bf16-mixed", "trainer.precision")
@@ -286,7 +292,7 @@ def timeout_of(strategy: Strategy | str) -> timedelta:
     return getattr(strategy, "patience", STARTING)
 
 
-def check_combination(strategy: Strategy | str, settings: Settings, accelerator: Literal["cpu", "gpu"]) -> None:
+def check_combination(strategy: Strategy | str, settings: Settings, accelerator: Literal["cpu", "gpu", "mps"]) -> None:
     """Check that settings are compatible and that the right number of processes was started.
 
     Raises:

@@ -54,7 +54,8 @@ class TrainerSettings:
     """Hardware, precision, checkpoints and limits of a run.
 
     Attributes:
-        accelerator: ``auto`` uses GPUs if available, else the CPU.
+        accelerator: ``auto`` uses GPUs if available, else an Apple GPU (``mps``) for one device and ``32-true``, else
+            the CPU.
         devices: number of devices per node.
         num_nodes: number of nodes.
         precision: as in Lightning: 32-true, bf16-mixed, 16-mixed, 64-true.
@@ -75,7 +76,7 @@ class TrainerSettings:
         max_nonfinite_steps: maximum number of skipped steps per stage with nonfinite loss or gradient.
     """
 
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     devices: int = 1
     num_nodes: int = 1
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
@@ -138,7 +139,7 @@ class TrainerSettings:
 
     @property
     def device(self) -> str:
-        """Device for predictions after training."""
+        """Device for predictions after training, the CPU in place of an Apple GPU, because they need float64."""
         return "cuda" if self.resolve_accelerator() == "gpu" else "cpu"
 
     @property
@@ -146,13 +147,18 @@ class TrainerSettings:
         """Number of processes."""
         return self.devices * self.num_nodes
 
-    def resolve_accelerator(self) -> Literal["cpu", "gpu"]:
+    def resolve_accelerator(self) -> Literal["cpu", "gpu", "mps"]:
         """Return the accelerator to use.
 
         Raises:
             DeviceError: there are fewer devices than requested.
         """
-        gpus = torch.cuda.device_count()
+        gpus, has_mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+        if self.accelerator == "mps" and not has_mps:
+            raise DeviceError("trainer.accelerator=mps: torch finds no Apple GPU; leave it out, to use what there is")
+        for_mps = self.world_size == 1 and self.precision == "32-true"
+        if self.accelerator == "mps" or (self.accelerator == "auto" and not gpus and has_mps and for_mps):
+            return "mps"
         if self.accelerator == "cpu" or (self.accelerator == "auto" and gpus == 0):
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             if self.devices > cores:
@@ -248,7 +254,7 @@ def make_trainer(
     return trainer
 
 
-def _prepare_process(settings: TrainerSettings) -> Literal["cpu", "gpu"]:
+def _prepare_process(settings: TrainerSettings) -> Literal["cpu", "gpu", "mps"]:
     """Set what holds for the whole process; return the accelerator."""
     if (accelerator := settings.resolve_accelerator()) == "cpu":
         keep_freed_memory()

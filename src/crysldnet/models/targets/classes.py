@@ -102,7 +102,7 @@ class Classes(TargetType):
     def as_table_outputs(self, found: Estimate) -> Floats:
         """Return the probabilities; for two classes that of the second."""
         assert found.probability is not None
-        return found.probability[:, 1 if self.kind == "binary" else 0 : len(self.labels)].double().cpu().numpy()
+        return found.probability[:, 1 if self.kind == "binary" else 0 : len(self.labels)].cpu().double().numpy()
 
     def from_table(self, outputs: Floats, spread: Floats) -> Estimate:
         """Return the most likely class from outputs that are probabilities."""

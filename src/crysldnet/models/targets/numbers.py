@@ -118,7 +118,7 @@ class Number(TargetType):
 
     def as_table_outputs(self, found: Estimate) -> Floats:
         """Return the predicted values on the trained scale."""
-        return self.coordinate(found.value.double().cpu()).numpy()[:, None]
+        return self.coordinate(found.value.cpu().double()).numpy()[:, None]
 
     def from_table(self, outputs: Floats, spread: Floats) -> Estimate:
         """Return the values, clipped at the bounds."""
