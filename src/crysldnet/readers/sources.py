@@ -84,6 +84,31 @@ def pieces(items: Iterable[T], size: Any = None) -> Iterator[list[T]]:
         yield piece
 
 
+def tasks_to_the_end(reader: Reader, settings: Settings) -> Iterator[Task]:
+    """Yield a reader's tasks; damage found later becomes a rejected crystal, and other sources continue.
+
+    The tasks need no torch, so that a process that runs them starts sooner.
+    """
+    try:
+        for task in reader.tasks(settings):
+            yield partial(_read, task, reader.name, settings)
+    except DataError as error:
+        yield partial(_nothing, reader.name, str(error), settings)
+
+
+def _read(task: Task, name: str, settings: Settings) -> Piece:
+    try:
+        return task()
+    except DataError as error:
+        return _nothing(name, str(error), settings)
+
+
+def _nothing(name: str, reason: str, settings: Settings) -> Piece:
+    rows = Rows()
+    rows.reject(name, "", reason)
+    return rows.piece(settings.max_atoms)
+
+
 class FileReader:
     """CIF and POSCAR files; see :class:`Reader`."""
 

@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from queue import Empty, Full, Queue
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
@@ -21,8 +20,8 @@ from crysldnet.errors import DataError
 from crysldnet.graphs.batch import CrystalBatch, cut, make_batch
 from crysldnet.graphs.crystals import Crystals, from_lists
 from crysldnet.graphs.spec import GraphSpec
-from crysldnet.readers.rows import PLACE, Piece, Rows, Task
-from crysldnet.readers.sources import Reader, Settings, open_readers
+from crysldnet.readers.rows import PLACE, Piece
+from crysldnet.readers.sources import Settings, open_readers, tasks_to_the_end
 from crysldnet.readers.workers import run_in_order
 
 T = TypeVar("T")
@@ -140,7 +139,7 @@ class CrystalStream:
     def _pieces(self) -> Iterator[Piece]:
         settings = Settings(self._settings.max_atoms, None)
         workers = min(os.cpu_count() or 1, 8) if self._settings.workers is None else self._settings.workers
-        return run_in_order((task for reader in self._readers for task in _tasks(reader, settings)), workers)
+        return run_in_order((task for reader in self._readers for task in tasks_to_the_end(reader, settings)), workers)
 
     def _portions(self) -> Iterator[Chunk]:
         if self._damaged:
@@ -200,28 +199,6 @@ class CrystalStream:
             for row, reason in self._check(crystals_from_table(table), ids).items():
                 reasons.setdefault(row, reason)
         return reasons
-
-
-def _tasks(reader: Reader, settings: Settings) -> Iterator[Task]:
-    """Yield a reader's tasks; damage found later becomes a rejected crystal, and other sources continue."""
-    try:
-        for task in reader.tasks(settings):
-            yield partial(_read, task, reader.name, settings)
-    except DataError as error:
-        yield partial(_nothing, reader.name, str(error), settings)
-
-
-def _read(task: Task, name: str, settings: Settings) -> Piece:
-    try:
-        return task()
-    except DataError as error:
-        return _nothing(name, str(error), settings)
-
-
-def _nothing(name: str, reason: str, settings: Settings) -> Piece:
-    rows = Rows()
-    rows.reject(name, "", reason)
-    return rows.piece(settings.max_atoms)
 
 
 def _numbers_of(table: pa.Table, name: str) -> NDArray[np.float64]:
