@@ -14,7 +14,8 @@ from crysldnet.console import note
 from crysldnet.errors import ConfigError
 
 FREE = (
-    *("name", "runs", "resume", "logger", "data.num_workers", "data.keep_edges_mb", "strategy.timeout_minutes"),
+    *("name", "runs", "resume", "logger", "strategy.timeout_minutes"),
+    *(f"data.{key}" for key in ("num_workers", "keep_edges_mb", "graph_on")),
     *(
         f"trainer.{key}"
         for key in ("progress_bar", "log_every_n_steps", "activation_checkpointing", "keep_checkpoints")

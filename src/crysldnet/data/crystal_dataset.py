@@ -22,6 +22,7 @@ from crysldnet.data.store import CrystalStore
 from crysldnet.graphs.batch import CrystalBatch, make_batch
 from crysldnet.graphs.corruption import Corruption, DenoisingTargets
 from crysldnet.graphs.crystals import Crystals, concatenate
+from crysldnet.graphs.device_graph import Where
 from crysldnet.graphs.neighbors import Neighbors
 from crysldnet.graphs.spec import GraphSpec
 from crysldnet.platforms import is_own
@@ -154,6 +155,7 @@ class CrystalDataset(Dataset[CrystalBatch]):
         with_clean: also return the clean crystals.
         descriptors: [n, K] descriptors of all rows of the store; None for none.
         kept_edges: keeps the edges of crystals that aren't corrupted; None to search them in every epoch.
+        graph_on: ``device`` leaves out the edges, which are then built on the device.
     """
 
     def __init__(
@@ -167,10 +169,11 @@ class CrystalDataset(Dataset[CrystalBatch]):
         with_clean: bool = False,
         descriptors: NDArray[np.float64] | None = None,
         kept_edges: KeptEdges | None = None,
+        graph_on: Where = "host",
     ) -> None:
         self.store, self.targets, self.graph, self.corruption, self.seed = store, targets, graph, corruption, seed
         self.descriptors, self.max_edges, self.with_clean = descriptors, max_edges, with_clean
-        self.kept_edges = kept_edges
+        self.kept_edges, self.graph_on = kept_edges if graph_on == "host" else None, graph_on
 
     def __getitem__(self, request: BatchRequest) -> CrystalBatch:
         batch = self._make(request, self.corruption)
@@ -179,7 +182,9 @@ class CrystalDataset(Dataset[CrystalBatch]):
         if self.with_clean:
             crystals = self.store.crystals.take(request.rows)
             neighbors = self._kept(crystals, request.rows)
-            batch.clean = make_batch(crystals, self.graph, rows=request.rows, neighbors=neighbors)
+            batch.clean = make_batch(
+                crystals, self.graph, rows=request.rows, neighbors=neighbors, graph_on=self.graph_on
+            )
         return batch
 
     def _make(self, request: BatchRequest, corruption: Corruption | None) -> CrystalBatch:
@@ -199,6 +204,7 @@ class CrystalDataset(Dataset[CrystalBatch]):
             descriptors=descriptors,
             undo=undo,
             neighbors=self._kept(crystals, request.rows) if corruption is None else None,
+            graph_on=self.graph_on,
         )
 
     def _kept(self, crystals: Crystals, rows: NDArray[np.int64]) -> Neighbors | None:

@@ -24,6 +24,7 @@ from crysldnet.data.targets import column_called, read_target
 from crysldnet.errors import ConfigError, DataError
 from crysldnet.graphs.batch import CrystalBatch, cut, make_batch
 from crysldnet.graphs.corruption import Corruption
+from crysldnet.graphs.device_graph import Where, check_place
 from crysldnet.graphs.spec import GraphSpec
 from crysldnet.signals import leave_to_parent
 
@@ -53,6 +54,7 @@ class CrystalDataModule(pl.LightningDataModule):
         num_workers: data loader processes; 0 builds batches in the training process.
         keep_edges_mb: memory per process, in MB, to keep edges of crystals that aren't corrupted from one epoch to the
             next; 0 to search them in every epoch.
+        graph_on: ``device`` builds graphs on the device that trains, instead of in the processes that load data.
         exclude: data sets whose crystals are excluded from training and validation, named like ``path``, optionally
             with ``@SPLIT``.
         exclude_by: ``formula`` excludes every crystal with a formula in such a set, ``structure`` only matching
@@ -62,6 +64,9 @@ class CrystalDataModule(pl.LightningDataModule):
         store: open crystals in place of ``path``.
         rows: their train, val and test rows.
     """
+
+    _loaded = False
+    _commonest: int | None = None
 
     def __init__(
         self,
@@ -80,6 +85,7 @@ class CrystalDataModule(pl.LightningDataModule):
         max_crystal_atoms: int | None = None,
         num_workers: int = 0,
         keep_edges_mb: int = 500,
+        graph_on: Where = "host",
         exclude: list[str] | None = None,
         exclude_by: By = "formula",
         calibration_fraction: float = 0.0,
@@ -103,7 +109,8 @@ class CrystalDataModule(pl.LightningDataModule):
         self.batch_size, self.batch_atoms = batch_size, batch_atoms
         self.max_atoms, self.max_edges, self.max_crystal_atoms = max_atoms, max_edges, max_crystal_atoms
         self.num_workers, self._keep_mb = num_workers, keep_edges_mb // max(1, num_workers)
-        self._kept_edges = KeptEdges(graph, self._keep_mb)
+        self._kept_edges, self.graph_on = KeptEdges(graph, self._keep_mb), graph_on
+        check_place(graph_on, graph, "data.graph_on", max_edges)
         self.exclude, self.exclude_by = exclude or [], exclude_by
         if not 0.0 <= calibration_fraction < 1.0:
             raise ValueError(f"calibration_fraction must be 0 or more and below 1, not {calibration_fraction}")
@@ -120,8 +127,6 @@ class CrystalDataModule(pl.LightningDataModule):
         """For each set in ``exclude``: name, sha256, rule, and number of crystals removed."""
         self.start = (0, 0)
         """Initial epoch, and number of its batches that each rank has completed."""
-        self._loaded = False
-        self._commonest: int | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Open the store and select the rows; identical on every rank."""
@@ -313,6 +318,7 @@ class CrystalDataModule(pl.LightningDataModule):
                 self.with_clean,
                 self.descriptor_values,
                 self._kept_edges,
+                self.graph_on,
             ),
             sampler=self._sampler(name, rank, world_size, accumulate),
             batch_size=None,
@@ -323,7 +329,10 @@ class CrystalDataModule(pl.LightningDataModule):
         )
 
     def transfer_batch_to_device(self, batch: CrystalBatch, device: torch.device, dataloader_idx: int) -> CrystalBatch:
-        """Copy a batch without waiting for the copy; Lightning waits, except for plain tensors."""
+        """Copy a batch without waiting for the copy; Lightning waits, except for plain tensors.
+
+        With ``graph_on=device``, its edges are built now.
+        """
         return batch.to(device, non_blocking=True)
 
     def train_dataloader(self) -> DataLoader[CrystalBatch]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from crysldnet.graphs.corruption import DenoisingTargets
 from crysldnet.graphs.crystals import Crystals
+from crysldnet.graphs.device_graph import DeviceGraph, UnbuiltGraph, Where, build_on_device
+from crysldnet.graphs.device_search import Cells
 from crysldnet.graphs.neighbors import Neighbors
-from crysldnet.graphs.spec import GraphSpec
+from crysldnet.graphs.spec import Graph, GraphSpec
 from crysldnet.graphs.transfer import copy_to, pack
 
 if TYPE_CHECKING:
@@ -88,6 +90,8 @@ class CrystalBatch:
     """[R] the atom of each row, ascending."""
     clean: CrystalBatch | None = None
     """The clean crystals with the same atom order, if requested."""
+    unbuilt: UnbuiltGraph | None = None
+    """What :meth:`to` builds the edges from, if there are none yet."""
 
     @property
     def num_crystals(self) -> int:
@@ -100,7 +104,7 @@ class CrystalBatch:
         return self.numbers.shape[0]
 
     def _apply(self, function: Callable[[Tensor], Tensor]) -> CrystalBatch:
-        changed: dict[str, Tensor | CorruptionTargets | CrystalBatch] = {}
+        changed: dict[str, Tensor | CorruptionTargets | CrystalBatch | UnbuiltGraph] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
@@ -109,6 +113,8 @@ class CrystalBatch:
                 changed[field.name] = CorruptionTargets(**{k: function(v) for k, v in vars(value).items()})
             elif isinstance(value, CrystalBatch):
                 changed[field.name] = value._apply(function)
+            elif isinstance(value, UnbuiltGraph):
+                changed[field.name] = value.apply(function)
         return replace(self, **changed)  # type: ignore[arg-type]
 
     def _replaced(self, function: Callable[[list[Tensor]], list[Tensor]]) -> CrystalBatch:
@@ -119,8 +125,22 @@ class CrystalBatch:
         return self._apply(lambda _: next(results))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> CrystalBatch:
-        """Copy to a device, to an accelerator in a single copy of all tensors."""
-        return self._replaced(lambda tensors: copy_to(tensors, torch.device(device), non_blocking=non_blocking))
+        """Copy to a device, to an accelerator in a single copy of all tensors, and build the edges there if
+        :func:`make_batch` has left them out.
+        """
+        moved = self._replaced(lambda tensors: copy_to(tensors, torch.device(device), non_blocking=non_blocking))
+        return moved._built()
+
+    def _built(self) -> CrystalBatch:
+        """Return the batch with its edges."""
+        built = self if self.clean is None else replace(self, clean=self.clean._built())
+        if self.unbuilt is None:
+            return built
+        edges = build_on_device(self.unbuilt)
+        real = {name: getattr(edges, name).to(self.positions.dtype) for name in ("edge_vec", "distances", "cut")}
+        return replace(
+            built, edge_index=edges.edge_index, slots=edges.slots, slot_atom=edges.slot_atom, unbuilt=None, **real
+        )
 
     def pin_memory(self) -> CrystalBatch:
         """Copy to a single block of page-locked memory."""
@@ -164,6 +184,7 @@ def make_batch(
     undo: DenoisingTargets | None = None,
     neighbors: Neighbors | None = None,
     dtype: torch.dtype = torch.float32,
+    graph_on: Where = "host",
 ) -> CrystalBatch:
     """Build the graph of some crystals.
 
@@ -176,38 +197,46 @@ def make_batch(
         undo: result of :meth:`Corruption.apply`.
         neighbors: result of :meth:`GraphSpec.neighbors`, if known.
         dtype: type of all real values except targets, which stay float32.
+        graph_on: ``device`` leaves out the edges, which :meth:`CrystalBatch.to` then builds on the device.
     """
-    built = graph.build(crystals, neighbors)
-    edges = built.neighbors
 
     def real(array: NDArray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
 
-    def whole(array: NDArray[np.int64] | None) -> Tensor | None:
-        return None if array is None else torch.from_numpy(array)
-
     return CrystalBatch(
+        **(_built(graph.build(crystals, neighbors), real) if graph_on == "host" else _unbuilt(crystals, graph)),
         lattice=real(crystals.lattice),
         numbers=torch.from_numpy(crystals.numbers.astype(np.int64)),
         positions=real(crystals.positions),
         crystal=torch.from_numpy(crystals.crystal),
         sizes=torch.from_numpy(crystals.sizes),
-        edge_index=torch.from_numpy(np.stack([edges.source, edges.target])),
-        edge_vec=real(edges.vector),
-        distances=real(edges.distances),
-        cut=real(edges.shell),
         largest=int(crystals.sizes.max(initial=0)),
         rows=torch.from_numpy(np.arange(len(crystals)) if rows is None else np.asarray(rows, np.int64)),
         targets=None if targets is None else torch.from_numpy(targets.astype(np.float32)),
         descriptors=None if descriptors is None else real(descriptors),
         undo=None if undo is None else _targets_of(undo, real),
-        frame=None if built.frame is None else real(built.frame),
-        pairs=whole(built.pairs),
-        potential=None if built.potential is None else real(built.potential),
-        representative=whole(built.representative),
-        slots=whole(built.slots),
-        slot_atom=whole(built.slot_atom),
     )
+
+
+def _built(graph: Graph, real: Callable[[NDArray], Tensor]) -> dict[str, Any]:
+    """Return the fields of a graph that the host has built."""
+    edges, whole = graph.neighbors, (graph.pairs, graph.representative, graph.slots, graph.slot_atom)
+    names = ("pairs", "representative", "slots", "slot_atom")
+    return {
+        "edge_index": torch.from_numpy(np.stack([edges.source, edges.target])),
+        "edge_vec": real(edges.vector),
+        "distances": real(edges.distances),
+        "cut": real(edges.shell),
+        "frame": None if graph.frame is None else real(graph.frame),
+        "potential": None if graph.potential is None else real(graph.potential),
+        **{n: None if array is None else torch.from_numpy(array) for n, array in zip(names, whole, strict=True)},
+    }
+
+
+def _unbuilt(crystals: Crystals, graph: GraphSpec) -> dict[str, Any]:
+    """Return the fields of a graph that a device will build."""
+    empty = {k: v for k, v in DeviceGraph.empty(len(crystals.numbers))._asdict().items() if v is not None}
+    return {**empty, "unbuilt": UnbuiltGraph(graph, Cells.of(crystals))}
 
 
 def _targets_of(undo: DenoisingTargets, real: Callable[[NDArray], Tensor]) -> CorruptionTargets:

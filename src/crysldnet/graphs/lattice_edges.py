@@ -136,6 +136,22 @@ def _sorted_images(lattice, tolerance):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
+def _reduced_bases(lattices):
+    bases = np.empty((lattices.shape[0], 3, 3), np.int64)
+    for crystal in range(lattices.shape[0]):
+        basis = _reduced(lattices[crystal])
+        for row in range(3):
+            for axis in range(3):
+                bases[crystal, row, axis] = basis[row, axis]
+    return bases
+
+
+def reduced_bases(lattices: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return Minkowski-reduced bases [B, 3, 3] of lattices [B, 3, 3], rows being integer multiples of their vectors."""
+    return _reduced_bases(np.ascontiguousarray(lattices, np.float64))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def _frame_images(lattices, tolerance):
     """Return the integers [B, 3, 3] of each crystal's frame; see :func:`frames`."""
     frames = np.empty((lattices.shape[0], 3, 3), np.int32)

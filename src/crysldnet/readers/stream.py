@@ -19,6 +19,7 @@ from crysldnet.data.units import same_unit
 from crysldnet.errors import DataError
 from crysldnet.graphs.batch import CrystalBatch, cut, make_batch
 from crysldnet.graphs.crystals import Crystals, from_lists
+from crysldnet.graphs.device_graph import Where, check_place
 from crysldnet.graphs.spec import GraphSpec
 from crysldnet.readers.rows import PLACE, Piece
 from crysldnet.readers.sources import Settings, open_readers, tasks_to_the_end
@@ -75,12 +76,14 @@ class StreamSettings:
         max_atoms: larger crystals are rejected.
         workers: reader processes, started if reading is slower than processing; None for one per core, at most 8.
             Graphs are built in a thread.
+        graph_on: ``device`` builds graphs on the device that predicts.
     """
 
     batch_size: int = 64
     batch_atoms: int = 4096
     max_atoms: int = 1000
     workers: int | None = 1
+    graph_on: Where = "host"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "batch_atoms", "max_atoms"):
@@ -121,6 +124,8 @@ class CrystalStream:
         self._damaged: list[Refused] = []
         self._readers = open_readers(source, lambda name, reason: self._damaged.append(Refused(name, "", reason)))
         self._graphs, self._settings = list(dict.fromkeys(graphs)), settings
+        for graph in self._graphs:
+            check_place(settings.graph_on, graph, "graph_on")
         self._columns, self._check = dict(columns), check
         totals = [reader.total for reader in self._readers]
         self.total = None if None in totals else sum(total for total in totals if total is not None)
@@ -161,7 +166,7 @@ class CrystalStream:
                 yield Chunk([], [], crystals, {}, refused, notes)
             for start, stop in cut(crystals.sizes, self._settings.batch_size, self._settings.batch_atoms):
                 part = crystals.take(np.arange(start, stop))
-                batches = {graph: make_batch(part, graph) for graph in self._graphs}
+                batches = {graph: make_batch(part, graph, graph_on=self._settings.graph_on) for graph in self._graphs}
                 own = {name: values[start:stop] for name, values in columns.items()}
                 yield Chunk(ids[start:stop], places[start:stop], part, batches, refused, notes, own)
                 refused, notes = [], []
