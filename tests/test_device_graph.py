@@ -203,6 +203,12 @@ def test_what_a_device_cannot_build_is_refused(graph: GraphSpec) -> None:
         CrystalDataModule(path="embedded:mp_starter", graph=graph, graph_on="device")
 
 
+def test_apple_gpus_are_refused(starter: CrystalStore) -> None:
+    batch = make_batch(starter.crystals.take(np.arange(2)), GRAPHS["nearest"], graph_on="device")
+    with pytest.raises(ConfigError, match="double precision, which Apple GPUs lack; set graph_on=host"):
+        batch.to("mps")
+
+
 def test_limits_of_edges_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.max_edges counts edges on the host; .* use data\.max_atoms"):
         CrystalDataModule(path="embedded:mp_starter", graph=GRAPHS["nearest"], graph_on="device", max_edges=1000)

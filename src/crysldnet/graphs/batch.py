@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from crysldnet.errors import ConfigError
 from crysldnet.graphs.corruption import DenoisingTargets
 from crysldnet.graphs.crystals import Crystals
 from crysldnet.graphs.device_graph import DeviceGraph, UnbuiltGraph, Where, build_on_device
@@ -21,6 +22,7 @@ from crysldnet.graphs.device_search import Cells
 from crysldnet.graphs.neighbors import Neighbors
 from crysldnet.graphs.spec import Graph, GraphSpec
 from crysldnet.graphs.transfer import copy_to, pack
+from crysldnet.platforms import WITHOUT_FLOAT64
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -127,7 +129,12 @@ class CrystalBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> CrystalBatch:
         """Copy to a device, to an accelerator in a single copy of all tensors, and build the edges there if
         :func:`make_batch` has left them out.
+
+        Raises:
+            ConfigError: an Apple GPU can't build them.
         """
+        if self.unbuilt is not None and torch.device(device).type in WITHOUT_FLOAT64:
+            raise ConfigError("graph_on=device needs double precision, which Apple GPUs lack; set graph_on=host")
         moved = self._replaced(lambda tensors: copy_to(tensors, torch.device(device), non_blocking=non_blocking))
         return moved._built()
 
