@@ -22,14 +22,14 @@ BEST = "J1"
 
 def of_encoder(settings: Settings, name: str) -> tables.Errors:
     """Return the errors of one encoder with both arms, frozen and finetuned."""
-    encoder = settings.others[name]
+    epochs = f"stages.diffusion.epochs={settings.others_epochs[name]}"
     study = Study(
         replace(
             settings,
             runs=str(Path(settings.runs) / name),
             encoder=name,
-            pretraining=[*settings.pretraining, *encoder.settings],
-            arms={**settings.arms, BEST: [*settings.arms[BEST], f"stages.diffusion.epochs={encoder.epochs}"]},
+            pretraining=[*settings.pretraining, *settings.others[name]],
+            arms={**settings.arms, BEST: [*settings.arms[BEST], epochs]},
         )
     )
     study.prepare()

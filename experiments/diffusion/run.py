@@ -31,21 +31,8 @@ CONTROL = "C1"
 """The arm that the others are compared with: stage 1 continued at equal compute."""
 
 MAY_CHANGE = ("runs", "out", "seeds", "parts", "arms", "only", "first_stages", "second", "revised", "draws", "base",
-              "finetuned", "finetuned_draws", "others")  # fmt: skip
+              "finetuned", "finetuned_draws", "others", "others_epochs")  # fmt: skip
 """Settings that runs in the same folder may have otherwise."""
-
-
-@dataclass(frozen=True)
-class Other:
-    """Another encoder.
-
-    Attributes:
-        settings: further settings of its pretraining.
-        epochs: of the joint arm, which take as long as those of the control.
-    """
-
-    settings: list[str]
-    epochs: int
 
 
 @dataclass(frozen=True)
@@ -73,7 +60,8 @@ class Settings:
     finetuned_tasks: list[str]
     finetuned_draws: int
     finetuning: list[str]
-    others: dict[str, Other]
+    others: dict[str, list[str]]
+    others_epochs: dict[str, int]
 
 
 class Study:
