@@ -46,6 +46,7 @@ SHORT = {
 }
 RUN_ELSEWHERE = {
     "matbench": "test_matbench.py runs all folds",
+    "jarvis": "test_jarvis.py runs two properties",
     "sweep": "test_sweep.py runs a sweep",
     "folds=5": "test_cross_validation.py runs three folds",
     "strategy=ddp": "test_strategies.py runs two processes",

@@ -23,6 +23,7 @@ from scipy.stats import rankdata
 
 import wandb_file
 from crysldnet import cli, finetune, pretrain
+from crysldnet.artifacts.provenance import refuse_seen_labels
 from crysldnet.config import compose
 from crysldnet.data.catalog import published
 from crysldnet.data.datasets import DATA_VARIABLE
@@ -38,7 +39,6 @@ if importlib.util.find_spec("matbench") is None:
     pytest.skip("matbench isn't installed", allow_module_level=True)
 
 from crysldnet.tools.matbench import benchmark_run, tasks
-from crysldnet.tools.matbench.benchmark_run import refuse_seen_labels
 
 N = 60
 TINY = [
@@ -383,12 +383,20 @@ def test_jobs_run_as_many_at_a_time_as_there_are_places(tmp_path: Path) -> None:
 
 def test_no_submission_starts_from_labels_of_its_own_formulas() -> None:
     counts = {"test_crystals": 636, "pretraining_crystals": 9, "ids": 0, "formulas": 3, "similar": 1}
-    refuse_seen_labels("e", "matbench_jdft2d", None)
-    refuse_seen_labels("e", "matbench_jdft2d", counts)
-    refuse_seen_labels("e", "matbench_jdft2d", {**counts, "formulas": 0, "labels": ["band_gap"]})
+    of = ("e", "matbench_jdft2d", "embedded:matbench_jdft2d")
+    refuse_seen_labels(*of, None)
+    refuse_seen_labels(*of, counts)
+    refuse_seen_labels(
+        "e", "matbench_jdft2d", "embedded:matbench_jdft2d", {**counts, "formulas": 0, "labels": ["band_gap"]}
+    )
     for formulas, says in ((3, "formulas of 3 of the 636 crystals of matbench_jdft2d"), (None, "doesn't say of which")):
         with pytest.raises(ConfigError, match=says):
-            refuse_seen_labels("e", "matbench_jdft2d", {**counts, "formulas": formulas, "labels": ["band_gap"]})
+            refuse_seen_labels(
+                "e",
+                "matbench_jdft2d",
+                "embedded:matbench_jdft2d",
+                {**counts, "formulas": formulas, "labels": ["band_gap"]},
+            )
 
 
 def test_a_finetuned_model_is_taken_or_refused_by_the_crystals_it_has_seen(tmp_path: Path) -> None:

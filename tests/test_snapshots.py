@@ -21,6 +21,7 @@ NEEDED = {
     "explain": ["model=a", "files=b"],
     "export": ["model=a"],
     "report": ["runs=[a]"],
+    "jarvis": ["email=a@b.org", "project_url=https://b.org"],
 }
 """Keys without a default."""
 

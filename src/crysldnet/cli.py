@@ -39,6 +39,11 @@ COMMANDS = {
     "suggest": ("crysldnet.tools.suggest", "SuggestConfig", "choose the crystals to measure next"),
     "export": ("crysldnet.tools.export", "ExportConfig", "export a finetuned network as a torch.export program"),
     "matbench": ("crysldnet.tools.matbench", "MatbenchConfig", "run Matbench tasks and write a submission folder"),
+    "jarvis": (
+        "crysldnet.tools.jarvis",
+        "JarvisConfig",
+        "finetune on JARVIS-DFT and write a leaderboard entry",
+    ),
     "sweep": ("crysldnet.tools.sweep", "SweepCommandConfig", "search hyperparameters with a W&B sweep configuration"),
     "report": ("crysldnet.tools.report", "ReportConfig", "write an HTML report on finished runs and compare them"),
 }
@@ -53,10 +58,12 @@ FLAGGED = {
 PARTS = {
     ("matbench", "validate"): "crysldnet.tools.matbench.validation",
     ("matbench", "fold"): "crysldnet.tools.matbench.benchmark_run",
+    ("jarvis", "validate"): "crysldnet.tools.jarvis.entry",
+    ("jarvis", "property"): "crysldnet.tools.jarvis.one_property",
 }
 """Two-word commands and the module whose ``main`` runs them."""
 
-RESUMABLE = ("pretrain", "finetune", "matbench", "sweep")
+RESUMABLE = ("pretrain", "finetune", "matbench", "jarvis", "sweep")
 """Commands that exit as unfinished when stopped by a signal."""
 
 USAGE_ERROR = 2

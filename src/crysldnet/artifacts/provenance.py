@@ -17,7 +17,7 @@ from crysldnet.artifacts import model_file, weights
 from crysldnet.console import print_table
 from crysldnet.data.fingerprint import Fingerprints, overlap
 from crysldnet.data.store import CrystalStore
-from crysldnet.errors import CheckpointError
+from crysldnet.errors import CheckpointError, ConfigError
 
 
 def encoder_file(pretrained: str | None) -> Path | None:
@@ -105,6 +105,31 @@ def pretraining_overlap(pretrained: str | None, tested: Fingerprints) -> dict[st
         return {"test_crystals": len(tested), **unknown, **learned}
     shared = overlap(tested.packed(), seen)
     return {"test_crystals": len(tested), "pretraining_crystals": len(seen), **shared, **learned}
+
+
+def refuse_seen_labels(pretrained: str | None, task: str, source: str, overlap: dict[str, Any] | None) -> None:
+    """Reject a finetuned model that may have been trained on labels of crystals with formulas of a benchmark.
+
+    Args:
+        pretrained: as configured.
+        task: name of the benchmark.
+        source: its data, as in ``data.exclude``.
+        overlap: from :func:`pretraining_overlap`.
+
+    Raises:
+        ConfigError: it may have.
+    """
+    if overlap is None or not overlap.get("labels") or overlap["formulas"] == 0:
+        return
+    learned = f"pretrained={pretrained} has learned labels ({', '.join(overlap['labels'])})"
+    if overlap["formulas"] is None:
+        raise ConfigError(f"{learned}, and its file doesn't say of which crystals; finetune it again", "pretrained")
+    raise ConfigError(
+        f"{learned}, and the crystals it has seen share the formulas of {overlap['formulas']:,} of the "
+        f"{overlap['test_crystals']:,} crystals of {task}; pretrain and finetune with data.exclude=[{source}] "
+        "data.exclude_by=formula",
+        "pretrained",
+    )
 
 
 def describe_overlap(counts: dict[str, Any]) -> str:

@@ -47,7 +47,12 @@ from crysldnet.errors import ConfigError
 from crysldnet.renames import renamed_argument
 
 COMMAND_LINE = "on the command line"
-PRESETS = {"pretrain": "preset/pretrain", "finetune": "preset/finetune", "matbench": "preset/finetune"}
+PRESETS = {
+    "pretrain": "preset/pretrain",
+    "finetune": "preset/finetune",
+    "matbench": "preset/finetune",
+    "jarvis": "preset/finetune",
+}
 """Folder of presets by command."""
 FILES = ("pretrained", "init")
 """Keys of the initial file of a run."""

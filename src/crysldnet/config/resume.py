@@ -29,7 +29,12 @@ EXECUTION = (
     *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "compile", "deterministic")),
 )
 """Keys that change a result in its last digits. They may change, with a message."""
-LENGTH = {"pretrain": ("stages.vae.epochs", "stages.diffusion.epochs"), "finetune": ("epochs",), "matbench": ()}
+LENGTH = {
+    "pretrain": ("stages.vae.epochs", "stages.diffusion.epochs"),
+    "finetune": ("epochs",),
+    "matbench": (),
+    "jarvis": (),
+}
 """Keys of each command that set the length of training, for which learning rates are planned."""
 ALSO = {
     command: (*keys, "trainer.accumulate_grad_batches", "trainer.max_nonfinite_steps")

@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from crysldnet.console import note
+from crysldnet.errors import UNFINISHED, ConfigError, CrysldnetError, Interrupted
 from crysldnet.signals import PARENT_HOLDS_STDIN, RUN_NAME, noted
 from crysldnet.training.run_folder import owner_of
 
@@ -93,6 +95,53 @@ def run_jobs(
         finally:
             end([process for _, process in running.values()])
     return statuses
+
+
+def run_all(jobs: Sequence[Job], environments: Sequence[Environment], what: str) -> None:
+    """Run jobs and print the end of each.
+
+    Args:
+        jobs, environments: as in :func:`run_jobs`.
+        what: what the jobs are, in the plural.
+
+    Raises:
+        Interrupted: some were stopped.
+        CrysldnetError: some failed; the others finished.
+    """
+    statuses = run_jobs(jobs, environments, _tell)
+    logs = {job.name: job.log for job in jobs}
+    failed = [name for name, status in statuses.items() if status not in (0, UNFINISHED)]
+    if failed:
+        shown = "; ".join(f"{name}, see {logs[name]}" for name in failed)
+        raise CrysldnetError(f"{len(failed)} of {len(jobs)} {what} failed: {shown}. The others are saved: resume=last")
+    if any(statuses.values()):
+        raise Interrupted(f"{what} were stopped; continue with resume=last")
+
+
+def _tell(job: Job, status: int) -> None:
+    print(f"{job.name}: {'done' if status == 0 else f'ended with status {status}, see {job.log}'}", file=sys.stderr)  # noqa: T201
+
+
+def check_parallel(parallel: int, trainer: Mapping[str, Any], what: str) -> None:
+    """Reject a number of concurrent jobs that the devices of each rule out.
+
+    Args:
+        parallel: the number.
+        trainer: the Trainer settings of each job.
+        what: what a job is.
+
+    Raises:
+        ConfigError: it is below 1, or each job has several devices.
+    """
+    if parallel < 1:
+        raise ConfigError(f"parallel={parallel}: at least 1", "parallel")
+    processes = trainer.get("devices", 1) * trainer.get("num_nodes", 1)
+    if parallel > 1 and processes > 1:
+        raise ConfigError(
+            f"parallel={parallel} gives each {what} a device of its own, and trainer.devices and trainer.num_nodes "
+            f"give each {processes}; set one of them to 1",
+            "parallel",
+        )
 
 
 def is_free(folder: Path) -> bool:

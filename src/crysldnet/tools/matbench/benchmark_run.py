@@ -8,21 +8,21 @@ with ``parallel=N`` starts it for N folds at a time. You can also start it manua
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from crysldnet.artifacts.provenance import refuse_seen_labels
 from crysldnet.build import build
 from crysldnet.config import compose, validate
 from crysldnet.encoders.protocol import Encoder
-from crysldnet.errors import UNFINISHED, ConfigError, CrysldnetError, Interrupted
+from crysldnet.errors import ConfigError
 from crysldnet.finetune.settings import make_encoder
 from crysldnet.tools.matbench.folds import TaskRun, fold_folder, is_done, run_fold
 from crysldnet.tools.matbench.settings import FOLDS, MatbenchConfig, Recipe, make_recipes
 from crysldnet.tools.matbench.tasks import import_matbench, load_task
-from crysldnet.training.processes import Job, own_command, places, run_jobs
+from crysldnet.training.processes import Job, own_command, places, run_all
 from crysldnet.training.run_folder import RunFolder
 from crysldnet.training.trainer import TrainerSettings
 
@@ -59,27 +59,8 @@ def open_task(begun: BenchmarkRun, name: str) -> TaskRun:
     task = begun.benchmark.tasks_map[name]
     source = load_task(task)
     task_run = TaskRun(begun.config, begun.recipes, begun.folder, task, source, begun.encoder, begun.device)
-    refuse_seen_labels(begun.config.pretrained, name, task_run.overlap)
+    refuse_seen_labels(begun.config.pretrained, name, f"embedded:{name}", task_run.overlap)
     return task_run
-
-
-def refuse_seen_labels(pretrained: str | None, task: str, overlap: dict[str, Any] | None) -> None:
-    """Reject a finetuned model that may have been trained on labels of crystals with formulas of a task.
-
-    Raises:
-        ConfigError: it may have.
-    """
-    if overlap is None or not overlap.get("labels") or overlap["formulas"] == 0:
-        return
-    learned = f"pretrained={pretrained} has learned labels ({', '.join(overlap['labels'])})"
-    if overlap["formulas"] is None:
-        raise ConfigError(f"{learned}, and its file doesn't say of which crystals; finetune it again", "pretrained")
-    raise ConfigError(
-        f"{learned}, and the crystals it has seen share the formulas of {overlap['formulas']:,} of the "
-        f"{overlap['test_crystals']:,} crystals of {task}; pretrain and finetune with "
-        f"data.exclude=[embedded:{task}] data.exclude_by=formula",
-        "pretrained",
-    )
 
 
 def run_folds(begun: BenchmarkRun) -> None:
@@ -98,18 +79,7 @@ def run_folds(begun: BenchmarkRun) -> None:
                 jobs.append(
                     Job(f"{task} fold {fold}", own_command("matbench", "fold", str(root), task, str(fold)), log)
                 )
-    statuses = run_jobs(jobs, places(begun.config.parallel, begun.device), _tell)
-    logs = {job.name: job.log for job in jobs}
-    failed = [name for name, status in statuses.items() if status not in (0, UNFINISHED)]
-    if failed:
-        shown = "; ".join(f"{name}, see {logs[name]}" for name in failed)
-        raise CrysldnetError(f"{len(failed)} of {len(jobs)} folds failed: {shown}. The others are saved: resume=last")
-    if any(statuses.values()):
-        raise Interrupted("folds were stopped; continue with resume=last")
-
-
-def _tell(job: Job, status: int) -> None:
-    print(f"{job.name}: {'done' if status == 0 else f'ended with status {status}, see {job.log}'}", file=sys.stderr)  # noqa: T201
+    run_all(jobs, places(begun.config.parallel, begun.device), "folds")
 
 
 def main(argv: Sequence[str]) -> int:

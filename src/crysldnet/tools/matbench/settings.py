@@ -12,6 +12,7 @@ from typing import Any
 from crysldnet.config import compose, refuse_unused, split_words, to_yaml, validate
 from crysldnet.errors import ConfigError
 from crysldnet.finetune.settings import EnsembleConfig
+from crysldnet.training.processes import check_parallel
 
 BENCHMARK = "matbench_v0.1"
 FOLDS = 5
@@ -74,24 +75,11 @@ def check_settings(config: MatbenchConfig) -> None:
         raise ConfigError(f"algorithm={config.algorithm!r}: letters, digits and . _ + - make a folder", "algorithm")
     if not config.authors.strip():
         raise ConfigError("authors: a submission must name them", "authors")
-    _check_parallel(config)
+    check_parallel(config.parallel, config.trainer, "fold")
     _check_recipes(config)
     if config.out is not None and config.resume is None and (Path(config.out) / submission_name(config)).exists():
         raise ConfigError(
             f"{Path(config.out) / submission_name(config)} already exists; choose another algorithm or out", "out"
-        )
-
-
-def _check_parallel(config: MatbenchConfig) -> None:
-    if config.parallel < 1:
-        raise ConfigError(f"parallel={config.parallel}: at least 1", "parallel")
-    processes = config.trainer.get("devices", 1) * config.trainer.get("num_nodes", 1)
-    if config.parallel > 1 and processes > 1:
-        raise ConfigError(
-            f"parallel={config.parallel} gives each fold a device of its own, and trainer.devices and "
-            f"trainer.num_nodes "
-            f"give each {processes}; set one of them to 1",
-            "parallel",
         )
 
 
