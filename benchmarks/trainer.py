@@ -16,7 +16,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -121,7 +121,15 @@ def make_module(command: str) -> tuple[pl.LightningModule, Corruption | None]:
     )
 
 
-def train(command: str, data: str, batch: int, steps: int, folder: Path, watch: pl.Callback) -> pl.LightningModule:
+def train(
+    command: str,
+    data: str,
+    batch: int,
+    steps: int,
+    folder: Path,
+    watch: pl.Callback,
+    accelerator: Literal["cpu", "gpu"] = "cpu",
+) -> pl.LightningModule:
     """Train with the Trainer of a command.
 
     Args:
@@ -131,6 +139,7 @@ def train(command: str, data: str, batch: int, steps: int, folder: Path, watch: 
         steps: number of steps.
         folder: for the files of the run.
         watch: callback before all others.
+        accelerator: where to train.
     """
     module, corruption = make_module(command)
     crystals = CrystalDataModule(
@@ -147,7 +156,7 @@ def train(command: str, data: str, batch: int, steps: int, folder: Path, watch: 
     held: Any = list(crystals.train_dataloader())
     crystals.train_dataloader = lambda: DataLoader(held, batch_size=None)  # type: ignore[method-assign]
     trainer = make_trainer(
-        TrainerSettings(accelerator="cpu"),
+        TrainerSettings(accelerator=accelerator),
         "auto",
         folder=folder,
         epochs=-(-steps // len(held)),
