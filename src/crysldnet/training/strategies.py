@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from importlib.util import find_spec
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
@@ -25,6 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 from crysldnet.encoders.protocol import Encoder, layers_of
 from crysldnet.errors import ConfigError
 from crysldnet.models.dit import DiT
+
+if TYPE_CHECKING:
+    from crysldnet.training.trainer import TrainerSettings as Settings
 
 Name = Literal["auto", "ddp", "ddp_static", "fsdp", "fsdp2", "deepspeed"]
 HALF = ("bf16-mixed", "16-mixed")
@@ -180,29 +183,6 @@ class FirstRanksBuffers(pl.Callback):
         else:
             for buffer in pl_module.buffers():
                 distributed.broadcast(buffer, 0)
-
-
-class Settings(Protocol):
-    """Trainer settings that determine which combinations are allowed."""
-
-    @property
-    def devices(self) -> int: ...
-    @property
-    def num_nodes(self) -> int: ...
-    @property
-    def precision(self) -> str: ...
-    @property
-    def compile(self) -> bool: ...
-    @property
-    def activation_checkpointing(self) -> bool: ...
-    @property
-    def accumulate_grad_batches(self) -> int: ...
-    @property
-    def ema_decay(self) -> float | None: ...
-    @property
-    def swa_fraction(self) -> float | None: ...
-    @property
-    def max_nonfinite_steps(self) -> int: ...
 
 
 def name_of(strategy: Strategy | str) -> str:
