@@ -20,7 +20,6 @@ from crysldnet.data.split import Rows
 from crysldnet.finetune.baselines import flat_metrics
 from crysldnet.finetune.cross_validation import cross_validate, divide
 from crysldnet.finetune.ensemble import member_rows, resolve, train, train_ensemble
-from crysldnet.finetune.hybrid import check_recipe
 from crysldnet.finetune.results import baselines_of, finish
 from crysldnet.finetune.settings import (
     FinetuneConfig,
@@ -51,7 +50,7 @@ def run(config: FinetuneConfig, values: dict[str, Any], choices: Mapping[str, An
         choices: configuration files by group.
     """
     settings = checked_settings(config.trainer, config.strategy)
-    check_recipe(config)
+    config.check_recipe()
     encoder, encoder_config, provenance = make_encoder(config)  # errors stop here, before a folder is created
     data = make_data(config, encoder)
     config = resolve(config, data)

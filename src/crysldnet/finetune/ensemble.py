@@ -23,7 +23,7 @@ from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.data.elements import formula_groups
 from crysldnet.data.split import Rows
 from crysldnet.errors import ConfigError
-from crysldnet.finetune.hybrid import FEWEST, check_recipe, train_hybrid
+from crysldnet.finetune.hybrid import FEWEST, train_hybrid
 from crysldnet.finetune.settings import EnsembleConfig, TrainingConfig, make_data, make_encoder, member_seed
 from crysldnet.finetune.training import Finetuned, evaluate, reported, train_network, train_part
 from crysldnet.training.calibrate import calibrate
@@ -71,7 +71,7 @@ def resolve(config: Config, data: CrystalDataModule) -> Config:
     if known.sum(axis=0).min() < FEWEST:
         reason = f"a target has fewer than {FEWEST} values"
     try:
-        check_recipe(replace(config, recipe="frozen"))
+        replace(config, recipe="frozen").check_recipe()
     except ConfigError as error:
         reason = str(error)
     if reason:

@@ -10,7 +10,7 @@ Shapes: ``n`` crystals of training and validation, ``T`` targets.
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from crysldnet.data.elements import formula_groups
 from crysldnet.descriptors import stacked
 from crysldnet.descriptors.composition import amounts_of
 from crysldnet.encoders.elements import ElementProperties
-from crysldnet.errors import ConfigError, DataError
+from crysldnet.errors import DataError
 from crysldnet.finetune.networks import Networks, train_networks
 from crysldnet.finetune.settings import (
     TrainingConfig,
@@ -39,7 +39,13 @@ from crysldnet.finetune.settings import (
     make_encoder,
     make_types,
 )
-from crysldnet.finetune.training import Finetuned, add_errors, describe_model, evaluate, reported
+from crysldnet.finetune.training import (
+    Finetuned,
+    add_errors,
+    describe_model,
+    evaluate,
+    reported,
+)
 from crysldnet.graphs.crystals import Crystals
 from crysldnet.models.hybrid import NETWORK, HybridModel, TabularPart
 from crysldnet.models.predictor import Prediction
@@ -54,6 +60,8 @@ from crysldnet.training.trainer import TrainerSettings
 
 WORTH_IT = 0.01
 """Minimum relative gain for keeping networks, which slow down predictions."""
+Members = dict[str, dict[str, dict[str, float]]]
+"""Weight and error (MAE, or error rate for classes) of each member by target and name."""
 FEWEST = 10
 """Minimum number of crystals with a value for building folds."""
 TITLES = {
@@ -62,38 +70,6 @@ TITLES = {
     "boosted_trees": "boosted trees",
     "kernel_ridge": "kernel ridge",
 }
-
-
-def check_recipe(config: TrainingConfig) -> None:
-    """Reject settings that tabular models don't support.
-
-    Raises:
-        ConfigError: several processes, or a head that sums over atoms.
-    """
-    if config.recipe in ("network", "auto"):
-        return
-    settings: TrainerSettings = build(config.trainer, "trainer")
-    if settings.world_size > 1:
-        raise ConfigError(f"recipe={config.recipe} works in one process; set trainer.devices=1", "trainer.devices")
-    if config.head.get("readout") == "sum":
-        raise ConfigError(
-            f"recipe={config.recipe} predicts properties that don't grow with the cell; choose another head than sum, "
-            "or recipe=network",
-            "head",
-        )
-
-
-@dataclass(frozen=True)
-class OutOfFold:
-    """Out-of-fold predictions of the n crystals.
-
-    Attributes:
-        predicted: predictions of all targets, NaN where the true value is unknown.
-        members: per target and name, the weight and the error (MAE, or error rate for classes).
-    """
-
-    predicted: Prediction
-    members: dict[str, dict[str, dict[str, float]]]
 
 
 def train_hybrid(
@@ -105,7 +81,7 @@ def train_hybrid(
 ) -> Finetuned:
     """Fit and evaluate a hybrid, and write ``model.safetensors`` to the folder; arguments as in ``train``."""
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    check_recipe(config)
+    config.check_recipe()
     settings: TrainerSettings = build(config.trainer, "trainer")
     device = torch.device(settings.device)
     encoder, encoder_config, provenance = make_encoder(config)
@@ -139,22 +115,22 @@ def train_hybrid(
     )
     model.fit_scale(data.train_targets())
     model.to(device).eval()
-    found = _fit(model, data, networks, embeds=embeds, seed=config.seed)
+    predicted, members = _fit(model, data, networks, embeds=embeds, seed=config.seed)
     validated, tested = (
         TargetMetrics(model.targets, types, class_entropies(types, data), sync_on_compute=False) for _ in range(2)
     )
-    add_errors(validated, found.predicted.to(torch.float32), data.train_targets(), model)
+    add_errors(validated, predicted.to(torch.float32), data.train_targets(), model)
     metrics = {f"val/{name}": float(value) for name, value in validated.compute().items() if name != "nll"}
     predictions = evaluate([model], data, data.rows["test"], [tested])
     if predictions:
         metrics |= reported(tested, "test")
     info = describe_model(model, data, config, values, provenance)
-    info |= {"metrics": metrics, "blend": found.members}
-    _export(model, info, config, data, found, folder)
+    info |= {"metrics": metrics, "blend": members}
+    _export(model, info, config, data, predicted, folder)
     for logger in [MetricsFile(folder / "metrics.csv"), *(loggers or [])]:
         for part in ("val", "test"):
             logger.log_metrics({n: v for n, v in metrics.items() if n.startswith(part)} | {"epoch": 0}, 0)
-    _print_members(found.members)
+    _print_members(members)
     return Finetuned(model.cpu(), info, metrics, data, predictions)
 
 
@@ -172,8 +148,10 @@ def _pooled(config: TrainingConfig, encoder: Any, data: CrystalDataModule) -> Cr
 
 
 @torch.inference_mode()
-def _fit(model: HybridModel, data: CrystalDataModule, networks: Networks, *, embeds: bool, seed: int) -> OutOfFold:
-    """Fit the tabular part of a model, and return the out-of-fold predictions of all members."""
+def _fit(
+    model: HybridModel, data: CrystalDataModule, networks: Networks, *, embeds: bool, seed: int
+) -> tuple[Prediction, Members]:
+    """Fit the tabular part of a model; return the out-of-fold predictions, NaN where unknown, and the members."""
     rows = data.rows["train"]
     read = [model.read(batch.to(model.std.device)) for batch in data.batches(rows, model.encoder.graph)]
     descriptors = stacked([part for part, _ in read])
@@ -222,9 +200,9 @@ def _out_of_fold(
     known: list[NDArray[np.int64]],
     fits: list[FittedStack],
     factors: NDArray[np.float64] | None,
-) -> OutOfFold:
+) -> tuple[Prediction, Members]:
     estimates: list[Estimate] = []
-    members: dict[str, dict[str, dict[str, float]]] = {}
+    members: Members = {}
     true = data.train_targets()
     for place, (kind, rows, fitted) in enumerate(zip(model.types, known, fits, strict=True)):
         estimates.append(_spread_out(len(true), rows, kind.from_table(fitted.value, fitted.spread)))
@@ -238,7 +216,7 @@ def _out_of_fold(
             }
             for name, own in fitted.members.items()
         }
-    return OutOfFold(Prediction.of(estimates).divided(None if factors is None else torch.from_numpy(factors)), members)
+    return Prediction.of(estimates).divided(None if factors is None else torch.from_numpy(factors)), members
 
 
 def _fit_target(
@@ -286,7 +264,7 @@ def _export(
     info: dict[str, Any],
     config: TrainingConfig,
     data: CrystalDataModule,
-    found: OutOfFold,
+    predicted: Prediction,
     folder: Path,
 ) -> None:
     """Write the model with its error statistics; add the metadata of its parts to ``info``."""
@@ -294,7 +272,7 @@ def _export(
     if len(data.calibration_rows):
         held_out = held_out_errors([model], data, data.calibration_rows)
     else:
-        value, std, _ = found.predicted
+        value, std, _ = predicted
         held_out = errors_of(model.types, value.numpy(), None if std is None else std.numpy(), data.train_targets())
     known, info["calibration"] = learn(model, data, held_out, folder / "plots")
     tensors, plain = model.tabular.to_file()
@@ -304,7 +282,7 @@ def _export(
     model_file.write(folder / "model.safetensors", "property_model", {**state, **known.tensors()}, info, seen)
 
 
-def _print_members(members: dict[str, dict[str, dict[str, float]]]) -> None:
+def _print_members(members: Members) -> None:
     for target, own in members.items():
         rows = [[TITLES[name], f"{of['weight']:.2f}", f"{of['error']:.4g}"] for name, of in own.items()]
         print_table(f"Members, {target}", ["", "weight", "out-of-fold error"], rows)

@@ -23,6 +23,7 @@ from crysldnet.models.per import Per, bulk_of, no_area
 from crysldnet.models.targets import Classes, Loss, Named, Number, TargetType, make_number
 from crysldnet.training.run_folder import RunConfig
 from crysldnet.training.strategies import SHARDED, name_of
+from crysldnet.training.trainer import TrainerSettings
 
 SMALLEST_SPREAD = 1e-30
 """Minimum standard deviation of training values; squares of smaller numbers underflow in single precision."""
@@ -78,6 +79,24 @@ class TrainingConfig(RunConfig):
         if self.mode == "frozen" and self.layer_decay != 1:
             raise ValueError(
                 "layer_decay slows the encoder's layers, and mode=frozen trains none; leave one of them out"
+            )
+
+    def check_recipe(self) -> None:
+        """Reject settings that tabular models don't support.
+
+        Raises:
+            ConfigError: several processes, or a head that sums over atoms.
+        """
+        if self.recipe in ("network", "auto"):
+            return
+        settings: TrainerSettings = build(self.trainer, "trainer")
+        if settings.world_size > 1:
+            raise ConfigError(f"recipe={self.recipe} works in one process; set trainer.devices=1", "trainer.devices")
+        if self.head.get("readout") == "sum":
+            raise ConfigError(
+                f"recipe={self.recipe} predicts properties that don't grow with the cell; choose another head than "
+                "sum, or recipe=network",
+                "head",
             )
 
     def check_targets(self, targets: Sequence[str], what: str) -> None:

@@ -94,14 +94,19 @@ def find_file(task: str) -> Path | None:
     return file if file.is_file() else None
 
 
+def open_embedded(task: str) -> tuple[CrystalStore, Source]:
+    """Return the included crystals of a task, and their source."""
+    parquet = EMBEDDED / f"{task}.parquet"
+    return CrystalStore.open(parquet), Source(f"embedded:{task}, re-encoded", file_hash(parquet), official=False)
+
+
 def write_embedded(task: str, target: str, path: Path) -> Source:
     """Write the included crystals of a task as a file that matminer can read."""
     import pandas
     from matminer.utils.io import store_dataframe_as_json
     from pymatgen.core import Structure
 
-    parquet = EMBEDDED / f"{task}.parquet"
-    store = CrystalStore.open(parquet)
+    store, source = open_embedded(task)
     c = store.crystals
     atoms = [slice(begin, end) for begin, end in zip(c.ptr[:-1], c.ptr[1:], strict=True)]
     frame = pandas.DataFrame(
@@ -114,7 +119,7 @@ def write_embedded(task: str, target: str, path: Path) -> Source:
         }
     )
     store_dataframe_as_json(frame, str(path), compression="gz", pbar=False)
-    return Source(f"embedded:{task}, re-encoded", file_hash(parquet), official=False)
+    return source
 
 
 @contextmanager
@@ -196,10 +201,8 @@ def read_targets(name: str) -> tuple[dict[str, float | bool], Source]:
     metadata = task_metadata(name)
     file = find_source(name)
     if file is None:
-        parquet = EMBEDDED / f"{name}.parquet"
-        store = CrystalStore.open(parquet)
+        store, source = open_embedded(name)
         values = store.numbers_of(EMBEDDED_TARGETS[name]).tolist()
-        source = Source(f"embedded:{name}, re-encoded", file_hash(parquet), official=False)
         return dict(zip(store.ids.to_pylist(), values, strict=True)), source
     try:
         content = json.loads(gzip.decompress(file.read_bytes()))
