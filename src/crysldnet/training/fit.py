@@ -20,7 +20,7 @@ from crysldnet.console import note
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.errors import DataError, DeviceError, Interrupted
 from crysldnet.platforms import is_out_of_memory
-from crysldnet.training.batch_watch import BatchWatch
+from crysldnet.training.callbacks import BatchWatch
 from crysldnet.training.checkpointing import PreemptionCheckpoint, check_position
 from crysldnet.training.strategies import SHARDED, name_of
 from crysldnet.training.watchdog import of_a_collective

@@ -29,8 +29,7 @@ from crysldnet.build import build
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.errors import CheckpointError, DeviceError
 from crysldnet.platforms import no_gpu
-from crysldnet.training.averaging import AverageOfLast, moving_average
-from crysldnet.training.batch_watch import BatchWatch
+from crysldnet.training.callbacks import AverageOfLast, BatchWatch, SeedEveryBatch, moving_average
 from crysldnet.training.checkpoint_file import BEST, CheckpointFile, check_best
 from crysldnet.training.checkpointing import PreemptionCheckpoint
 from crysldnet.training.diagnostics import Diagnostics
@@ -38,7 +37,6 @@ from crysldnet.training.loggers import MetricsFile
 from crysldnet.training.matmul import MatmulPrecision, set_matmul_precision
 from crysldnet.training.nan_guard import RefuseNonFinite
 from crysldnet.training.progress import RunProgress
-from crysldnet.training.seeding import SeedEveryBatch
 from crysldnet.training.strategies import FirstRanksBuffers, check_combination, environment, timeout_of
 from crysldnet.training.watchdog import RankWatchdog
 
