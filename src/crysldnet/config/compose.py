@@ -14,7 +14,7 @@ Only the command line and ``conf/`` can use resolvers such as ``${oc.env:HOME}``
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -143,8 +143,9 @@ def compose(command: str | Path, arguments: Sequence[str] = (), saved: Path | No
     merged = changed_plainly(values, changes) or changed(values, changes)
     origin.update((key, COMMAND_LINE) for key, _ in changes)
     given = tuple(key for key, _ in pairs)
-    if saved is None and origin.get("pretrained") == str(root_of(command)) and describes_encoder(given):
-        merged["pretrained"] = "none"
+    described = any(key.split(".")[0] in ("preset", "encoder") for key in given)
+    if saved is None and described and origin.get("pretrained") == str(root_of(command)):
+        merged["pretrained"] = "none"  # an encoder that the command line describes is trained from scratch
     if saved is None and merged.get("recipe") == "auto" and "recipe" not in given:
         merged["recipe"] = "network" if any(key.split(".")[0] in OF_NETWORKS for key in given) else "auto"
     resolved = merged if isinstance(merged, dict) else resolve(merged)
@@ -160,11 +161,6 @@ def keys_of(command: str | Path) -> list[str]:
     """Return the keys and groups of a command."""
     root = read_yaml(root_of(command))
     return [key for key in (*root, *(root.get(CHOICES) or ()), "preset") if key != CHOICES]
-
-
-def describes_encoder(given: Collection[str]) -> bool:
-    """Return whether a command line selects or changes an encoder, which is then trained from scratch by default."""
-    return any(key == "preset" or key.split(".")[0] == "encoder" for key in given)
 
 
 def merge_files(

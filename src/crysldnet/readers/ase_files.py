@@ -146,7 +146,7 @@ def database_entries(path: Path, kind: str) -> Iterator[Entry]:
             try:
                 whole_numbers(row.numbers)  # ase would truncate decimals
                 record: Any = {"structure": row.toatoms(), **row.key_value_pairs}
-                record |= {key: row.get(key) for key in UNITS if _scalar(row.get(key))}
+                record |= {key: row.get(key) for key in UNITS if isinstance(row.get(key), (int, float, np.number))}
             except DataError as error:
                 record = error
             except Exception as error:
@@ -155,10 +155,6 @@ def database_entries(path: Path, kind: str) -> Iterator[Entry]:
     except Exception as error:
         after = "" if row is None else f" after row {row.id}"
         raise DataError(f"{path}: ase can't read this database{after} ({error})") from error
-
-
-def _scalar(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number))
 
 
 def is_ase_json(first: Any) -> bool:

@@ -247,7 +247,7 @@ def _open_paths(sources: Sequence[str | os.PathLike[str]], on_bad: OnBad | None)
     if structures:
         files = find_structure_files(structures)
         readers.append(FileReader(files, structures[0] if len(paths) == 1 and structures[0].is_dir() else None))
-    opened = [*((_open_file, str(path)) for path in others), *((_open_store, store) for store in stores)]
+    opened = [*((_open_file, str(path)) for path in others), *((partial(_open, STORE), store) for store in stores)]
     for open_, path in opened:
         try:
             readers.append(open_(path))
@@ -308,10 +308,6 @@ def register(suffix: str, reader: Callable[[Path], Reader]) -> None:
 def known_files() -> str:
     """Return the patterns of readable files."""
     return "*.cif, *.vasp, *.poscar, POSCAR*, CONTCAR*, " + ", ".join(f"*{suffix}" for suffix in KINDS)
-
-
-def _open_store(name: str) -> Reader:
-    return _open(STORE, name)
 
 
 def _open_file(path: str | Path) -> Reader:
