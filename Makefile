@@ -82,7 +82,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(VENV)/bin/python -m pip install --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
-	$(VENV)/bin/python -m pip install --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[matbench,wandb,sweep,hub,formats,tensorboard,docs,dev]"
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[matbench,wandb,sweep,hub,formats,tensorboard,onnx,docs,dev]"
 	@touch $@
 
 lock: constraints.txt ## write requirements.lock, the sha256 of all files for the versions in constraints.txt (needs uv)

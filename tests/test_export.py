@@ -61,8 +61,35 @@ def test_the_program_predicts_as_the_model_does_without_this_package(model: Path
     assert said["graph"]["k"] == loaded.encoder.graph.k
 
 
+def test_an_onnx_file_predicts_as_the_model_does_without_torch(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.onnx"
+    assert cli.run(["export", f"model={model}", f"out={out}"]) == 0
+    loaded = crysldnet.load(model)
+    crystals = open_store("embedded:mp_starter").crystals.take(np.arange(1000, 1100))
+    given = export.inputs(crystals, loaded.encoder.graph)
+    np.savez(tmp_path / "inputs.npz", **{name: value.numpy() for name, value in given.items()})
+    code = (
+        "import sys, numpy as np, onnxruntime; session = onnxruntime.InferenceSession(sys.argv[1]);"
+        "given = np.load(sys.argv[2]); wanted = [i.name for i in session.get_inputs()];"
+        "found = session.run(None, {name: given[name] for name in wanted});"
+        "np.savez(sys.argv[3], **dict(zip([o.name for o in session.get_outputs()], found)));"
+        "open(sys.argv[4], 'w').write(session.get_modelmeta().custom_metadata_map['crysldnet.json']);"
+        "sys.exit('torch was imported' if 'torch' in sys.modules else 0)"
+    )
+    files = [str(tmp_path / name) for name in ("inputs.npz", "found.npz", "about.json")]
+    words = [sys.executable, "-c", code, str(out), *files]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found, expected = np.load(tmp_path / "found.npz"), loaded.predict(crystals)
+    assert set(found) == {"value", "std"}
+    np.testing.assert_allclose(found["value"], expected.values, rtol=1e-4, atol=1e-5)
+    said = json.loads((tmp_path / "about.json").read_text())
+    assert said["targets"] == ["formation_energy_per_atom", "band_gap"]
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 def test_a_program_of_other_weights_is_noticed_and_nothing_is_written(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
     make = export.make_program
 
@@ -74,15 +101,17 @@ def test_a_program_of_other_weights_is_noticed_and_nothing_is_written(
 
     monkeypatch.setattr(export, "make_program", changed)
     with pytest.raises(CheckpointError, match=r"the program differs from the model by 0\.0"):
-        cli.run(["export", f"model={model}", f"out={tmp_path / 'm.pt2'}"])
+        cli.run(["export", f"model={model}", f"out={tmp_path / 'm'}{suffix}"])
     assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_exported_is_refused_with_the_reason(model: Path, shared: Path) -> None:
     with pytest.raises(ConfigError, match=r"its encoder is PDDFormer, and only that of encoder=neighbor_attention"):
         cli.run(["export", f"model={shared / 'finetune/tiny'}"])
-    with pytest.raises(ConfigError, match=r"ends in \.pt2"):
-        cli.run(["export", f"model={model}", "out=model.onnx"])
+    with pytest.raises(ConfigError, match=r"must end in \.pt2"):
+        cli.run(["export", f"model={model}", "out=model.onnx", "format=torch"])
+    with pytest.raises(ConfigError, match=r"must end in \.pt2 \(torch\.export\) or \.onnx"):
+        cli.run(["export", f"model={model}", "out=model.bin"])
     [(network, _)] = load_property_models(model)
     assert export.refusal([network]) is None
     assert "an ensemble" in str(export.refusal([network, network]))

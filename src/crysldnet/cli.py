@@ -37,7 +37,7 @@ COMMANDS = {
     "embed": ("crysldnet.inference.embed", "EmbedConfig", "write an encoder's features of crystals or atoms"),
     "explain": ("crysldnet.tools.explain", "ExplainConfig", "attribute predictions to atoms and descriptors"),
     "suggest": ("crysldnet.tools.suggest", "SuggestConfig", "choose the crystals to measure next"),
-    "export": ("crysldnet.tools.export", "ExportConfig", "export a finetuned network as a torch.export program"),
+    "export": ("crysldnet.tools.export", "ExportConfig", "export a finetuned network for torch.export or ONNX"),
     "matbench": ("crysldnet.tools.matbench", "MatbenchConfig", "run Matbench tasks and write a submission folder"),
     "jarvis": (
         "crysldnet.tools.jarvis",

@@ -1,16 +1,20 @@
-"""Export a finetuned network as a torch.export program, which torch runs without this package.
+"""Export a finetuned network as a program of torch.export or ONNX, which runs without this package.
 
 Its inputs are the tensors of a batch of graphs, of any number of crystals. The program is compared with the model on a
 hundred crystals before it is written. Networks on the package's own encoder (neighbor_attention) can be exported.
 
   crysldnet export model=runs/finetune/latest out=model.pt2
+  crysldnet export model=runs/finetune/latest out=model.onnx
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +48,7 @@ CHECKED = 100
 """Crystals on which the program is compared with the model."""
 TOLERANCE = 1e-5
 """Largest difference, in standard deviations of the training targets."""
+SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
 ABOUT = "crysldnet.json"
 
 
@@ -52,8 +57,8 @@ class ExportConfig:
     """Every key of ``conf/export.yaml``."""
 
     model: str
-    out: str
-    format: Literal["torch"]
+    out: str | None
+    format: Literal["torch", "onnx"] | None
     plugins: list[str] = field(default_factory=list)
 
 
@@ -137,7 +142,47 @@ def make_program(model: PropertyModel, crystals: Crystals) -> torch.export.Expor
         return torch.export.export(program, (), kwargs=given, dynamic_shapes=shapes)
 
 
-def difference(program: nn.Module, model: PropertyModel, crystals: Crystals) -> float:
+class OnnxSession:
+    """An ONNX file, run by onnxruntime on the CPU with the inputs of the program."""
+
+    def __init__(self, file: Path) -> None:
+        import onnxruntime
+
+        self._session = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
+
+    def __call__(self, **given: Tensor) -> dict[str, Tensor]:
+        """Return what the program computes, by name."""
+        names = [output.name for output in self._session.get_outputs()]
+        wanted = {node.name for node in self._session.get_inputs()}
+        found = self._session.run(names, {name: value.numpy() for name, value in given.items() if name in wanted})
+        return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
+
+
+def write_torch(program: torch.export.ExportedProgram, said: str, file: Path) -> Callable[..., dict[str, Tensor]]:
+    """Write a program and what it says of itself for torch; return the program as read back."""
+    with file.open("wb") as out:
+        torch.export.save(program, out, extra_files={ABOUT: said})
+    with file.open("rb") as written:
+        return torch.export.load(written).module()
+
+
+def write_onnx(program: torch.export.ExportedProgram, said: str, file: Path) -> Callable[..., dict[str, Tensor]]:
+    """Write a program and what it says of itself as ONNX; return the program as read back."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    outputs = list(program.module()(**program.example_inputs[1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        onnx = torch.onnx.export(program, dynamo=True, output_names=outputs, verbose=False)
+    assert onnx is not None
+    onnx.model.metadata_props[ABOUT] = said
+    onnx.save(file)
+    return OnnxSession(file)
+
+
+WRITERS = {"torch": write_torch, "onnx": write_onnx}
+
+
+def difference(program: Callable[..., dict[str, Tensor]], model: PropertyModel, crystals: Crystals) -> float:
     """Return the largest difference between a program and its model, in standard deviations of the training targets."""
     batch = make_batch(crystals, model.encoder.graph)
     with torch.no_grad():
@@ -153,7 +198,7 @@ def difference(program: nn.Module, model: PropertyModel, crystals: Crystals) -> 
 
 
 def about(model: PropertyModel, info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a program says of itself, in its extra file ``crysldnet.json``."""
+    """Return what a program says of itself, in its extra file or metadata ``crysldnet.json``."""
     return {
         "inputs": list(INPUTS),
         "targets": model.targets,
@@ -164,6 +209,23 @@ def about(model: PropertyModel, info: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def output(config: ExportConfig) -> tuple[str, Path]:
+    """Return the format and the file of the output.
+
+    Raises:
+        ConfigError: they don't fit, or a package is missing.
+    """
+    out = Path(config.out or f"model{SUFFIXES[config.format or 'torch']}")
+    fitting = [name for name, suffix in SUFFIXES.items() if suffix == out.suffix and config.format in (None, name)]
+    if not fitting:
+        wanted = SUFFIXES.get(config.format or "", ".pt2 (torch.export) or .onnx")
+        raise ConfigError(f"out={config.out}: the name of the program must end in {wanted}", "out")
+    for package in ("onnxscript", "onnxruntime") if fitting[0] == "onnx" else ():
+        if find_spec(package) is None:
+            raise ConfigError(f"format=onnx needs the {package} package: pip install 'crysldnet[onnx]'", "format")
+    return fitting[0], out
+
+
 def run(config: ExportConfig, _values: dict[str, Any]) -> int:
     """Write the program; return the exit status.
 
@@ -171,9 +233,7 @@ def run(config: ExportConfig, _values: dict[str, Any]) -> int:
         ConfigError: the model can't be exported, or the output has another suffix.
         CheckpointError: there is no model, or the program predicts something else.
     """
-    out = Path(config.out)
-    if out.suffix != ".pt2":
-        raise ConfigError(f"out={config.out}: a program of torch.export has a name that ends in .pt2", "out")
+    kind, out = output(config)
     loaded = model_file.load_property_models(config.model)
     if reason := refusal([model for model, _ in loaded]):
         raise ConfigError(f"{config.model}: it can't be exported: {reason}", "model")
@@ -183,12 +243,8 @@ def run(config: ExportConfig, _values: dict[str, Any]) -> int:
     checked = min(CHECKED, len(crystals.lattice))
     program = make_program(model, crystals.take(np.arange(8)))
     with replacing(out) as partial:
-        with partial.open("wb") as file:
-            torch.export.save(program, file, extra_files={ABOUT: json.dumps(about(model, info))})
-        with partial.open("rb") as file:
-            read = torch.export.load(file).module()
-        far = difference(read, model, crystals.take(np.arange(checked)))
-        far = max(far, difference(read, model, crystals.take(np.arange(1))))
+        read = WRITERS[kind](program, json.dumps(about(model, info)), partial)
+        far = max(difference(read, model, crystals.take(np.arange(count))) for count in (1, checked))
         if not far <= TOLERANCE:
             raise CheckpointError(
                 f"{config.model}: the program differs from the model by {far:.2g} standard deviations"
