@@ -8,7 +8,7 @@ with loading and the share of it spent waiting for data, the time of a step on a
 of the card's own measured speed in matrix products and of its bandwidth that uses, and memory. What doesn't fit into
 the minutes is left out. With ``--device cpu`` nothing is written to results.json.
 
-Bytes are those that all operations of a step read and write, each by itself; caches and compilation save some.
+Operations are those of an eager step, except views, and bytes those that each reads and writes.
 """
 
 from __future__ import annotations
@@ -82,18 +82,19 @@ def all_cases() -> list[Case]:
     return cases + [Case(encoder, "vae", compiled=True) for encoder in ENCODERS]
 
 
-class Bytes(TorchDispatchMode):
-    """Count the bytes that operations read and write."""
+class Operations(TorchDispatchMode):
+    """Count operations, and the bytes that they read and write."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.count = self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if not func.is_view:
             parts = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
-            self.total += sum(part.numel() * part.element_size() for part in parts)
+            self.count += 1
+            self.bytes += sum(part.numel() * part.element_size() for part in parts)
         return out
 
 
@@ -181,11 +182,11 @@ def measure(training: Training, steps: int, peaks: dict[str, float]) -> list[tup
     """Return names, units and values of everything measured about a case."""
     batches = training.batches()
     batch = training.send(next(batches))
-    flops, moved = FlopCounterMode(display=False), Bytes()
+    flops, done = FlopCounterMode(display=False), Operations()
     if not training.case.compiled:
         with flops:
             training.step(batch)
-        with moved:
+        with done:
             training.step(batch)
     for _ in range(WARMUP):
         training.step(training.send(next(batches)))
@@ -211,8 +212,9 @@ def measure(training: Training, steps: int, peaks: dict[str, float]) -> list[tup
     ]
     if not training.case.compiled:
         product = flops.get_total_flops() / alone / peaks[training.case.numbers]
+        found += [("operations", "1", float(done.count))]
         found += [("of the card's matrix products", "%", 100.0 * product)]
-        found += [("of the card's bandwidth", "%", 100.0 * moved.total / alone / peaks["copy"])]
+        found += [("of the card's bandwidth", "%", 100.0 * done.bytes / alone / peaks["copy"])]
     return [*found, ("memory", "MB", memory)]
 
 

@@ -22,8 +22,8 @@ HERE = Path(__file__).parent
 A_NODE = 8
 """Processes per node."""
 PROCESSES = (8, 64, 512)
-ASSUMED_S = (0.02, 0.1)
-"""Seconds for forward, backward and update on one GPU, fast and slow."""
+ASSUMED_S = (0.002, 0.005)
+"""Seconds for forward, backward and update on one GPU: short, so that waiting for others counts most."""
 LATENCY_S = 20e-6
 """Assumed latency of each of the 2 log2(n) successive messages."""
 CRYSTALS = 8

@@ -30,7 +30,7 @@ def test_a_small_run_measures_everything(encoder: str) -> None:
     assert list(found) == ["the card itself", *map(str, cases)]
     for name, measures in found.items():
         values = {metric: value for metric, _, value in measures}
-        assert len(values) == (4 if name == "the card itself" else 7)
+        assert len(values) == (4 if name == "the card itself" else 8)
         assert all(value > 0 for value in values.values()), values
         assert values.get("waiting for data", 0.0) < 100.0
 
@@ -42,8 +42,9 @@ def test_what_there_is_no_time_for_is_left_out(capsys: pytest.CaptureFixture[str
     assert f"left out, no time: {case}" in capsys.readouterr().out
 
 
-def test_bytes_are_those_of_all_operations() -> None:
+def test_operations_and_their_bytes_are_counted_without_views() -> None:
     a, b = torch.ones(10, 20), torch.ones(10, 20)
-    with gpu.Bytes() as counted:
+    with gpu.Operations() as counted:
         (a + b).view(-1)
-    assert counted.total == 3 * 10 * 20 * 4
+    assert counted.count == 1
+    assert counted.bytes == 3 * 10 * 20 * 4

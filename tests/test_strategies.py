@@ -32,6 +32,7 @@ from crysldnet.training import strategies
 from crysldnet.training.optimizer import AdamW
 from crysldnet.training.strategies import Name, check_combination, name_of, refusals, timeout_of
 from crysldnet.training.trainer import TrainerSettings, moving_average
+from crysldnet.training.watchdog import few_crystals
 from encoders import CLASSES, batch_of, small
 from test_docs import ROOT, section, table_rows
 from tiny import DENOISER, ENCODER, QUIET, pretrain_config, subset
@@ -394,6 +395,24 @@ def test_the_check_passes_what_is_asked_for_in_one_process() -> None:
     check_combination("auto", settings_of(devices=1), "cpu")
     with pytest.raises(ConfigError, match="2 processes need strategy=ddp"):
         check_combination("auto", settings_of(), "cpu")
+
+
+def test_a_gpu_with_few_crystals_is_warned_of() -> None:
+    """The batch size is that of all devices."""
+    data = CrystalDataModule(path="embedded:mp_starter", graph=GraphSpec(k=8), batch_size=64)
+    data.setup()
+
+    def warning(devices: int, device: str = "cuda", accumulate: int = 1) -> str | None:
+        strategy = SimpleNamespace(root_device=torch.device(device))
+        trainer: Any = SimpleNamespace(
+            datamodule=data, world_size=devices, accumulate_grad_batches=accumulate, strategy=strategy
+        )
+        return few_crystals(trainer)
+
+    assert "a batch of one GPU has only 8 crystals" in str(warning(8))
+    assert "shared by all 8 batches of a step" in str(warning(4, accumulate=2))
+    assert warning(2) is None
+    assert warning(8, "cpu") is None
 
 
 def test_the_projection_in_the_documents_is_what_its_script_prints() -> None:
