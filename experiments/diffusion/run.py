@@ -213,7 +213,8 @@ class Study:
             records += tables.records_of(errors, names, control, {**known, "command": command})
             tables.write_measurements(errors, file)
         evidence.write(out, records)
-        tables.draw(errors, arms, CONTROL, out / "arms.png")
+        measured = [arm for arm in arms if any(name == arm for _, name, _ in errors)]
+        tables.draw(errors, measured, CONTROL, out / "arms.png")
 
 
 def main() -> None:
