@@ -84,8 +84,8 @@ def _line(p: Predictions, i: int) -> str:
         return f"true class {p.classes[int(p.true[i])]}"
     rank, count = 1 + int((p.errors > p.errors[i]).sum()), int((~np.isnan(p.errors)).sum())
     unit = f" {p.unit}" if p.unit else ""
-    place = "the largest" if rank == 1 else f"number {rank:,} in size"
-    return f"true {p.true[i]:.4g}{unit}, error {p.errors[i]:.4g}{unit}, {place} of {count:,}"
+    place = f"the largest of {count:,}" if rank == 1 else f"rank {rank:,} of {count:,}"
+    return f"true {p.true[i]:.4g}{unit}, error {p.errors[i]:.4g}{unit} ({place})"
 
 
 def _compare(p: Predictions, i: int, value: float, label: str | None) -> None:
