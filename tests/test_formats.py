@@ -117,7 +117,7 @@ def test_properties_and_units_come_with_the_records(tmp_path: Path) -> None:
     assert store.units == {"formation_energy_peratom": "eV/atom", "optb88vdw_bandgap": "eV"}
     assert np.isnan(store.numbers_of("optb88vdw_bandgap")).all()  # "na" everywhere
     assert store.texts_of("func").tolist() == ["OptB88vdW"] * 6
-    assert report.notes == ("1 columns hold neither numbers nor text and were left out (first: efg)",)
+    assert report.notes == ("columns hold neither numbers nor text and were left out: 1 (efg)",)
     _, store = imported(FORMATS / "cdvae.csv", tmp_path, units={"formation_energy_per_atom": "eV/atom"})
     assert store.units == {"formation_energy_per_atom": "eV/atom"}
     assert store.column_names == ["formation_energy_per_atom", "pretty_formula"]
@@ -621,7 +621,7 @@ def test_columns_take_one_type_over_the_whole_import(tmp_path: Path, monkeypatch
     assert report.unused == ("1 of 7 values of 'mixed' could not be used, first 'many' in row 5",)
     assert store.numbers_of("late")[5:].tolist()[1:] == [6, 7]
     assert store.column_names == ["mixed", "words", "late"]
-    assert "1 columns hold neither numbers nor text and were left out (first: nested)" in report.notes
+    assert "columns hold neither numbers nor text and were left out: 1 (nested)" in report.notes
 
 
 def test_a_csv_of_cifs_lists_its_bad_rows(tmp_path: Path) -> None:

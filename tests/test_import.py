@@ -22,6 +22,7 @@ from crysldnet.data.store import CrystalStore
 from crysldnet.errors import DataError
 from crysldnet.readers import sources, workers
 from crysldnet.readers.structure_files import find_structure_files, read_structure
+from crysldnet.readers.table_cells import CsvRecords
 from crysldnet.tools.importer.command import main
 from crysldnet.tools.importer.importer import ImportReport, import_crystals
 
@@ -254,8 +255,8 @@ def test_deuterium_and_tritium_are_read_as_hydrogen_and_said_once(tmp_path: Path
     report = import_crystals(folder, tmp_path / "s.store")
     assert sorted(CrystalStore.open(tmp_path / "s.store").crystals.numbers)[:2] == [1, 1]
     assert report.notes == (
-        "4 files state no symmetry and were read as P 1 (first: a.cif)",
-        "2 files have deuterium or tritium, which was read as hydrogen (first: d.cif)",
+        "files state no symmetry and were read as P 1: 4 (first: a.cif)",
+        "files have deuterium or tritium, which was read as hydrogen: 2 (first: d.cif)",
     )
 
 
@@ -374,7 +375,7 @@ def test_a_bad_row_of_targets_is_listed_with_its_line(folder: Path, rows: str, e
 def test_a_crystal_without_a_row_is_kept_with_null_and_counted(folder: Path) -> None:
     report, store = with_targets(folder, "id,gap\na,1\n")
     np.testing.assert_array_equal(store.numbers_of("gap"), [1, np.nan, np.nan])
-    assert "2 crystals have no row in t.csv: their values are null (first: b)" in report.notes
+    assert "crystals have no row in t.csv, so their values are null: 2 (first: b)" in report.notes
 
 
 @pytest.mark.parametrize(
@@ -405,6 +406,11 @@ def test_a_header_in_the_encoding_of_windows_is_read_with_a_note(folder: Path, c
     ("text", "pattern"),
     [
         (b"id,gap\na,1\nb,\xe9\n", "t.csv line 3: not UTF-8"),
+        (
+            b"id,gap\nB\xe4r,1\n",
+            r"t.csv line 2: not UTF-8; in the encoding of Windows \(cp1252\) it is 'Bär'.*CSV UTF-8",
+        ),
+        (b"id,T,gap\na,20 \xb0C,1\n", "it is '°C'"),
         (b"id,g\xe4p\na,1\n\xe9,2\n", "t.csv line 1: not UTF-8"),
         (b"id,g\x81p\na,1\n", "t.csv line 1: not UTF-8"),
         (b"", "the table is empty"),
@@ -417,6 +423,8 @@ def test_a_header_in_the_encoding_of_windows_is_read_with_a_note(folder: Path, c
     ],
     ids=[
         "encoding",
+        "encoding_of_an_id",
+        "encoding_of_a_unit",
         "encoding_of_ids",
         "undefined",
         "empty",
@@ -687,3 +695,9 @@ def test_a_folder_named_like_the_home_folder_is_read_where_it_stands(tmp_path, m
         if len(lengths) == 2:
             Path("./~/x.cif").unlink()
     np.testing.assert_allclose(lengths, [4.2, 4.2, 5.0], rtol=1e-6)
+
+
+def test_a_table_of_structures_in_the_encoding_of_windows_is_refused_with_what_it_may_hold(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes("id,cif,phase\na,x,Härte\n".encode("cp1252"))
+    with pytest.raises(DataError, match=r"t\.csv: not UTF-8; in the encoding of Windows \(cp1252\) it is 'Härte'"):
+        list(CsvRecords(tmp_path / "t.csv").entries())

@@ -122,8 +122,8 @@ def test_validate_finds_what_the_leaderboard_would_trip_over(folder: Path, capsy
         assert cli.run(check) == 1
         return capsys.readouterr().err
 
-    assert "1 test crystals are missing, and 0 aren't tested" in rewritten(lambda lines: lines[:-1])
-    assert "1 ids occur twice" in rewritten(lambda lines: [*lines, lines[-1]])
+    assert "test crystals without a prediction: 1; others: 0" in rewritten(lambda lines: lines[:-1])
+    assert "ids that occur again: 1" in rewritten(lambda lines: [*lines, lines[-1]])
     assert "isn't finite" in rewritten(lambda lines: [*lines[:-1], lines[-1].split(",")[0] + ",nan"])
     assert "columns id and prediction" in rewritten(lambda lines: ["id,target", *lines[1:]])
     assert "columns id and prediction" in rewritten(lambda lines: lines[:1])
@@ -167,8 +167,8 @@ def test_a_failed_property_is_named(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda split: split["train"].update({"JVASP-1": 0.1}), r"1 of its 63 crystals aren't in .*JVASP-1"),
-        (lambda split: split["val"].update(dict([next(iter(split["test"].items()))])), "1 ids occur twice"),
+        (lambda split: split["train"].update({"JVASP-1": 0.1}), r"crystals that aren't in .*: 1 of 63 \(JVASP-1"),
+        (lambda split: split["val"].update(dict([next(iter(split["test"].items()))])), "ids that occur again: 1"),
         (lambda split: split["test"].update({next(iter(split["test"])): 5.5}), r"is .* and 5\.5 in"),
         (lambda split: split["test"].clear(), "not a split of the leaderboard"),
     ],

@@ -52,7 +52,7 @@ def test_a_folder_and_a_table_make_a_model_a_page_and_predictions(folder, capsys
     assert cli.run(["finetune", "cifs/", "werte.csv", *SHORT, "data.split.fractions=[0.6,0.2,0.2]"]) == 0
     said = capsys.readouterr().err
     assert "6 crystals kept in runs/imported/cifs-" in said
-    assert "columns were taken for that of the ids, because they hold ids of crystals (first: Probe)" in said
+    assert "columns were taken for that of the ids, because they hold ids of crystals: 1 (Probe)" in said
     assert "Bildungsenergie: 6 values in eV/atom, -1.5 to -0.25" in said
     run = folder / "runs/finetune/latest"
     summary = json.loads((run / "summary.json").read_text())
@@ -185,7 +185,7 @@ def test_an_excel_table_is_read_and_its_other_sheets_are_named(folder):
     assert store.units == {"gap": "eV"}
     assert store.numbers_of("Ordnung").tolist() == [1, 2, 3, 4, 5, 6]
     assert store.numbers_of("Datum").tolist() == list(VALUES.values())
-    assert any("further sheets of the table aren't read (first: notes)" in note for note in report.notes)
+    assert any("further sheets of the table aren't read: 1 (notes)" in note for note in report.notes)
 
 
 def test_a_workbook_costs_what_it_holds_and_not_what_it_claims(folder, monkeypatch):

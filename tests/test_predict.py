@@ -487,7 +487,7 @@ def test_a_crystal_that_cannot_be_used_raises_or_is_left_out(loaded):
 def test_what_is_read_otherwise_than_it_stands_there_is_said(tmp_path, loaded, model, capsys):
     lattice = "0 2.04 2.04\n2.04 0 2.04\n2.04 2.04 0"
     (tmp_path / "heavy.vasp").write_text(f"LiD\n1.0\n{lattice}\nLi D\n1 1\ndirect\n0 0 0\n0.5 0.5 0.5\n")
-    said = "1 files have deuterium or tritium, which was read as hydrogen (first: heavy.vasp)"
+    said = "files have deuterium or tritium, which was read as hydrogen: 1 (heavy.vasp)"
     assert predict(f"model={model}", f"files={tmp_path}", f"out={tmp_path}/out.csv") == 0
     assert f"note: {said}\n" in capsys.readouterr().err
     found = loaded.predict(tmp_path / "heavy.vasp")

@@ -236,7 +236,7 @@ def test_sodium_is_a_value_and_what_says_none_is_counted(tmp_path: Path) -> None
     ):
         assert store.texts_of("cation").tolist() == ["Na", "Na", "K", "None"]
         assert store.texts_of("formula").tolist() == ["Na", "NaN", None, "Li"]
-        assert "1 texts are 'N/A', which was read as no value (first: formula)" in report.notes
+        assert "texts are 'N/A', which was read as no value: 1 (formula)" in report.notes
 
 
 def test_one_reading_holds_for_all_pieces_of_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,10 +262,12 @@ class ImportIssues:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Each note with its count and first place."""
+        """Each note with its count, which fits one and many, and its first place."""
         first = {text: place for place, _, text in reversed(self._notes)}
         counts = Counter(text for _, _, text in self._notes)
-        return tuple(f"{count:,} {text} (first: {first[text]})" for text, count in counts.items())
+        return tuple(
+            f"{text}: {count:,} ({'first: ' if count > 1 else ''}{first[text]})" for text, count in counts.items()
+        )
 
     def save(self, out: Path, rejects: str = "rejects") -> tuple[Path | None, Path | None]:
         """Write ``OUT.rejects.csv`` and ``OUT.notes.csv`` and return their paths; empty ones are removed."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import re
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -83,6 +85,21 @@ def _decoded(path: Path, raw: bytes) -> str:
         return text + (end + rows).decode("ascii")
 
 
+def _not_utf8(raw: bytes, at: int) -> str:
+    """Return why bytes aren't UTF-8, with the text at a position in the encoding of Windows, and the remedy.
+
+    It isn't assumed, because ids in a wrongly guessed encoding would be other ids.
+    """
+    around = re.split(rb"[\s,;\"]", raw[max(0, at - 30) : at])[-1] + re.split(rb"[\s,;\"]", raw[at : at + 30])[0]
+    with contextlib.suppress(UnicodeDecodeError):
+        text = around.decode("cp1252")
+        return (
+            f"not UTF-8; in the encoding of Windows (cp1252) it is {text!r}. Save the table as CSV in UTF-8 (in Excel: "
+            "CSV UTF-8), or convert it, iconv -f CP1252 -t UTF-8"
+        )
+    return "not UTF-8; save the table as CSV in UTF-8"
+
+
 def _of_text(path: Path) -> Cells:
     try:
         with path.open("rb") as file:
@@ -97,7 +114,7 @@ def _of_text(path: Path) -> Cells:
             kind = _SIGNATURES[raw[:4]]
             raise DataError(f"{path}: {kind}, whatever its name says; name it .xlsx, or save CSV in UTF-8") from error
         line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path} line {line}: not UTF-8; save the table as CSV in UTF-8") from error
+        raise DataError(f"{path} line {line}: {_not_utf8(raw, error.start)}") from error
     if "\0" in text:
         raise DataError(f"{path}: not a table in text, for it has null characters; save it as CSV in UTF-8")
     delimiter = delimiter_of(text)
@@ -202,7 +219,7 @@ class CsvRecords:
                 titles = [title.strip() for title in next(reader, [])]
                 yield titles, _filled(reader)
         except UnicodeDecodeError as error:
-            raise DataError(f"{self._path}: not UTF-8; save the table as CSV in UTF-8") from error
+            raise DataError(f"{self._path}: {_not_utf8(error.object, error.start)}") from error
         except csv.Error as error:
             line = f" line {reader.line_num}" if reader else ""
             raise DataError(f"{self._path}{line}: {error}") from error

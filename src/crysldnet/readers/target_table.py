@@ -44,7 +44,7 @@ class Targets:
         index = [self.rows.get(material_id) for material_id in ids]
         for material_id, row in zip(ids, index, strict=True):
             if row is None:
-                issues.note(f"crystals have no row in {self.name}: their values are null", material_id)
+                issues.note(f"crystals have no row in {self.name}, so their values are null", material_id)
         return {name: column.take(pa.array(index, pa.int64())) for name, column in self.columns.items()}
 
 

@@ -127,11 +127,11 @@ def _rows_of(store: CrystalStore, path: Path, splits: Mapping[str, dict[str, flo
     ids = [id_ for own in splits.values() for id_ in own]
     if missing := [id_ for id_ in ids if id_ not in where]:
         raise DataError(
-            f"{path}: {len(missing):,} of its {len(ids):,} crystals aren't in {store.name} ({missing[0]}, …); use the "
-            "version of the data that the benchmark was made from"
+            f"{path}: crystals that aren't in {store.name}: {len(missing):,} of {len(ids):,} ({missing[0]}, …); use "
+            "the version of the data that the benchmark was made from"
         )
     if len(set(ids)) < len(ids):
-        raise DataError(f"{path}: {len(ids) - len(set(ids)):,} ids occur twice; copy it again")
+        raise DataError(f"{path}: ids that occur again: {len(ids) - len(set(ids)):,}; copy it again")
     return {split: np.array(sorted(where[id_] for id_ in own), np.int64) for split, own in splits.items()}
 
 

@@ -100,7 +100,7 @@ def check_entry(folder: Path, truth: Mapping[str, Mapping[str, float] | Sequence
         true = truth.get(name)
         if true is not None and values.keys() != {*true}:
             lost, more = {*true} - values.keys(), values.keys() - {*true}
-            found.problems.append(f"{path.name}: {len(lost)} test crystals are missing, and {len(more)} aren't tested")
+            found.problems.append(f"{path.name}: test crystals without a prediction: {len(lost)}; others: {len(more)}")
         known = true if isinstance(true, Mapping) else {}
         errors = [abs(value - known[id_]) for id_, value in values.items() if id_ in known]
         found.scores[name] = len(values), sum(errors) / len(errors) if errors else math.nan
@@ -150,7 +150,7 @@ def read_predictions(path: Path) -> dict[str, float]:
     except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise DataError(f"{path.name}: {error}") from error
     if len(values) < len(rows):
-        raise DataError(f"{path.name}: {len(rows) - len(values)} ids occur twice")
+        raise DataError(f"{path.name}: ids that occur again: {len(rows) - len(values)}")
     if bad := [id_ for id_, value in values.items() if not math.isfinite(value)]:
         raise DataError(f"{path.name}: the prediction of {bad[0]} isn't finite")
     return values
