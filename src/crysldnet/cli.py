@@ -59,7 +59,7 @@ PARTS = {
     ("matbench", "validate"): "crysldnet.tools.matbench.validation",
     ("matbench", "fold"): "crysldnet.tools.matbench.benchmark_run",
     ("jarvis", "validate"): "crysldnet.tools.jarvis.entry",
-    ("jarvis", "property"): "crysldnet.tools.jarvis.one_property",
+    ("jarvis", "property"): "crysldnet.tools.jarvis",
 }
 """Two-word commands and the module whose ``main`` runs them."""
 

@@ -2,7 +2,16 @@
 
 from crysldnet.build import to_yaml
 from crysldnet.config.arguments import argument, arguments_for, split_words
-from crysldnet.config.compose import FILES, PRESETS, Composition, compose, refuse_unknown, refuse_unused, validate
+from crysldnet.config.compose import (
+    FILES,
+    PRESETS,
+    Composition,
+    compose,
+    refuse_unknown,
+    refuse_unused,
+    settings_of,
+    validate,
+)
 from crysldnet.config.files import choices, load_yaml, read_saved
 from crysldnet.config.help import help_text
 from crysldnet.config.resume import pin_files, refuse_changed
@@ -24,6 +33,7 @@ __all__ = [
     "refuse_changed",
     "refuse_unknown",
     "refuse_unused",
+    "settings_of",
     "split_words",
     "to_yaml",
     "validate",

@@ -262,6 +262,18 @@ def validate(composition: Composition, schema: type) -> Any:
     return settings
 
 
+def settings_of(command: str, folder: Path, schema: type) -> tuple[Any, dict[str, Any]]:
+    """Return the settings of an existing run, and the same as plain values.
+
+    Raises:
+        ConfigError: there is no run in the folder.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{folder}: no run exists there; start one with crysldnet {command}", "run")
+    composition = compose(command, [], folder / "config.yaml")
+    return validate(composition, schema), composition.values
+
+
 def _needed(key: str, composition: Composition) -> ConfigError:
     place = composition.origin.get(key, "")
     return ConfigError(f"{key}: it has no default; give it as {key}=VALUE (see {place})", key)

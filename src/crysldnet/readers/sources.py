@@ -247,7 +247,8 @@ def _open_paths(sources: Sequence[str | os.PathLike[str]], on_bad: OnBad | None)
     if structures:
         files = find_structure_files(structures)
         readers.append(FileReader(files, structures[0] if len(paths) == 1 and structures[0].is_dir() else None))
-    opened = [*((_open_file, str(path)) for path in others), *((partial(_open, STORE), store) for store in stores)]
+    opened: list[tuple[Callable[[str], Reader], str]] = [(_open_file, str(path)) for path in others]
+    opened += [(partial(_open, STORE), store) for store in stores]
     for open_, path in opened:
         try:
             readers.append(open_(path))

@@ -11,13 +11,14 @@ crysldnet jarvis validate FOLDER checks an entry and computes its errors.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import platform
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
@@ -29,13 +30,14 @@ import torch
 from crysldnet import __version__
 from crysldnet.artifacts.provenance import pretraining_overlap, refuse_seen_labels
 from crysldnet.build import build
-from crysldnet.config import arguments_for
+from crysldnet.config import arguments_for, settings_of
 from crysldnet.console import note
 from crysldnet.data.catalog import published
 from crysldnet.data.datasets import open_store
 from crysldnet.data.fingerprint import Fingerprints
 from crysldnet.data.store import CrystalStore
 from crysldnet.errors import ConfigError, DataError
+from crysldnet.finetune import run as finetune
 from crysldnet.finetune.settings import EnsembleConfig, FinetuneConfig, make_encoder
 from crysldnet.io import write_atomically
 from crysldnet.tools.jarvis.benchmark import NAME, Benchmark, open_benchmark, split_file
@@ -211,3 +213,25 @@ def _script(values: Mapping[str, Any]) -> str:
     typed = sys.argv[2:] if sys.argv[1:2] == ["jarvis"] else arguments_for("jarvis", values, ("name", "runs", "resume"))
     words = [word for word in typed or [] if not word.startswith(("resume=", "--resume="))]
     return f"#!/bin/bash\npip install crysldnet=={__version__}\n{shlex.join(['crysldnet', 'jarvis', *words])}\n"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``crysldnet jarvis property RUN PROPERTY``: finetune on one property of an existing run; return the status.
+
+    A run starts it for each property. You can also start it yourself or with a scheduler; the run with ``resume=last``
+    then uses the result.
+    """
+    parser = argparse.ArgumentParser(
+        prog="crysldnet jarvis property", description="Finetune on one property of an existing run."
+    )
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("property", help="one of its properties")
+    arguments = parser.parse_args(list(argv))
+    path = arguments.run.absolute()
+    config, values = settings_of("jarvis", path, JarvisConfig)
+    if arguments.property not in config.properties:
+        known = ", ".join(config.properties)
+        raise ConfigError(f"{path}: {arguments.property} isn't one of its properties, {known}", "property")
+    if is_complete(path / "finetune" / arguments.property):
+        return 0
+    return finetune(*config.of_property(arguments.property, path, values))

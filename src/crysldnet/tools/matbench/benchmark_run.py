@@ -15,7 +15,7 @@ from typing import Any
 
 from crysldnet.artifacts.provenance import refuse_seen_labels
 from crysldnet.build import build
-from crysldnet.config import compose, validate
+from crysldnet.config import settings_of
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.errors import ConfigError
 from crysldnet.finetune.settings import make_encoder
@@ -90,16 +90,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("fold", type=int, choices=range(FOLDS), help="number of the fold")
     arguments = parser.parse_args(list(argv))
     path = arguments.run.absolute()
-    saved = path / "config.yaml"
-    if not saved.is_file():
-        raise ConfigError(f"{path}: no run exists there; start one with crysldnet matbench", "run")
-    composition = compose("matbench", [], saved)
-    config: MatbenchConfig = validate(composition, MatbenchConfig)
+    config, values = settings_of("matbench", path, MatbenchConfig)
     if arguments.task not in config.names:
         raise ConfigError(f"{path}: {arguments.task} isn't one of its tasks, {', '.join(config.names)}", "task")
     if not is_done(path, arguments.task, arguments.fold):
         config = replace(config, name=path.name, runs=str(path.parents[1]), resume="last")
         part = fold_folder(path, arguments.task, arguments.fold)
         folder = RunFolder(config.runs, "matbench", config.name, resume=True, part=part)
-        run_fold(open_task(BenchmarkRun.of(config, composition.values, folder), arguments.task), arguments.fold)
+        run_fold(open_task(BenchmarkRun.of(config, values, folder), arguments.task), arguments.fold)
     return 0
