@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from crysldnet import __version__
-from crysldnet.artifacts.provenance import pretraining_overlap, refuse_seen_labels
+from crysldnet.artifacts.provenance import describe_overlap, pretraining_overlap, refuse_seen_labels
 from crysldnet.build import build
 from crysldnet.config import arguments_for, settings_of
 from crysldnet.console import note
@@ -147,6 +147,8 @@ def run(config: JarvisConfig, values: dict[str, Any], choices: Mapping[str, Any]
         if benchmark.shared_formulas:
             count, of = benchmark.shared_formulas, len(benchmark.rows["test"])
             note(f"{name}: {count:,} of {of:,} test crystals have the reduced formula of a training or validation one")
+        if (counts := overlaps[name]) is not None:
+            note(f"{name}: {describe_overlap(counts)}")
     folder.finish({"command": "jarvis", "properties": told, "seed": config.seed, "entry": str(entry), "valid": True})
     print_checked(entry, found, {name: benchmark.unit for name, benchmark in benchmarks.items()})
     return 0
