@@ -278,7 +278,9 @@ def test_an_output_does_not_replace_a_file_that_is_read(tmp_path, table, model, 
 def test_several_models_read_each_crystal_once(tmp_path, ensemble, monkeypatch):
     graphs = []
     build = streams.make_batch
-    monkeypatch.setattr(streams, "make_batch", lambda part, graph: graphs.append(len(part)) or build(part, graph))
+    monkeypatch.setattr(
+        streams, "make_batch", lambda part, graph, **how: graphs.append(len(part)) or build(part, graph, **how)
+    )
     models = [ensemble / "member_0", ensemble / "member_1"]
     assert predict(f"model=[{models[0]},{models[1]}]", f"files={EXAMPLES}", f"out={tmp_path}/both.csv") == 0
     assert sum(graphs) == 6

@@ -34,6 +34,7 @@ from crysldnet.signals import RUN_NAME
 from crysldnet.training import checkpointing, plots
 from crysldnet.training.checkpoint_file import HEADER, LAST, CheckpointFile, DamagedError, verify
 from crysldnet.training.diagnostics import Diagnostics
+from crysldnet.training.module import StepModule
 from crysldnet.training.run_folder import RunFolder
 from tiny import finetune_config, pretrain_config, repeatable, subset
 
@@ -102,6 +103,19 @@ def test_a_run_stopped_inside_an_epoch_goes_on_exactly(tmp_path, small, whole, m
         (0, 10) if arguments[:1] == ["trainer.accumulate_grad_batches=2"] else (1, 3)
     )
     assert_equal_runs(expected, run(tmp_path, small, "resume=last", *arguments))
+
+
+def test_a_run_whose_optimizer_skips_steps_by_itself_goes_on_exactly(tmp_path, small, monkeypatch):
+    """As on a GPU: the fused optimizer."""
+    with monkeypatch.context() as patch:
+        patch.setattr(StepModule, "skips_on_device", True)
+        expected = run(tmp_path / "whole", small)
+        at_batch(patch, 8, send(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            run(tmp_path, small)
+    saved = torch.load(tmp_path / "pretrain/run/vae/checkpoints" / LAST, weights_only=True)
+    assert all(group["fused"] for group in saved["optimizer_states"][0]["param_groups"])
+    assert_equal_runs(expected, run(tmp_path, small, "resume=last"))
 
 
 def test_what_cannot_change_a_result_may_change_on_resume_and_what_can_is_refused(tmp_path, small, whole, monkeypatch):
