@@ -38,7 +38,9 @@ class CommandModule(ModuleType):
 
     def __call__(self, **settings: Any) -> Run:
         """Run the command; see :func:`crysldnet.api.runs.finetune`."""
-        return import_module("crysldnet.api.runs").run_command(self.__name__.rpartition(".")[2], settings)
+        from crysldnet.api.runs import run_command
+
+        return run_command(self.__name__.rpartition(".")[2], settings)
 
 
 def __getattr__(name: str) -> Any:

@@ -128,7 +128,7 @@ class Labels:
 
     names: list[str]
     units: dict[str, str]
-    values: NDArray
+    values: NDArray[Any]
     flat: bool
     index: list[str] | None
 
@@ -164,7 +164,7 @@ class Labels:
         known = {name: unit for name, unit in zip(names, units.values(), strict=True) if unit}
         return cls(names, known, values, flat, [str(label) for label in y.index] if hasattr(y, "iloc") else None)
 
-    def rows_of(self, structures: Any, ids: Sequence[str]) -> NDArray:
+    def rows_of(self, structures: Any, ids: Sequence[str]) -> NDArray[Any]:
         """Return [n, T] values in the order of the structures.
 
         Raises:
@@ -183,7 +183,7 @@ class Labels:
                     )
         return self.values
 
-    def _by_id(self, ids: Sequence[str]) -> NDArray:
+    def _by_id(self, ids: Sequence[str]) -> NDArray[Any]:
         places = {label: row for row, label in enumerate(self.index or [])}
         strange = next((label for label in places if label not in set(ids)), None)
         if not places or strange is not None:
@@ -193,7 +193,7 @@ class Labels:
                 f"the ids, such as {ids[0]!r}, or as names of columns beside the crystals"
             )
         rows = np.array([places.get(material_id, -1) for material_id in ids])
-        values = self.values[rows]
+        values: NDArray[Any] = self.values[rows]
         values[rows < 0] = None if values.dtype == object else np.nan
         return values
 
@@ -233,7 +233,7 @@ def write(structures: Any, labels: Labels, path: Path, seed: int, numbers: Seque
     pq.write_table(table, path)
 
 
-def _column(values: NDArray) -> list[Any] | NDArray:
+def _column(values: NDArray[Any]) -> list[Any] | NDArray[Any]:
     return values if values.dtype != object else [None if value is None else label_text(value) for value in values]
 
 
@@ -242,7 +242,7 @@ def label_text(value: Any) -> str:
     return str(int(value)) if isinstance(value, float | np.floating) and value == int(value) else str(value)
 
 
-def known_classes(values: NDArray) -> Iterator[NDArray]:
+def known_classes(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
     """Yield the sorted classes of each target."""
     for column in values.T:
         yield np.unique(np.array([value for value in column if value is not None]))

@@ -18,8 +18,8 @@ from crysldnet.api.crystals import Labels, Source, is_path, known_classes, label
 from crysldnet.api.runs import dotted, run_command
 from crysldnet.config import compose
 from crysldnet.console import silenced
-from crysldnet.descriptors import crystal_descriptors, side_by_side
-from crysldnet.descriptors.composition import Features
+from crysldnet.descriptors import crystal_descriptors
+from crysldnet.descriptors.composition import Features, side_by_side
 from crysldnet.errors import ConfigError, DataError, Interrupted
 from crysldnet.inference import Embedder, LayersRead, Predictor, load, load_encoder
 from crysldnet.inference.results import Predictions
@@ -60,7 +60,7 @@ class _Finetuned(BaseEstimator):
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Return the parameters, including the given settings."""
-        named = super().get_params(deep)
+        named: dict[str, Any] = super().get_params(deep)
         others = {name: value for name, value in vars(self).items() if name not in named}
         return named | {name: value for name, value in others.items() if name[0] != "_" and name[-1] != "_"}
 
@@ -119,7 +119,7 @@ class _Finetuned(BaseEstimator):
             self._keep_classes(named if in_place else list(known_classes(labels.values)))
         return self
 
-    def _keep_classes(self, classes: list[NDArray]) -> None: ...
+    def _keep_classes(self, classes: list[NDArray[Any]]) -> None: ...
 
     def _settings(self) -> dict[str, Any]:
         """Return the settings by dotted key."""
@@ -182,7 +182,7 @@ class _Finetuned(BaseEstimator):
             None
         ) if source.index is None else source.index
 
-    def _shaped(self, values: NDArray) -> NDArray:
+    def _shaped(self, values: NDArray[Any]) -> NDArray[Any]:
         return values[:, 0] if self._flat else values
 
 
@@ -233,13 +233,13 @@ class CrystalClassifier(ClassifierMixin, _Finetuned):
 
     _classes = True
 
-    def _keep_classes(self, classes: list[NDArray]) -> None:
+    def _keep_classes(self, classes: list[NDArray[Any]]) -> None:
         self.classes_ = classes[0] if self._flat else classes
         texts = [[label_text(value) for value in of_target.tolist()] for of_target in classes]
         named = self.predictor_.members[0].classes  # sorted as text
         self._codes = [[own.index(name) for name in names or []] for own, names in zip(texts, named, strict=True)]
 
-    def predict(self, X: Any) -> NDArray:
+    def predict(self, X: Any) -> NDArray[Any]:
         """Return the most likely classes [n] or [n, T]."""
         found, rows = self._predict(X)
         classes = [self.classes_] if self._flat else self.classes_
@@ -272,7 +272,7 @@ def _write_file(path: Path, content: bytes) -> None:
         raise cannot_write(path, error) from error
 
 
-def _mean_score(score: Any, true: NDArray, predicted: NDArray, weight: Any) -> float:
+def _mean_score(score: Any, true: NDArray[Any], predicted: NDArray[Any], weight: Any) -> float:
     if len(true) != len(predicted):
         raise DataError(f"y has {len(true)} rows and there are {len(predicted)} structures; they must be as many")
     scores = []
@@ -331,7 +331,7 @@ class CrystalTransformer(TransformerMixin, BaseEstimator):
         self.feature_names_ = features.names
         return features.values
 
-    def get_feature_names_out(self, input_features: Any = None) -> NDArray:
+    def get_feature_names_out(self, input_features: Any = None) -> NDArray[Any]:
         """Return the [D] feature names after a transform."""
         check_is_fitted(self, "feature_names_")
         return np.array(self.feature_names_, object)
