@@ -12,14 +12,14 @@ from crysldnet.graphs.compiled import njit
 inner = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 """For functions called only by compiled ones, which compile faster."""
 inlined = njit(nogil=True, error_model="numpy", inline="always")
-"""For per-atom functions, because a call counts the references to every array."""
+"""For functions called for each atom or crystal, because a call counts the references to every array."""
 U = np.uint64
 """Signed indices may count from the end, which costs time in numba."""
 BLOCK = 64
 """Points per iteration of a vectorized loop."""
 MOST_IMAGES = 60.0
 """Number of images of the cell up to which they are listed; lower for few atoms."""
-LEAST_IMAGES = 10.0
+LEAST_IMAGES = 4.0
 """Minimum limit per atom, plus one."""
 BOX = 0.9
 """Length of a box in units of the radius."""

@@ -215,7 +215,7 @@ def _up_to(limit2, count, kept, d2s):
     return np.int64(left)
 
 
-@inner
+@inlined
 def _atoms(t, lattice, frac, first, last, i, search, k, radius, tolerance, lists, room, edges, start, shells):
     """Find the neighbors of the atoms of a crystal, starting at i.
 
