@@ -570,6 +570,13 @@ def test_every_test_that_the_page_on_reliability_names_exists() -> None:
     assert named > 30
 
 
+def test_every_file_that_states_the_version_states_the_same() -> None:
+    for file in ("pyproject.toml", "CITATION.cff", "packaging/meta.yaml", "docs/comparison.md", "CHANGELOG.md"):
+        pattern = r"(?m)(?:^version(?: =|:)|set version =|CrysLDNet|^##) \"?(\d+\.\d+\.\d+)"
+        found = re.findall(pattern, text_of(file))
+        assert found[:1] == [__version__], (file, found)
+
+
 def test_the_citation_file_has_what_its_format_asks_for() -> None:
     citation = yaml.safe_load(text_of("CITATION.cff"))
     assert citation["cff-version"] == "1.2.0"

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from crysldnet.api.runs import Run, finetune, pretrain
     from crysldnet.inference import load, load_encoder
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "CrystalClassifier",
     "CrystalRegressor",
