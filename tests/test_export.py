@@ -8,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from crysldnet import cli
 from crysldnet.artifacts.model_file import load_property_models
 from crysldnet.data.datasets import open_store
 from crysldnet.errors import CheckpointError, ConfigError
+from crysldnet.graphs.batch import make_batch
 from crysldnet.signals import RUN_NAME
 from crysldnet.tools import export
 from tiny import QUIET, subset
@@ -85,6 +88,30 @@ def test_an_onnx_file_predicts_as_the_model_does_without_torch(model: Path, tmp_
     np.testing.assert_allclose(found["value"], expected.values, rtol=1e-4, atol=1e-5)
     said = json.loads((tmp_path / "about.json").read_text())
     assert said["targets"] == ["formation_energy_per_atom", "band_gap"]
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_classes_beside_a_number_are_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    monkeypatch.setattr(export, "CHECKED", 20)
+    data = subset(tmp_path / "d.parquet", train=24, val=8)
+    table = pq.read_table(data)
+    metal = pa.array([float(gap == 0.0) for gap in table["band_gap"].to_pylist()])
+    pq.write_table(table.append_column("metal", metal), data)
+    words = [*SMALL, *QUIET, "baselines=false", f"data.path={data}", f"runs={tmp_path}", "name=b", "loss=gaussian"]
+    words += ["data.targets=[metal,band_gap]", "target_types={metal: classification}"]
+    os.environ.pop(RUN_NAME, None)
+    assert cli.run(["finetune", *words]) == 0
+    os.environ.pop(RUN_NAME, None)
+    out = tmp_path / f"m{suffix}"
+    assert cli.run(["export", f"model={tmp_path / 'finetune/b'}", f"out={out}"]) == 0
+    [(network, _)] = load_property_models(tmp_path / "finetune/b")
+    crystals = open_store("embedded:mp_starter").crystals.take(np.arange(1000, 1003))
+    given = export.inputs(crystals, network.encoder.graph)
+    found = (export.OnnxSession(out) if suffix == ".onnx" else torch.export.load(out).module())(**given)
+    expected = network.eval().predict(make_batch(crystals, network.encoder.graph))
+    assert found["probability"].shape == (3, 2, 2)
+    torch.testing.assert_close(found["probability"], expected.probability, equal_nan=True)
+    torch.testing.assert_close(found["std"], expected.std, equal_nan=True)
 
 
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])

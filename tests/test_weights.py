@@ -82,7 +82,7 @@ class Hub(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
-        content = self.files.get(self.path.rpartition("/")[2]) if "/resolve/" in self.path else None
+        content = self.files.get(self.path.partition("?")[0].rpartition("/")[2]) if "/resolve/" in self.path else None
         if content is None:
             self.answer(404, b"{}", X_Error_Code="EntryNotFound")
         else:
@@ -196,6 +196,26 @@ def test_another_file_than_announced_is_not_kept(web, named):
     with pytest.raises(DataError, match="404"):
         hub.get(f"{address}absent.safetensors", "0" * 64)
     assert not [f for f in weights.fetched_folder().iterdir() if f.name.startswith((".", "large", "noise"))]
+
+
+def test_a_sha256_is_read_in_every_usual_form_and_checked_before_the_download(web, named):
+    files, address = web
+    content = named.read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    files.update({"a.safetensors": content, "%C3%A9.safetensors": content})
+    hub.get(f"{address}a.safetensors", f" sha256:{sha256.upper()} ")
+    hub.get(f"{address}é.safetensors?download=true", sha256)
+    assert set(weights.named_encoders()) == {"tiny", "a", "é"}
+    for wrong in ("", sha256[:20], "../up", f"{sha256}0"):
+        with pytest.raises(CheckpointError, match="a sha256 has 64 hexadecimal digits"):
+            hub.get(f"{address}absent.safetensors", wrong)
+
+
+def test_only_a_download_that_was_begun_is_said_to_be_kept(named, monkeypatch):
+    monkeypatch.setattr(download, "SCHEMES", ("http",))
+    with pytest.raises(DataError, match="can't be reached") as refused:
+        hub.get("http://127.0.0.1:9/absent.safetensors", "0" * 64)
+    assert "is kept" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "none", ""])

@@ -8,7 +8,7 @@ import urllib.request
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from crysldnet import __version__
 from crysldnet.console import progress
@@ -19,6 +19,8 @@ from crysldnet.errors import DataError
 SCHEMES = ("https",)
 """Allowed URL schemes, also after redirects."""
 TIMEOUT_S = 30.0
+ALREADY_QUOTED = "%/:?#[]@!$&'()*+,;="
+"""Characters of an address that have a meaning in it or were quoted before; others, as é, are quoted."""
 _CHUNK = 1 << 20
 
 
@@ -86,7 +88,9 @@ def fetch(url: str, path: Path, hint: str) -> None:
     _check_scheme(url)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        request = urllib.request.Request(url, headers={"User-Agent": f"crysldnet/{__version__}"})
+        request = urllib.request.Request(
+            quote(url, safe=ALREADY_QUOTED), headers={"User-Agent": f"crysldnet/{__version__}"}
+        )
         if partial.exists() and tag.exists():
             request.add_header("Range", f"bytes={partial.stat().st_size}-")
             request.add_header("If-Range", tag.read_text())
@@ -98,9 +102,9 @@ def fetch(url: str, path: Path, hint: str) -> None:
         raise DataError(f"{url}: the server says {error.code} {error.reason}. {hint}") from error
     except (urllib.error.URLError, TimeoutError, ConnectionError, HTTPException) as error:
         reason = getattr(error, "reason", None) or error
+        kept = ". The partial file is kept, and the next try resumes it" if partial.exists() and tag.exists() else ""
         raise DataError(
-            f"{url}: can't be reached, or was cut off ({reason}). Without a network: {hint}. "
-            "The partial file is kept, and the next try resumes it"
+            f"{url}: can't be reached, or was cut off ({reason}). Without a network: {hint}{kept}"
         ) from error
     except OSError as error:
         raise DataError(f"can't write to {path.parent}: {error.strerror}") from error

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from crysldnet.artifacts import model_file, weights
 from crysldnet.console import escaped, note, print_table
@@ -156,24 +156,28 @@ def get(address: str, sha256: str, name: str | None = None) -> Path:
 
     Args:
         address: https address of a ``.safetensors`` file. If there is a ``.md`` beside it, that is its model card.
-        sha256: of the file, in hexadecimal.
+        sha256: of the file, 64 hexadecimal digits, with or without ``sha256:`` before them.
         name: name of the encoder; by default that of the file.
 
     Raises:
-        CheckpointError: the file isn't the one announced, isn't an encoder, or the name is taken.
+        CheckpointError: the sha256 has another form, the file isn't the one announced, isn't an encoder, or the name is
+            taken.
         DataError: it can't be downloaded.
     """
+    digest = sha256.strip().lower().removeprefix("sha256:")
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise CheckpointError(f"--sha256 {sha256!r}: a sha256 has 64 hexadecimal digits")
     file = PurePosixPath(urlsplit(address).path)
     if file.suffix != ".safetensors":
         raise CheckpointError(f"{address}: an encoder file ends in .safetensors")
-    out = _free(name or file.stem)
-    part = out.with_name(f".{out.name}.{sha256[:16]}")
+    out = _free(name or unquote(file.stem))
+    part = out.with_name(f".{out.name}.{digest[:16]}")
     if not part.exists():
         fetch(address, part, f"get the file elsewhere and use its path: pretrained={file.name}")
     found = file_hash(part)
-    if found != sha256.lower():
+    if found != digest:
         part.unlink()
-        raise CheckpointError(f"{address}: its sha256 is {found}, not {sha256}: it was damaged, or it is another file")
+        raise CheckpointError(f"{address}: its sha256 is {found}, not {digest}: it was damaged, or it is another file")
     card = part.with_suffix(".md")
     try:
         fetch(urlsplit(address)._replace(path=str(file.with_suffix(".md"))).geturl(), card, "")

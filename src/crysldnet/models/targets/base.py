@@ -127,7 +127,7 @@ def stack_probabilities(estimates: Sequence[Estimate], like: Tensor) -> Tensor |
     widths = [0 if e.probability is None else e.probability.shape[1] for e in estimates]
     if not any(widths):
         return None
-    whole = like.new_full((len(like), len(estimates), max(widths)), math.nan)
+    whole = like.new_full((like.shape[0], len(estimates), max(widths)), math.nan)
     for place, estimate in enumerate(estimates):
         if estimate.probability is not None:
             whole[:, place] = 0.0
