@@ -198,3 +198,25 @@ def test_a_run_with_other_choices_resumes_with_them_and_refuses_others(tmp_path,
     assert cli.run(["pretrain", "name=p", "resume=last"]) == 0
     assert yaml.safe_load((folder / "config.yaml").read_text())["objective"]["_target_"].endswith("Published")
     assert {"vae", "diffusion"} <= set(json.loads((folder / "summary.json").read_text()))
+
+
+def test_help_and_a_mistyped_sha256_are_answered_without_torch() -> None:
+    code = (
+        "import sys\n"
+        "from crysldnet import cli\n"
+        "from crysldnet.errors import CrysldnetError\n"
+        "for command in cli.COMMANDS:\n"
+        "    cli.run([command, '--help'])\n"
+        "for words in (['weights', '--help'], ['weights', 'get', 'https://a.org/b.safetensors', '--sha256', '12'],\n"
+        "              ['completion', 'csh']):\n"
+        "    try:\n"
+        "        cli.run(words)\n"
+        "        sys.exit('not refused')\n"
+        "    except SystemExit as left:\n"
+        "        assert left.code == 0, left\n"
+        "    except CrysldnetError:\n"
+        "        pass\n"
+        "    assert 'torch' not in sys.modules, words\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 import io
 import json
 import logging
@@ -146,9 +145,10 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
 
 
 def _docstring(module: str) -> str:
-    """Return the docstring of a module without importing it, which takes seconds."""
-    origin = importlib.util.find_spec(module).origin  # type: ignore[union-attr]
-    return (ast.get_docstring(ast.parse(Path(origin).read_text(encoding="utf-8"))) or "").strip()  # type: ignore[arg-type]
+    """Return the docstring of a module without importing it or its package, which takes seconds."""
+    place = Path(__file__).parent.joinpath(*module.split(".")[1:])
+    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    return (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").strip()
 
 
 @contextmanager
@@ -229,6 +229,7 @@ def _completion(shell: str) -> str:
     """Return the completion script for a shell."""
     from crysldnet.config.help import Command, actions_of, script, words_of
 
+    script(shell, {})  # rejects other shells before modules are imported
     found = {}
     for name, (module, schema, text) in COMMANDS.items():
         found[name] = Command(text, words_of(name, getattr(importlib.import_module(module), schema)))

@@ -10,10 +10,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from crysldnet.artifacts import model_file, weights
+from crysldnet.artifacts import weights
 from crysldnet.console import escaped, note, print_table
-from crysldnet.data.download import fetch
-from crysldnet.data.store import file_hash
 from crysldnet.errors import CheckpointError, DataError
 from crysldnet.io import cannot_write, replacing, write_atomically
 
@@ -86,6 +84,8 @@ def _named(name: str) -> Path:
 
 def list_them() -> None:
     """Print a table of the named encoders."""
+    from crysldnet.artifacts import model_file  # here and below, because it imports torch, which takes seconds
+
     rows = []
     for name, file in weights.named_encoders().items():
         info, state = model_file.read(file, "encoder")
@@ -171,6 +171,9 @@ def get(address: str, sha256: str, name: str | None = None) -> Path:
     if file.suffix != ".safetensors":
         raise CheckpointError(f"{address}: an encoder file ends in .safetensors")
     out = _free(name or unquote(file.stem))
+    from crysldnet.data.download import fetch
+    from crysldnet.data.store import file_hash
+
     part = out.with_name(f".{out.name}.{digest[:16]}")
     if not part.exists():
         fetch(address, part, f"get the file elsewhere and use its path: pretrained={file.name}")
@@ -211,6 +214,8 @@ def _keep(file: Path, card: str | None, out: Path, source: str) -> None:
     Raises:
         CheckpointError: it isn't an encoder.
     """
+    from crysldnet.artifacts import model_file
+
     model_file.load_encoder(file)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -234,6 +239,8 @@ def push(file: Path, repository: str, license: str) -> None:
     Raises:
         CheckpointError: it isn't an encoder, or the hub rejects it.
     """
+    from crysldnet.artifacts import model_file
+
     _check_repository(repository)
     if file.is_dir():
         file = file / FILE
