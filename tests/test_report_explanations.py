@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from crysldnet import cli
-from crysldnet.errors import ConfigError
-from crysldnet.tools.report.explanations import chosen
+from crysldnet.errors import ConfigError, DataError
+from crysldnet.tools.report.explanations import _compare, chosen
 from crysldnet.tools.report.predictions import Predictions
 from html_page import Page, assert_self_contained
 from tiny import ENCODER, QUIET, subset
@@ -152,3 +152,11 @@ def test_the_worst_and_a_typical_prediction_are_chosen() -> None:
     assert chosen(classes, 3) == [0, 4, 3]
     with pytest.raises(ConfigError, match="explained must be from 0 to 6"):
         cli.run(["report", "a", "explained=7"])
+
+
+def test_a_prediction_near_zero_may_be_rounded_to_bfloat16() -> None:
+    true = np.array([4.8, 0.0, 1.2, 0.0])
+    p = Predictions("gap", "eV", list("abcd"), true, np.array([0.005042, 0.005, 0.006, 0.005]))
+    _compare(p, 0, 0.005976, None)
+    with pytest.raises(DataError, match="was changed after the run"):
+        _compare(p, 0, 0.1, None)

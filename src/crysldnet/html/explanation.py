@@ -84,7 +84,7 @@ def draw_explanation(
         if has_atoms
         else None,
     )
-    scale = _scale(top, unit) if has_atoms else '<p class="soft">Atoms contribute only through the descriptors.</p>'
+    scale = _scale(top, unit) if has_atoms else '<p class="soft">Contributions of single atoms are unknown.</p>'
     more = "".join(f'<p class="soft">{escape(line)}</p>' for line in lines)
     return (
         f'<div class="card explained"><div>{drawn}{element_legend(crystal.numbers)}{scale}</div><div>'
@@ -104,7 +104,7 @@ def _table(found: Explanation, numbers: NDArray[np.uint8], unit: str, shown: int
     columns = sorted(found.columns.items(), key=lambda item: -abs(item[1]))
     rows += [(escape(name), value) for name, value in columns[:shown]]
     if rest := columns[shown:]:
-        rows.append((f"{len(rest)} other descriptor{'s' * (len(rest) != 1)}", sum(value for _, value in rest)))
+        rows.append((f"{len(rest)} other{'s' * (len(rest) != 1)}", sum(value for _, value in rest)))
     top = max((abs(value) for _, value in rows), default=0.0) or 1.0
     body = "".join(
         f'<tr><td>{name}</td><td class="bar"><span>{_bar(value / top)}</span></td>'
