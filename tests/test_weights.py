@@ -218,7 +218,17 @@ def test_only_a_download_that_was_begun_is_said_to_be_kept(named, monkeypatch):
     assert "is kept" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["../up", "a/b", "none", ""])
+def test_an_encoder_in_place_of_a_model_is_named_as_such(named):
+    with pytest.raises(CheckpointError, match="tiny is an encoder, not a finetuned model"):
+        crysldnet.load("tiny")
+
+
+def test_an_address_that_is_none_is_refused(named):
+    with pytest.raises(CheckpointError, match="this isn't a web address"):
+        hub.get("https://[::1/y.safetensors", "0" * 64)
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "none", "x.safetensors", ""])
 def test_names_that_are_paths_or_words_are_refused(named, name):
     with pytest.raises(CheckpointError):
         hub.pull("me/x" if name else "nonsense", name or None)

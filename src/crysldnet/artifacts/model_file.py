@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from crysldnet.artifacts import weights
 from crysldnet.artifacts.rebuild import EncoderInfo, ModelInfo, build_and_load, build_encoder, build_model, checked
 from crysldnet.data.fingerprint import RANKS, Fingerprints
 from crysldnet.encoders.protocol import Encoder
@@ -241,6 +242,10 @@ def load_property_models(path: str | os.PathLike[str]) -> list[tuple[TargetModel
     Raises:
         CheckpointError: one can't be read, or their targets differ.
     """
+    if str(path) in weights.named_encoders() and not Path(path).exists():
+        raise CheckpointError(
+            f"{path} is an encoder, not a finetuned model; make one: crysldnet finetune pretrained={path}"
+        )
     loaded = [load_property_model(file) for file in model_files(Path(path))]
     first = loaded[0][1]
     for _, info in loaded[1:]:

@@ -167,7 +167,10 @@ def get(address: str, sha256: str, name: str | None = None) -> Path:
     digest = sha256.strip().lower().removeprefix("sha256:")
     if not re.fullmatch("[0-9a-f]{64}", digest):
         raise CheckpointError(f"--sha256 {sha256!r}: a sha256 has 64 hexadecimal digits")
-    file = PurePosixPath(urlsplit(address).path)
+    try:
+        file = PurePosixPath(urlsplit(address).path)
+    except ValueError as error:
+        raise CheckpointError(f"{address}: this isn't a web address: {error}") from error
     if file.suffix != ".safetensors":
         raise CheckpointError(f"{address}: an encoder file ends in .safetensors")
     out = _free(name or unquote(file.stem))
@@ -201,8 +204,8 @@ def _free(name: str) -> Path:
     Raises:
         CheckpointError: the name can't be used or is taken.
     """
-    if not re.fullmatch(r"[\w-][\w.-]*", name) or name in ("none", "auto"):
-        raise CheckpointError(f"--name {name!r}: use letters, digits, _ and -")
+    if not re.fullmatch(r"[\w-][\w.-]*", name) or name in ("none", "auto") or name.endswith(".safetensors"):
+        raise CheckpointError(f"--name {name!r}: use letters, digits, _ and -, without .safetensors")
     if name in weights.named_encoders():
         raise CheckpointError(f"{name}: that name is taken by {weights.named_encoders()[name]}; choose another, --name")
     return weights.fetched_folder() / f"{name}.safetensors"

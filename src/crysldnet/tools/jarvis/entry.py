@@ -165,7 +165,7 @@ def print_checked(folder: Path, found: Checked, units: Mapping[str, str]) -> Non
     print_table("JARVIS leaderboard", ["property", "test crystals", "MAE"], rows)
     for problem in found.problems:
         note(f"{folder}: {problem}")
-    state = f"NOT VALID, {len(found.problems)} problems" if found.problems else "valid"
+    state = f"NOT VALID, problems: {len(found.problems)}" if found.problems else "valid"
     print_table("", ["", ""], [["entry", str(folder)], ["state", state]])
 
 

@@ -233,6 +233,6 @@ def main(argv: Sequence[str]) -> int:
         print_scores(f"{scores.task}, recomputed", checked.algorithm, scores)
     for problem in checked.problems:
         note(f"{folder}: {problem}")
-    state = f"NOT VALID, {len(checked.problems)} problems" if checked.problems else "valid"
+    state = f"NOT VALID, problems: {len(checked.problems)}" if checked.problems else "valid"
     print_table("", ["", ""], [["submission", str(folder)], ["state", state]])
     return 1 if checked.problems else 0
