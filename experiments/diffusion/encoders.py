@@ -42,11 +42,15 @@ def of_encoder(settings: Settings, name: str) -> tables.Errors:
 
 
 def main() -> None:
-    """Run every encoder, and write the table."""
+    """Run every encoder; write every error, and the table."""
     settings = evidence.settings(Settings, HERE, __doc__ or "", MAY_CHANGE)
+    out = Path(settings.out or HERE)
     records = []
     for name in settings.others:
-        errors = of_encoder(settings, name)
+        file = out / "other_encoders" / f"{name}.json"
+        errors = tables.read_measurements(file, [CONTROL, BEST]) | of_encoder(settings, name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tables.write_measurements(errors, file)
         for what in dict.fromkeys(what for what, _, _ in errors):
             found = tables.changes(errors, what, BEST, CONTROL)
             records.append(
@@ -61,7 +65,7 @@ def main() -> None:
                     commit=evidence.current_commit(HERE),
                 )
             )
-    evidence.write(Path(settings.out or HERE), records)
+    evidence.write(out, records)
 
 
 if __name__ == "__main__":
