@@ -44,7 +44,7 @@ def of_encoder(settings: Settings, name: str) -> tables.Errors:
 def main() -> None:
     """Run every encoder; write every error, and the table."""
     settings = evidence.settings(Settings, HERE, __doc__ or "", MAY_CHANGE)
-    out = Path(settings.out or HERE)
+    out, commit = Path(settings.out or HERE), evidence.current_commit(HERE)
     records = []
     for name in settings.others:
         file = out / "other_encoders" / f"{name}.json"
@@ -62,7 +62,7 @@ def main() -> None:
                     seeds=sorted(found),
                     data=f"mp_cgcnn of ≤ {settings.max_atoms} atoms; {BEST} against {CONTROL}",
                     command="python -m experiments.diffusion.encoders data=FOLDER",
-                    commit=evidence.current_commit(HERE),
+                    commit=commit,
                 )
             )
     evidence.write(out, records)
