@@ -111,7 +111,7 @@ bench: $(READY) ## measure speed: graphs, loading, encoders, waiting for data, t
 	for part in data encoders epoch trainer pretrain scaling sets imports.run; do $(RUN) benchmarks.$$part || exit 1; done
 
 docs: $(READY) ## build the documentation site, dist/site/index.html
-	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
 
 test: $(READY) ## run the tests
 	$(RUN) pytest -n auto --dist loadfile $(ARGS)
