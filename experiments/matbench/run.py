@@ -2,7 +2,7 @@
 
 python -m experiments.matbench.run data=FOLDER [key=value …]
 python -m experiments.matbench.run pretrained=ENCODER [key=value …]
-python -m experiments.matbench.run arms=[frozen] [key=value …]
+python -m experiments.matbench.run arms=[frozen,hybrid] [key=value …]
 
 The keys are those of config.yaml beside this file. Runs that are complete are not run again, so an interrupted study
 goes on where it stopped. What came out of each arm is kept in arms.json, and the table and the plot show those
@@ -12,6 +12,7 @@ that are there.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -31,15 +32,23 @@ from experiments import evidence
 HERE = Path(__file__).parent
 COMMAND = "python -m experiments.matbench.run data=FOLDER"
 TASKS = ("matbench_jdft2d", "matbench_phonons")
-ALGORITHMS = {"scratch": "CrysLDNet-scratch", "pretrained": "CrysLDNet", "frozen": "CrysLDNet-frozen"}
+ALGORITHMS = {
+    "scratch": "CrysLDNet-scratch",
+    "pretrained": "CrysLDNet",
+    "frozen": "CrysLDNet-frozen",
+    "hybrid": "CrysLDNet-hybrid",
+}
 """Arm to its name in a submission."""
+NETWORKS = ("scratch", "pretrained")
+"""Arms that need a pretraining run."""
 
 
 @dataclass(frozen=True)
-class Frozen:
-    """The arm of models on tables, see config.yaml."""
+class OnIncluded:
+    """An arm that uses an included encoder, see config.yaml."""
 
     encoder: str
+    tasks: list[str]
     seeds: list[int]
     recipes: list[str]
 
@@ -53,7 +62,7 @@ class Settings:
     pretrained: str | None
     runs: str
     out: str | None
-    arms: list[Literal["scratch", "pretrained", "frozen"]]
+    arms: list[Literal["scratch", "pretrained", "frozen", "hybrid"]]
     parallel: int
     seed: int
     encoder: str
@@ -61,11 +70,11 @@ class Settings:
     recipes: list[str]
     members: int
     finetuning: list[str]
-    frozen: Frozen
+    on_included: dict[str, OnIncluded]
 
     def __post_init__(self) -> None:
-        if self.data is None and self.pretrained in (None, "none") and set(self.arms) - {"frozen"}:
-            raise ValueError("give data=FOLDER to pretrain on, or pretrained=ENCODER, or arms=[frozen]")
+        if self.data is None and self.pretrained in (None, "none") and set(self.arms) & set(NETWORKS):
+            raise ValueError("give data=FOLDER to pretrain on, or pretrained=ENCODER, or arms=[frozen,hybrid]")
 
 
 @dataclass(frozen=True)
@@ -104,39 +113,41 @@ class Study:
     def launch(self, arm: str, encoder: Path | None) -> dict[str, Any]:
         """Run an arm; return what is kept of it. Scratch and pretrained share all settings but the weights."""
         settings = self.settings
-        if encoder is None:
-            frozen = settings.frozen
-            every = [self._scores(arm, f"{arm}_{seed}", frozen.encoder, frozen.recipes, seed) for seed in frozen.seeds]
+        if (own := settings.on_included.get(arm)) is not None:
+            every = [
+                self._scores(arm, f"{arm}_{seed}", own.tasks, own.recipes, seed, f"pretrained={own.encoder}")
+                for seed in own.seeds
+            ]
             more = {
-                "data": f"five folds, embedded crystals, recipe=frozen on {frozen.encoder}",
-                "seeds": frozen.seeds,
-                "of_seeds": {task: [mean_of(scores[task]) for scores in every] for task in TASKS},
+                "data": f"five folds, embedded crystals, recipe={arm} on {own.encoder}",
+                "seeds": own.seeds,
+                "of_seeds": {task: [mean_of(scores[task]) for scores in every] for task in own.tasks},
             }
             return self._described(every[0], **more)
-        own = f"pretrained={encoder}"
+        start = f"pretrained={encoder}"
         if arm == "scratch":
-            own = f"encoder={encoder_choice(model_file.read(encoder, 'encoder')[0]['encoder'], self.runs)}"
-        more_keys = [own, f"ensemble={settings.members}", "ensemble_by=folds", *settings.finetuning]
-        scores = self._scores(arm, arm, None, settings.recipes, settings.seed, *more_keys)
+            assert encoder is not None
+            start = f"encoder={encoder_choice(model_file.read(encoder, 'encoder')[0]['encoder'], self.runs)}"
+        keys = [start, f"ensemble={settings.members}", "ensemble_by=folds", *settings.finetuning]
+        scores = self._scores(arm, arm, TASKS, settings.recipes, settings.seed, *keys)
         data = f"five folds, embedded crystals, ensembles of {settings.members}, {' '.join(settings.finetuning)}"
         return self._described(scores, data=data, seeds=[settings.seed])
 
     def _scores(
-        self, arm: str, name: str, encoder: str | None, recipes: list[str], seed: int, *keys: str
+        self, arm: str, name: str, tasks: Sequence[str], recipes: list[str], seed: int, *keys: str
     ) -> dict[str, Any]:
         summary = evidence.launch(
             self.runs,
             "matbench",
             name,
-            *([] if encoder is None else [f"pretrained={encoder}"]),
             f"algorithm={ALGORITHMS[arm]}",
-            f"tasks={json.dumps(TASKS)}",
+            f"tasks={json.dumps(tasks)}",
             f"recipes={json.dumps(recipes)}",
             f"seed={seed}",
             f"parallel={self.settings.parallel}",
             *keys,
         )
-        return {task: summary["tasks"][task]["scores"] for task in TASKS}
+        return {task: summary["tasks"][task]["scores"] for task in tasks}
 
     def _described(self, scores: dict[str, Any], **more: Any) -> dict[str, Any]:
         return {
@@ -190,6 +201,8 @@ def records_of(arms: dict[str, dict[str, Any]]) -> list[evidence.Record]:
     for task in TASKS:
         entries = len(load_leaderboard()["tasks"][task]["entries"])
         for name, arm in arms.items():
+            if task not in arm["scores"]:
+                continue
             scores = scores_of(arm, task)
             folds = [scores.folds[fold]["mae"] for fold in sorted(scores.folds)]
             record(task, name, "MAE", folds, scores.unit)
@@ -213,6 +226,8 @@ def draw(arms: dict[str, dict[str, Any]], path: Path) -> None:
         rows = [(name, mean, std, False) for name, mean, std in load_leaderboard()["tasks"][task]["entries"]]
         rows = [row for row in rows if row[0] != "Dummy"]  # it would squeeze all others together
         for name, arm in arms.items():
+            if task not in arm["scores"]:
+                continue
             scores = scores_of(arm, task)
             rows.append((f"this work, {name}", scores.mean(), scores.std(), True))
         rows.sort(key=lambda row: -row[1])
@@ -231,14 +246,14 @@ def main() -> None:
     for folder in (study.runs, out):
         folder.mkdir(parents=True, exist_ok=True)
     encoder = None  # compose() gives pretrained=none where an encoder is named
-    if set(settings.arms) - {"frozen"}:
+    if set(settings.arms) & set(NETWORKS):
         encoder = study.pretrain() if settings.pretrained in (None, "none") else Path(settings.pretrained).absolute()
         study.audit(encoder)
-    if "frozen" in settings.arms:
-        study.audit(encoder_file(settings.frozen.encoder))
+    for included in {own.encoder for arm, own in settings.on_included.items() if arm in settings.arms}:
+        study.audit(encoder_file(included))
     kept = out / "arms.json"
     for arm in settings.arms:
-        made = study.launch(arm, None if arm == "frozen" else encoder)
+        made = study.launch(arm, encoder)
         before = json.loads(kept.read_text()) if kept.exists() else {}  # the other may have ended meanwhile
         arms = {name: {**before, arm: made}[name] for name in ALGORITHMS if name in (arm, *before)}
         kept.write_text(json.dumps(arms, indent=1) + "\n")
