@@ -70,11 +70,17 @@ class Settings:
     recipes: list[str]
     members: int
     finetuning: list[str]
-    on_included: dict[str, OnIncluded]
+    frozen: OnIncluded
+    hybrid: OnIncluded
 
     def __post_init__(self) -> None:
         if self.data is None and self.pretrained in (None, "none") and set(self.arms) & set(NETWORKS):
             raise ValueError("give data=FOLDER to pretrain on, or pretrained=ENCODER, or arms=[frozen,hybrid]")
+
+    @property
+    def on_included(self) -> dict[str, OnIncluded]:
+        """The arms that use an included encoder, by name."""
+        return {"frozen": self.frozen, "hybrid": self.hybrid}
 
 
 @dataclass(frozen=True)
