@@ -56,7 +56,7 @@ class Settings:
     revised: list[str]
     arms: dict[str, list[str]]
     only: list[str] | None
-    finetuned: list[str]
+    finetuned: dict[int, list[str]]
     finetuned_tasks: list[str]
     finetuned_draws: int
     finetuning: list[str]
@@ -188,9 +188,10 @@ class Study:
         for name in (settings.only or settings.arms) if "second" in settings.parts else ():
             self.second_stage(name, seed)
         draws = range(settings.finetuned_draws) if "finetune" in settings.parts else range(0)
-        for draw, name, task in product(draws, settings.finetuned, self.tasks):
+        runs = [(labels, name) for labels, names in settings.finetuned.items() for name in names]
+        for draw, (labels, name), task in product(draws, runs, self.tasks):
             if task.task.name in settings.finetuned_tasks:
-                self.finetune(self.second_stage(name, seed), task, 300, draw)
+                self.finetune(self.second_stage(name, seed), task, labels, draw)
 
     def write(self, out: Path) -> None:
         """Write what all complete runs of the folder, and the files already there, measured: errors, table, plot."""
