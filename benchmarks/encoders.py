@@ -4,7 +4,7 @@ python -m benchmarks.encoders [--data FILE.parquet] [--rounds N] [--batch N] [--
 
 One step is forward, backward and optimizer on one batch of the same crystals, with a mean readout and a linear head. In
 every round each contender takes its turn, and ratios are taken within a round. Published encoders run as published
-and factorised: the same function of the same weights, computed as the released code does, and with linear maps on
+and factorized: the same function of the same weights, computed as the released code does, and with linear maps on
 atoms first. Peak memory is what a process of its own needs for three steps, over what it had before.
 """
 
@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.unfactorised import unfactorise
+from benchmarks.unfactorized import unfactorize
 from crysldnet.build import build
 from crysldnet.config import conf_folder, load_yaml
 from crysldnet.data.datamodule import open_store
@@ -45,6 +45,9 @@ SHARP = "sharp cutoff"
 """Our own encoders with all ties of the twelfth neighbor and no fade, to measure what fading edges cost."""
 MAX_ATOMS = 20
 """Skip larger crystals."""
+PRODUCT = "matrix product"
+MATRIX = 1024
+"""Rows and columns of the matrix product that measures the rate of the core."""
 
 
 def make_encoder(name: str, **changes: object) -> Encoder:
@@ -119,15 +122,23 @@ def peak_memory(name: str, changes: dict[str, object], data: str, batch: int) ->
     return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
+def time_of_products(a: torch.Tensor, products: int = 5) -> float:
+    """Return the processor seconds of a single-precision matrix product."""
+    start = time.process_time()
+    for _ in range(products):
+        a @ a
+    return (time.process_time() - start) / products
+
+
 def measure(crystals: Crystals, rounds: int, device: str) -> tuple[dict[str, Contender], dict[str, list[float]]]:
-    """Time every contender once per round; return the contenders and their seconds."""
+    """Time every contender once per round, on a CPU also a matrix product; return contenders and seconds."""
     contenders: dict[str, Contender] = {}
     for name in PUBLISHED:
-        for factorised in (True, False):
+        for factorized in (True, False):
             encoder = make_encoder(name, variant="published")
-            if not factorised:
-                unfactorise(encoder)
-            title = name if factorised else f"{name}, unfactorised"
+            if not factorized:
+                unfactorize(encoder)
+            title = name if factorized else f"{name}, unfactorized"
             contenders[title] = Contender.make(encoder, crystals, device)
     for name in OWN:
         contenders[name] = Contender.make(make_encoder(name), crystals, device)
@@ -135,7 +146,10 @@ def measure(crystals: Crystals, rounds: int, device: str) -> tuple[dict[str, Con
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for contender in contenders.values():
         contender.step()
+    matrix = torch.randn(MATRIX, MATRIX)
     for _ in range(rounds):
+        if device == "cpu":
+            seconds.setdefault(PRODUCT, []).append(time_of_products(matrix))
         for name, contender in contenders.items():
             seconds[name].append(contender.timed())
     return contenders, seconds
@@ -169,15 +183,21 @@ def main() -> None:
     def record(name: str, metric: str, unit: str, values: list[float]) -> None:
         records.append(evidence.timed(values, name=f"{name}{where}", metric=metric, unit=unit, **about))
 
-    slow = {name: seconds.get(f"{name}, unfactorised", seconds[name]) for name in (*PUBLISHED, *OWN)}
+    slow = {name: seconds.get(f"{name}, unfactorized", seconds[name]) for name in (*PUBLISHED, *OWN)}
     for name in sorted((*PUBLISHED, *OWN), key=lambda name: statistics.median(seconds[name])):
         parameters = sum(p.numel() for p in contenders[name].encoder.parameters())
         record(name, "parameters", "1", [float(parameters)])
-        record(name, "matrix products", "GFLOP/structure", [contenders[name].flops() / n / 1e9])
+        flops = contenders[name].flops()
+        record(name, "matrix products", "GFLOP/structure", [flops / n / 1e9])
+        if not on_gpu:
+            shares = [
+                100 * flops / s * p / (2 * MATRIX**3) for s, p in zip(seconds[name], seconds[PRODUCT], strict=True)
+            ]
+            record(name, "of the core's rate in matrix products", "%", shares)
         record(name, "speed", "structures/s", [n / s for s in seconds[name]])
         record(name, "speed", "atoms/s", [atoms / s for s in seconds[name]])
         if name in PUBLISHED:
-            record(name, "over unfactorised", "ratio", [u / f for u, f in zip(slow[name], seconds[name], strict=True)])
+            record(name, "over unfactorized", "ratio", [u / f for u, f in zip(slow[name], seconds[name], strict=True)])
         for other, of in (("matformer", slow["matformer"]), ("cartnet", seconds["cartnet"])):
             title = f"over {other}" + (" as published" if other == "matformer" else "")
             record(name, title, "ratio", [o / s for o, s in zip(of, seconds[name], strict=True)])

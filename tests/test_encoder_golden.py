@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from benchmarks.unfactorised import unfactorise
+from benchmarks.unfactorized import unfactorize
 from conftest import PEROVSKITE, ROCKSALT, ROCKSALT_CUBE, TRICLINIC, Cell, cell, cells_of, put_together
 from crysldnet.data.store import CrystalStore
 from crysldnet.encoders.bases import ExponentialBasis, GaussianBasis
@@ -86,12 +86,12 @@ def filled(module: nn.Module) -> nn.Module:
     return module.double().eval()
 
 
-@pytest.mark.parametrize("factorised", [True, False])
-def test_convolution_has_its_golden_output(factorised: bool) -> None:
+@pytest.mark.parametrize("factorized", [True, False])
+def test_convolution_has_its_golden_output(factorized: bool) -> None:
     """Computed in float64 from the definition."""
     conv = filled(ComFormerConv(2))
-    if not factorised:
-        unfactorise(conv)
+    if not factorized:
+        unfactorize(conv)
     expected = doubles([[1.346629, 0.745879], [0.713414, 1.391686], [1.002397, 0.514208]])
     torch.testing.assert_close(conv(NODES, EDGES, SOURCE, TARGET), expected, rtol=0, atol=1e-6)
     assert (conv(NODES, EDGES, TARGET, SOURCE) - expected).abs().max() > 1e-3
@@ -115,16 +115,16 @@ def random_graph(dtype: torch.dtype, width: int) -> tuple[Tensor, Tensor, Tensor
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_factorised_convolution_equals_the_published_one(dtype: torch.dtype, tolerance: float, training: bool) -> None:
+def test_factorized_convolution_equals_the_published_one(dtype: torch.dtype, tolerance: float, training: bool) -> None:
     width = 32
     torch.manual_seed(1)
     conv = ComFormerConv(width).to(dtype).train(training)
     nodes, pairs, source, target = random_graph(dtype, width)
     weights = torch.randn(30, width, dtype=dtype) / 30
     results = []
-    for factorised in (True, False):
-        if not factorised:
-            unfactorise(conv)
+    for factorized in (True, False):
+        if not factorized:
+            unfactorize(conv)
         out = conv(nodes, pairs, source, target)
         inputs = [nodes, pairs, *(p for p in conv.parameters())]
         results.append([out, *torch.autograd.grad((out * weights).sum(), inputs)])
@@ -134,7 +134,7 @@ def test_factorised_convolution_equals_the_published_one(dtype: torch.dtype, tol
         assert one.abs().max() > 1e-4 or (training and name.endswith("bias")), name
 
 
-def test_the_factorised_pair_map_really_depends_on_both_ends_and_the_edge() -> None:
+def test_the_factorized_pair_map_really_depends_on_both_ends_and_the_edge() -> None:
     torch.manual_seed(2)
     pair = PairMLP(8, out=3).double()
     nodes, pairs, source, target = random_graph(torch.float64, 8)
@@ -386,7 +386,7 @@ def test_denoising_computes_its_equations(starter: CrystalStore) -> None:
         node = objective.node(z)
         lengths = batch.edge_vec.norm(dim=1)
         gauss = torch.exp(-0.5 * ((lengths[:, None] - torch.linspace(0, 8, 32).double()) / (8 / 31)) ** 2)
-        unfactorise(objective)
+        unfactorize(objective)
         coefficients = objective.pair(node, node, objective.edge(gauss), *batch.edge_index).numpy()
     moves: list[list[NDArray]] = [[] for _ in clean.numbers]
     strains: list[list[NDArray]] = [[] for _ in clean.sizes]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.unfactorised import unfactorise
+from benchmarks.unfactorized import unfactorize
 from conftest import (
     COPPER,
     COPPER_CUBE,
@@ -262,9 +262,9 @@ def layer_output(name: str, layer: nn.Module) -> Tensor:
     return out[0] if name == "potnet" else out
 
 
-@pytest.mark.parametrize("factorised", [True, False])
+@pytest.mark.parametrize("factorized", [True, False])
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_have_their_golden_output(name: str, factorised: bool) -> None:
+def test_layers_have_their_golden_output(name: str, factorized: bool) -> None:
     layers = {
         "matformer": MatformerConv(2, 2),
         "cartnet": GatedConv(2, "silu"),
@@ -272,16 +272,16 @@ def test_layers_have_their_golden_output(name: str, factorised: bool) -> None:
         "cgcnn": CGCNNConv(2, 2),
     }
     layer = filled(layers[name])
-    if not factorised:
-        unfactorise(layer)
+    if not factorized:
+        unfactorize(layer)
     torch.testing.assert_close(layer_output(name, layer), doubles(LAYERS[name]), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("factorised", [True, False])
-def test_angle_layer_has_its_golden_output(factorised: bool) -> None:
+@pytest.mark.parametrize("factorized", [True, False])
+def test_angle_layer_has_its_golden_output(factorized: bool) -> None:
     layer = filled(AngleLayer(2))
-    if not factorised:
-        unfactorise(layer)
+    if not factorized:
+        unfactorize(layer)
     lengths = doubles([[[0.2, -0.1]], [[0.4, 0.3]], [[-0.5, 0.1]]])
     angles = torch.stack([0.5 * EDGES, 0.2 * EDGES + 0.1, -EDGES])
     found = layer(EDGES, lengths, angles, torch.zeros(4, dtype=torch.int64))
@@ -297,7 +297,7 @@ def real(starter: CrystalStore) -> list[Cell]:
 
 @pytest.mark.parametrize("variant", ["corrected", "published"])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_factorised_encoder_equals_the_unfactorised_formula(name: str, variant: str, real: list[Cell]) -> None:
+def test_factorized_encoder_equals_the_unfactorized_formula(name: str, variant: str, real: list[Cell]) -> None:
     """In training mode, batch statistics included: output and every gradient, in double and single precision."""
     for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
         encoder = small(name, variant=variant).to(dtype)
@@ -308,9 +308,9 @@ def test_factorised_encoder_equals_the_unfactorised_formula(name: str, variant: 
             encoder.augment = False
         batch = batch_of(real, encoder, dtype)
         results = []
-        for factorised in (True, False):
-            if not factorised:
-                unfactorise(encoder)
+        for factorized in (True, False):
+            if not factorized:
+                unfactorize(encoder)
             out = encoder(batch)
             used = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
             grads = torch.autograd.grad(out.square().mean(), list(used.values()), allow_unused=True)

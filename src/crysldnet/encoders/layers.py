@@ -5,7 +5,7 @@ Shapes: ``N`` atoms, ``E`` directed edges, ``C`` width. i is an edge's target, j
 Published code applies linear maps to [x_i, x_j, e_ij] once per edge. With W = [A | B | F] this equals A x_i + B x_j + F
 e_ij: A and B are applied once per atom and gathered, and successive linear maps without a nonlinearity in between are
 multiplied first. It is the same function of the same parameters, up to rounding, at a third to half of the cost. The
-layers as published are in ``benchmarks/unfactorised.py``.
+layers as published are in ``benchmarks/unfactorized.py``.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from crysldnet.encoders.scatter import scatter
 from crysldnet.graphs.batch import CrystalBatch
 
 
-def unfactorise(module: nn.Module) -> None:
+def unfactorize(module: nn.Module) -> None:
     """Compute every layer in a module as published, from now on."""
     for part in module.modules():
         if type(part) in PUBLISHED:
