@@ -27,7 +27,6 @@ import yaml
 
 from conftest import drawing
 from crysldnet import __version__, cli, plugins
-from crysldnet import build as build_module
 from crysldnet.build import TARGET
 from crysldnet.config import PRESETS, choices, compose, conf_folder, validate
 from crysldnet.data import datasets
@@ -308,7 +307,7 @@ def in_folder(folder: Path, embedded: Path, patch: pytest.MonkeyPatch) -> None:
     patch.chdir(folder)
     patch.syspath_prepend(str(folder))
     patch.setattr(datasets, "EMBEDDED", embedded)
-    patch.setattr(build_module, "PLUGINS", set(build_module.PLUGINS))
+    patch.setattr(plugins, "LOADED", set(plugins.LOADED))
     patch.setenv(plugins.VARIABLE, "")
 
 

@@ -24,8 +24,8 @@ LAYERS = [
     {"descriptors", "tabular"},
     {"data"},
     {"graphs"},
-    {"plugins"},
     {"build", "renames", "signals"},
+    {"plugins"},
     {"io"},
     {"errors", "console", "measures", "platforms", "__init__"},
 ]

@@ -23,7 +23,7 @@ from crysldnet.graphs.crystals import from_lists
 from crysldnet.models.head import PropertyHead, PropertyModel
 from crysldnet.models.predictor import Prediction
 from crysldnet.models.references import fit_references
-from crysldnet.models.targets import Bounded, Classes, Hurdle, Log, Number, make_number, make_target
+from crysldnet.models.targets import Bounded, Classes, Hurdle, Log, Number, make_target, make_type
 from crysldnet.training.metrics import ClassificationScores, TargetMetrics
 from tiny import finetune_config, subset
 
@@ -196,7 +196,7 @@ def test_a_number_is_undone_by_its_normalisation():
 def test_below_a_true_zero_a_bounded_number_costs_nothing_and_a_plain_one_does():
     center, scale, true = column(1.0, 1.0, 1.0), column(2.0)[0], column(0.0, 0.0, 1.0)
     output = column(-3.0, 0.5, -3.0)[:, None].requires_grad_()
-    loss = make_number("non_negative", None).loss(output, true, center, scale, "l1")
+    loss = make_type("non_negative", None, None).loss(output, true, center, scale, "l1")
     assert loss.tolist() == [0.0, 1.0, 3.0]
     loss.sum().backward()
     assert output.grad[:, 0].tolist() == [0.0, 1.0, -1.0]
@@ -204,14 +204,14 @@ def test_below_a_true_zero_a_bounded_number_costs_nothing_and_a_plain_one_does()
 
 
 def test_both_bounds_cut_predictions_and_cost_nothing_beyond():
-    kind = make_number([0, 1], None)
+    kind = make_type([0, 1], None, None)
     center, scale = column(0.5, 0.5, 0.5, 0.5), column(0.25)[0]
     output = column(-4.0, 4.0, 4.0, -4.0)[:, None]  # -0.5, 1.5, 1.5, -0.5
     assert kind.estimate(output, center, scale).value.tolist() == [0.0, 1.0, 1.0, 0.0]
     assert kind.loss(output, column(0.0, 1.0, 0.0, 0.5), center, scale, "l1").tolist() == [0.0, 0.0, 6.0, 4.0]
     wrong, wanted = kind.wrong(np.array([-0.1, 0.0, 1.0, 1.1]))
     assert (wrong.tolist(), wanted) == ([True, False, False, True], "from 0 to 1")
-    wrong, wanted = make_number([None, 0.5], None).wrong(np.array([-9.0, 0.6]))
+    wrong, wanted = make_type([None, 0.5], None, None).wrong(np.array([-9.0, 0.6]))
     assert (wrong.tolist(), wanted) == ([False, True], "0.5 or less")
 
 

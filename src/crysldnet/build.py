@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from crysldnet import plugins
 from crysldnet.console import did_you_mean
 from crysldnet.errors import ConfigError
 
@@ -58,14 +59,14 @@ ALLOWED = {
     "crysldnet.training.loggers.wandb",
 }
 """All classes and functions of this package that configuration may instantiate."""
-PLUGINS: set[str] = set()
-"""User modules whose own classes and functions may also be instantiated; see :mod:`crysldnet.plugins`."""
 
 
 def _is_of_plugin(name: str) -> bool:
     """Return whether a name is a class or function defined in a plugin."""
     module, _, attribute = name.rpartition(".")
-    if not any(f"{module}.".startswith(f"{plugin}.") for plugin in PLUGINS):
+    if not plugins.of([module]):
+        plugins.load()  # a process may have been started without a command line
+    if not plugins.of([module]):
         return False
     try:
         return getattr(importlib.import_module(module), attribute).__module__ == module
@@ -128,7 +129,8 @@ def target_of(node: Mapping[str, Any], where: str) -> str:
     if name not in ALLOWED and not _is_of_plugin(name):
         raise ConfigError(
             f"{_join(where, TARGET)}: {name!r} is not on the list of what configuration may build; "
-            f"{suggest(name, sorted(ALLOWED), listed=False)}; a class of your own needs plugins=[its module]",
+            f"{suggest(name, sorted(ALLOWED), listed=False)}; a class of your own needs "
+            f"plugins=[{name.rpartition('.')[0] or 'its module'}]",
             where,
         )
     return name

@@ -95,7 +95,6 @@ def usage() -> str:
 
 
 def _run_command(name: str, arguments: Sequence[str]) -> int:
-    from crysldnet import plugins
     from crysldnet.config import (
         compose,
         help_text,
@@ -112,6 +111,7 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
         print(help_text(name, _docstring(module_name)), EXIT_STATUSES, sep="\n\n")
         return 0
     show = "--print-config" in arguments
+    _load_plugins(arguments)  # the user's files may have a format that one of them reads
     arguments, own = with_own_data(name, [a for a in arguments if a != "--print-config"])
     composition = compose(name, arguments)
     refuse_unknown(name, composition)
@@ -127,7 +127,6 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
                 note(f"{earlier}: this run is complete")
                 return 0
     refuse_unused(composition)
-    plugins.load(composition.values.get("plugins", ()))
     composition = pin_files(composition)
     module = importlib.import_module(module_name)
     settings = validate(composition, getattr(module, schema_name))
@@ -142,6 +141,16 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
     if own and status == 0 and name == "finetune" and not signals.started_by_the_first():
         _write_page(composition.values)
     return status
+
+
+def _load_plugins(arguments: Sequence[str]) -> list[str]:
+    """Load the plugins named in arguments, of the parent process and of installed packages; return these arguments."""
+    from crysldnet import plugins
+
+    words = [word for word in arguments if word.lstrip("-").startswith("plugins=")]
+    lists = (word.partition("=")[2].strip("[]").split(",") for word in words)
+    plugins.load(name.strip("'\" ") for names in lists for name in names if name.strip("'\" "))
+    return words
 
 
 def _docstring(module: str) -> str:
@@ -209,15 +218,10 @@ def run(arguments: Sequence[str]) -> int:
         print(_completion(*rest[:1] or ("",)))
         return 0
     if command in FLAGGED:
-        from crysldnet import plugins
-
-        named = [word for word in rest if word.startswith("plugins=")]
-        plugins.load(name for word in named for name in word.partition("=")[2].strip("[]").split(",") if name)
+        named = _load_plugins(rest)
         return importlib.import_module(FLAGGED[command][0]).main([word for word in rest if word not in named])
     if (command, *rest[:1]) in PARTS:
-        from crysldnet import plugins
-
-        plugins.load()
+        _load_plugins(())
         _quieten_libraries()
         return importlib.import_module(PARTS[command, rest[0]]).main(rest[1:])
     if command not in COMMANDS:

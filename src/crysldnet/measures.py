@@ -25,7 +25,7 @@ class Measure:
         of_target: whether it is in the unit of the target.
         better: better direction; None if neither.
         summary: summary statistic if neither direction is better.
-        baseline: meaning of ``NAME_baseline``; empty if none.
+        baseline: meaning of ``NAME_baseline``, or of the best constant prediction; empty if none.
         form: print format.
         learned: name in the pretraining verdict; empty to leave it out.
         shown: whether it is in the table after pretraining.
@@ -68,6 +68,11 @@ def register(*measures: Measure) -> None:
     MEASURES.update({measure.name: measure for measure in measures})
 
 
+def of_name(name: str) -> Measure:
+    """Return the definition of a name without stage, split and target, such as ``mae``."""
+    return MEASURES.get(name) or Measure(name)
+
+
 def find(metric: str) -> tuple[Measure, str]:
     """Return the definition of a logged metric, such as ``vae/val/mae/band_gap``, and its target, or an empty string.
 
@@ -92,10 +97,11 @@ def unit_of(metric: str, targets: Mapping[str, str]) -> str:
 
 
 register(
-    Measure("mae", "MAE", of_target=True),
+    Measure("mae", "MAE", of_target=True, baseline="training mean"),
     Measure("rmse", "RMSE", of_target=True),
     Measure("r2", "R²", better="higher"),
     Measure("nll", "NLL"),
+    Measure("error_rate", "error rate", baseline="most frequent class"),
     Measure("accuracy", better="higher"),
     Measure("f1", "F1", better="higher"),
     Measure("log_loss", "log loss"),

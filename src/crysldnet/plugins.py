@@ -1,9 +1,9 @@
-"""User modules whose classes a configuration may use: encoders, objectives, heads, strategies, data modules.
+"""User modules that add encoders, objectives, heads, data modules, target types, strategies and file formats.
 
 ``plugins=[my_encoder]`` on the command line imports ``my_encoder`` from the working folder or the environment. Child
 processes get it through an environment variable. An installed package can instead register its modules in the
-entry-point group ``crysldnet.plugins``. A model file never loads a plugin: it is rejected unless the user has loaded
-the required one.
+entry-point group ``crysldnet.plugins``. A model file names the plugins that it needs, but never loads one: it is
+rejected unless the user has loaded them.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import os
 import sys
 from collections.abc import Iterable
 from importlib.metadata import entry_points
+from pathlib import Path
 
-from crysldnet import build
-from crysldnet.errors import ConfigError
+from crysldnet.errors import CheckpointError, ConfigError
 
 GROUP = "crysldnet.plugins"
 """Entry-point group."""
 VARIABLE = "CRYSLDNET_PLUGINS"
 """Environment variable with the plugins of the parent process, separated by commas."""
+LOADED: set[str] = set()
+"""Names of the loaded plugins, whose own classes and functions configuration may instantiate."""
 
 
 def load(names: Iterable[str] = ()) -> None:
@@ -31,20 +33,19 @@ def load(names: Iterable[str] = ()) -> None:
     """
     inherited = [name for name in os.environ.get(VARIABLE, "").split(",") if name]
     for name in dict.fromkeys([*inherited, *(point.value for point in entry_points(group=GROUP)), *names]):
-        if name not in build.PLUGINS:
+        if name not in LOADED:
             _import(name)
-            build.PLUGINS.add(name)
-    if build.PLUGINS:
-        os.environ[VARIABLE] = ",".join(sorted(build.PLUGINS))
+            LOADED.add(name)
+    if LOADED:
+        os.environ[VARIABLE] = ",".join(sorted(LOADED))
 
 
 def _import(name: str) -> None:
     here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:  # as in python -m crysldnet
+    if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     try:
-        importlib.import_module(name)
+        module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name.split(".")[0]:
             raise ConfigError(f"plugins: {name} needs {error.name}, which isn't installed", "plugins") from error
@@ -52,3 +53,39 @@ def _import(name: str) -> None:
             f"plugins: no module {name!r}; put {name.replace('.', '/')}.py into {here}, or install its package",
             "plugins",
         ) from error
+    children = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if here not in children and Path(here) in Path(module.__file__ or "").absolute().parents:
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, *children]))  # they may run in another folder
+
+
+def of(modules: Iterable[str]) -> list[str]:
+    """Return the loaded plugins to which modules belong."""
+    wholes = {f"{module}." for module in modules}
+    return sorted(name for name in LOADED if any(whole.startswith(f"{name}.") for whole in wholes))
+
+
+def require(names: Iterable[str], path: str | os.PathLike[str]) -> None:
+    """Check that the plugins of a file are loaded.
+
+    Raises:
+        CheckpointError: one isn't; the message names file and remedy.
+    """
+    if missing := [name for name in names if name not in LOADED]:
+        load()
+        missing = [name for name in missing if name not in LOADED]
+    if missing:
+        raise CheckpointError(
+            f"{path}: parts of it are defined in {', '.join(missing)}, which isn't loaded; add "
+            f"plugins=[{','.join(missing)}] (in Python, crysldnet.plugins.load({missing!r}))"
+        )
+
+
+def files_of(names: Iterable[str]) -> dict[str, list[Path]]:
+    """Return the source files of each loaded plugin: one for a module, all for a package."""
+    found = {}
+    for name in names:
+        module = sys.modules[name]
+        folders = [Path(folder) for folder in getattr(module, "__path__", ())]
+        found[name] = sorted(file for folder in folders for file in folder.rglob("*.py"))
+        found[name] = found[name] or [Path(module.__file__ or "")]
+    return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from crysldnet import plugins
 from crysldnet.artifacts import weights
 from crysldnet.artifacts.rebuild import EncoderInfo, ModelInfo, build_and_load, build_encoder, build_model, checked
 from crysldnet.data.fingerprint import RANKS, Fingerprints
@@ -185,9 +186,20 @@ def _read_all(path: str | os.PathLike[str], kind: Kind) -> tuple[dict[str, Any],
     return info, state
 
 
-def encoder_info(encoder: Encoder, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metadata of an encoder file."""
-    return {"encoder": dict(config), "graph": asdict(encoder.graph), "provenance": dict(provenance)}
+def encoder_info(
+    encoder: Encoder, config: Mapping[str, Any], provenance: Mapping[str, Any], parts: Iterable[object] = ()
+) -> dict[str, Any]:
+    """Return the metadata of an encoder file.
+
+    Args:
+        encoder: the encoder.
+        config: its configuration.
+        provenance: origin of its weights.
+        parts: further objects of the file, which may be defined by plugins.
+    """
+    needed = plugins.of(type(part).__module__ for part in (*encoder.modules(), *parts))
+    info = {"encoder": dict(config), "graph": asdict(encoder.graph), "provenance": dict(provenance)}
+    return {**info, "plugins": needed} if needed else info
 
 
 def load_encoder(path: str | os.PathLike[str]) -> tuple[Encoder, dict[str, Any]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
+from crysldnet import plugins
 from crysldnet.build import build
 from crysldnet.encoders.protocol import Encoder
 from crysldnet.errors import CheckpointError
@@ -33,6 +34,7 @@ class EncoderInfo(BaseModel):
     model_config = ConfigDict(strict=True)
     encoder: dict[str, Any]
     graph: dict[str, Any]
+    plugins: list[str] = []
 
 
 class ModelInfo(EncoderInfo):
@@ -51,18 +53,20 @@ class ModelInfo(EncoderInfo):
     target_per: dict[str, Per] = {}
 
 
-def checked(info: Mapping[str, Any], kind: type[BaseModel], path: str | os.PathLike[str]) -> Any:
+def checked(info: Mapping[str, Any], kind: type[EncoderInfo], path: str | os.PathLike[str]) -> Any:
     """Validate the metadata of a file.
 
     Raises:
-        CheckpointError: naming the first invalid key.
+        CheckpointError: naming the first invalid key, or a plugin that isn't loaded.
     """
     try:
-        return kind.model_validate(renamed(info, quiet=True))
+        found = kind.model_validate(renamed(info, quiet=True))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise CheckpointError(f"{path}: what it says of {key!r} can't be used: {first['msg'].lower()}") from error
+    plugins.require(found.plugins, path)
+    return found
 
 
 def build_encoder(info: EncoderInfo, path: str | os.PathLike[str]) -> Encoder:

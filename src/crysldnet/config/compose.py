@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from crysldnet import plugins
 from crysldnet.build import TARGET, build_dataclass, check, suggest
 from crysldnet.config.files import (
     CHOICES,
@@ -236,13 +237,15 @@ def refuse_unknown(command: str, composition: Composition) -> None:
 
 
 def validate(composition: Composition, schema: type) -> Any:
-    """Validate every key and type; return the command's settings as an instance of its dataclass.
+    """Load the plugins, and validate every key and type; return the command's settings as an instance of its dataclass.
 
     Raises:
         ConfigError: with the key, the file that set it, and a suggestion; unknown keys are reported before missing
             ones, because they may be the same.
     """
     missing = [key for key, value in flat(composition.values) if value == MISSING]
+    named = composition.values.get("plugins")
+    plugins.load(named if isinstance(named, list) else ())
     try:
         settings = build_dataclass(schema, composition.values, "")
         for key in (known.name for known in fields(schema)):

@@ -136,6 +136,8 @@ class NeighborAttention(Encoder):
     ``tests/test_encoder_symmetry.py``.
     """
 
+    exportable = True
+
     def __init__(
         self,
         *,

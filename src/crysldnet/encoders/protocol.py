@@ -3,7 +3,7 @@
 An encoder is an ``nn.Module`` whose keyword-only constructor takes plain values (its configuration), with ``width``,
 ``graph`` and ``layer_features(batch)``, the features after each of its layers. Its features are invariant to
 translation, rotation and choice of origin, and equivariant to permutation of atoms. To add one, write the class in its
-own file, put its name on the list in ``build.py`` (or call ``allow``) and a YAML with its settings into
+own file, put its name on the list in ``build.py`` (or load its module as a plugin) and a YAML with its settings into
 ``conf/encoder/``.
 """
 
@@ -29,11 +29,13 @@ class Encoder(nn.Module):
         width: D, number of features per atom.
         graph: the required graph.
         smooth: edges fade out before the cutoff, so that features change continuously as atoms move.
+        exportable: torch.export can trace it, and it reads only the fields in ``crysldnet.tools.export.INPUTS``.
     """
 
     width: int
     graph: GraphSpec
     smooth: bool = False
+    exportable: bool = False
 
     def compile_layers(self) -> None:
         """Compile the encoder once for all batch sizes; results stay the same up to rounding."""

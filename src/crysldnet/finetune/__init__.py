@@ -66,7 +66,7 @@ def run(config: FinetuneConfig, values: dict[str, Any], choices: Mapping[str, An
     folder = RunFolder(config.runs, "finetune", config.name, resume=config.resume is not None)
     values = {**values, "encoder": encoder_config}
     folder.save_split(data.split_text())
-    folder.save_inputs(inputs_of(data, config.plugins, pretrained=config.pretrained))
+    folder.save_inputs(inputs_of(data, pretrained=config.pretrained), config.plugins)
     folder.save_config(values, choices)
 
     def make_loggers() -> list[Logger]:

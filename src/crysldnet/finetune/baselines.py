@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from crysldnet.console import SHOWN, note, print_table
 from crysldnet.data.datamodule import CrystalDataModule
 from crysldnet.descriptors import crystal_descriptors
+from crysldnet.measures import of_name
 from crysldnet.models.targets import TargetType
 from crysldnet.tabular.members import fit_models
 from crysldnet.training.bootstrap import baseline_header, baseline_rows, bootstrap
@@ -66,7 +67,7 @@ def compare(
         test: the n predicted rows.
 
     Returns:
-        For each target with a known true value ``measure`` (``mae`` or ``error_rate``), ``unit``, ``crystals``, and
+        For each target with a known true value ``measure`` (such as ``mae``), ``unit``, ``crystals``, and
         for ``model``, ``constant`` and ``trees`` (if fitted) the ``error``, its 95 % ``interval``, and its excess over
         the model's, ``difference`` and ``difference_interval``; intervals are null for one crystal.
     """
@@ -124,7 +125,7 @@ def _of_target(predicted: Mapping[str, Floats], true: Floats, kind: TargetType) 
     if known.sum() > 1:
         low, high, _ = bootstrap(errors, RESAMPLES, 0)
     ends = [None if np.isnan(a) else [float(a), float(b)] for a, b in zip(low, high, strict=True)]
-    found: dict[str, Any] = {"measure": kind.measure}
+    found: dict[str, Any] = {"measure": kind.measure.name}
     found["crystals"] = int(known.sum())
     for place, name in enumerate(predicted):
         found[name] = {"error": float(means[place]), "interval": ends[place]}
@@ -153,10 +154,6 @@ def print_baselines(baselines: Baselines) -> None:
         print_table(title, baseline_header(found), baseline_rows(found))
 
 
-NAMES = {"mae": "the MAE", "error_rate": "the error rate"}
-CONSTANTS = {"mae": "the training mean", "error_rate": "the most frequent class"}
-
-
 def verdict(baselines: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return a sentence for each target that compares the test error with the constant and the trees.
 
@@ -169,10 +166,11 @@ def verdict(baselines: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _sentence(target: str, found: Mapping[str, Any]) -> str:
-    unit = f" {found['unit']}" if found["unit"] and found["measure"] == "mae" else ""
-    others = {"constant": CONSTANTS[found["measure"]], "trees": "trees on descriptors"}
+    measure = of_name(found["measure"])
+    unit = f" {own}" if (own := measure.unit_in({"": found["unit"]})) else ""
+    others = {"constant": f"the {measure.baseline or 'best constant'}", "trees": "trees on descriptors"}
     compared = [_compared(found, name, title, unit) for name, title in others.items() if name in found]
-    said = f"{target}: {NAMES[found['measure']]} on {found['crystals']:,} test crystals is "
+    said = f"{target}: the {measure.title or measure.name} on {found['crystals']:,} test crystals is "
     return "; ".join([f"{said}{found['model']['error']:.4g}{unit}", *compared])
 
 

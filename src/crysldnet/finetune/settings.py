@@ -20,7 +20,7 @@ from crysldnet.encoders.protocol import Encoder
 from crysldnet.errors import ConfigError, DataError
 from crysldnet.models.descriptors import Descriptors
 from crysldnet.models.per import Per, bulk_of, no_area
-from crysldnet.models.targets import Classes, Loss, Named, Number, TargetType, make_number
+from crysldnet.models.targets import Classes, Loss, Named, Number, TargetType, make_type, reads_classes
 from crysldnet.training.run_folder import RunConfig
 from crysldnet.training.strategies import SHARDED, name_of
 from crysldnet.training.trainer import TrainerSettings
@@ -64,11 +64,10 @@ class TrainingConfig(RunConfig):
                 f"min_steps={self.min_steps} must be 0 or more, patience={self.patience} 1 or more or null"
             )
         for name, named in self.target_types.items():
-            if named != Classes.name:
-                try:
-                    make_number(named, None)
-                except ValueError as error:
-                    raise ValueError(f"target_types.{name}: {error}") from None
+            try:
+                make_type(named, None, [] if reads_classes(named) else None)
+            except ValueError as error:
+                raise ValueError(f"target_types.{name}: {error}") from None
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay must be over 0 and at most 1, not {self.layer_decay}")
         if self.mode != "full" and self.pretrained in (None, "none"):
@@ -183,8 +182,9 @@ def make_data(config: TrainingConfig, encoder: Encoder, **parts: Any) -> Crystal
         encoder: defines the graph.
         parts: store and rows to use in place of ``data.path``.
     """
+    types = {name: Classes.name if reads_classes(named) else named for name, named in config.target_types.items()}
     data: CrystalDataModule = build(
-        config.data, "data", graph=encoder.graph, seed=config.seed, target_types=config.target_types, **parts
+        config.data, "data", graph=encoder.graph, seed=config.seed, target_types=types, **parts
     )
     if not data.targets:
         raise ConfigError("data.targets: name the columns to predict, as data.targets=[formation_energy_per_atom]")
@@ -219,8 +219,7 @@ def make_types(config: TrainingConfig, data: CrystalDataModule) -> list[TargetTy
     for place, (name, labels) in enumerate(zip(data.targets, data.labels, strict=True)):
         spread = config.loss if config.loss in ("laplace", "gaussian") else None
         named = config.target_types.get(name, Number.name)
-        kind: TargetType
-        kind = make_number(named, spread) if labels is None else Classes(tuple(labels))
+        kind = make_type(named, spread, labels)
         known = rows[~np.isnan(data.target_values[rows, place])]
         bad, wanted = kind.wrong(data.target_values[known, place])
         if bad.any():

@@ -227,7 +227,7 @@ def describe_model(
 ) -> dict[str, Any]:
     """Return the metadata of a model's file, except its metrics."""
     return {
-        **model_file.encoder_info(model.encoder, values["encoder"], provenance),
+        **model_file.encoder_info(model.encoder, values["encoder"], provenance, (*model.modules(), *model.types)),
         "head": config.head,
         "targets": data.targets,
         "units": data.units,

@@ -77,7 +77,7 @@ def run(config: PretrainConfig, values: dict[str, Any], choices: Mapping[str, An
         load_stage(model, Path(config.init))
     folder = RunFolder(config.runs, "pretrain", config.name, resume=config.resume is not None)
     folder.save_split(data.split_text())
-    folder.save_inputs(inputs_of(data, config.plugins, init=config.init))
+    folder.save_inputs(inputs_of(data, init=config.init), config.plugins)
     folder.save_config(values, choices)
     about = values | describe_data(data)
     loggers = build(config.logger, "logger", folder=folder.path, name=folder.name, config=about)

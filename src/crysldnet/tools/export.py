@@ -1,7 +1,8 @@
 """Export a finetuned network as a program of torch.export or ONNX, which runs without this package.
 
 Its inputs are the tensors of a batch of graphs, of any number of crystals. The program is compared with the model on a
-hundred crystals before it is written. Networks on the package's own encoder (neighbor_attention) can be exported.
+hundred crystals before it is written. Networks on the package's own encoder (neighbor_attention), or on your own that
+is ``exportable``, can be exported.
 
   crysldnet export model=runs/finetune/latest out=model.pt2
   crysldnet export model=runs/finetune/latest out=model.onnx
@@ -25,7 +26,6 @@ from torch import Tensor, nn
 from crysldnet.artifacts import model_file
 from crysldnet.console import note
 from crysldnet.data.datasets import open_store
-from crysldnet.encoders.neighbor_attention import NeighborAttention
 from crysldnet.errors import CheckpointError, ConfigError
 from crysldnet.graphs.batch import CrystalBatch, make_batch
 from crysldnet.graphs.crystals import Crystals
@@ -43,7 +43,7 @@ INPUTS = {
     "slots": {0: "rows"},
     "slot_atom": {0: "rows"},
 }
-"""Fields of a batch that the program takes, with the dimensions whose sizes vary."""
+"""Fields of a batch that the program takes if the graph has them, with the dimensions whose sizes vary."""
 CHECKED = 100
 """Crystals on which the program is compared with the model."""
 TOLERANCE = 1e-5
@@ -81,8 +81,8 @@ class Program(nn.Module):
         edge_index: Tensor,
         edge_vec: Tensor,
         cut: Tensor,
-        slots: Tensor,
-        slot_atom: Tensor,
+        slots: Tensor | None = None,
+        slot_atom: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return ``value`` [B, T] in physical units, and ``std`` and ``probability`` if the model has them.
 
@@ -111,7 +111,7 @@ class Program(nn.Module):
 def inputs(crystals: Crystals, graph: GraphSpec) -> dict[str, Tensor]:
     """Return the inputs of an exported program for crystals; ``graph`` is that of the model's encoder."""
     batch = make_batch(crystals, graph)
-    return {name: getattr(batch, name) for name in INPUTS}
+    return {name: field for name in INPUTS if (field := getattr(batch, name)) is not None}
 
 
 def refusal(models: list[Any]) -> str | None:
@@ -121,7 +121,7 @@ def refusal(models: list[Any]) -> str | None:
         return "it is an ensemble; export a member by its own model.safetensors"
     if not isinstance(model, PropertyModel):
         return "it has trees and kernel ridge, which aren't networks; finetune with recipe=network"
-    if not isinstance(model.encoder, NeighborAttention):
+    if not model.encoder.exportable:
         kind = type(model.encoder).__name__
         return f"its encoder is {kind}, and only that of encoder=neighbor_attention was written for torch.export"
     if model.per:
@@ -135,10 +135,10 @@ def refusal(models: list[Any]) -> str | None:
 def make_program(model: PropertyModel, crystals: Crystals) -> torch.export.ExportedProgram:
     """Return a model as a program for any number of crystals, atoms, edges and rows."""
     dimensions = {name: torch.export.Dim(name) for places in INPUTS.values() for name in places.values()}
-    shapes = {name: {d: dimensions[of] for d, of in places.items()} for name, places in INPUTS.items()}
     program = Program(model.eval().requires_grad_(False))
     with torch.no_grad():
         given = inputs(crystals, model.encoder.graph)
+        shapes = {name: {d: dimensions[of] for d, of in INPUTS[name].items()} for name in given}
         return torch.export.export(program, (), kwargs=given, dynamic_shapes=shapes)
 
 
@@ -205,7 +205,7 @@ def difference(program: Callable[..., dict[str, Tensor]], model: PropertyModel, 
 def about(model: PropertyModel, info: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a program says of itself, in its extra file or metadata ``crysldnet.json``."""
     return {
-        "inputs": list(INPUTS),
+        "inputs": [name for name in INPUTS if model.encoder.graph.slots or not name.startswith("slot")],
         "targets": model.targets,
         "units": model.units,
         "classes": model.classes,

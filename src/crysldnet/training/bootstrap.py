@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from crysldnet.measures import of_name
+
 CONFIDENCE = 0.95
 
 Floats = NDArray[np.float64]
@@ -49,9 +51,9 @@ TITLES = {"model": "model", "trees": "trees on descriptors", "constant": "consta
 
 def baseline_header(found: Mapping[str, Any]) -> list[str]:
     """Return the table header for a target."""
-    measure = "MAE" if found["measure"] == "mae" else "error rate"
-    unit = f" ({found['unit']})" if found["unit"] and measure == "MAE" else ""
-    return ["", measure + unit, "95 % interval", "above the model", "95 % interval"]
+    measure = of_name(found["measure"])
+    unit = f" ({own})" if (own := measure.unit_in({"": found["unit"]})) else ""
+    return ["", (measure.title or measure.name) + unit, "95 % interval", "above the model", "95 % interval"]
 
 
 def baseline_rows(found: Mapping[str, Any]) -> list[list[str]]:
@@ -60,7 +62,7 @@ def baseline_rows(found: Mapping[str, Any]) -> list[list[str]]:
     def ends(interval: Sequence[float] | None, form: str) -> str:
         return "" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"
 
-    titles = {**TITLES, "constant": "mean" if found["measure"] == "mae" else "most frequent class"}
+    titles = {**TITLES, "constant": of_name(found["measure"]).baseline or TITLES["constant"]}
     return [
         [
             titles[name],

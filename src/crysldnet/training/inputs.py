@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from crysldnet import plugins
 from crysldnet.data.store import file_hash
 from crysldnet.errors import ConfigError
 
@@ -30,12 +30,20 @@ def hashes_of(**files: str | None) -> dict[str, str]:
     return {key: file_hash(path) for key, path in paths.items() if path is not None}
 
 
-def inputs_of(data: CrystalDataModule, plugins: Sequence[str], **files: str | None) -> dict[str, Any]:
+def plugin_hashes(names: Sequence[str]) -> dict[str, str]:
+    """Return the sha256 of each plugin; for a package, that of the sha256 of its files."""
+    hashes = {name: [file_hash(file) for file in files] for name, files in plugins.files_of(names).items()}
+    return {
+        name: own[0] if len(own) == 1 else hashlib.sha256("".join(own).encode()).hexdigest()
+        for name, own in hashes.items()
+    }
+
+
+def inputs_of(data: CrystalDataModule, **files: str | None) -> dict[str, Any]:
     """Return the inputs that determine a run besides settings and crystal ids, as plain values.
 
     Args:
         data: the crystals, set up.
-        plugins: modules that the configuration loads.
         files: initial files named in the configuration, by key.
     """
     store = data.store
@@ -57,7 +65,6 @@ def inputs_of(data: CrystalDataModule, plugins: Sequence[str], **files: str | No
         "target_values_sha256": _sha256(values),
         **descriptors,
         "excluded": data.excluded,
-        "plugins": {name: file_hash(Path(sys.modules[name].__file__ or "")) for name in plugins},
     }
 
 

@@ -14,7 +14,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -30,7 +30,7 @@ from crysldnet.io import write_atomically
 from crysldnet.platforms import lock, peak_memory_mb
 from crysldnet.signals import RUN_NAME, started_by_the_first
 from crysldnet.training.checkpointing import started
-from crysldnet.training.inputs import INPUTS, refuse_other_inputs
+from crysldnet.training.inputs import INPUTS, plugin_hashes, refuse_other_inputs
 
 LATEST = "latest"
 """Link to the newest complete run of a command."""
@@ -261,13 +261,13 @@ class RunFolder:
         self._write("config.yaml", to_yaml(whole))
 
     @rank_zero_only
-    def save_inputs(self, inputs: dict[str, Any]) -> None:
-        """Write the content of the inputs before the first step.
+    def save_inputs(self, inputs: dict[str, Any], plugins: Sequence[str]) -> None:
+        """Write the content of the inputs, and that of the configured plugins, before the first step.
 
         Raises:
             ConfigError: a resumed run has different inputs.
         """
-        file = self.path / INPUTS
+        file, inputs = self.path / INPUTS, {**inputs, "plugins": plugin_hashes(plugins)}
         if self._begun and file.exists():
             refuse_other_inputs(self.path, json.loads(file.read_text()), inputs)
         self._write(INPUTS, json.dumps(inputs, indent=1))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from crysldnet import plugins
 from crysldnet.console import did_you_mean
 from crysldnet.models.targets.base import (
     TYPES,
@@ -32,8 +33,9 @@ __all__ = [
     "Number",
     "Spread",
     "TargetType",
-    "make_number",
     "make_target",
+    "make_type",
+    "reads_classes",
     "stack_probabilities",
 ]
 
@@ -48,18 +50,33 @@ def find_type(name: str) -> type[TargetType]:
         ValueError: the name is unknown.
     """
     if name not in TYPES:
+        plugins.load()
+    if name not in TYPES:
         known = sorted({*TYPES, "non_negative"} - {Bounded.name})
         hint = did_you_mean(name, known, f"known are {', '.join(known)}.", 0.5)
         raise ValueError(f"no kind of target {name!r}; {hint} One of your own needs plugins=[its module]")
     return TYPES[name]
 
 
-def make_number(named: Named, spread: Spread | None) -> Number:
-    """Create a number type from configuration.
+def reads_classes(named: Named | None) -> bool:
+    """Return whether a type in configuration takes classes."""
+    return isinstance(named, str) and issubclass(TYPES.get(named, Number), Classes)
+
+
+def make_type(named: Named, spread: Spread | None, labels: Sequence[str] | None) -> TargetType:
+    """Create a target type from configuration.
+
+    Args:
+        named: the type in configuration.
+        spread: distribution with a predicted scale, for numbers; None for none.
+        labels: class names of the column; None for numbers.
 
     Raises:
-        ValueError: the type is unknown, or the bounds aren't two numbers.
+        ValueError: the type is unknown, takes classes where there are none, or the bounds aren't two numbers.
     """
+    if labels is not None:
+        kind = find_type(named) if isinstance(named, str) and reads_classes(named) else Classes
+        return kind(tuple(labels))  # type: ignore[call-arg]
     if named == "non_negative":
         named = [0.0, None]
     if isinstance(named, list):
@@ -67,9 +84,9 @@ def make_number(named: Named, spread: Spread | None) -> Number:
             raise ValueError(f"bounds are two, as in [0, 1] or [0, null], not {named}")
         return Bounded(spread, *named)
     kind = find_type(named)
-    if not issubclass(kind, Number):
+    if issubclass(kind, Classes):
         raise ValueError(f"{named!r} is no kind of number")
-    return kind(spread)
+    return kind(spread)  # type: ignore[call-arg]
 
 
 def make_target(description: Mapping[str, Any]) -> TargetType:
@@ -80,9 +97,9 @@ def make_target(description: Mapping[str, Any]) -> TargetType:
     """
     values = dict(description)
     kind = values.pop("type")
-    if kind == Classes.name:
+    if reads_classes(kind):
         labels = values["labels"]
         if not isinstance(labels, (list, tuple)) or len(set(map(str, labels))) < len(labels):
             raise ValueError("its labels are no list of different names")
-        return Classes(tuple(labels))
-    return make_number(kind, **values) if kind == "non_negative" else find_type(kind)(**values)
+        return make_type(kind, None, labels)
+    return make_type(kind, labels=None, **values) if kind == "non_negative" else find_type(kind)(**values)

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from crysldnet.measures import MEASURES, Measure, register
+
 Loss = Literal["l1", "mse", "huber", "laplace", "gaussian"]
 Spread = Literal["laplace", "gaussian"]
 Kind = Literal["regression", "binary", "multiclass"]
@@ -38,8 +40,8 @@ class TargetType(ABC):
 
     name: ClassVar[str]
     kind: Kind = "regression"
-    measure: ClassVar[str] = "mae"
-    """The error used to compare models."""
+    measure: ClassVar[Measure] = MEASURES["mae"]
+    """The error used to compare models, the mean of :meth:`errors`."""
     grows: ClassVar[bool] = False
     """Whether it can be extensive, a sum over atoms."""
     additive: ClassVar[bool] = True
@@ -53,6 +55,7 @@ class TargetType(ABC):
         super().__init_subclass__(**kwargs)
         if "name" in vars(cls):
             TYPES[cls.name] = cls
+        register(cls.measure)
 
     @property
     def classes(self) -> list[str] | None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
+from crysldnet.measures import MEASURES, Measure
 from crysldnet.models.targets.base import Estimate, Floats, Kind, Loss, TargetType
 
 LEAST_PROBABILITY = 1e-3
@@ -29,7 +30,7 @@ class Classes(TargetType):
     """
 
     name: ClassVar[str] = "classification"
-    measure: ClassVar[str] = "error_rate"
+    measure: ClassVar[Measure] = MEASURES["error_rate"]
     labels: tuple[str, ...]
 
     @property

@@ -120,7 +120,8 @@ def run(config: JarvisConfig, values: dict[str, Any], choices: Mapping[str, Any]
     folder = RunFolder(config.runs, "jarvis", config.name, resume=config.resume is not None)
     texts = {name: split_file(store, benchmark) for name, benchmark in benchmarks.items()}
     used = {name: json.loads(text)["sha256"] for name, text in texts.items()}
-    folder.save_inputs({"files": hashes_of(pretrained=config.pretrained), "data_sha256": store.hash, "splits": used})
+    inputs = {"files": hashes_of(pretrained=config.pretrained), "data_sha256": store.hash, "splits": used}
+    folder.save_inputs(inputs, config.plugins)
     for name, text in texts.items():
         split_path(folder.path, name).parent.mkdir(exist_ok=True)
         write_atomically(split_path(folder.path, name), text)

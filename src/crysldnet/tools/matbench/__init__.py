@@ -55,7 +55,7 @@ def run(config: MatbenchConfig, values: dict[str, Any], choices: Mapping[str, An
     make_recipes(config, values)
     make_encoder(config)
     folder = RunFolder(config.runs, "matbench", config.name, resume=config.resume is not None, extend=True)
-    folder.save_inputs({"files": hashes_of(pretrained=config.pretrained), "tasks": hashes})
+    folder.save_inputs({"files": hashes_of(pretrained=config.pretrained), "tasks": hashes}, config.plugins)
     folder.save_config(values, choices)
     keep_command(folder.path, values)
     begun = BenchmarkRun.of(config, values, folder)

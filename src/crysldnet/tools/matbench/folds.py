@@ -32,7 +32,7 @@ from crysldnet.models.predictor import TargetModel
 from crysldnet.models.predictor import predict as predict_batches
 from crysldnet.tools.matbench.settings import MatbenchConfig, Recipe
 from crysldnet.tools.matbench.tasks import Source, crystals_of, target_values
-from crysldnet.training.inputs import INPUTS, hashes_of, refuse_other_inputs
+from crysldnet.training.inputs import INPUTS, hashes_of, plugin_hashes, refuse_other_inputs
 from crysldnet.training.run_folder import RunFolder
 
 
@@ -150,7 +150,7 @@ def run_fold(run: TaskRun, fold: int) -> None:
 
 
 def _refuse_other_inputs(run: TaskRun) -> None:
-    """Reject a crystal or encoder file that was replaced since the start of the run.
+    """Reject a crystal, encoder or plugin file that was replaced since the start of the run.
 
     Raises:
         ConfigError: a file was replaced.
@@ -158,7 +158,8 @@ def _refuse_other_inputs(run: TaskRun) -> None:
     file = run.folder.path / INPUTS
     if file.exists():
         before = json.loads(file.read_text())
-        now = {"files": hashes_of(pretrained=run.config.pretrained), "tasks": {run.name: run.source.sha256}}
+        files, plugins = hashes_of(pretrained=run.config.pretrained), plugin_hashes(run.config.plugins)
+        now = {"files": files, "tasks": {run.name: run.source.sha256}, "plugins": plugins}
         refuse_other_inputs(run.folder.path, {**before, "tasks": {run.name: before["tasks"].get(run.name)}}, now)
 
 

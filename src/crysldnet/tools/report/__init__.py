@@ -10,6 +10,7 @@ deviations. Several runs are compared on their common test crystals, with confid
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,6 +72,8 @@ def run(config: ReportConfig, _values: dict[str, Any]) -> int:
     runs = [read_run(Path(path)) for path in config.runs]
     if len({run.path.absolute() for run in runs}) < len(runs):
         raise ConfigError("runs: a run is named twice", "runs")
+    if any(run.command == "pretrain" for run in runs):
+        importlib.import_module("crysldnet.models.pretraining")  # registers its measures
     report = Report(
         runs,
         names_of(runs),

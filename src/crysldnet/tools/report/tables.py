@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from crysldnet.html import page as html
+from crysldnet.measures import MEASURES
 from crysldnet.tools.report import statistics
 from crysldnet.tools.report.run_files import Run, matbench_tasks
 from crysldnet.training.bootstrap import baseline_header, baseline_rows
@@ -38,9 +39,10 @@ def _facts(run: Run) -> dict[str, str]:
         "code": str(s.get("code_version", "")),
     }
     for stage in ("vae", "diffusion"):
-        if isinstance(s.get(stage), dict):
-            value = s[stage].get("val/masked_accuracy")
-            found[f"{stage}: masked species found"] = f"{100 * value:.1f} %" if isinstance(value, float) else ""
+        values: dict[str, Any] = own if isinstance(own := s.get(stage), dict) else {}
+        measure = next((m for m in MEASURES.values() if m.shown and values.get(f"val/{m.name}") is not None), None)
+        if measure is not None:
+            found[f"{stage}: {measure.heading}"] = measure.form.format(values[f"val/{measure.name}"])
     for task, told in matbench_tasks(s).items():
         for key in (key.removesuffix("_mean") for key in told if key.endswith("_mean")):
             found[f"{key} {task}"] = f"{told[f'{key}_mean']:.4g} ± {told[f'{key}_std']:.4g} {told.get('unit') or ''}"

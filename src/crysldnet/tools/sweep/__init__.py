@@ -60,7 +60,8 @@ def _inputs(sweep: Sweep, common: Sequence[str]) -> dict[str, dict[str, str]]:
     data = values["data"]
     if (split := data.get("split", {}).get("file")) is not None:
         found["data.split.file"] = file_hash(Path(split))
-    paths = data["path"] if isinstance(data["path"], Mapping) else {None: data["path"]}
+    path = data.get("path")  # a plugin's data module may have none
+    paths = path if isinstance(path, Mapping) else {None: path}
     for part, path in paths.items():
         if path is not None and not str(path).startswith("embedded:"):
             found[f"data.path.{part}" if part else "data.path"] = open_store(str(path)).hash
@@ -81,7 +82,7 @@ def _keep_sweep(folder: RunFolder, sweep: Sweep, values: dict[str, Any], common:
     for key in ("backend", "args", "seed", "sweep_config"):
         if before.get(key) != whole[key]:
             raise ConfigError(f"{folder.path} was started with another {key}; choose another name", key)
-    folder.save_inputs(_inputs(sweep, common))
+    folder.save_inputs(_inputs(sweep, common), values["plugins"])
     folder.save_config(whole)
 
 
