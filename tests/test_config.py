@@ -410,15 +410,43 @@ def test_what_needs_no_resolver_is_composed_as_omegaconf_does(command, more, mon
 
 
 @pytest.mark.parametrize(
-    "arguments", [["finetune", "--help"], ["matbench", "-h"], ["finetune", "lr=1e-3"], ["predict", "fils=a.cif"]]
+    ("arguments", "said"),
+    [
+        *(([command, "--help"], f"usage: crysldnet {command}") for command in ("finetune", "matbench", "export")),
+        *((["data", *words, "--help"], "usage: crysldnet data") for words in ([], ["import"], ["audit"])),
+        *(([command, "validate", "-h"], "usage: crysldnet") for command in ("matbench", "jarvis")),
+        (["matbench", "fold", "--help"], "usage: crysldnet matbench fold"),
+        (["jarvis", "property", "--help"], "usage: crysldnet jarvis property"),
+        (["finetune", "lr=1e-3"], "lr: unknown key; did you mean optimizer.lr?"),
+        (["predict", "fils=a.cif"], "fils: unknown key; did you mean 'files'?"),
+        (["predict", "a.cif"], "model: it has no default"),
+        (["finetune", "--print-confg"], "--print-confg: no such option; did you mean --print-config?"),
+        (["predict", "--hepl", "model=a"], "--hepl: no such option; did you mean --help?"),
+        (["finetune", "--epochs"], "--epochs: it needs a value; write epochs=…"),
+        (["finetune", "preset=finetun"], "preset=finetun: no such choice; available: cartnet, "),
+        (["finetune", "preset=potnt"], "preset=potnt: no such choice; did you mean 'potnet'? available: "),
+        (["jarvis", "validat"], "jarvis validat: no such command; did you mean crysldnet jarvis validate?"),
+        (["matbench", "validat", "folder"], "matbench validat: no such command; did you mean crysldnet matbench va"),
+        (["matbench", "folds"], "'folds': expected group=name or key=value; write folds=…"),
+        (["fintune"], "no command 'fintune'; did you mean 'finetune'?"),
+        (["clone"], "no command 'clone'; available: pretrain, finetune, "),
+    ],
 )
-def test_help_and_unknown_keys_come_without_importing_torch(arguments: list[str]) -> None:
+def test_help_and_wrong_words_are_answered_without_importing_torch(arguments: list[str], said: str) -> None:
     program = (
-        "import sys; from crysldnet.cli import run; from crysldnet.errors import ConfigError\n"
-        "try:\n    run(sys.argv[1:])\nexcept ConfigError as error:\n    print(error)\n"
+        "import sys; from crysldnet.cli import run; from crysldnet.errors import CrysldnetError\n"
+        "try:\n    run(sys.argv[1:])\n"
+        "except CrysldnetError as error:\n    print(error)\nexcept SystemExit as error:\n    assert error.code == 0\n"
         "print({'torch', 'numba', 'pyarrow'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert lines[-1] == "set()"
-    assert len(lines) > 20 if arguments[1] in ("--help", "-h") else "unknown key; did you mean" in lines[0]
+    assert lines[0].startswith(said)
+
+
+def test_the_help_shows_groups_only_where_there_are_some(capsys):
+    for command in COMMANDS:
+        run([command, "--help"])
+        text = capsys.readouterr().out
+        assert ("[group=name …]" in text.splitlines()[0]) == ("\ngroups (group=name;" in text), command

@@ -219,10 +219,15 @@ def test_the_default_properties_are_those_of_the_published_set() -> None:
     assert values["properties"] == properties() == [own.name for own in published()["jarvis_dft_3d"].properties]
     for line, said in (
         (["email=''", "project_url=x"], "email"),
-        (["email=a", "project_url=x", "data.targets=[a]"], "benchmark decides"),
-        (["email=a", "project_url=x", "target_types={a: log}"], "isn't|is not"),
-        (["email=a", "project_url=x", "properties=[]"], "one property or more"),
-        (["email=a", "project_url=x", "algorithm=a/b"], "make a folder"),
+        (["email=a@b.org", "project_url=x", "data.targets=[a]"], "benchmark decides"),
+        (["email=a@b.org", "project_url=x", "target_types={a: log}"], "isn't|is not"),
+        (["email=a@b.org", "project_url=x", "properties=[]"], "one property or more"),
+        (["email=a@b.org", "project_url=x", "algorithm=a/b"], "make a folder"),
+        (["email=nonsense"], r"^email='nonsense': not an address, such as name@example\.org"),
+        (["email=a@b..org", "project_url=x"], "not an address"),
+        (["properties=[bandgap]"], r"^properties: no property 'bandgap'; did you mean 'mbj_bandgap'\?"),
+        (["properties=[slme, mass]", "email=a@b.org"], "no property 'mass'; available: formation_energy_peratom, optb"),
+        (["email=a@b.org"], "^project_url: it has no default"),
     ):
         with pytest.raises(ConfigError, match=said):
             cli.run(["jarvis", *line])

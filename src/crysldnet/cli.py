@@ -12,15 +12,17 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from crysldnet import __version__, signals
-from crysldnet.console import escaped, indented, note
+from crysldnet.console import did_you_mean, escaped, indented, listed, note
 from crysldnet.errors import UNFINISHED, ConfigError, CrysldnetError, Interrupted
 from crysldnet.io import DISK_ERRORS, cannot_write
 from crysldnet.platforms import is_out_of_memory
+from crysldnet.tools.parts import PARTS, parser
 
 if TYPE_CHECKING:
     from crysldnet.config import Composition
@@ -53,14 +55,6 @@ FLAGGED = {
     "weights": ("crysldnet.tools.hub", "list, download and share pretrained encoders"),
 }
 """Commands with flags: module whose ``main`` runs them, and help line."""
-
-PARTS = {
-    ("matbench", "validate"): "crysldnet.tools.matbench.validation",
-    ("matbench", "fold"): "crysldnet.tools.matbench.benchmark_run",
-    ("jarvis", "validate"): "crysldnet.tools.jarvis.entry",
-    ("jarvis", "property"): "crysldnet.tools.jarvis",
-}
-"""Two-word commands and the module whose ``main`` runs them."""
 
 RESUMABLE = ("pretrain", "finetune", "matbench", "jarvis", "sweep")
 """Commands that exit as unfinished when stopped by a signal."""
@@ -100,6 +94,7 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
         help_text,
         pin_files,
         refuse_changed,
+        refuse_missing,
         refuse_unknown,
         refuse_unused,
         to_yaml,
@@ -115,6 +110,8 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
     arguments, own = with_own_data(name, [a for a in arguments if a != "--print-config"])
     composition = compose(name, arguments)
     refuse_unknown(name, composition)
+    if not composition.groups:
+        refuse_missing(composition)
     if composition.groups and composition.values.get("resume") == "last":
         from crysldnet.training.run_folder import find_run, is_complete
 
@@ -175,7 +172,8 @@ def with_own_data(command: str, arguments: Sequence[str]) -> tuple[list[str], bo
     """Return the arguments of a training run with a store in place of the user's files, and whether there were any."""
     from crysldnet.config.values import TRAINS
 
-    if command not in TRAINS or not any("=" not in word or word.startswith("data") for word in arguments):
+    named = any(word.lstrip("-").startswith("data") for word in arguments)
+    if command not in TRAINS or not (named or any("=" not in word and word[:2] != "--" for word in arguments)):
         return list(arguments), False
     return importlib.import_module("crysldnet.tools.importer.own_data").with_own_data(command, arguments)
 
@@ -220,13 +218,37 @@ def run(arguments: Sequence[str]) -> int:
     if command in FLAGGED:
         named = _load_plugins(rest)
         return importlib.import_module(FLAGGED[command][0]).main([word for word in rest if word not in named])
-    if (command, *rest[:1]) in PARTS:
-        _load_plugins(())
-        _quieten_libraries()
-        return importlib.import_module(PARTS[command, rest[0]]).main(rest[1:])
     if command not in COMMANDS:
-        raise CrysldnetError(f"no command {command!r}; available: {', '.join([*COMMANDS, *FLAGGED])}")
+        known = [*COMMANDS, *FLAGGED, "completion"]
+        raise CrysldnetError(f"no command {command!r}; {did_you_mean(command, known, f'available: {listed(known)}')}")
+    if (part := _part_of(command, rest)) is not None:
+        return _run_part(command, part, rest[1:])
     return _run_command(command, rest)
+
+
+def _part_of(command: str, words: Sequence[str]) -> str | None:
+    """Return the second word of a two-word command, such as matbench validate; None for others.
+
+    Raises:
+        CrysldnetError: the word is only similar to one.
+    """
+    parts = [second for first, second in PARTS if first == command]
+    word = words[0] if words else ""
+    if word in parts or not (meant := get_close_matches(word, parts, n=1)):
+        return word if word in parts else None
+    from crysldnet.config.compose import keys_of
+
+    if word in keys_of(command):
+        return None
+    raise CrysldnetError(f"{command} {word}: no such command; did you mean crysldnet {command} {meant[0]}?")
+
+
+def _run_part(command: str, part: str, words: Sequence[str]) -> int:
+    """Run a two-word command; its arguments are read before its modules are imported, which takes seconds."""
+    arguments = parser(command, part).parse_args(list(words))
+    _load_plugins(())
+    _quieten_libraries()
+    return importlib.import_module(PARTS[command, part].module).main(arguments)
 
 
 def _completion(shell: str) -> str:

@@ -236,6 +236,13 @@ def refuse_unknown(command: str, composition: Composition) -> None:
             )
 
 
+def refuse_missing(composition: Composition) -> None:
+    """Reject a configuration without a required value before importing the command's modules."""
+    for key, value in flat(composition.values):
+        if value == MISSING:
+            raise _needed(key, composition)
+
+
 def validate(composition: Composition, schema: type) -> Any:
     """Load the plugins, and validate every key and type; return the command's settings as an instance of its dataclass.
 
@@ -257,12 +264,17 @@ def validate(composition: Composition, schema: type) -> Any:
         text = str(error)
         if "unknown key" in text:
             text = _unknown(error.key, composition) or text
-        elif missing:
+        elif missing and _may_follow(error.key, text, missing, composition):
             raise _needed(missing[0], composition) from None
         raise ConfigError(f"{text}{f' (set {where})' if where else ''}", error.key) from None
-    if missing:
-        raise _needed(missing[0], composition)
+    refuse_missing(composition)
     return settings
+
+
+def _may_follow(key: str, text: str, missing: Sequence[str], composition: Composition) -> bool:
+    """Return whether an error may follow from a missing value, because it names that value or no key."""
+    named = key or text.partition(":")[0].partition("=")[0]
+    return named in missing or named.partition(".")[0] not in composition.values
 
 
 def settings_of(command: str, folder: Path, schema: type) -> tuple[Any, dict[str, Any]]:

@@ -96,8 +96,10 @@ def group_file(group: str, choice: str) -> Path:
     path = conf_folder() / group / f"{choice}.yaml"
     if not path.is_file():
         key = group.partition("/")[0]
-        hint = did_you_mean(choice, choices(group), "", 0.4)
-        raise ConfigError(f"{key}={choice}: no such choice; {hint} available: {', '.join(choices(group))}", key)
+        hint = did_you_mean(choice, choices(group), "")
+        raise ConfigError(
+            f"{key}={choice}: no such choice; {f'{hint} ' if hint else ''}available: {', '.join(choices(group))}", key
+        )
     return path
 
 

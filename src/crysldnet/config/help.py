@@ -19,9 +19,15 @@ def help_text(command: str, description: str) -> str:
     """Return usage, groups with their choices, and every key with its comment."""
     root_file = conf_folder() / f"{command}.yaml"
     defaults = load_yaml(root_file).get(CHOICES) or {}
-    plain = f"{PLAIN_WORDS[command].upper()} …" if command in PLAIN_WORDS else "[group=name …]"
-    first = f"[CRYSTALS [TABLE]] {plain}" if command in TRAINS else plain
-    lines = [f"usage: crysldnet {command} {first} [key=value …] [--print-config]", "", description, ""]
+    words = ["[CRYSTALS [TABLE]]"] if command in TRAINS else []
+    words += [f"{PLAIN_WORDS[command].upper()} …"] if command in PLAIN_WORDS else []
+    words += ["[group=name …]"] if defaults else []
+    lines = [
+        f"usage: crysldnet {command} {' '.join(words)} [key=value …] [--print-config]".replace("  ", " "),
+        "",
+        description,
+        "",
+    ]
     if defaults:
         lines.append("groups (group=name; the default in brackets)")
         lines += [f"  {group:<10} {', '.join(choices(str(group)))}  [{default}]" for group, default in defaults.items()]

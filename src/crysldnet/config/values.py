@@ -28,6 +28,8 @@ TRAINS = ("pretrain", "finetune")
 """Commands that accept data files in this way."""
 NAMED = ("target_types.", "target_per.", "descriptors.")
 """Keys followed by a name from the data, in which hyphens are kept."""
+SWITCHES = ("--help", "--print-config")
+"""Flags without a value."""
 _KEY = re.compile(r"-{0,2}[A-Za-z_][\w.-]*=")
 
 
@@ -58,7 +60,7 @@ def split(
             key = key if key.startswith(NAMED) else key.replace("-", "_")
             if not equals:
                 if not waiting or waiting[0].startswith("--") or _KEY.match(waiting[0]):
-                    raise ConfigError(f"{word}: it needs a value; {_meant(key, keys)}", key)
+                    _refuse_flag(word, key, keys)
                 value = waiting.pop(0)
         elif plain is not None and (("/" in key and equals) or (not equals and _is_path(word, plain))):
             words.append(word)
@@ -71,6 +73,13 @@ def split(
     if words and plain is not None:
         pairs.append((plain, json.dumps(literally(words), ensure_ascii=False)))
     return pairs
+
+
+def _refuse_flag(word: str, key: str, keys: Collection[str]) -> NoReturn:
+    """Reject a flag without a value with a suggestion."""
+    if key not in keys and (meant := get_close_matches(word, SWITCHES, n=1)):
+        raise ConfigError(f"{word}: no such option; did you mean {meant[0]}?", key)
+    raise ConfigError(f"{word}: it needs a value; {_meant(key, keys)}", key)
 
 
 def _is_path(word: str, key: str) -> bool:

@@ -54,6 +54,13 @@ STYLE = (
 """CSS of explanations and structure drawings."""
 
 
+AVERAGE = (
+    "The average training crystal has the mean of every feature and descriptor. No crystal is like that, so its value "
+    "can be one that the property can't have, such as a negative band gap."
+)
+"""Explanation of the reference, for pages."""
+
+
 def draw_explanation(
     crystal: Crystals, formula: str, heading: str, found: Explanation, unit: str, shown: int, lines: Sequence[str] = ()
 ) -> str:

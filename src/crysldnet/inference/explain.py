@@ -35,8 +35,8 @@ class Explained(NamedTuple):
         return self.found.by_element(self.crystal.numbers)
 
 
-def explain_portion(model: Predictor, portion: Chunk, place: int) -> Explained:
-    """Explain the prediction of one target for the only crystal of a portion."""
+def explain_portion(model: Predictor, portion: Chunk, place: int, label: int | None = None) -> Explained:
+    """Explain the prediction of one target, or the probability of a class, for the only crystal of a portion."""
     batch = portion.batches[model.encoder.graph]
     if (needed := model.members[0].descriptors) is not None:
         batch = replace(batch, descriptors=torch.from_numpy(beside(portion, needed.names)).float())
@@ -44,12 +44,17 @@ def explain_portion(model: Predictor, portion: Chunk, place: int) -> Explained:
     if model.knowledge is not None:
         training = model.knowledge.training_set
         mean = (training.features * training.scale).mean(dim=0)
-    found = explain(model.members, batch, place, mean)
+    found = explain(model.members, batch, place, mean, label)
     return Explained(portion.ids[0], portion.sources[0], formulas_of(portion.crystals)[0], portion.crystals, found)
 
 
 def explain_crystal(
-    model: Predictor, crystal: Crystals, id_: str, place: int, columns: Mapping[str, NDArray[np.float64]]
+    model: Predictor,
+    crystal: Crystals,
+    id_: str,
+    place: int,
+    columns: Mapping[str, NDArray[np.float64]],
+    label: int | None = None,
 ) -> Explained:
     """Explain the prediction of one target for a crystal.
 
@@ -59,13 +64,14 @@ def explain_crystal(
         id_: its id.
         place: index of the target.
         columns: [1] values of the model's descriptors by name.
+        label: index of the class whose probability is explained; by default the predicted one.
 
     Raises:
         DataError: the target is a hurdle, or the model can't be explained.
     """
     graph = model.encoder.graph
     portion = Chunk([id_], [id_], crystal, {graph: make_batch(crystal, graph)}, [], columns=columns)
-    return explain_portion(model, portion, place)
+    return explain_portion(model, portion, place, label)
 
 
 def explain_crystals(model: Predictor, structures: Any, target: str | None = None) -> list[Explained]:

@@ -96,7 +96,9 @@ def added(parts: Sequence[tuple[float, Explanation]]) -> Explanation:
     return Explanation(prediction, reference, atoms, columns, parts[0][1].label)
 
 
-def explain(members: Sequence[TargetModel], batch: CrystalBatch, place: int, mean: Tensor | None) -> Explanation:
+def explain(
+    members: Sequence[TargetModel], batch: CrystalBatch, place: int, mean: Tensor | None, label: int | None = None
+) -> Explanation:
     """Explain the prediction of one target of one crystal by a model, or by the mean of an ensemble.
 
     Args:
@@ -104,6 +106,7 @@ def explain(members: Sequence[TargetModel], batch: CrystalBatch, place: int, mea
         batch: a batch of one crystal.
         place: index of the target.
         mean: [D] features of the average training crystal, used if the head doesn't store its mean input.
+        label: index of the class whose probability is explained; by default the predicted one.
 
     Raises:
         DataError: the target is a hurdle, or the model can't be explained.
@@ -111,8 +114,7 @@ def explain(members: Sequence[TargetModel], batch: CrystalBatch, place: int, mea
     kind = members[0].types[place]
     if not kind.additive:
         raise DataError(f"{members[0].targets[place]} is a number of two parts, which explanations can't add up to")
-    label = None
-    if kind.classes is not None:
+    if kind.classes is not None and label is None:
         with torch.inference_mode():
             shares = [member.predict(batch).probability for member in members]
         label = int(torch.stack([s[0, place, : len(kind.classes)] for s in shares if s is not None]).mean(0).argmax())

@@ -14,6 +14,9 @@ import pyarrow as pa
 from crysldnet.errors import DataError
 from crysldnet.graphs.crystals import Crystals
 from crysldnet.readers.compression import inner_name
+from crysldnet.readers.kinds import KINDS as KINDS
+from crysldnet.readers.kinds import STORE, known_files
+from crysldnet.readers.kinds import register as register
 from crysldnet.readers.rows import Piece, Rows, Task
 from crysldnet.readers.structure_files import (
     at_home,
@@ -283,32 +286,6 @@ def suffix_of(path: Path) -> str:
     for short in (".tgz", ".tbz2", ".txz"):
         name = name[: -len(short)] + ".tar" if name.endswith(short) else name
     return Path(inner_name(name)).suffix
-
-
-KINDS: dict[str, str | Callable[[Path], Reader]] = {
-    ".zip": "archives.ZipReader",
-    ".tar": "archives.TarReader",
-    ".json": "record_files.json_reader",
-    ".jsonl": "record_files.LinesReader",
-    ".ndjson": "record_files.LinesReader",
-    ".csv": "record_files.CsvReader",
-    ".extxyz": "record_files.XyzReader",
-    ".xyz": "record_files.XyzReader",
-    ".db": "record_files.DatabaseReader",
-    ".parquet": "tables.ParquetReader",
-}
-"""The reader of each suffix: its name below ``crysldnet.readers``, or a plugin's class."""
-STORE = "tables.StoreReader"
-
-
-def register(suffix: str, reader: Callable[[Path], Reader]) -> None:
-    """Register a plugin's reader class for files with a suffix such as ``.xsf``; see :class:`Reader`."""
-    KINDS[suffix.lower()] = reader
-
-
-def known_files() -> str:
-    """Return the patterns of readable files."""
-    return "*.cif, *.vasp, *.poscar, POSCAR*, CONTCAR*, " + ", ".join(f"*{suffix}" for suffix in KINDS)
 
 
 def _open_file(path: str | Path) -> Reader:

@@ -20,7 +20,7 @@ from crysldnet.console import note
 from crysldnet.data.elements import SYMBOLS
 from crysldnet.data.output import open_table
 from crysldnet.html import page as html
-from crysldnet.html.explanation import STYLE, draw_explanation
+from crysldnet.html.explanation import AVERAGE, STYLE, draw_explanation
 from crysldnet.inference import load
 from crysldnet.inference.command import Account, named_files
 from crysldnet.inference.descriptors import given_descriptors, with_descriptors
@@ -107,7 +107,7 @@ def _table(one: Explained, target: str, unit: str) -> pa.Table:
 def _page(kept: Sequence[Explained], target: str, unit: str, config: ExplainConfig) -> str:
     body = [
         f"<p>What {escape(config.model)} predicts for {escape(target)}, compared with its prediction for an average "
-        "training crystal. Orange raises the value, blue lowers it.</p>",
+        f"training crystal. Orange raises the value, blue lowers it. {AVERAGE}</p>",
         *(draw_explanation(one.crystal, one.formula, one.id, one.found, unit, config.shown) for one in kept),
     ]
     return html.page(f"Explanations: {target}", body, STYLE)

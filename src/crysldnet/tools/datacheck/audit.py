@@ -19,17 +19,6 @@ from crysldnet.data.matching import matches
 from crysldnet.data.store import CrystalStore
 from crysldnet.io import write_csv
 
-HELP = "overlap of a training and a test set"
-DESCRIPTION = """\
-Count the crystals of a test set that are also in a training set: by id, by reduced formula, by structure (pymatgen's
-StructureMatcher, behind a filter). A set is a store, a Parquet file, embedded:NAME or published:NAME; @SPLIT behind it
-takes the rows whose column split says so. Several sets may be given; every pair is compared.
-
-The exit status is 0, or with --strict 1 if anything is shared."""
-EXAMPLE = """\
-example:
-  crysldnet data audit --train embedded:mp_starter@train --test embedded:mp_starter@test embedded:matbench_phonons"""
-
 
 @dataclass(frozen=True)
 class Shared:
@@ -110,15 +99,6 @@ def _rows(shared: Shared) -> Iterator[list[str]]:
     for by in ("ids", "formulas", "structures"):
         for test_id, train_ids in (getattr(shared, by) or {}).items():
             yield [shared.train, shared.test, by.removesuffix("s"), test_id, " ".join(train_ids)]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
-    parser.add_argument("--train", metavar="SET", nargs="+", required=True)
-    parser.add_argument("--test", metavar="SET", nargs="+", required=True)
-    parser.add_argument("--no-structures", action="store_true", help="only compare ids and formulas, which is fast")
-    parser.add_argument("--out", metavar="CSV", help="write every shared crystal")
-    parser.add_argument("--strict", action="store_true", help="exit with status 1 if anything is shared")
 
 
 def run(arguments: argparse.Namespace) -> int:

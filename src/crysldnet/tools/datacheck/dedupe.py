@@ -18,20 +18,6 @@ from crysldnet.data.output import ParquetOutput, StoreWriter
 from crysldnet.data.store import CrystalStore
 from crysldnet.io import write_csv
 
-HELP = "remove duplicates and crystals of other sets"
-DESCRIPTION = """\
-Write a store without repeats. By id keeps the first row of each id, by structure the first of crystals that are the
-same structure (pymatgen's StructureMatcher, behind a filter of formula, volume and distances).
-
---against leaves out what other sets have, so that they can be tested on after pretraining on the result; by formula
-(every crystal of a formula that they have) or by structure. What was left out, and why, is listed in OUT.removed.csv.
-
-The exit status is 0 if crystals were kept, 1 if none was left."""
-EXAMPLE = """\
-examples:
-  crysldnet data dedupe my.store --out unique.store
-  crysldnet data dedupe my.store --out pretraining.store --against embedded:matbench_phonons --against-by formula"""
-
 
 @dataclass(frozen=True)
 class Removed:
@@ -74,27 +60,6 @@ def write_rows(store: CrystalStore, rows: NDArray[np.int64], out: str, *, overwr
     kind = ParquetOutput if out.endswith(".parquet") else StoreWriter
     with kind(out, overwrite=overwrite) as output:
         output.append(table)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
-    parser.add_argument("store", metavar="SET", help="a store, a Parquet file, embedded:NAME or published:NAME[@SPLIT]")
-    parser.add_argument("--out", metavar="OUT", required=True, help="name.store, or name.parquet")
-    parser.add_argument(
-        "--by",
-        nargs="+",
-        choices=("id", "structure"),
-        default=["id", "structure"],
-        help="what counts as a duplicate (default: both)",
-    )
-    parser.add_argument("--against", metavar="SET", nargs="+", default=[], help="sets to exclude from the result")
-    parser.add_argument(
-        "--against-by",
-        choices=("formula", "structure"),
-        default="formula",
-        help="what counts as shared (default: formula)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
 
 
 def run(arguments: argparse.Namespace) -> int:

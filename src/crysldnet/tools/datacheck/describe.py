@@ -22,17 +22,6 @@ from crysldnet.errors import DataError
 from crysldnet.graphs.neighbors import neighbor_list
 from crysldnet.io import replacing
 
-HELP = "counts, histograms, properties, duplicates, suspicious rows"
-DESCRIPTION = """\
-Describe a data set: crystals, atoms, elements, properties with units, duplicates, and rows to look at before training
-on them. --html writes an offline page, --png an image.
-
-Suspicious crystals have atoms closer than 1 Å (0.7 Å with hydrogen), less than 4 or more than 200 Å³ per atom, or
-formation energies over 5 eV/atom in magnitude. They are reported, not removed."""
-EXAMPLE = """\
-example:
-  crysldnet data describe embedded:mp_starter --html starter.html --png starter.png"""
-
 SHORTEST_BOND = 1.0
 """Å; the shortest bond without hydrogen, in N2, has 1.10."""
 SHORTEST_BOND_OF_HYDROGEN = 0.7
@@ -262,14 +251,6 @@ def _wrapped(words: Sequence[str]) -> list[str]:
             lines.append("")
         lines[-1] += f"{word:<11}"
     return [f"            {line.rstrip()}" for line in lines]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
-    parser.add_argument("store", metavar="SET", help="a store, a Parquet file, embedded:NAME or published:NAME[@SPLIT]")
-    parser.add_argument("--html", metavar="FILE", help="write a page")
-    parser.add_argument("--png", metavar="FILE", help="write a picture")
-    parser.add_argument("--no-structures", action="store_true", help="don't find duplicate structures")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,38 +1,19 @@
-"""Command line of the data tools: ``crysldnet data import | export | verify | show``, and those of other modules."""
+"""Command line of the data tools: ``crysldnet data``. It imports what a command needs only to run it."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-import numpy as np
-import pyarrow as pa
+from crysldnet.readers.kinds import known_files
 
-from crysldnet.console import lines_of
-from crysldnet.data.datasets import open_part, open_store
-from crysldnet.data.elements import SYMBOLS
-from crysldnet.data.output import ParquetOutput
-from crysldnet.data.store import CrystalStore
-from crysldnet.errors import DataError
-from crysldnet.readers.sources import known_files
-from crysldnet.tools.importer.importer import import_crystals
-
-FURTHER = {
-    "describe": "crysldnet.tools.datacheck.describe",
-    "dedupe": "crysldnet.tools.datacheck.dedupe",
-    "audit": "crysldnet.tools.datacheck.audit",
-    "download": "crysldnet.tools.importer.download",
-}
-"""Commands in separate modules, each with HELP, DESCRIPTION, EXAMPLE, add_arguments and run."""
-
-IMPORT_HELP = f"""\
+IMPORT = """\
 Import crystals into a store, the folder that training reads.
 
 SOURCE is a folder (searched at every depth for CIF and POSCAR files), a quoted glob pattern, or files:
-{known_files()}.
+@FILES@.
 The pages of the documentation say which layouts of JSON, CSV and Parquet are known. A crystal's id is its file's name
 without suffix, or what its record says. The result appears under its name when it is whole.
 plugins=[my_format] imports a module of yours that reads other files.
@@ -52,6 +33,53 @@ example:
   crysldnet data import my_cifs --targets my_cifs/targets.csv --out my.store --license "CC BY 4.0"
 """
 
+DESCRIBE = """\
+Describe a data set: crystals, atoms, elements, properties with units, duplicates, and rows to look at before training
+on them. --html writes an offline page, --png an image.
+
+Suspicious crystals have atoms closer than 1 Å (0.7 Å with hydrogen), less than 4 or more than 200 Å³ per atom, or
+formation energies over 5 eV/atom in magnitude. They are reported, not removed."""
+DESCRIBE_EXAMPLE = """\
+example:
+  crysldnet data describe embedded:mp_starter --html starter.html --png starter.png"""
+
+DEDUPE = """\
+Write a store without repeats. By id keeps the first row of each id, by structure the first of crystals that are the
+same structure (pymatgen's StructureMatcher, behind a filter of formula, volume and distances).
+
+--against leaves out what other sets have, so that they can be tested on after pretraining on the result; by formula
+(every crystal of a formula that they have) or by structure. What was left out, and why, is listed in OUT.removed.csv.
+
+The exit status is 0 if crystals were kept, 1 if none was left."""
+DEDUPE_EXAMPLE = """\
+examples:
+  crysldnet data dedupe my.store --out unique.store
+  crysldnet data dedupe my.store --out pretraining.store --against embedded:matbench_phonons --against-by formula"""
+
+AUDIT = """\
+Count the crystals of a test set that are also in a training set: by id, by reduced formula, by structure (pymatgen's
+StructureMatcher, behind a filter). A set is a store, a Parquet file, embedded:NAME or published:NAME; @SPLIT behind it
+takes the rows whose column split says so. Several sets may be given; every pair is compared.
+
+The exit status is 0, or with --strict 1 if anything is shared."""
+AUDIT_EXAMPLE = """\
+example:
+  crysldnet data audit --train embedded:mp_starter@train --test embedded:mp_starter@test embedded:matbench_phonons"""
+
+DOWNLOAD = """\
+Fetch the files of a published data set into data/raw/NAME, compare them with their sha256, and make data/NAME.store,
+which data=NAME and published:NAME read. The environment variable CRYSLDNET_DATA names another folder than data.
+
+Interrupted downloads resume. Without a network, the message says which file to put where; existing files aren't
+downloaded again. Counts that differ from the publication are reported.
+
+NAME.yaml defines your own data set, like the files in conf/published. Without NAME, the data sets are listed."""
+DOWNLOAD_EXAMPLE = """\
+examples:
+  crysldnet data download
+  crysldnet data download jarvis_dft_3d
+  crysldnet data download expt_kingsbury --structures data/megnet.store"""
+
 
 def main(argv: Sequence[str]) -> int:
     """Run ``crysldnet data`` with these arguments.
@@ -63,59 +91,8 @@ def main(argv: Sequence[str]) -> int:
         CrysldnetError: the input is invalid; the message states the remedy.
     """
     arguments = parser().parse_args(list(argv))
-    return arguments.run(arguments)
-
-
-def parser() -> argparse.ArgumentParser:
-    """Return what reads the arguments of ``crysldnet data``."""
-    parser = argparse.ArgumentParser(
-        prog="crysldnet data",
-        description="Import, inspect, check and export crystals.",
-        epilog="crysldnet data COMMAND --help explains a command and gives an example.",
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def command(name: str, help_: str, description: str, example: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(
-            name,
-            help=help_,
-            description=description,
-            epilog=example,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        added.set_defaults(run=OWN.get(name))
-        return added
-
-    _add_import_arguments(command("import", "import structure files into a store", IMPORT_HELP, IMPORT_EXAMPLE))
-    export = command(
-        "export",
-        "export a store to one Parquet file",
-        "Write a store as one Parquet file, which pandas, polars and others can read.",
-        "example:\n  crysldnet data export my.store my.parquet",
-    )
-    export.add_argument("store", metavar="STORE")
-    export.add_argument("out", metavar="OUT.parquet")
-    export.add_argument("--overwrite", action="store_true", help="replace OUT.parquet")
-    verify = command(
-        "verify",
-        "check a store against its checksums",
-        "Check every file of a store against its recorded sha256.",
-        "example:\n  crysldnet data verify my.store",
-    )
-    verify.add_argument("store", metavar="STORE")
-    show = command(
-        "show",
-        "summarize a store",
-        "Show a store or Parquet file on one screen: crystals, atoms, elements, properties, source, license.",
-        "example:\n  crysldnet data show my.store",
-    )
-    show.add_argument("store", metavar="STORE")
-    for name, module_name in FURTHER.items():
-        module = importlib.import_module(module_name)
-        added = command(name, module.HELP, module.DESCRIPTION, module.EXAMPLE)
-        module.add_arguments(added)
-        added.set_defaults(run=module.run)
-    return parser
+    module, _, function = arguments.run.partition(":")
+    return getattr(importlib.import_module(module), function)(arguments)
 
 
 def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,82 +140,151 @@ def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", metavar="N", type=int, help="reader processes (default: cores, at most 8)")
 
 
-def _import(arguments: argparse.Namespace) -> int:
-    units = {}
-    for pair in arguments.units:
-        name, equals, unit = pair.partition("=")
-        if not (name and equals and unit):
-            raise DataError(f"--units needs NAME=UNIT, as band_gap=eV, not {pair!r}")
-        units[name] = unit
-    about = {"source": arguments.source_name, "license": arguments.license, "citation": arguments.citation}
-    report = import_crystals(
-        arguments.source[0] if len(arguments.source) == 1 else arguments.source,
-        arguments.out,
-        targets=arguments.targets,
-        id_column=arguments.id_column,
-        structure=arguments.structure,
-        units=units,
-        on_error=arguments.on_error,
-        on_note=arguments.on_note,
-        max_atoms=arguments.max_atoms,
-        metadata={key: text for key, text in about.items() if text is not None},
-        overwrite=arguments.overwrite,
-        workers=arguments.workers,
+def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("store", metavar="STORE")
+    parser.add_argument("out", metavar="OUT.parquet")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT.parquet")
+
+
+def _add_store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("store", metavar="STORE")
+
+
+def _add_describe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("store", metavar="SET", help="a store, a Parquet file, embedded:NAME or published:NAME[@SPLIT]")
+    parser.add_argument("--html", metavar="FILE", help="write a page")
+    parser.add_argument("--png", metavar="FILE", help="write a picture")
+    parser.add_argument("--no-structures", action="store_true", help="don't find duplicate structures")
+
+
+def _add_dedupe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("store", metavar="SET", help="a store, a Parquet file, embedded:NAME or published:NAME[@SPLIT]")
+    parser.add_argument("--out", metavar="OUT", required=True, help="name.store, or name.parquet")
+    parser.add_argument(
+        "--by",
+        nargs="+",
+        choices=("id", "structure"),
+        default=["id", "structure"],
+        help="what counts as a duplicate (default: both)",
     )
-    sys.stdout.write(f"{report}\n")
-    return 0 if report.kept else 1
+    parser.add_argument("--against", metavar="SET", nargs="+", default=[], help="sets to exclude from the result")
+    parser.add_argument(
+        "--against-by",
+        choices=("formula", "structure"),
+        default="formula",
+        help="what counts as shared (default: formula)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
 
 
-def _export(arguments: argparse.Namespace) -> int:
-    out = Path(arguments.out)
-    if out.suffix != ".parquet":
-        raise DataError(f"{out}: the name must end in .parquet")
-    store, rows = open_part(arguments.store)
-    with ParquetOutput(out, overwrite=arguments.overwrite) as output:
-        output.append(store.to_table(rows))
-    sys.stdout.write(f"{len(rows):,} crystals written to {out}\n")
-    return 0
+def _add_audit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--train", metavar="SET", nargs="+", required=True)
+    parser.add_argument("--test", metavar="SET", nargs="+", required=True)
+    parser.add_argument("--no-structures", action="store_true", help="only compare ids and formulas, which is fast")
+    parser.add_argument("--out", metavar="CSV", help="write every shared crystal")
+    parser.add_argument("--strict", action="store_true", help="exit with status 1 if anything is shared")
 
 
-def _verify(arguments: argparse.Namespace) -> int:
-    path = Path(arguments.store)
-    if path.is_file():
-        raise DataError(f"{path}: only a store, which is a folder, has checksums")
-    try:
-        store = CrystalStore.open(path)
-    except pa.ArrowException as error:
-        raise DataError(f"{path / 'columns.arrow'}: damaged ({error}); import it again") from error
-    store.verify()
-    sys.stdout.write(f"{path}: {len(store):,} crystals, every file is as it was written\n")
-    return 0
+def _add_download_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "name",
+        metavar="NAME",
+        nargs="?",
+        help="of the data set, or NAME.yaml; without it they are listed",
+    )
+    parser.add_argument("--info", action="store_true", help="show the definition without downloading")
+    parser.add_argument(
+        "--structures", metavar="STORE", help="Materials Project crystals, for data sets that only name them"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="recreate the store from the files")
 
 
-def _show(arguments: argparse.Namespace) -> int:
-    store = open_store(arguments.store)
-    sizes = store.crystals.sizes
-    counts = np.bincount(store.crystals.numbers, minlength=len(SYMBOLS))
-    elements = [symbol for symbol, count in zip(SYMBOLS, counts, strict=False) if count]
-    lines = [store.name, f"  crystals  {len(store):,}"]
-    if len(store):
-        lines.append(
-            f"  atoms     {sizes.sum():,}; {sizes.min()} to {sizes.max()} a crystal, {sizes.mean():.1f} on average"
+class _Command(NamedTuple):
+    """A command: its help line, description and example, its arguments, and the function that runs it."""
+
+    help: str
+    description: str
+    example: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: str
+
+
+COMMANDS = {
+    "import": _Command(
+        "import structure files into a store",
+        IMPORT,
+        IMPORT_EXAMPLE,
+        _add_import_arguments,
+        "crysldnet.tools.importer.actions:import_",
+    ),
+    "export": _Command(
+        "export a store to one Parquet file",
+        "Write a store as one Parquet file, which pandas, polars and others can read.",
+        "example:\n  crysldnet data export my.store my.parquet",
+        _add_export_arguments,
+        "crysldnet.tools.importer.actions:export",
+    ),
+    "verify": _Command(
+        "check a store against its checksums",
+        "Check every file of a store against its recorded sha256.",
+        "example:\n  crysldnet data verify my.store",
+        _add_store,
+        "crysldnet.tools.importer.actions:verify",
+    ),
+    "show": _Command(
+        "summarize a store",
+        "Show a store or Parquet file on one screen: crystals, atoms, elements, properties, source, license.",
+        "example:\n  crysldnet data show my.store",
+        _add_store,
+        "crysldnet.tools.importer.actions:show",
+    ),
+    "describe": _Command(
+        "counts, histograms, properties, duplicates, suspicious rows",
+        DESCRIBE,
+        DESCRIBE_EXAMPLE,
+        _add_describe_arguments,
+        "crysldnet.tools.datacheck.describe:run",
+    ),
+    "dedupe": _Command(
+        "remove duplicates and crystals of other sets",
+        DEDUPE,
+        DEDUPE_EXAMPLE,
+        _add_dedupe_arguments,
+        "crysldnet.tools.datacheck.dedupe:run",
+    ),
+    "audit": _Command(
+        "overlap of a training and a test set",
+        AUDIT,
+        AUDIT_EXAMPLE,
+        _add_audit_arguments,
+        "crysldnet.tools.datacheck.audit:run",
+    ),
+    "download": _Command(
+        "download a published data set into a store",
+        DOWNLOAD,
+        DOWNLOAD_EXAMPLE,
+        _add_download_arguments,
+        "crysldnet.tools.importer.download:run",
+    ),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the arguments of ``crysldnet data``."""
+    parser = argparse.ArgumentParser(
+        prog="crysldnet data",
+        description="Import, inspect, check and export crystals.",
+        epilog="crysldnet data COMMAND --help explains a command and gives an example.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        added = commands.add_parser(
+            name,
+            help=command.help,
+            description=command.description.replace("@FILES@", known_files()),
+            epilog=command.example,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-    lines.append(f"  elements  {len(elements)}: {' '.join(elements)}")
-    lines += [f"  {_describe(store, name)}" for name in store.column_names]
-    lines += [f"  {key:<9} {store.metadata.get(key, 'not stated')}" for key in ("source", "license", "citation")]
-    sys.stdout.write(lines_of(lines) + "\n")
-    return 0
-
-
-def _describe(store: CrystalStore, name: str) -> str:
-    """Describe a property in one line: name, unit, count, range."""
-    if not store.is_numeric(name):
-        texts = store.texts_of(name)
-        return f"property  {name}: text, {sum(text is not None for text in texts):,} values"
-    values = store.numbers_of(name)
-    values = values[np.isfinite(values)]
-    spread = f", {values.min():.4g} to {values.max():.4g}, mean {values.mean():.4g}" if len(values) else ""
-    return f"property  {name} ({store.units.get(name, 'no unit stated')}): {len(values):,} values{spread}"
-
-
-OWN = {"import": _import, "export": _export, "verify": _verify, "show": _show}
+        command.add_arguments(added)
+        added.set_defaults(run=command.run)
+    return parser

@@ -11,40 +11,10 @@ from pathlib import Path
 from filelock import FileLock
 
 from crysldnet.data.catalog import PublishedSet, definition_of, published
-from crysldnet.data.datasets import DATA_VARIABLE, data_folder, open_store, published_path
+from crysldnet.data.datasets import data_folder, open_store, published_path
 from crysldnet.data.download import fetch_all
 from crysldnet.errors import DataError
 from crysldnet.tools.importer.published import Made, make_store
-
-HELP = "download a published data set into a store"
-DESCRIPTION = f"""\
-Fetch the files of a published data set into data/raw/NAME, compare them with their sha256, and make data/NAME.store,
-which data=NAME and published:NAME read. The environment variable {DATA_VARIABLE} names another folder than data.
-
-Interrupted downloads resume. Without a network, the message says which file to put where; existing files aren't
-downloaded again. Counts that differ from the publication are reported.
-
-NAME.yaml defines your own data set, like the files in conf/published. Without NAME, the data sets are listed."""
-EXAMPLE = """\
-examples:
-  crysldnet data download
-  crysldnet data download jarvis_dft_3d
-  crysldnet data download expt_kingsbury --structures data/megnet.store"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
-    parser.add_argument(
-        "name",
-        metavar="NAME",
-        nargs="?",
-        help="of the data set, or NAME.yaml; without it they are listed",
-    )
-    parser.add_argument("--info", action="store_true", help="show the definition without downloading")
-    parser.add_argument(
-        "--structures", metavar="STORE", help="Materials Project crystals, for data sets that only name them"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="recreate the store from the files")
 
 
 def run(arguments: argparse.Namespace) -> int:

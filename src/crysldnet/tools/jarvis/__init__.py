@@ -18,7 +18,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
@@ -31,7 +31,7 @@ from crysldnet import __version__
 from crysldnet.artifacts.provenance import describe_overlap, pretraining_overlap, refuse_seen_labels
 from crysldnet.build import build
 from crysldnet.config import arguments_for, settings_of
-from crysldnet.console import note
+from crysldnet.console import did_you_mean, note
 from crysldnet.data.catalog import published
 from crysldnet.data.datasets import open_store
 from crysldnet.data.fingerprint import Fingerprints
@@ -40,7 +40,7 @@ from crysldnet.errors import ConfigError, DataError
 from crysldnet.finetune import run as finetune
 from crysldnet.finetune.settings import EnsembleConfig, FinetuneConfig, make_encoder
 from crysldnet.io import write_atomically
-from crysldnet.tools.jarvis.benchmark import NAME, Benchmark, open_benchmark, split_file
+from crysldnet.tools.jarvis.benchmark import NAME, Benchmark, open_benchmark, properties, split_file
 from crysldnet.tools.jarvis.entry import check_entry, print_checked, write_entry
 from crysldnet.training.inputs import hashes_of
 from crysldnet.training.processes import Job, check_parallel, own_command, places, run_all
@@ -72,11 +72,19 @@ class JarvisConfig(EnsembleConfig):
         super().__post_init__()
         if not self.properties or len(set(self.properties)) < len(self.properties):
             raise ValueError(f"properties={self.properties}: name one property or more, each once")
+        if self.data.get("path") == f"published:{NAME}":
+            known = properties()
+            for name in self.properties:
+                if name not in known:
+                    meant = did_you_mean(name, known, f"available: {', '.join(known)}", 0.5)
+                    raise ValueError(f"properties: no property {name!r}; {meant}")
         if not re.fullmatch(r"[\w.+-]+", self.algorithm):
             raise ValueError(f"algorithm={self.algorithm!r}: letters, digits and . _ + - make a folder")
         for key in ("team", "email", "project_url"):
             if not getattr(self, key).strip():
                 raise ValueError(f"{key}: an entry must state it")
+        if not re.fullmatch(r"[^@\s]+@[^@\s.]+(\.[^@\s.]+)+", self.email):
+            raise ValueError(f"email={self.email!r}: not an address, such as name@example.org")
 
     def of_property(self, name: str, folder: Path, values: Mapping[str, Any]) -> tuple[FinetuneConfig, dict[str, Any]]:
         """Return the settings of the finetuning run of a property, also as plain values."""
@@ -218,18 +226,12 @@ def _script(values: Mapping[str, Any]) -> str:
     return f"#!/bin/bash\npip install crysldnet=={__version__}\n{shlex.join(['crysldnet', 'jarvis', *words])}\n"
 
 
-def main(argv: Sequence[str]) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """Run ``crysldnet jarvis property RUN PROPERTY``: finetune on one property of an existing run; return the status.
 
     A run starts it for each property. You can also start it yourself or with a scheduler; the run with ``resume=last``
     then uses the result.
     """
-    parser = argparse.ArgumentParser(
-        prog="crysldnet jarvis property", description="Finetune on one property of an existing run."
-    )
-    parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("property", help="one of its properties")
-    arguments = parser.parse_args(list(argv))
     path = arguments.run.absolute()
     config, values = settings_of("jarvis", path, JarvisConfig)
     if arguments.property not in config.properties:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from crysldnet.console import did_you_mean
 from crysldnet.data.catalog import published
 from crysldnet.data.elements import formulas_of
 from crysldnet.data.split import SPLITS, Rows, Split, split_text
@@ -99,7 +100,8 @@ def open_benchmark(store: CrystalStore, name: str, folder: Path | None) -> Bench
         DataError: a crystal is missing, in two splits, or has no value or another value than in the benchmark.
     """
     if name not in store.column_names:
-        raise DataError(f"{store.name}: no column {name!r}; leave it out of properties, or import it")
+        hint = did_you_mean(name, store.column_names, "leave it out of properties, or import it", 0.5)
+        raise DataError(f"{store.name}: no column {name!r}; {hint}")
     if folder is None:
         rows, source = Split(by="official").rows(store, [name]), store.name
         stated: dict[str, float] = {}

@@ -169,14 +169,8 @@ def print_checked(folder: Path, found: Checked, units: Mapping[str, str]) -> Non
     print_table("", ["", ""], [["entry", str(folder)], ["state", state]])
 
 
-def main(argv: Sequence[str]) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """Check an entry and print the result; return 1 if it has problems."""
-    parser = argparse.ArgumentParser(
-        prog="crysldnet jarvis validate", description="Check an entry of the JARVIS leaderboard and compute its errors."
-    )
-    parser.add_argument("folder", type=Path, help="contributions/NAME")
-    parser.add_argument("--splits", type=Path, help="folder with the benchmark's dft_3d_PROPERTY.json.zip")
-    arguments = parser.parse_args(list(argv))
     folder: Path = arguments.folder
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")

@@ -8,9 +8,7 @@ with ``parallel=N`` starts it for N folds at a time. You can also start it manua
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from crysldnet.artifacts.provenance import refuse_seen_labels
@@ -82,13 +80,8 @@ def run_folds(begun: BenchmarkRun) -> None:
     run_all(jobs, places(begun.config.parallel, begun.device), "folds")
 
 
-def main(argv: Sequence[str]) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """Train one fold of an existing run; return the exit status."""
-    parser = argparse.ArgumentParser(prog="crysldnet matbench fold", description="Train one fold of an existing run.")
-    parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("task", help="one of its tasks")
-    parser.add_argument("fold", type=int, choices=range(FOLDS), help="number of the fold")
-    arguments = parser.parse_args(list(argv))
     path = arguments.run.absolute()
     config, values = settings_of("matbench", path, MatbenchConfig)
     if arguments.task not in config.names:

@@ -220,14 +220,9 @@ def _differences(stated: Mapping[str, float], scores: Mapping[str, float]) -> li
     return problems
 
 
-def main(argv: Sequence[str]) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """Check a submission folder and print the result; return 1 if it has problems."""
-    parser = argparse.ArgumentParser(
-        prog="crysldnet matbench validate",
-        description="Check a submission folder as Matbench does, and recompute its scores.",
-    )
-    parser.add_argument("folder", type=Path, help=f"{BENCHMARK}_ALGORITHM, with {RESULTS}, {INFO} and a script")
-    folder: Path = parser.parse_args(list(argv)).folder
+    folder: Path = arguments.folder
     checked = check_submission(folder)
     for scores in checked.scores:
         print_scores(f"{scores.task}, recomputed", checked.algorithm, scores)

@@ -8,7 +8,7 @@ from html import escape
 import numpy as np
 
 from crysldnet.errors import CrysldnetError, DataError
-from crysldnet.html.explanation import draw_explanation
+from crysldnet.html.explanation import AVERAGE, draw_explanation
 from crysldnet.inference import Predictor, load
 from crysldnet.inference.explain import explain_crystal
 from crysldnet.tools.report.predictions import Predictions
@@ -17,9 +17,9 @@ from crysldnet.tools.report.structures import TestedCrystals, worst_places
 
 SHOWN = 5
 """Descriptors shown one by one."""
-TOLERANCE = 0.01
-"""Difference allowed between the prediction that is explained, in float32, and the one in the table, maybe in bfloat16;
-relative to the prediction and the standard deviation of the true values."""
+TOLERANCE, TOLERANCE_16 = 0.01, 0.05
+"""Difference allowed between the prediction that is explained, in float32, and the one in the table, of a run in 32 or
+64 and in 16 bits; relative to the prediction and the standard deviation of the true values, or to a probability."""
 
 
 def chosen(p: Predictions, count: int) -> list[int]:
@@ -64,7 +64,7 @@ class Explainer:
             return
         yield (
             "<p>What distinguishes each prediction from that for an average training crystal: orange raises it, blue "
-            "lowers it. The contributions add up to the prediction.</p>"
+            f"lowers it. The contributions add up to the prediction. {AVERAGE}</p>"
         )
         yield from cards
 
@@ -74,8 +74,9 @@ class Explainer:
         model = self._model
         columns = {d: found.store.numbers_of(d)[found.rows[i : i + 1]] for d in model.descriptors}
         crystal = found.crystals.take(np.array([i], np.int64))
-        one = explain_crystal(model, crystal, p.ids[i], model.place_of(name), columns)
-        _compare(p, i, one.found.prediction, one.found.label)
+        label = None if p.classes is None else int(p.predicted[i])
+        one = explain_crystal(model, crystal, p.ids[i], model.place_of(name), columns, label)
+        _compare(p, i, one.found.prediction, str(self._run.config.get("trainer", {}).get("precision")))
         return draw_explanation(crystal, one.formula, one.id, one.found, p.unit, SHOWN, [_line(p, i)])
 
 
@@ -89,16 +90,21 @@ def _line(p: Predictions, i: int) -> str:
     return f"true {p.true[i]:.4g}{unit}, error {p.errors[i]:.4g}{unit} ({place})"
 
 
-def _compare(p: Predictions, i: int, value: float, label: str | None) -> None:
-    """Refuse to explain a prediction other than the one in the table."""
+def _compare(p: Predictions, i: int, value: float, precision: str) -> None:
+    """Refuse to explain a prediction other than the one in the table.
+
+    Args:
+        p: predictions of one target.
+        i: the crystal.
+        value: the explained prediction; for classes, the probability of the one in the table.
+        precision: that of the run.
+    """
     if p.classes is None:
-        want, spread = float(p.predicted[i]), float(np.nanstd(p.true))
+        want, scale = float(p.predicted[i]), abs(float(p.predicted[i])) + float(np.nanstd(p.true))
     else:
-        want = 0.5 if p.probability is None else float(p.probability[i])
-        spread = 0.5
-    same = p.classes is None or label == p.classes[int(p.predicted[i])]
-    if not same or abs(value - want) > TOLERANCE * (abs(want) + spread):
+        want, scale = 0.5 if p.probability is None else float(p.probability[i]), 1.0
+    if abs(value - want) > (TOLERANCE_16 if "16" in precision else TOLERANCE) * scale:
         raise DataError(
-            f"the model of the run predicts {label or ''} {value:.4g} for {p.ids[i]}, and predictions_test.csv has "
-            f"{want:.4g}: one of them was changed after the run"
+            f"the model of the run predicts {value:.4g} for {p.ids[i]}, and predictions_test.csv has {want:.4g}: one "
+            "of them was changed after the run"
         )
