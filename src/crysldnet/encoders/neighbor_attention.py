@@ -93,9 +93,9 @@ class NeighborLayer(nn.Module):
     def forward(self, x: Tensor, slots: Slots) -> Tensor:
         """Map [N, C] to [N, C]."""
         as_target, as_source = self.ends(self.norm(x)).chunk(2, dim=-1)
-        # In place only where nothing is a view: otherwise the backward pass copies the gradient four times.
+        # Not in place: adding to a view makes the backward pass copy gradients, and autocast doesn't cast for addmm_.
         around = as_source.index_select(0, slots.source.flatten())
-        around = around.addmm_(slots.basis.flatten(0, 1), self.edge.weight.T).unflatten(0, slots.source.shape)
+        around = torch.addmm(around, slots.basis.flatten(0, 1), self.edge.weight.T).unflatten(0, slots.source.shape)
         hidden = silu(around + as_target.index_select(0, slots.atom).unsqueeze(1))
         weights = torch.exp(CLIP * torch.tanh(self.weights(hidden) / CLIP)) * slots.filled
         x = x + self.output(torch.cat(self._means(hidden, weights, slots, x.shape[0]), dim=-1))
