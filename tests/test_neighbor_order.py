@@ -15,10 +15,16 @@ from crysldnet.graphs.neighbors import neighbor_list
 SHAPES = ("compact", "skewed", "one very long edge", "slab")
 
 
+def triangular(c: Cell) -> NDArray[np.float64]:
+    t = np.zeros((3, 3))
+    in_python(images.triangular)(c.lattice[None], 0, t, np.zeros((3, 3)))
+    return t
+
+
 def plain(c: Cell, *, k: int = 0, radius: float = 0.0, tolerance: float = 1e-4) -> tuple[NDArray, ...]:
     """Try every atom in every cell within reach: source, target, image and vector by j, then n₂, n₁, n₀ ascending."""
     n = len(c.numbers)
-    frac, t = c.frac_coords, in_python(images.triangular)(np.ascontiguousarray(c.lattice))
+    frac, t = c.frac_coords, triangular(c)
     within = radius or 1.5 * np.cbrt((k + 8) * abs(np.linalg.det(c.lattice)) / n)
     while True:
         reach = within * np.linalg.norm(np.linalg.inv(t), axis=0)
@@ -64,10 +70,11 @@ def assert_same(c: Cell, **arguments: float) -> None:
 
 def listed(c: Cell, radius: float) -> tuple[bool, bool]:
     """Return whether images are listed, and whether for several boxes."""
-    triangle, room = in_python(images.triangular)(c.lattice), in_python(images.room_for)(100_000)
+    room = in_python(images.room_for)(100_000)
+    room.t[:] = triangular(c)
     with np.errstate(all="ignore"):  # room that isn't filled holds anything
-        lists, _ = in_python(images.lists_of)(triangle, c.frac_coords.ravel(), 0, len(c.numbers), radius, room)
-    return bool(lists.parts.all()), bool(lists.parts.prod() > 1)
+        margin = in_python(images.lists_of)(room.t, c.frac_coords.ravel(), 0, len(c.numbers), radius, room)
+    return margin > 0, margin > 0 and bool(room.parts.prod() > 1)
 
 
 @st.composite

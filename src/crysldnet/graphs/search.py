@@ -37,7 +37,7 @@ class _Edges(NamedTuple):
     d2: NDArray[np.float64]  # likewise
 
 
-@inner
+@inlined
 def _first_radius(t, atoms, wanted, radius):
     """Return a radius within which an atom probably has the required number of neighbors."""
     volume = t[0, 0] * t[1, 1] * t[2, 2]
@@ -47,7 +47,7 @@ def _first_radius(t, atoms, wanted, radius):
     return max(radius, (0.75 / np.pi * expected * volume / max(atoms, 1)) ** (1.0 / 3.0)) if wanted > 0 else radius
 
 
-@inner
+@inlined
 def _kth_smallest(values, count, k):
     """Return the k-th smallest (k from 0) of ``values[:count]``, reordering them (quickselect without branches)."""
     low, high = U(0), U(count)
@@ -97,32 +97,12 @@ def _more_edges(edges, size, more):
 
 
 @inlined
-def _write(
-    source,
-    target,
-    image,
-    vector,
-    squares,
-    size,
-    lattice,
-    frac,
-    center,
-    c0,
-    c1,
-    c2,
-    label,
-    own,
-    s0,
-    s1,
-    s2,
-    count,
-    kept,
-    d2s,
-):
+def _write(edges, size, lattices, b, frac, center, c0, c1, c2, label, own, s0, s1, s2, count, kept, d2s):
     """Append the edges to an atom from ``label[kept[:count]]``, except itself; return the new size."""
-    l00, l01, l02 = lattice[0, 0], lattice[0, 1], lattice[0, 2]
-    l10, l11, l12 = lattice[1, 0], lattice[1, 1], lattice[1, 2]
-    l20, l21, l22 = lattice[2, 0], lattice[2, 1], lattice[2, 2]
+    source, target, image, vector, squares = edges
+    l00, l01, l02 = lattices[b, 0, 0], lattices[b, 0, 1], lattices[b, 0, 2]
+    l10, l11, l12 = lattices[b, 1, 0], lattices[b, 1, 1], lattices[b, 1, 2]
+    l20, l21, l22 = lattices[b, 2, 0], lattices[b, 2, 1], lattices[b, 2, 2]
     e = U(size)
     for m in range(count):
         c = kept[m]
@@ -142,7 +122,7 @@ def _write(
     return np.int64(e)
 
 
-@inner
+@inlined
 def _sort(values, count):
     """Sort ``values[:count]`` (shell sort): NumPy's takes numba a second to compile."""
     for gap in (301, 132, 57, 23, 10, 4, 1):
@@ -154,10 +134,10 @@ def _sort(values, count):
             values[place] = value
 
 
-@inner
-def _shell(d2s, count, k, radius, tolerance, scratch, distances):
+@inlined
+def _shell(d2s, count, k, radius, tolerance, scratch, distances, i):
     """Return the cutoff distance of an atom's neighbors and its square; write its nearest distances."""
-    n_distances = len(distances)
+    n_distances = distances.shape[1]
     for m in range(count):
         scratch[m] = d2s[m]
     limit, least2 = radius, 0.0
@@ -168,39 +148,25 @@ def _shell(d2s, count, k, radius, tolerance, scratch, distances):
         _kth_smallest(scratch, count, n_distances - 1)
         _sort(scratch, n_distances)
         for m in range(n_distances):
-            distances[m] = np.sqrt(scratch[m])
+            distances[i, m] = np.sqrt(scratch[m])
     return limit, max(limit * limit, least2)  # the square of a root may be one rounding below
 
 
 @inlined
-def _candidates(c0, c1, c2, t, lists, room, search):
+def _candidates(c0, c1, c2, t, room, margin, search):
     """Write to ``room.kept`` which images in the list of an atom's box may be within a radius.
 
     Returns:
-        Their number, how many are uncertain, and the cell of the atom.
+        Their number, whether any are uncertain, and the cell of the atom.
     """
     s0, s1, s2 = int(np.floor(c0)), int(np.floor(c1)), int(np.floor(c2))
     w0, w1, w2 = c0 - s0, c1 - s1, c2 - s2
-    parts0, parts1, parts2 = lists.parts[0], lists.parts[1], lists.parts[2]
+    parts0, parts1, parts2 = room.parts[0], room.parts[1], room.parts[2]
     box = min(int(w2 * parts2), parts2 - 1) * parts1 + min(int(w1 * parts1), parts1 - 1)
     box = box * parts0 + min(int(w0 * parts0), parts0 - 1)
     g0, g1, g2 = w0 - 0.5, w1 - 0.5, w2 - 0.5
     x, y, z = g0 * t[0, 0] + g1 * t[1, 0] + g2 * t[2, 0], g1 * t[1, 1] + g2 * t[2, 1], g2 * t[2, 2]
-    count, doubt = within(
-        lists.x,
-        lists.y,
-        lists.z,
-        lists.row,
-        lists.begin[box],
-        lists.begin[box + 1],
-        x,
-        y,
-        z,
-        search + lists.margin,
-        2.0 * lists.margin,
-        room.inside,
-        room.kept,
-    )
+    count, doubt = within(room, room.begin[box], room.begin[box + 1], x, y, z, search + margin, 2.0 * margin)
     return count, doubt, s0, s1, s2
 
 
@@ -216,62 +182,90 @@ def _up_to(limit2, count, kept, d2s):
 
 
 @inlined
-def _atoms(t, lattice, frac, first, last, i, search, k, radius, tolerance, lists, room, edges, start, shells):
+def _atoms(
+    lattices, b, frac, first, last, i, search, k, radius, tolerance, margin, room, edges, start, limit2, distances
+):
     """Find the neighbors of the atoms of a crystal, starting at i.
 
     Returns:
         The atom that needs more capacity, which one, and the radius, increased if needed.
     """
-    limit2, distances, scratch = shells
-    wanted = max(k, distances.shape[1])
-    listed, kept, d2s, label, owns = lists.parts[0] > 0, room.kept, room.d2s, room.label, room.own
-    source, target, image, vector, squares = edges.source, edges.target, edges.image, edges.vector, edges.d2
+    wanted, need = max(k, distances.shape[1]), DONE
+    t, kept, d2s, label, owns = room.t, room.kept, room.d2s, room.label, room.own
     while i < last:
         own, s0, s1, s2 = -1, 0, 0, 0
         c0, c1, c2 = frac[3 * i], frac[3 * i + 1], frac[3 * i + 2]
-        if listed:
-            count, doubt, s0, s1, s2 = _candidates(c0, c1, c2, t, lists, room, search)
+        if margin > 0.0:
+            count, doubt, s0, s1, s2 = _candidates(c0, c1, c2, t, room, margin, search)
             own = owns[i - first]
-            if wanted > 0 or doubt > 0:
+            if wanted > 0 or doubt:
                 count = exactly(t, frac, c0, c1, c2, search, label, own, s0, s1, s2, count, kept, d2s)
                 own = -1
         else:
             count = points_in_sphere(t, frac, first, last, i, search, label, kept, d2s)
             if count < 0:
-                return i, MORE_ROOM, search
+                need = MORE_ROOM
+                break
         if wanted > 0:
             if count < wanted:
-                return i, LARGER_RADIUS, search * 1.25
-            limit, limit2[i] = _shell(d2s, count, k, radius, tolerance, scratch, distances[i])
+                need, search = LARGER_RADIUS, search * 1.25
+                break
+            limit, limit2[i] = _shell(d2s, count, k, radius, tolerance, room.scratch, distances, i)
             if limit > search:
-                return i, LARGER_RADIUS, limit * (1.0 + 1e-9)
+                need, search = LARGER_RADIUS, limit * (1.0 + 1e-9)
+                break
             count = _up_to(limit2[i], count, kept, d2s)
-        if start[i] + count > len(source):
-            return i, MORE_EDGES, search
+        if start[i] + count > len(edges.source):
+            need = MORE_EDGES
+            break
         start[i + 1] = _write(
-            source,
-            target,
-            image,
-            vector,
-            squares,
-            start[i],
-            lattice,
-            frac,
-            i,
-            c0,
-            c1,
-            c2,
-            label,
-            own,
-            s0,
-            s1,
-            s2,
-            count,
-            kept,
-            d2s,
+            edges, start[i], lattices, b, frac, i, c0, c1, c2, label, own, s0, s1, s2, count, kept, d2s
         )
         i += 1
-    return last, DONE, search
+    return i, need, search
+
+
+@inner
+def _crystals(lattices, frac, ptr, k, radius, tolerance, room, edges, start, limit2, distances, crystal, i, search):
+    """Find the neighbors of the atoms of all crystals, starting at atom i of a crystal with a radius, 0 if unknown.
+
+    Returns:
+        The crystal and atom that need more capacity, the radius, and which capacity.
+    """
+    t, wanted = room.t, max(k, distances.shape[1])
+    for b in range(crystal, lattices.shape[0]):
+        first, last = ptr[b], ptr[b + 1]
+        triangular(lattices, b, t, room.basis)
+        if search == 0.0:
+            search = _first_radius(t, last - first, wanted, radius)
+        need = LARGER_RADIUS
+        while need == LARGER_RADIUS:
+            margin = lists_of(t, frac, first, last, search, room)
+            if margin < 0.0:
+                need = MORE_ROOM
+            else:
+                i, need, search = _atoms(
+                    lattices,
+                    b,
+                    frac,
+                    first,
+                    last,
+                    i,
+                    search,
+                    k,
+                    radius,
+                    tolerance,
+                    margin,
+                    room,
+                    edges,
+                    start,
+                    limit2,
+                    distances,
+                )
+        if need != DONE:
+            return b, i, search, need
+        search = 0.0
+    return lattices.shape[0], i, search, DONE
 
 
 @njit(cache=True, python_up_to=1000, nogil=True, error_model="numpy")
@@ -290,24 +284,14 @@ def directed(lattices, frac, ptr, k, radius, tolerance, n_distances, room_for_ed
     start = np.zeros(atoms + 1, np.int64)
     limit2, distances = np.full(atoms, radius * radius), np.empty((atoms, n_distances))
     edges = _edges(room_for_edges, room_for_edges if final else 0, 0 if final else room_for_edges)
-    room, scratch = room_for(start[0] + ROOM), np.empty(ROOM)  # a plain ROOM would compile it a second time
-    for crystal in range(lattices.shape[0]):
-        first, last = ptr[crystal], ptr[crystal + 1]
-        lattice = lattices[crystal]
-        t = triangular(lattice)
-        search = _first_radius(t, last - first, max(k, n_distances), radius)
-        i, need = first, LARGER_RADIUS
-        while need != DONE:
-            if need == MORE_EDGES:
-                edges = _more_edges(edges, start[i], len(room.kept))
-            else:
-                if need == MORE_ROOM:
-                    room = room_for(2 * len(room.kept))
-                lists, room = lists_of(t, frac, first, last, search, room)
-                if len(scratch) < len(room.kept):
-                    scratch = np.empty(len(room.kept))
-            shells = (limit2, distances, scratch)
-            i, need, search = _atoms(
-                t, lattice, frac, first, last, i, search, k, radius, tolerance, lists, room, edges, start, shells
-            )
+    room = room_for(start[0] + ROOM)  # a plain ROOM would compile it a second time
+    crystal, i, search, need = start[0], start[0], 0.0, MORE_ROOM
+    while need != DONE:
+        crystal, i, search, need = _crystals(
+            lattices, frac, ptr, k, radius, tolerance, room, edges, start, limit2, distances, crystal, i, search
+        )
+        if need == MORE_EDGES:
+            edges = _more_edges(edges, start[i], len(room.kept))
+        elif need == MORE_ROOM:
+            room = room_for(4 * len(room.kept))
     return start, edges, limit2, distances
