@@ -245,8 +245,8 @@ def _divided(t, parts, count, radius, reach, xs, ys, zs, rows, begin, inside, ei
             near = (dx * dx + dy * dy + dz * dz <= bound) & (abs(g0) <= far0)
             inside[c] = near & (abs(g1) <= far1) & (abs(g2) <= far2)
         for m in range(_compact(rows, U(0), count, inside, eights, kept)):
-            c = U(kept[m])
-            xs[size], ys[size], zs[size], rows[size] = xs[c], ys[c], zs[c], c
+            at = U(kept[m])
+            xs[size], ys[size], zs[size], rows[size] = xs[at], ys[at], zs[at], at
             size += U(1)
         begin[box + 1] = size
     return np.int64(size)
